@@ -1,0 +1,39 @@
+"""One exception tree. Each message is one line: the value, the bound, the remedy.
+
+`comm.launch.supervise` prints an `MlmError` as that one line and exits with code 2; anything else is a
+bug and shows its traceback.
+"""
+
+
+class MlmError(Exception):
+    """Something the user can mend; printed as one line, exit code 2.
+
+    `agreed` is True where every rank of the job raises it together: rank 0 alone prints, nobody aborts.
+    """
+
+    exit_code = 2
+    agreed = False
+
+
+class ConfigError(MlmError):
+    """A key, value or combination of values in the configuration that cannot work."""
+
+
+class DataError(MlmError):
+    """Input text, a shard or a catalog that is missing, damaged or of another making."""
+
+
+class CheckpointError(MlmError):
+    """A checkpoint that is torn, corrupt or of another model, or one that cannot be written."""
+
+
+class NumericsError(MlmError):
+    """A loss or gradient that is not finite; raised before any update."""
+
+
+class CommError(MlmError):
+    """A wait on other ranks that lasted longer than `comm.timeout_s`."""
+
+
+class LaunchError(MlmError):
+    """`mpiexec` cannot be found or started, or gave another number of ranks than was asked for."""
