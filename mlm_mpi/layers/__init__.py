@@ -1,0 +1,1 @@
+"""Pairs of forward and backward over named parameters."""

@@ -1,0 +1,1 @@
+"""A configuration -> a list of blocks."""

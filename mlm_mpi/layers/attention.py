@@ -1,0 +1,92 @@
+"""Causal multi-head self-attention with a fused query-key-value projection, and the key/value cache."""
+
+from typing import Any
+
+from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.linear import Linear
+from mlm_mpi.ops import attention, linear
+from mlm_mpi.params.layout import Layout
+from mlm_mpi.params.store import Parameter
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, per layer; `length` positions are valid."""
+
+    def __init__(self, context: int) -> None:
+        self.context, self.length = context, 0
+        self._held: dict[str, tuple[Any, Any]] = {}
+
+    def extend(self, name: str, k: Any, v: Any) -> tuple[Any, Any]:
+        """Appends k, v (B, H, T, D) and returns all keys and values so far (B, H, length + T, D)."""
+        xp, (batch, heads, new, width) = module_of(k), k.shape
+        if name not in self._held:
+            empty = (batch, heads, self.context, width)
+            self._held[name] = xp.empty(empty, k.dtype), xp.empty(empty, v.dtype)
+        keys, values = self._held[name]
+        stop = self.length + new
+        keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def advance(self, positions: int) -> None:
+        """Counts positions that every layer has appended."""
+        self.length += positions
+
+
+class SelfAttention:
+    """Shapes: (B, T, C) -> (B, T, C). Heads will be cut along tp: qkv by dim 2, the projection by rows."""
+
+    def __init__(self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float) -> None:
+        self.name, self.heads = name, heads
+        self.qkv_weight = Parameter(f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True)
+        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp")), "zeros")
+        self.project = Linear(f"{name}.project", width, width, out_std, cut="in")
+        self.drop = Dropout(f"{name}.probabilities", dropout)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.qkv_weight, self.qkv_bias, *self.project.parameters()]
+
+    def _split(self, qkv: Any, batch: int) -> tuple[Any, Any, Any]:
+        parts = qkv.reshape(batch, -1, 3, self.heads, qkv.shape[1] // (3 * self.heads))
+        parts = parts.transpose(2, 0, 3, 1, 4)  # (3, B, H, T, D), still views of qkv
+        return parts[0], parts[1], parts[2]
+
+    def _factors(self, shape: tuple[int, int, int], dtype: Any, ctx: Context) -> attention.Factors | None:
+        if not self.drop.active(ctx):
+            return None
+        heads, queries, keys = shape
+
+        def rows(b: int, start: int, stop: int) -> Any:
+            drawn = [
+                self.drop.factors((stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype, ctx)
+                for h in range(heads)
+            ]
+            return module_of(drawn[0]).stack(drawn)  # (H, rows, S)
+
+        return rows
+
+    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
+        batch, queries, width = x.shape
+        flat = x.reshape(-1, width)
+        qkv = linear.forward(flat, self.qkv_weight.data.reshape(width, -1), self.qkv_bias.data.reshape(-1))  # (N, 3C)
+        q, k, v = self._split(qkv, batch)
+        if ctx.cache is not None:
+            k, v = ctx.cache.extend(self.name, k, v)
+        factors = self._factors((self.heads, queries, k.shape[2]), x.dtype, ctx)
+        o, lse = attention.forward(q, k, v, factors=factors)  # (B, T, H, D)
+        y, _ = self.project.forward(o.reshape(flat.shape[0], -1), ctx)
+        return y.reshape(x.shape), (flat, qkv, o, lse)
+
+    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        flat, qkv, o, lse = saved
+        batch, queries, width = dy.shape
+        do = self.project.backward(dy.reshape(-1, width), o.reshape(flat.shape[0], -1), ctx).reshape(o.shape)
+        q, k, v = self._split(qkv, batch)
+        dqkv = module_of(dy).empty_like(qkv)
+        dq, dk, dv = self._split(dqkv, batch)
+        factors = self._factors((self.heads, queries, queries), dy.dtype, ctx)
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, factors=factors)
+        weight, dweight = self.qkv_weight.data.reshape(width, -1), self.qkv_weight.grad.reshape(width, -1)
+        linear.backward_weight(dqkv, flat, dweight, self.qkv_bias.grad.reshape(-1), ctx.accumulate)
+        return linear.backward_input(dqkv, weight).reshape(dy.shape)

@@ -1,0 +1,33 @@
+"""Affine map with its weight stored (in, out); the two gradients can be asked for separately."""
+
+from typing import Any
+
+from mlm_mpi.layers.base import Context
+from mlm_mpi.ops import linear
+from mlm_mpi.params.layout import Layout
+from mlm_mpi.params.store import Parameter
+
+
+class Linear:
+    """y = x W + b. Shapes: (N, K) -> (N, F). `cut` names which side the tp axis will cut: "in" or "out"."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None) -> None:
+        axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
+        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes), std, decay=True)
+        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:]), "zeros")
+
+    def parameters(self) -> list[Parameter]:
+        return [self.weight, self.bias]
+
+    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
+        return linear.forward(x, self.weight.data, self.bias.data), x
+
+    def backward_input(self, dy: Any) -> Any:
+        return linear.backward_input(dy, self.weight.data)
+
+    def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
+        linear.backward_weight(dy, saved, self.weight.grad, self.bias.grad, ctx.accumulate)
+
+    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        self.backward_weight(dy, saved, ctx)
+        return self.backward_input(dy)

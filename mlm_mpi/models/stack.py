@@ -1,0 +1,85 @@
+"""A model as a list of blocks between an embedding and a head; the list that pipeline stages will cut."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.embedding import Embedding
+from mlm_mpi.layers.norm import LayerNorm
+from mlm_mpi.ops import crossentropy
+from mlm_mpi.params.store import Parameter
+
+Ready = Callable[[int], None]
+
+
+class Head:
+    """Final norm and the output projection that shares the token table. Shapes: (B, T, C) -> loss."""
+
+    def __init__(self, name: str, width: int, epsilon: float, tokens: Parameter) -> None:
+        self.norm = LayerNorm(f"{name}.norm", width, epsilon)
+        self.tokens = tokens
+
+    def parameters(self) -> list[Parameter]:
+        """Its own; the token table belongs to the embedding."""
+        return self.norm.parameters()
+
+    def loss(self, x: Any, targets: Any, mask: Any, ctx: Context) -> float:
+        n, _ = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
+        return crossentropy.loss(n, self.tokens.data, targets.reshape(-1), None if mask is None else mask.reshape(-1))
+
+    def loss_and_grad(self, x: Any, targets: Any, mask: Any, ctx: Context) -> tuple[float, Any]:
+        n, saved = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
+        flat_mask = None if mask is None else mask.reshape(-1)
+        loss, dn = crossentropy.loss_and_grad(
+            n, self.tokens.data, targets.reshape(-1), flat_mask, self.tokens.grad, ctx.accumulate
+        )
+        return loss, self.norm.backward(dn, saved, ctx).reshape(x.shape)
+
+    def logits(self, x: Any, ctx: Context) -> Any:
+        n, _ = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
+        return (n @ self.tokens.data.T).reshape(*x.shape[:2], -1)
+
+
+class Stack:
+    """Embedding, blocks, head. Losses are sums over targets."""
+
+    def __init__(self, embedding: Embedding, blocks: Sequence[Any], head: Head) -> None:
+        self.embedding, self.blocks, self.head = embedding, list(blocks), head
+
+    def parameter_blocks(self) -> list[list[Parameter]]:
+        """Parameters by block, in forward order: the segments of the flat store."""
+        return [part.parameters() for part in (self.embedding, *self.blocks, self.head)]
+
+    def _hidden(self, ids: Any, ctx: Context) -> Any:
+        x, _ = self.embedding.forward(ids, ctx)
+        for block in self.blocks:
+            x, _ = block.forward(x, ctx)
+        return x
+
+    def loss(self, ids: Any, targets: Any, mask: Any, ctx: Context) -> float:
+        """Summed loss in nats. Shapes: ids, targets (B, T), mask (B, T) or None."""
+        return self.head.loss(self._hidden(ids, ctx), targets, mask, ctx)
+
+    def logits(self, ids: Any, ctx: Context) -> Any:
+        """Shapes: ids (B, T) -> (B, T, V); with `ctx.cache`, T new positions after those it holds."""
+        logits = self.head.logits(self._hidden(ids, ctx), ctx)
+        if ctx.cache is not None:
+            ctx.cache.advance(ids.shape[1])
+        return logits
+
+    def loss_and_grad(self, ids: Any, targets: Any, mask: Any, ctx: Context, ready: Ready | None = None) -> float:
+        """Summed loss; writes or adds every gradient. `ready(i)` is called as soon as block i's are final."""
+        ready = ready or (lambda block: None)
+        x, saved_embedding = self.embedding.forward(ids, ctx)
+        saved_blocks = []
+        for block in self.blocks:
+            x, saved = block.forward(x, ctx)
+            saved_blocks.append(saved)
+        loss, dx = self.head.loss_and_grad(x, targets, mask, ctx)
+        ready(len(self.blocks) + 1)
+        for number in range(len(self.blocks), 0, -1):
+            dx = self.blocks[number - 1].backward(dx, saved_blocks.pop(), ctx)
+            ready(number)
+        self.embedding.backward(dx, saved_embedding, ctx)
+        ready(0)
+        return loss

@@ -1,0 +1,26 @@
+"""Rows of a table by index; backward adds gradients of equal indices in position order, always the same."""
+
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.arrays import module_of
+
+
+def forward(ids: Any, table: Any) -> Any:
+    """Shapes: ids (N,), table (V, C) -> (N, C)."""
+    return table[ids]
+
+
+def backward(dy: Any, ids: Any, dtable: Any) -> None:
+    """Adds to dtable. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
+    xp = module_of(dy)
+    if xp is not np:  # CuPy has no reduceat; its scatter-add is not deterministic (the CUDA kernel will be)
+        import cupyx  # type: ignore[import-not-found]
+
+        cupyx.scatter_add(dtable, ids, dy)
+        return
+    order = np.argsort(ids, kind="stable")
+    ranked = ids[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
+    dtable[ranked[starts]] += np.add.reduceat(dy[order], starts, axis=0)

@@ -1,0 +1,49 @@
+"""Layer normalisation: y = (x − mean) / sqrt(var + ε) · gain + bias over the last dim.
+
+Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
+"""
+
+from typing import Any
+
+from mlm_mpi.backend.arrays import deposit, module_of, row_blocks
+
+
+def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
+    """Shapes: x (N, C), gain and bias (C,) -> y (N, C), statistics (2, N): mean and 1/deviation."""
+    xp = module_of(x)
+    y = xp.empty_like(x)
+    statistics = xp.empty((2, x.shape[0]), x.dtype)
+    for rows in row_blocks(x):
+        mean = x[rows].mean(axis=1)
+        centred = xp.subtract(x[rows], mean[:, None], out=y[rows])
+        variance = xp.einsum("nc,nc->n", centred, centred) / x.shape[1]
+        inverse = 1.0 / xp.sqrt(variance + epsilon)
+        centred *= inverse[:, None]
+        centred *= gain
+        centred += bias
+        statistics[0, rows], statistics[1, rows] = mean, inverse
+    return y, statistics
+
+
+def backward(dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool) -> Any:
+    """dx; writes or adds dgain, dbias. Shapes: dy, x (N, C), statistics (2, N) -> (N, C).
+
+    With n = normalised x and g = dy·gain: dx = (g − mean(g) − n·mean(g·n)) / deviation.
+    """
+    xp = module_of(x)
+    dx = xp.empty_like(x)
+    gain_sum, bias_sum = xp.zeros_like(gain), xp.zeros_like(gain)
+    for rows in row_blocks(x):
+        mean, inverse = statistics[0, rows, None], statistics[1, rows, None]
+        normal = (x[rows] - mean) * inverse
+        gain_sum += xp.einsum("nc,nc->c", dy[rows], normal)
+        bias_sum += dy[rows].sum(axis=0)
+        g = xp.multiply(dy[rows], gain, out=dx[rows])
+        along = xp.einsum("nc,nc->n", g, normal)[:, None] / x.shape[1]
+        g -= g.mean(axis=1, keepdims=True)
+        normal *= along
+        g -= normal
+        g *= inverse
+    deposit(gain_sum, dgain, accumulate)
+    deposit(bias_sum, dbias, accumulate)
+    return dx
