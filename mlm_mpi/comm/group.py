@@ -1,13 +1,13 @@
 """A group of ranks: whom a collective talks to, how long it waits, and what it says when nobody comes.
 
-Every wait of the program ends in `Group.wait`: it polls (an MPI without a progress thread moves only
+Every wait of the program ends in `Group.wait_until`: it polls (an MPI without a progress thread moves only
 inside calls), gives the core away while it waits, and after `timeout_s` raises a CommError that says
 what was awaited, by whom and from whom. No call here blocks inside MPI. A group of one needs no MPI.
 """
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,36 +37,38 @@ class Group:
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
         return Group(self.comm.Dup() if self.comm is not None else None, self.timeout_s)
 
-    def wait(self, requests: Sequence[Any], what: str, sources: Sequence[int] = ()) -> float:
-        """Polls until all requests are done; returns the seconds it took.
+    def wait_until(self, awaited: Callable[[], Sequence[int] | None], what: str) -> float:
+        """Calls `awaited` until it returns None; returns the seconds it took.
 
-        `sources[i]` is the rank that request i waits for, to be named if it never comes.
+        Meanwhile it returns the ranks still awaited (empty: not known), to be named if they never come.
         """
         start = time.perf_counter()
-        pending = list(range(len(requests)))
         while True:
-            pending = [i for i in pending if not requests[i].Test()]
+            ranks = awaited()
             waited = time.perf_counter() - start
-            if not pending:
+            if ranks is None:
                 return waited
             if waited > self.timeout_s:
-                who = sorted({sources[i] for i in pending if i < len(sources)})
-                named = f"rank {', '.join(map(str, who))}" if who else "the others"
+                who = f"rank {', '.join(map(str, sorted(set(ranks))))}" if ranks else "the others"
                 raise CommError(
-                    f"waited {waited:.0f} s (comm.timeout_s = {self.timeout_s:g}) for {what} from {named} "
-                    f"of {self.size} ranks: look at what that rank does, or raise comm.timeout_s"
+                    f"waited {waited:.0f} s (comm.timeout_s = {self.timeout_s:g}) for {what} from {who} "
+                    f"of {self.size} ranks: look at what holds them up, or raise comm.timeout_s"
                 )
             if waited < _SPIN_S:
                 os.sched_yield()
             else:
                 time.sleep(_NAP_S)
 
+    def wait(self, request: Any, what: str) -> float:
+        """Polls one request to its end; returns the seconds it took."""
+        return self.wait_until(lambda: None if request.Test() else (), what)
+
     def allgather_array(self, row: np.ndarray, what: str) -> np.ndarray:
         """Everybody's row. Collective. Shapes: (n,) of one dtype everywhere -> (size, n)."""
         if self.size == 1:
             return row[None].copy()
         out = np.empty((self.size, *row.shape), row.dtype)
-        self.wait([self.comm.Iallgather(np.ascontiguousarray(row), out)], what)
+        self.wait(self.comm.Iallgather(np.ascontiguousarray(row), out), what)
         return out
 
     def allgather(self, value: Any, what: str) -> list[Any]:
@@ -77,7 +79,7 @@ class Group:
         counts = self.allgather_array(np.array([mine.size], np.int64), what)[:, 0]
         out = np.empty(int(counts.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(counts)])
-        self.wait([self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)])], what)
+        self.wait(self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)]), what)
         return [msgspec.json.decode(out[a:b].tobytes()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
     def broadcast(self, value: Any, what: str) -> Any:
@@ -87,7 +89,7 @@ class Group:
     def barrier(self, what: str) -> None:
         """Returns when all have arrived. Collective."""
         if self.size > 1:
-            self.wait([self.comm.Ibarrier()], what)
+            self.wait(self.comm.Ibarrier(), what)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

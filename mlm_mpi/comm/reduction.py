@@ -1,0 +1,376 @@
+"""Strategies that turn per-micro-batch gradients into one global sum, identical on every rank.
+
+A step is J lanes; a rank runs a contiguous range of them. Per lane the trainer asks `open_lane` for a
+flat buffer, lets its micro-batches accumulate there, and says `close_lane`. In the last micro-batch of
+its last lane the backward calls `block_ready` as blocks become final, and buckets leave while the rest
+of the backward still runs. `finish` waits for what is left and returns the sum.
+
+`Canonical` adds in one order for any number of ranks: lane sums are the leaves of a binary tree over the
+lane number, split at the largest power of two below. A rank sends only its maximal complete subtrees;
+the owner of a slice finishes the tree for it and returns the sum. `Allreduce` is plain MPI_Iallreduce:
+the order is the library's, and the bits change with the number of ranks.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlm_mpi.comm.group import Group
+
+Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
+Cut = Callable[[int, int, int], tuple[int, int]]
+
+
+class Reduction(Protocol):
+    """What the trainer sees of a strategy."""
+
+    exposed_s: float  # seconds of the last step in which this rank could do nothing but wait
+
+    def begin(self) -> None: ...
+    def open_lane(self, lane: int) -> tuple[Any, bool]: ...
+    def close_lane(self, lane: int) -> None: ...
+    def block_ready(self, block: int) -> None: ...
+    def finish(self) -> Any: ...
+    def costs(self) -> dict[str, int]: ...
+
+
+def middle(first: int, stop: int) -> int:
+    """Where the tree splits lanes [first, stop): at the largest power of two below their number."""
+    return first + (1 << ((stop - first - 1).bit_length() - 1))
+
+
+def maximal_nodes(root: Node, first: int, stop: int) -> list[Node]:
+    """The largest complete subtrees of `root` inside lanes [first, stop), left to right."""
+    lo, hi = root
+    if first <= lo and hi <= stop:
+        return [root]
+    if hi <= first or stop <= lo or hi - lo == 1:
+        return []
+    centre = middle(lo, hi)
+    return maximal_nodes((lo, centre), first, stop) + maximal_nodes((centre, hi), first, stop)
+
+
+@dataclass
+class LanePlan:
+    """Which buffer a lane fills, and which pairs (left, right) of buffers merge when it is closed."""
+
+    buffer: int
+    merges: list[tuple[int, int]]
+
+
+Sum = tuple[int, int, int]  # lanes [first, stop) summed in a buffer
+
+
+def _siblings(left: Sum, right: Sum, parents: set[Node]) -> bool:
+    whole = (left[0], right[1])
+    return whole in parents and middle(*whole) == right[0]
+
+
+def plan_lanes(lanes: int, first: int, stop: int) -> tuple[list[LanePlan], list[int], int]:
+    """(plan per lane, buffer of each maximal node, number of buffers) of a rank with lanes [first, stop).
+
+    Lanes are summed as they come, like carries of a binary counter, so that k aligned lanes need
+    1 + log2 k buffers.
+    """
+    parents: set[Node] = set()
+
+    def walk(lo: int, hi: int) -> None:
+        if hi - lo > 1:
+            parents.add((lo, hi))
+            walk(lo, middle(lo, hi))
+            walk(middle(lo, hi), hi)
+
+    walk(0, lanes)
+    stack: list[Sum] = []
+    free: list[int] = []
+    plans, count = [], 0
+    for lane in range(first, stop):
+        if free:
+            buffer = free.pop()
+        else:
+            buffer, count = count, count + 1
+        plan = LanePlan(buffer, [])
+        stack.append((lane, lane + 1, buffer))
+        while len(stack) > 1 and _siblings(stack[-2], stack[-1], parents):
+            (_, hi, right), (lo, _, left) = stack.pop(), stack.pop()
+            plan.merges.append((left, right))
+            stack.append((lo, hi, left))
+            free.append(right)
+        plans.append(plan)
+    return plans, [buffer for _, _, buffer in stack], count
+
+
+@dataclass
+class Bucket:
+    """A range [start, stop) of the flat buffer that travels together, final once `block` is."""
+
+    number: int
+    start: int
+    stop: int
+    block: int
+    started: bool = False
+    combined: bool = False
+    partials: list[tuple[int, Any]] = field(default_factory=list)  # (other rank, request)
+    sums: list[tuple[int, Any]] = field(default_factory=list)
+    sends: list[tuple[int, Any]] = field(default_factory=list)
+
+
+def make_buckets(segments: Sequence[tuple[int, int]], elements: int) -> list[Bucket]:
+    """Buckets of about `elements` in the order in which a backward finishes blocks.
+
+    Small neighbouring blocks share a bucket; a big block is cut evenly. Bits do not depend on it.
+    """
+    buckets: list[Bucket] = []
+    stop = segments[-1][1] if segments else 0
+    for block in range(len(segments) - 1, -1, -1):
+        start = segments[block][0]
+        if stop - start < elements and block > 0:
+            continue
+        pieces = max(1, round((stop - start) / elements))
+        edges = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
+        for a, b in reversed(list(zip(edges[:-1], edges[1:], strict=True))):
+            buckets.append(Bucket(len(buckets), a, b, block))
+        stop = start
+    return buckets
+
+
+def _unfinished(requests: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    return [(rank, request) for rank, request in requests if not request.Test()]
+
+
+class _Bucketed(ABC):
+    """What both strategies share: buckets that start when their block is final, and the wait at the end."""
+
+    def __init__(
+        self, group: Group, segments: Sequence[tuple[int, int]], bucket_bytes: float, dtype: Any, overlap: bool
+    ) -> None:
+        self.group, self.overlap, self.dtype = group, overlap, np.dtype(dtype)
+        self.size = segments[-1][1]
+        self.buckets = make_buckets(segments, max(1, int(bucket_bytes / self.dtype.itemsize)))
+        self.exposed_s = 0.0
+        self.first_start_s: float | None = None  # when the first bucket left: the trace proves the overlap
+
+    def block_ready(self, block: int) -> None:
+        """Gradients of this block are final on this rank; starts the buckets they complete."""
+        if self.overlap:
+            for bucket in self.buckets:
+                if bucket.block >= block and not bucket.started:
+                    self._start_timed(bucket)
+            self.poll()
+
+    def _start_timed(self, bucket: Bucket) -> None:
+        if self.first_start_s is None:
+            self.first_start_s = time.perf_counter()
+        bucket.started = True
+        self._start(bucket)
+
+    def poll(self) -> None:
+        """Lets MPI move and does what has become possible."""
+        for bucket in self.buckets:
+            if bucket.started:
+                self._advance(bucket)
+
+    def _finish(self) -> None:
+        began = time.perf_counter()
+        for bucket in self.buckets:
+            if not bucket.started:
+                self._start_timed(bucket)
+
+        def awaited() -> list[int] | None:
+            states = [self._advance(bucket) for bucket in self.buckets]
+            unfinished = [ranks for ranks in states if ranks is not None]
+            return [rank for ranks in unfinished for rank in ranks] if unfinished else None
+
+        self.group.wait_until(awaited, "gradients of this step")
+        self.exposed_s = time.perf_counter() - began
+
+    @abstractmethod
+    def _start(self, bucket: Bucket) -> None:
+        """Sends what this rank contributes to a bucket."""
+
+    @abstractmethod
+    def _advance(self, bucket: Bucket) -> list[int] | None:
+        """Moves a bucket on; None when it is done, else the ranks awaited (empty: not known)."""
+
+
+class Canonical(_Bucketed):
+    """The sum in canonical tree order: the same bits on any number of ranks from 1 to J.
+
+    Buffers: `costs()["buffers"]` flat ones for lanes, one for the sum and scratch for others' subtrees
+    where there is more than one rank.
+    """
+
+    def __init__(
+        self, group: Group, lanes: int, ranges: Sequence[Node], segments: Sequence[tuple[int, int]],
+        bucket_bytes: float, dtype: Any, overlap: bool, cut: Cut, xp: Any = np,
+    ) -> None:  # fmt: skip
+        super().__init__(group, segments, bucket_bytes, dtype, overlap)
+        self.cut = cut
+        self.first, self.stop = ranges[group.rank]
+        self.plans, self.node_buffers, count = plan_lanes(lanes, self.first, self.stop)
+        self.buffers = [xp.zeros(self.size, self.dtype) for _ in range(count)]
+        self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
+        self.root = (0, lanes)
+        self.tags = max(map(len, self.nodes))
+        self.total = xp.zeros(self.size, self.dtype) if group.size > 1 else self.buffers[self.node_buffers[0]]
+        self.scratch = {
+            (rank, k): xp.empty(self._owned_elements(), self.dtype)
+            for rank, nodes in enumerate(self.nodes) if rank != group.rank
+            for k in range(len(nodes))
+        }  # fmt: skip
+
+    def costs(self) -> dict[str, int]:
+        """Flat lane buffers, bytes held in all, bytes this rank sends per step."""
+        item, others = self.dtype.itemsize, self.group.size - 1
+        mine = self._owned_elements()
+        held = len(self.buffers) * self.size + (self.size if others else 0) + len(self.scratch) * mine
+        sent = len(self.nodes[self.group.rank]) * (self.size - mine) + others * mine
+        return {"buffers": len(self.buffers), "held_bytes": held * item, "sent_bytes": sent * item if others else 0}
+
+    def _part(self, bucket: Bucket, rank: int) -> slice:
+        a, b = self.cut(bucket.stop - bucket.start, self.group.size, rank)
+        return slice(bucket.start + a, bucket.start + b)
+
+    def _owned_elements(self) -> int:
+        parts = (self._part(bucket, self.group.rank) for bucket in self.buckets)
+        return sum(part.stop - part.start for part in parts)
+
+    def begin(self) -> None:
+        """Posts every receive of the step, so that no message arrives unexpected."""
+        me, offset = self.group.rank, 0
+        self.first_start_s = None
+        for bucket in self.buckets:
+            bucket.started = bucket.combined = False
+            bucket.sends, bucket.partials, bucket.sums = [], [], []
+            mine = self._part(bucket, me)
+            length = mine.stop - mine.start
+            for (rank, k), scratch in self.scratch.items():
+                view = scratch[offset : offset + length]
+                bucket.partials.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, k))))
+            for rank in range(self.group.size):
+                if rank != me:
+                    view = self.total[self._part(bucket, rank)]
+                    bucket.sums.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, self.tags))))
+            offset += length
+
+    def _tag(self, bucket: Bucket, k: int) -> int:
+        return bucket.number * (self.tags + 1) + k
+
+    def open_lane(self, lane: int) -> tuple[Any, bool]:
+        """(buffer to accumulate in, True: its first micro-batch writes over what it holds)."""
+        return self.buffers[self.plans[lane - self.first].buffer], True
+
+    def close_lane(self, lane: int) -> None:
+        """Adds up the subtrees this lane completes; those of the last lane are added bucket by bucket."""
+        if lane < self.stop - 1:
+            self._merge(self.plans[lane - self.first], slice(0, self.size))
+
+    def _merge(self, plan: LanePlan, part: slice) -> None:
+        for left, right in plan.merges:
+            self.buffers[left][part] += self.buffers[right][part]
+
+    def _start(self, bucket: Bucket) -> None:
+        self._merge(self.plans[-1], slice(bucket.start, bucket.stop))
+        for rank in range(self.group.size):
+            if rank != self.group.rank:
+                part = self._part(bucket, rank)
+                for k, buffer in enumerate(self.node_buffers):
+                    view = self.buffers[buffer][part]
+                    bucket.sends.append((rank, self.group.comm.Isend(view, rank, self._tag(bucket, k))))
+
+    def _advance(self, bucket: Bucket) -> list[int] | None:
+        if not bucket.combined:
+            bucket.partials = _unfinished(bucket.partials)
+            if not bucket.partials:
+                self._combine(bucket)
+        bucket.sums, bucket.sends = _unfinished(bucket.sums), _unfinished(bucket.sends)
+        pending = bucket.partials + bucket.sums + bucket.sends
+        return [rank for rank, _ in pending] if pending else None
+
+    def _combine(self, bucket: Bucket) -> None:
+        """Finishes the tree for my part of a bucket and returns the sum to everybody."""
+        bucket.combined = True
+        me = self.group.rank
+        if self.group.size == 1:
+            return
+        part = self._part(bucket, me)
+        before = (self._part(b, me) for b in self.buckets[: bucket.number])
+        offset = sum(p.stop - p.start for p in before)
+        leaves = {}
+        for rank, nodes in enumerate(self.nodes):
+            for k, node in enumerate(nodes):
+                if rank == me:
+                    leaves[node] = self.buffers[self.node_buffers[k]][part]
+                else:
+                    leaves[node] = self.scratch[rank, k][offset : offset + part.stop - part.start]
+
+        def sum_of(node: Node) -> Any:
+            if node in leaves:
+                return leaves[node]
+            centre = middle(*node)
+            left, right = sum_of((node[0], centre)), sum_of((centre, node[1]))
+            left += right
+            return left
+
+        self.total[part] = sum_of(self.root)
+        for rank in range(self.group.size):
+            if rank != me:
+                tag = self._tag(bucket, self.tags)
+                bucket.sends.append((rank, self.group.comm.Isend(self.total[part], rank, tag)))
+
+    def finish(self) -> Any:
+        """The sum over all lanes, the same bits everywhere. Collective."""
+        self._finish()
+        return self.total
+
+
+class Allreduce(_Bucketed):
+    """MPI_Iallreduce per bucket, in place, on one buffer for all lanes of a rank."""
+
+    def __init__(
+        self, group: Group, segments: Sequence[tuple[int, int]], bucket_bytes: float, dtype: Any, overlap: bool,
+        xp: Any = np,
+    ) -> None:  # fmt: skip
+        super().__init__(group, segments, bucket_bytes, dtype, overlap)
+        self.buffer = xp.zeros(self.size, self.dtype)
+        self.opened = False
+
+    def costs(self) -> dict[str, int]:
+        """As `Canonical.costs`; bytes sent are those of a ring."""
+        held = self.size * self.dtype.itemsize
+        sent = 2 * held * (self.group.size - 1) // self.group.size
+        return {"buffers": 1, "held_bytes": held, "sent_bytes": sent}
+
+    def begin(self) -> None:
+        """Forgets the last step."""
+        self.opened, self.first_start_s = False, None
+        for bucket in self.buckets:
+            bucket.started, bucket.sends = False, []
+
+    def open_lane(self, lane: int) -> tuple[Any, bool]:
+        """(the one buffer, True for the first lane of the step)."""
+        fresh, self.opened = not self.opened, True
+        return self.buffer, fresh
+
+    def close_lane(self, lane: int) -> None:
+        """Nothing to do: lanes share the buffer."""
+
+    def _start(self, bucket: Bucket) -> None:
+        if self.group.size > 1:
+            from mpi4py import MPI
+
+            view = self.buffer[bucket.start : bucket.stop]
+            bucket.sends = [(self.group.rank, self.group.comm.Iallreduce(MPI.IN_PLACE, view))]
+
+    def _advance(self, bucket: Bucket) -> list[int] | None:
+        bucket.sends = _unfinished(bucket.sends)
+        return [] if bucket.sends else None
+
+    def finish(self) -> Any:
+        """The sum over all lanes. Collective."""
+        self._finish()
+        return self.buffer

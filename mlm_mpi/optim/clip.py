@@ -1,0 +1,32 @@
+"""The global gradient norm, the same bits on any number of ranks, and which parameter is not finite."""
+
+import math
+from typing import Any
+
+from mlm_mpi.params.store import FlatStore
+
+BLOCK_ELEMENTS = 65_536
+
+
+def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
+    """(‖gradient‖₂, name of the first parameter that is not finite or None).
+
+    float64 partial sums per fixed block of each parameter, combined in (name, block) order.
+    """
+    total, broken = 0.0, None
+    for span in sorted(store.spans, key=lambda span: span.parameter.name):
+        for start in range(span.start, span.stop, BLOCK_ELEMENTS):
+            wide = gradient[start : min(start + BLOCK_ELEMENTS, span.stop)].astype("f8")
+            partial = float(wide @ wide)
+            if broken is None and not math.isfinite(partial):
+                broken = span.parameter.name
+            total += partial
+    return math.sqrt(total), broken
+
+
+def clip_factor(limit: float, value: float) -> float:
+    """What the gradient is multiplied by so that its norm is at most `limit` (0: no limit).
+
+    Source: Pascanu, Mikolov, Bengio, arXiv:1211.5063.
+    """
+    return limit / value if limit and value > limit else 1.0

@@ -1,0 +1,30 @@
+"""Stochastic gradient descent with momentum: b ← μ b + g, p ← p − η b.
+
+Source: Sutskever et al., ICML 2013, in the form PyTorch uses (no dampening, weight decay decoupled).
+"""
+
+from typing import Any
+
+from mlm_mpi.config import Optim
+from mlm_mpi.params.store import FlatStore
+
+
+class SGD:
+    """Momentum as a flat buffer; decay only on parameters that ask for it."""
+
+    def __init__(self, optim: Optim, store: FlatStore) -> None:
+        self.optim, self.store = optim, store
+        self.momentum = store.new_buffer()
+
+    def state(self) -> dict[str, Any]:
+        return {"momentum": self.momentum}
+
+    def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
+        """One update with g = scale · gradient."""
+        self.momentum *= self.optim.momentum
+        self.momentum += scale * gradient
+        for span in self.store.spans:
+            part = slice(span.start, span.stop)
+            if span.parameter.decay:
+                self.store.data[part] *= 1.0 - learning_rate * self.optim.weight_decay
+            self.store.data[part] -= learning_rate * self.momentum[part]
