@@ -112,9 +112,3 @@ class Group:
         agreed = type(error)(text) if error and same else MlmError(text if same else f"rank {rank}: {text}")
         agreed.agreed = True
         raise agreed
-
-    def abort(self, code: int) -> None:
-        """Ends the whole job at once."""
-        if self.comm is not None:
-            self.comm.Abort(code)
-        os._exit(code)

@@ -7,9 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from mlm_mpi.comm.group import Group
 from mlm_mpi.errors import LaunchError, MlmError
+
+if TYPE_CHECKING:
+    from mlm_mpi.comm.group import Group  # imports NumPy, which must not load before its environment is set
 
 # (rank, size) as launchers announce them before MPI_Init: Open MPI, MPICH/Slurm PMI, PMIx under srun
 _ANNOUNCED = (
@@ -27,12 +30,14 @@ def announced() -> tuple[int, int]:
     return 0, 1
 
 
-def start() -> Group:
+def start() -> "Group":
     """The group of all ranks. Initialises MPI (FUNNELED) where a launcher started this process.
 
     Raises LaunchError where the launcher promised other sizes than MPI sees: a wrong `srun --mpi` gives
     N jobs of one rank, each of which would train alone.
     """
+    from mlm_mpi.comm.group import Group
+
     _, promised = announced()
     if promised == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMI_SIZE" not in os.environ:
         return Group()
@@ -68,20 +73,20 @@ def finish() -> None:
             MPI.Finalize()
 
 
-def supervise(body: Callable[[], int], rank: int | None = None) -> int:
+def supervise(body: Callable[[], int]) -> int:
     """Runs `body` and turns what it raises into lines on stderr and an exit code.
 
     An error that all ranks share is printed once, by rank 0. An error of one rank alone names the rank,
     shows the traceback if it is a bug, and aborts the job, because the others would wait for ever.
     """
-    rank, size = (announced() if rank is None else (rank, 1))
+    rank, size = announced()
     try:
         code = body()
     except MlmError as error:
         alone = size == 1 or error.agreed or not _mpi_is_up()
         if not alone:
             _say(f"mlm-mpi: rank {rank}: {error}")
-            Group(_world()).abort(error.exit_code)
+            _abort(error.exit_code)
         if rank == 0:
             _say(f"mlm-mpi: {error}")
         code = error.exit_code
@@ -89,12 +94,12 @@ def supervise(body: Callable[[], int], rank: int | None = None) -> int:
         _say("mlm-mpi: interrupted")
         code = 130
         if _mpi_is_up() and size > 1:
-            Group(_world()).abort(code)
+            _abort(code)
     except Exception:
         _say(f"mlm-mpi: rank {rank} of {size} failed:\n{traceback.format_exc()}")
         code = 1
         if _mpi_is_up() and size > 1:
-            Group(_world()).abort(code)
+            _abort(code)
     finish()
     return code
 
@@ -112,7 +117,7 @@ def _mpi_is_up() -> bool:
     return MPI.Is_initialized() and not MPI.Is_finalized()
 
 
-def _world():  # type: ignore[no-untyped-def]
+def _abort(code: int) -> None:
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD
+    MPI.COMM_WORLD.Abort(code)

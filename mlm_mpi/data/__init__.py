@@ -1,0 +1,1 @@
+"""From text to micro-batches: cleaning, tokenizer, shards, catalog, sampler, loader."""

@@ -1,0 +1,1 @@
+"""What a trained model is for: data, head and metrics of a task."""

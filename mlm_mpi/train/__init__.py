@@ -1,0 +1,1 @@
+"""Training: who runs which micro-batch, one step, checkpoints, the loop."""

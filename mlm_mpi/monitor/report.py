@@ -1,0 +1,43 @@
+"""Pictures of a run, drawn from its metrics file."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mlm_mpi.errors import MlmError
+from mlm_mpi.monitor.metrics import read_metrics
+
+
+def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draws training and held-out loss against steps as a PNG. Raises MlmError where there is nothing to draw."""
+    records = read_metrics(metrics_path)
+    training = _series(records, "loss")
+    heldout = _series(records, "heldout_loss")
+    if not training[0] and not heldout[0]:
+        raise MlmError(f"{metrics_path} holds no losses yet: train at least one step")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)  # the object API: no display, no state shared with the caller
+    axes = figure.add_subplot()
+    axes.plot(*training, color="tab:blue", linewidth=1, label="training")
+    if heldout[0]:
+        axes.plot(*heldout, color="tab:orange", marker="o", linewidth=1.5, label="held-out")
+        axes.annotate(
+            f"{heldout[1][-1]:.3f}", (heldout[0][-1], heldout[1][-1]), xytext=(-4, 8), textcoords="offset points",
+            ha="right", color="tab:orange",
+        )  # fmt: skip
+    axes.set_xlabel("step (optimiser updates)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        with Path(png_path).open("wb") as file:
+            canvas.print_png(file)
+    except OSError as error:
+        raise MlmError(f"cannot write {png_path}: {error.strerror}: make room or give another folder") from None
+
+
+def _series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None and "step" in record]
+    return [step for step, _ in points], [value for _, value in points]

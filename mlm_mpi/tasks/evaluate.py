@@ -1,0 +1,38 @@
+"""`mlm-mpi evaluate RUN`: held-out quality of a trained model. Needs no MPI."""
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from mlm_mpi.tasks import language_model as lm
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mlm-mpi evaluate`."""
+    parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
+    parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    trained = lm.load(Path(args.run), Path(args.data) if args.data else None)
+    quality = lm.evaluate(trained)
+    numbers = {
+        "step": trained.step, "loss": quality.loss, "perplexity": quality.perplexity,
+        "bits_per_character": quality.bits_per_character, "tokens": quality.tokens, "characters": quality.characters,
+    }  # fmt: skip
+    if args.baselines:
+        numbers["unigram_bits_per_character"] = lm.unigram_bits_per_character(trained.catalog, trained.tokenizer.vocab_size)
+        numbers["xz_bits_per_character"] = lm.xz_bits_per_character(trained.catalog, trained.tokenizer)
+    if args.json:
+        print(msgspec.json.encode(numbers).decode())
+        return 0
+    print(f"held-out text       {quality.tokens:,} tokens, {quality.characters:,} characters; checkpoint of step {trained.step}")
+    print(f"loss                {quality.loss:.4f} nats per token, perplexity {quality.perplexity:.2f}")
+    print(f"bits per character  {quality.bits_per_character:.3f}")
+    if args.baselines:
+        print(f"  baselines         {numbers['unigram_bits_per_character']:.3f} unigram tokens, {numbers['xz_bits_per_character']:.3f} xz -9e after the training text")
+    return 0

@@ -1,0 +1,40 @@
+"""`mlm-mpi generate RUN --prompt TEXT`: streams a continuation to the terminal. Needs no MPI."""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+from mlm_mpi.data.tokenizer import StreamDecoder
+from mlm_mpi.errors import ConfigError
+from mlm_mpi.tasks import language_model as lm
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mlm-mpi generate`."""
+    parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.tokens < 1:
+        raise ConfigError(f"--tokens {args.tokens} must be at least 1")
+    sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    trained = lm.load(Path(args.run))
+    end = trained.tokenizer.eot
+    prompt = [end, *trained.tokenizer.encode(args.prompt)]
+    decoder = StreamDecoder(trained.tokenizer)
+    sys.stdout.write(args.prompt)
+    for token in itertools.islice(lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling), args.tokens):
+        if token == end:
+            break
+        sys.stdout.write(decoder.push(token))
+        sys.stdout.flush()
+    print(decoder.flush())
+    return 0

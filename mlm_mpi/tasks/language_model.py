@@ -1,0 +1,176 @@
+"""A trained language model read from its run folder: held-out quality, baselines, continuation of a prompt."""
+
+import lzma
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import threadpoolctl
+
+from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config import Config
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.loader import TokenStream, heldout_batches
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.layers.attention import KeyValueCache
+from mlm_mpi.layers.base import Context
+from mlm_mpi.models import gpt
+from mlm_mpi.models.stack import Stack
+from mlm_mpi.params.store import FlatStore
+from mlm_mpi.rng import key_of, uniform
+from mlm_mpi.train import checkpoint
+from mlm_mpi.train.folder import open_run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its newest sound weights, on one process, and the data it was trained on."""
+
+    config: Config
+    stack: Stack
+    catalog: Catalog
+    tokenizer: Tokenizer
+    step: int
+
+
+def load(run: Path, data: Path | None = None) -> Trained:
+    """The newest sound checkpoint of a run. `data`: a catalog other than the one it was trained on.
+
+    Raises ConfigError, CheckpointError, or DataError if the catalog has another tokenizer.
+    """
+    folder, config = open_run(run)
+    threadpoolctl.threadpool_limits(config.numerics.threads)
+    keep_freed_memory()
+    place, manifest = checkpoint.latest(folder.checkpoints)
+    catalog = Catalog.open(data or Path(config.data.dir))
+    tokenizer = catalog.tokenizer()
+    if tokenizer.hash != manifest.tokenizer:
+        raise DataError(
+            f"{catalog.folder} has another tokenizer ({tokenizer.hash[:12]}) than {run} was trained with "
+            f"({manifest.tokenizer[:12]}): prepare it with --tokenizer {config.data.dir}/tokenizer.json"
+        )
+    stack = gpt.build(config.model, manifest.vocabulary)
+    store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype)
+    checkpoint.restore(place, manifest, store, {"weights": store.data})
+    return Trained(config, stack, catalog, tokenizer, manifest.step)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Held-out quality. Bits per character compare across tokenizers; the text's first token is not predicted."""
+
+    loss: float  # nats per token
+    tokens: int
+    characters: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.loss * self.tokens / math.log(2) / self.characters
+
+
+def evaluate(trained: Trained) -> Quality:
+    """Quality on every target of the held-out split."""
+    total, targets = 0.0, 0
+    stream = TokenStream(trained.catalog, "heldout")
+    for batch in heldout_batches(stream, trained.config.model.context, trained.config.eval.rows):
+        total += trained.stack.loss(batch.ids, batch.targets, batch.mask, Context())
+        targets += batch.targets_count
+    return Quality(total / targets, targets, trained.catalog.characters("heldout"))
+
+
+def unigram_bits_per_character(catalog: Catalog, vocabulary: int) -> float:
+    """Bits per character of the held-out tokens under training frequencies, add-one smoothed."""
+    training, heldout = TokenStream(catalog, "train"), TokenStream(catalog, "heldout")
+    counts = np.ones(vocabulary)
+    for start in range(0, training.tokens, 1 << 20):
+        counts += np.bincount(training.read(start, min(start + (1 << 20), training.tokens)), minlength=vocabulary)
+    bits = -np.log2(counts / counts.sum())
+    targets = heldout.read(1, heldout.tokens)
+    return float(bits[targets].sum() / catalog.characters("heldout"))
+
+
+def xz_bits_per_character(catalog: Catalog, tokenizer: Tokenizer) -> float:
+    """Bits per character that `xz -9e` adds for the held-out text after having seen the training text.
+
+    The training text is cut to its last 64 MiB, xz's window.
+    """
+    training = _text(TokenStream(catalog, "train"), tokenizer)[-(64 << 20) :]
+    heldout = _text(TokenStream(catalog, "heldout"), tokenizer)
+    added = len(_xz(training + heldout)) - len(_xz(training))
+    return 8.0 * added / catalog.characters("heldout")
+
+
+def _text(stream: TokenStream, tokenizer: Tokenizer) -> bytes:
+    return tokenizer.decode(stream.read(0, stream.tokens).tolist()).encode()
+
+
+def _xz(content: bytes) -> bytes:
+    return lzma.compress(content, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0: the likeliest. top_k 0 and top_p 1: no cut.
+
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1904.09751 (top-p).
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for condition, text in (
+            (self.temperature >= 0, f"--temperature {self.temperature} must not be negative"),
+            (self.top_k >= 0, f"--top-k {self.top_k} must not be negative (0: no cut)"),
+            (0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]"),
+        ):
+            if not condition:
+                raise ConfigError(text)
+
+
+def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
+    """Token number `number` of a continuation, drawn from logits (V,)."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype("f8") / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    cumulative = np.cumsum(weights / weights.sum())
+    kept = int(np.searchsorted(cumulative, sampling.top_p)) + 1 if sampling.top_p < 1 else len(order)
+    cumulative = cumulative[:kept] / cumulative[min(kept, len(order)) - 1]
+    draw = float(uniform(key_of(sampling.seed, "generate"), number, 1)[0])
+    return int(order[min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)])
+
+
+def continue_prompt(stack: Stack, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True) -> Iterator[int]:
+    """Endless continuation of a prompt of at least one token.
+
+    When the context is full, the newest half of it is read again and generation goes on from there.
+    `cached=False` reads the whole window for every token: the reference for the cache.
+    """
+    held = list(prompt)[-context:]
+    cache, unread, number = KeyValueCache(context), list(held), 0
+    while True:
+        if cached:
+            logits = stack.logits(np.array([unread]), Context(cache=cache))[0, -1]
+        else:
+            logits = stack.logits(np.array([held]), Context())[0, -1]
+        token = choose(logits, sampling, number)
+        yield token
+        number += 1
+        held, unread = [*held, token], [token]
+        if len(held) > context:
+            held = held[-max(1, context // 2) :]
+            cache, unread = KeyValueCache(context), list(held)

@@ -1,0 +1,334 @@
+"""Checkpoints: HDF5 parts by writer, an index of virtual datasets, a manifest with hashes, one rename.
+
+    checkpoints/step-00000100/part-0000.h5 …  each rank's rows of every parameter and moment
+                              index.h5        virtual datasets: whole arrays for any HDF5 tool
+                              manifest.json   step, configuration, SHA-256 and size of every part
+
+A part is built in memory (h5py on a full disk takes the interpreter down with it), hashed, written and
+fsynced under a hidden name; when all ranks have done so rank 0 adds index and manifest, fsyncs the folder
+and renames it. A folder named step-… is therefore complete, and a reader trusts only the hashes: an HDF5
+file whose writer was killed may open cleanly and be incomplete. No pickle anywhere.
+"""
+
+import hashlib
+import io
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import msgspec
+import numpy as np
+
+from mlm_mpi.comm.group import Group
+from mlm_mpi.data.files import publish, sync_folder
+from mlm_mpi.errors import CheckpointError, MlmError
+from mlm_mpi.params.layout import cut
+from mlm_mpi.params.store import FlatStore
+
+FORMAT = 1
+_CHUNK_BYTES = 1 << 20
+_PREFIX, _HIDDEN = "step-", ".writing-"
+
+Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a checkpoint, and the rows [start, stop) of each parameter it holds."""
+
+    file: str
+    bytes: int
+    sha256: str
+    rows: dict[str, tuple[int, int]]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint is. `step`: updates done, and the number of the next one."""
+
+    format: int
+    step: int
+    dtype: str
+    shapes: dict[str, list[int]]
+    buffers: list[str]
+    parts: list[Part]
+    config: dict[str, Any]
+    vocabulary: int
+    tokenizer: str
+    catalog: str
+    fingerprint: dict[str, Any]
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A part or manifest that is missing, truncated or altered: the checkpoint before may still do."""
+
+
+def row_ranges(store: FlatStore, writers: int, writer: int) -> dict[str, tuple[int, int]]:
+    """Rows of dim 0 of each parameter that a writer saves; parameters of which it saves none are left out."""
+    ranges = {span.parameter.name: cut(span.shape[0], writers, writer) for span in store.spans}
+    return {name: (start, stop) for name, (start, stop) in ranges.items() if stop > start}
+
+
+def part_image(store: FlatStore, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> bytes:
+    """An HDF5 file with /<buffer>/<parameter> of the given rows, as bytes; no timestamps, all checksummed."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w", libver="latest") as file:
+        for kind, flat in buffers.items():
+            views = store.named(flat)
+            for name, (start, stop) in rows.items():
+                value = np.asarray(views[name][start:stop])
+                row_bytes = max(1, value[:1].nbytes)
+                chunk = (max(1, min(len(value), _CHUNK_BYTES // row_bytes)), *value.shape[1:])
+                dataset = file.create_dataset(
+                    f"{kind}/{name}", data=value, chunks=chunk, fletcher32=True, track_times=False
+                )
+                dataset.attrs["first_row"] = start
+    return memory.getvalue()
+
+
+def index_image(manifest: Manifest) -> bytes:
+    """An HDF5 file whose virtual datasets join the parts to whole arrays."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w", libver="latest") as file:
+        file.attrs["step"] = manifest.step
+        for kind in manifest.buffers:
+            for name, shape in manifest.shapes.items():
+                layout = h5py.VirtualLayout(tuple(shape), dtype=manifest.dtype)
+                for part in manifest.parts:
+                    if name in part.rows:
+                        start, stop = part.rows[name]
+                        source = h5py.VirtualSource(
+                            part.file, f"{kind}/{name}", (stop - start, *shape[1:]), manifest.dtype
+                        )
+                        layout[start:stop] = source
+                file.create_virtual_dataset(f"{kind}/{name}", layout)
+    return memory.getvalue()
+
+
+@dataclass
+class _Write:
+    """One rank's part under way: a snapshot, the thread that writes it, what came of it."""
+
+    step: int
+    thread: threading.Thread | None = None
+    part: Part | None = None
+    error: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.part is not None or self.error is not None
+
+
+class Saver:
+    """Writes checkpoints, in the background where asked; every rank has one. MPI is called by `begin` and `publish` only."""
+
+    def __init__(
+        self, folder: Path, store: FlatStore, buffers: Buffers, group: Group, keep: int, background: bool
+    ) -> None:
+        self.folder, self.store, self.buffers, self.group = folder, store, buffers, group
+        self.keep, self.background = keep, background
+        self.write: _Write | None = None
+
+    @property
+    def busy(self) -> bool:
+        """A save was begun and is not yet published. The same on all ranks."""
+        return self.write is not None
+
+    @property
+    def written(self) -> bool:
+        """My part of the save under way is on disk, or has failed."""
+        return self.write is not None and self.write.over
+
+    def begin(self, step: int) -> None:
+        """Takes a snapshot of my rows and starts to write it. Collective (all ranks begin the same save)."""
+        rows = row_ranges(self.store, self.group.size, self.group.rank)
+        write = self.write = _Write(step)
+        if not self.background:
+            self._write_part(write, self.buffers, rows)
+            return
+        snapshot = {kind: flat.copy() for kind, flat in self.buffers.items()}
+        write.thread = threading.Thread(
+            target=self._write_part, args=(write, snapshot, rows), name="checkpoint", daemon=True
+        )
+        write.thread.start()
+
+    def _write_part(self, write: _Write, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> None:
+        name = f"part-{self.group.rank:04}.h5"
+        try:
+            hidden = self._hidden(write.step)
+            hidden.mkdir(parents=True, exist_ok=True)
+            image = part_image(self.store, buffers, rows)
+            digest = publish(hidden / name, image)
+            write.part = Part(name, len(image), digest, rows)
+        except (MlmError, OSError, MemoryError) as error:
+            write.error = str(error) or type(error).__name__
+
+    def publish(self, about: dict[str, Any]) -> str | None:
+        """Makes the save under way visible, or removes it; returns what went wrong, the same everywhere. Collective.
+
+        `about` holds the manifest's fields that the saver does not know.
+        """
+        write = self.write
+        assert write is not None, "publish follows begin"
+        self.group.wait_until(lambda: None if write.over else [self.group.rank], "its own checkpoint part")
+        if write.thread is not None:
+            write.thread.join()
+        self.write = None
+        reports = self.group.allgather([msgspec.to_builtins(write.part), write.error], "checkpoint parts")
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error is not None]
+        if self.group.rank == 0:
+            try:
+                if not errors:
+                    self._publish(write.step, [msgspec.convert(part, Part) for part, _ in reports], about)
+            except (MlmError, OSError) as error:
+                errors = [str(error)]
+            if errors:
+                shutil.rmtree(self._hidden(write.step), ignore_errors=True)
+        errors = self.group.broadcast(errors, "whether the checkpoint was published")
+        return errors[0] if errors else None
+
+    def _publish(self, step: int, parts: list[Part], about: dict[str, Any]) -> None:
+        manifest = Manifest(
+            format=FORMAT, step=step, dtype=self.store.dtype.name,
+            shapes={s.parameter.name: list(s.shape) for s in self.store.spans},
+            buffers=list(self.buffers), parts=parts, **about,
+        )  # fmt: skip
+        hidden, final = self._hidden(step), self.folder / f"{_PREFIX}{step:08}"
+        publish(hidden / "index.h5", index_image(manifest))
+        body = msgspec.json.encode(manifest, order="sorted")
+        seal = hashlib.sha256(body).hexdigest()
+        publish(hidden / "manifest.json", msgspec.json.encode({"sha256": seal, "manifest": msgspec.Raw(body)}))
+        if final.exists():  # the same step, saved by an earlier start of this run
+            shutil.rmtree(final)
+        hidden.rename(final)
+        sync_folder(self.folder)
+        for old in published(self.folder)[self.keep :]:
+            shutil.rmtree(old)
+
+    def _hidden(self, step: int) -> Path:
+        return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
+
+
+def published(folder: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+
+
+def exists(folder: Path, step: int, group: Group) -> bool:
+    """Whether this step is published, as rank 0 sees it. Collective."""
+    seen = (folder / f"{_PREFIX}{step:08}").is_dir() if group.rank == 0 else None
+    return bool(group.broadcast(seen, f"whether step {step} is saved"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what saves that never ended left behind; only for the owner of the run's lock."""
+    for left in folder.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest, its seal checked. Raises DamagedCheckpoint."""
+    path = checkpoint / "manifest.json"
+    try:
+        sealed = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+        body = bytes(sealed["manifest"])
+        if msgspec.json.decode(sealed["sha256"], type=str) != hashlib.sha256(body).hexdigest():
+            raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except (OSError, KeyError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it")
+    return manifest
+
+
+def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buffers) -> None:
+    """Fills flat buffers from every part, each verified before a byte of it is parsed.
+
+    Works for any number of writers and readers. Raises DamagedCheckpoint naming the file, CheckpointError
+    if the model is another one.
+    """
+    shapes = {span.parameter.name: list(span.shape) for span in store.spans}
+    if shapes != manifest.shapes:
+        raise CheckpointError(f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: give the configuration it was saved with, or another --run")
+    if not set(buffers) <= set(manifest.buffers):
+        raise CheckpointError(f"{checkpoint} holds {', '.join(manifest.buffers)}, this run needs {', '.join(buffers)}: keep optim.name")
+    views = {kind: store.named(flat) for kind, flat in buffers.items()}
+    covered = dict.fromkeys(shapes, 0)
+    for part in manifest.parts:
+        with h5py.File(io.BytesIO(_verified(checkpoint / part.file, part)), "r") as file:
+            for name, (start, stop) in part.rows.items():
+                covered[name] += stop - start
+                for kind in buffers:
+                    views[kind][name][start:stop] = file[f"{kind}/{name}"][...]
+    short = [name for name, rows in covered.items() if rows != shapes[name][0]]
+    if short:
+        raise DamagedCheckpoint(f"{checkpoint}: the parts do not hold all rows of {short[0]}")
+
+
+def _verified(path: Path, part: Part) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) != part.bytes:
+        raise DamagedCheckpoint(f"{path} has {len(content)} bytes, its manifest says {part.bytes}")
+    if hashlib.sha256(content).hexdigest() != part.sha256:
+        raise DamagedCheckpoint(f"{path} does not match the SHA-256 in its manifest")
+    return content
+
+
+def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+    for name in sorted({*saved, *now}):
+        if saved.get(name) != now.get(name):
+            return f"{name} has shape {saved.get(name)} there and {now.get(name)} in this run"
+    return "parameters come in another order there"
+
+
+def latest(folder: Path) -> tuple[Path, Manifest]:
+    """The newest checkpoint whose manifest is sound. Raises CheckpointError if there is none."""
+    problems: list[str] = []
+    for checkpoint in published(folder):
+        try:
+            return checkpoint, read_manifest(checkpoint)
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+    raise CheckpointError(_none_left(folder, problems))
+
+
+def _none_left(folder: Path, problems: Sequence[str]) -> str:
+    if problems:
+        return f"every checkpoint in {folder} is damaged ({problems[0]}): restore one, or start another --run"
+    return f"{folder} holds no checkpoint: train first, or give the --run folder of a run that saved one"
+
+
+def resume(
+    folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Any
+) -> tuple[Path, Manifest] | None:
+    """Restores the newest sound checkpoint on all ranks; None if there is none at all. Collective.
+
+    A damaged one is named and the one before is tried. Raises CheckpointError, agreed, if all are damaged
+    or the model is another one.
+    """
+    names = group.broadcast([path.name for path in published(folder)] if group.rank == 0 else None, "checkpoints")
+    problems: list[str] = []
+    for name in names:
+        damage, manifest = None, None
+        with group.together(f"checkpoint {name}"):
+            try:
+                manifest = read_manifest(folder / name)
+                restore(folder / name, manifest, store, buffers)
+            except DamagedCheckpoint as error:
+                damage = str(error)
+        found = [text for text in group.allgather(damage, f"damage of {name}") if text is not None]
+        if not found and manifest is not None:
+            return folder / name, manifest
+        problems.append(found[0])
+        say(f"ALARM checkpoint {name} is damaged ({found[0]}): trying the one before")
+    if problems:
+        error_ = CheckpointError(_none_left(folder, problems))
+        error_.agreed = True
+        raise error_
+    return None

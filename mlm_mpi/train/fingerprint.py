@@ -1,0 +1,50 @@
+"""The numerics fingerprint: everything that decides bits apart from data, weights and hyper-parameters.
+
+Two runs promise the same bits where their fingerprints agree. BLAS kernels and NumPy's SIMD paths are
+part of it: OpenBLAS gives other bits with its Haswell kernels than with SkylakeX.
+"""
+
+import hashlib
+from typing import Any
+
+import msgspec
+import numpy as np
+import threadpoolctl
+
+import mlm_mpi
+from mlm_mpi.config import Config
+
+
+def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
+    """Named facts, plain data."""
+    blas = [
+        f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    ]
+    facts = {
+        "mlm_mpi": mlm_mpi.__version__,
+        "numpy": np.__version__,
+        "simd": np.show_config(mode="dicts")["SIMD Extensions"]["found"],
+        "blas": blas,
+        "threads": config.numerics.threads,
+        "level": config.numerics.level,
+        "dtype": config.train.dtype,
+        "micro_batches": config.train.micro_batches,
+        "rows": config.train.rows,
+        "lanes": config.train.lanes,
+        "reduction": config.comm.reduction,
+    }
+    if config.comm.reduction == "allreduce":
+        facts["ranks"] = ranks  # its order of summation is the library's
+    return facts
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """12 hex digits that stand for a fingerprint."""
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:12]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """`name: one → other` for each fact that differs."""
+    return [f"{name}: {one.get(name)} → {other.get(name)}" for name in sorted({*one, *other}) if one.get(name) != other.get(name)]

@@ -1,0 +1,187 @@
+"""One copy of the model on one rank, and the step that keeps all copies equal.
+
+A step: my micro-batches, lane by lane; the global sum; one exchange of losses; norm, clipping, update.
+Every rank sees the same losses, the same norm and the same flags, so every rank decides alike.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
+from mlm_mpi.config import Config
+from mlm_mpi.data.loader import MicroBatch
+from mlm_mpi.errors import NumericsError
+from mlm_mpi.layers.base import Context
+from mlm_mpi.models import gpt
+from mlm_mpi.optim import make_optimizer
+from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.optim.schedule import learning_rate
+from mlm_mpi.params.layout import cut
+from mlm_mpi.params.store import FlatStore
+from mlm_mpi.train.assignment import Assignment
+
+NextBatch = Callable[[], MicroBatch]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on all ranks but for this rank's times. `notes`: every rank's notes (R, k)."""
+
+    loss: float  # mean nats per target
+    targets: int
+    gradient_norm: float
+    learning_rate: float
+    step_s: float
+    exposed_s: float
+    notes: np.ndarray
+
+
+class Replica:
+    """Model, flat store, optimiser and reduction of a rank."""
+
+    def __init__(self, config: Config, vocabulary: int, mesh: Mesh) -> None:
+        self.config, self.mesh, train = config, mesh, config.train
+        self.group = mesh.group("dp")
+        self.stack = gpt.build(config.model, vocabulary)
+        self.store = FlatStore(self.stack.parameter_blocks(), mesh, train.dtype)
+        self.optimizer = make_optimizer(config.optim, self.store)
+        self.assignment = Assignment(train.micro_batches, train.lanes, self.group.size)
+        self.reduction = self._make_reduction()
+        self._rows = max(len(self.assignment.of_rank(rank)) for rank in range(self.group.size))
+
+    def _make_reduction(self) -> Reduction:
+        comm, train, segments = self.config.comm, self.config.train, self.store.segments
+        group = self.group.duplicate()  # tags of gradients must not meet other messages
+        bucket_bytes = comm.bucket_mib * 2**20
+        if comm.reduction == "allreduce":
+            return Allreduce(group, segments, bucket_bytes, train.dtype, comm.overlap)
+        ranges = [self.assignment.lanes_of(rank) for rank in range(group.size)]
+        return Canonical(group, train.lanes, ranges, segments, bucket_bytes, train.dtype, comm.overlap, cut)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a step changes, as flat buffers by name."""
+        return {"weights": self.store.data, **self.optimizer.state()}
+
+    def plan(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """(step, micro-batch) pairs this rank runs in steps [first, stop)."""
+        mine = self.assignment.of_rank(self.group.rank)
+        return [(step, index) for step in range(first, stop) for index in mine]
+
+    def step(self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = ()) -> StepResult:
+        """One update. Collective over dp. Raises NumericsError on every rank before any update."""
+        began = time.perf_counter()
+        batches, losses = self._run_micro_batches(step, next_batch)
+        total = self.reduction.finish()
+        loss, targets, all_notes = self._exchange(step, batches, losses, notes)
+        rate = learning_rate(self.config.optim, self.config.train.steps, step)
+        length, broken = norm(self.store, total)
+        if not math.isfinite(loss) or broken is not None:
+            self._blame(step, batches, losses, broken)
+        factor = clip_factor(self.config.optim.clip, length / targets)
+        self.optimizer.step(total, rate, factor / targets, step + 1)
+        seconds = time.perf_counter() - began
+        return StepResult(loss / targets, targets, length / targets, rate, seconds, self.reduction.exposed_s, all_notes)
+
+    def _run_micro_batches(self, step: int, next_batch: NextBatch) -> tuple[list[MicroBatch], list[float]]:
+        batches: list[MicroBatch] = []
+        losses: list[float] = []
+        self.reduction.begin()
+        first, stop = self.assignment.lanes_of(self.group.rank)
+        for lane in range(first, stop):
+            buffer, fresh = self.reduction.open_lane(lane)
+            self.store.point_gradients(buffer)
+            members = self.assignment.micro_batches_of(lane)
+            for index in members:
+                batch = next_batch()
+                last = lane == stop - 1 and index == members[-1]
+                losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
+                batches.append(batch)
+                fresh = False
+            self.reduction.close_lane(lane)
+        return batches, losses
+
+    def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> float:
+        ctx = Context(self.mesh, self.config.train.seed, batch.step, batch.index, True, accumulate)
+        return self.stack.loss_and_grad(batch.ids, batch.targets, batch.mask, ctx, ready)
+
+    def _exchange(
+        self, step: int, batches: list[MicroBatch], losses: list[float], notes: tuple[float, ...]
+    ) -> tuple[float, int, np.ndarray]:
+        """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
+        row = np.zeros(2 * self._rows + len(notes))
+        row[: len(losses)] = losses
+        row[self._rows : self._rows + len(batches)] = [batch.targets_count for batch in batches]
+        row[2 * self._rows :] = notes
+        table = self.group.allgather_array(row, f"the losses of step {step}")
+        counts = [len(self.assignment.of_rank(rank)) for rank in range(self.group.size)]
+        loss, targets = 0.0, 0.0
+        for rank, count in enumerate(counts):  # ranks hold contiguous micro-batches: this is their order
+            for k in range(count):
+                loss += float(table[rank, k])
+                targets += float(table[rank, self._rows + k])
+        return loss, int(targets), table[:, 2 * self._rows :]
+
+    def _blame(self, step: int, batches: list[MicroBatch], losses: list[float], broken: str | None) -> None:
+        """Runs this step's micro-batches again, one by one, and names the first that is not finite."""
+        self.store.point_gradients(self.store.new_buffer())
+        found = []
+        for batch, loss in zip(batches, losses, strict=True):
+            self._loss_and_grad(batch, False, None)
+            culprits = [s.parameter.name for s in self.store.spans if not np.isfinite(s.parameter.grad).all()]
+            if culprits or not math.isfinite(loss):
+                found.append((batch.index, culprits[0] if culprits else None, str(loss)))
+        reports = sorted(r for reports in self.group.allgather(found, "the culprit's name") for r in reports)
+        if reports:
+            index, name, text = reports[0]
+            where = f"micro-batch {index}: loss {text}, gradient of {name or 'no parameter'} is not finite"
+        else:
+            where = f"gradient of {broken} overflows only in the sum over micro-batches"
+        error = NumericsError(
+            f"step {step}, {where}; weights are as step {step} found them: "
+            "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+        )
+        error.agreed = True
+        raise error
+
+    def heldout_loss(self, batch_of: Callable[[int], MicroBatch], count: int) -> float:
+        """Mean nats per target over `count` held-out micro-batches, the same bits on any number of ranks. Collective."""
+        ranks, rank = self.group.size, self.group.rank
+        rounds = -(-count // ranks)
+        row = np.zeros((rounds, 2))
+        ctx = Context(self.mesh)
+        for k in range(rounds):
+            number = k * ranks + rank
+            if number < count:
+                batch = batch_of(number)
+                row[k] = self.stack.loss(batch.ids, batch.targets, batch.mask, ctx), batch.targets_count
+        table = self.group.allgather_array(row, "held-out losses")  # (R, rounds, 2)
+        ordered = table.swapaxes(0, 1).reshape(-1, 2)[:count]
+        loss, targets = 0.0, 0.0
+        for one, n in ordered.tolist():
+            loss, targets = loss + one, targets + n
+        return loss / targets
+
+
+def bytes_held(replica: Replica) -> dict[str, int]:
+    """Bytes of a rank by what holds them, activations left out."""
+    held = {"weights": replica.store.data.nbytes, "gradients": replica.reduction.costs()["held_bytes"]}
+    held["optimiser"] = sum(buffer.nbytes for buffer in replica.optimizer.state().values())
+    return held
+
+
+def config_differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """`section.key: saved → now` for each key that differs from a saved configuration."""
+    now = msgspec.to_builtins(config)
+    return [
+        f"{section}.{key}: {saved.get(section, {}).get(key)} → {value}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if saved.get(section, {}).get(key) != value
+    ]

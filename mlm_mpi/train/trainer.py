@@ -1,0 +1,321 @@
+"""The training loop.
+
+    open the data · build the replica · resume · step, step, step · save · report
+
+All ranks run this function. What one rank decides alone (its clock, a signal, a failed write) travels
+with the next step's losses as a note, so that all ranks act on it at the same step.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import threadpoolctl
+
+from mlm_mpi import config as configuration
+from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.kernels import serving
+from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config import Config
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.loader import Loader, TokenStream, heldout_batch, heldout_count
+from mlm_mpi.data.sampler import Sampler, windows_of
+from mlm_mpi.errors import CheckpointError, MlmError
+from mlm_mpi.monitor.metrics import MetricsLog
+from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
+from mlm_mpi.monitor.report import loss_curve
+from mlm_mpi.train import checkpoint
+from mlm_mpi.train.fingerprint import differences, digest, fingerprint
+from mlm_mpi.train.folder import RunFolder
+from mlm_mpi.train.replica import Replica, StepResult, bytes_held, config_differences
+
+_STOP, _WRITTEN = 0, 1  # columns of a step's notes
+
+# keys that may differ on resume without another run being meant
+_FREE = ("checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a start of a run may choose without changing what the run computes."""
+
+    run: Path
+    resume: str = "auto"  # auto | never | must
+    max_time_s: float | None = None
+    max_steps: int | None = None
+    quiet: bool = False
+
+
+class StopRequest:
+    """SIGUSR1, SIGTERM or SIGINT, or a limit of this start: a wish to stop, acted on by all ranks together."""
+
+    def __init__(self, max_time_s: float | None, max_steps: int | None) -> None:
+        self.reason: str | None = None
+        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._steps_left = max_steps
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handles the signals while the block runs."""
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.reason = signal.Signals(number).name
+
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop after the step at hand; asked once per step."""
+        if self._steps_left is not None:
+            self._steps_left -= 1
+            if self._steps_left <= 0:
+                self.reason = self.reason or "--max-steps"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.reason = self.reason or "--max-time"
+        return self.reason is not None
+
+
+class Trainer:
+    """A run on one rank: its data, its replica, its folder, and the loop over steps."""
+
+    def __init__(self, config: Config, options: Options, group: Group) -> None:
+        threadpoolctl.threadpool_limits(config.numerics.threads)
+        keep_freed_memory()
+        self.config, self.options = config, options
+        self.group = group.with_timeout(config.comm.timeout_s)
+        self.stop = StopRequest(options.max_time_s, options.max_steps)
+        self.folder = RunFolder(options.run)
+        with self.group.together("opening the data"):
+            configuration.check_ranks(config, group.size)
+            self._open_data()
+        self.replica = Replica(config, self.vocabulary, Mesh(self.group))
+        self.facts = fingerprint(config, group.size)
+        self.incomparable = self._compare_fingerprints()
+
+    def _open_data(self) -> None:
+        config = self.config
+        self.catalog = Catalog.open(config.data.dir)
+        self.catalog.check_files()
+        tokenizer = self.catalog.tokenizer()
+        self.vocabulary, self.tokenizer_hash = tokenizer.vocab_size, tokenizer.hash
+        windows = windows_of(self.catalog.tokens("train"), config.model.context)
+        sampler = Sampler(config.train.seed, windows, config.train.micro_batches, config.train.rows)
+        self.loader = Loader(TokenStream(self.catalog, "train"), sampler, config.model.context, config.data.prefetch)
+        self.heldout = TokenStream(self.catalog, "heldout")
+
+    def _compare_fingerprints(self) -> str | None:
+        """Why bits cannot be compared with other runs of this configuration; None if they can. Collective."""
+        everybody = self.group.allgather(self.facts, "numerics fingerprints")
+        for rank, facts in enumerate(everybody):
+            if facts != everybody[0]:
+                return f"rank {rank} differs from rank 0 in {differences(everybody[0], facts)[0]}"
+        return None
+
+    def run(self) -> int:
+        """Trains to the last step, or to the agreed stop. Collective."""
+        with self.group.together("taking the run folder"):
+            if self.group.rank == 0:
+                self.folder.acquire()
+                checkpoint.remove_unfinished(self.folder.checkpoints)
+        step = self._resume()
+        show = self._open_display(step)
+        buffers, keep = self.replica.state(), self.config.checkpoint.keep
+        self.saver = checkpoint.Saver(
+            self.folder.checkpoints, self.replica.store, buffers, self.group, keep, self.config.checkpoint.background
+        )
+        try:
+            with self.stop.listening():
+                step = self._train(step, show)
+                self._save_finally(step, show)
+        except MlmError as error:
+            if error.agreed and self.saver.busy:  # all ranks are here: what was begun before is not lost
+                self._publish(show)
+            raise
+        finally:
+            self.loader.close()
+            show.close()
+        return self._report(step, show)
+
+    def _train(self, step: int, show: Reporter) -> int:
+        """Steps until the last one or until a rank wants to stop; returns the number of steps done."""
+        self.loader.start(iter(self.replica.plan(step, self.config.train.steps)))
+        while step < self.config.train.steps:
+            waited = self.loader.waited_s
+            notes = (float(self.stop.wanted()), float(self.saver.written))
+            result = self.replica.step(step, self.loader.next, notes)
+            step += 1
+            if self.saver.busy and result.notes[:, _WRITTEN].all():
+                self._publish(show)
+            last = step == self.config.train.steps
+            heldout = self._evaluate() if last or self._is_time(self.config.eval.every, step) else None
+            self._record(step, result, self.loader.waited_s - waited, heldout, show)
+            if result.notes[:, _STOP].any():
+                break
+            if self._is_time(self.config.checkpoint.every, step) and not last:
+                if self.saver.busy:
+                    self._publish(show)
+                self.saver.begin(step)
+        return step
+
+    def _is_time(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _evaluate(self) -> float:
+        """Held-out loss in nats per target. Collective."""
+        model, wanted = self.config.model, self.config.eval
+        count = heldout_count(self.heldout.tokens, model.context, wanted.rows, wanted.windows)
+        return self.replica.heldout_loss(
+            lambda number: heldout_batch(self.heldout, model.context, wanted.rows, number, wanted.windows), max(1, count)
+        )
+
+    def _record(self, step: int, result: StepResult, waited_s: float, heldout: float | None, show: Reporter) -> None:
+        rate = result.targets / result.step_s
+        show.update(
+            step, result.loss, rate, result.exposed_s / result.step_s, waited_s / result.step_s,
+            result.learning_rate, heldout,
+        )  # fmt: skip
+        if self.metrics is not None:
+            extra = {} if heldout is None else {"heldout_loss": heldout}
+            self.metrics.write(
+                step=step - 1, loss=result.loss, learning_rate=result.learning_rate, gradient_norm=result.gradient_norm,
+                tokens_per_s=rate, step_s=result.step_s, comm_s=result.exposed_s, wait_s=waited_s, time=time.time(),
+                **extra,
+            )  # fmt: skip
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "config": configuration.to_table(self.config), "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer_hash, "catalog": self.catalog.digest, "fingerprint": self.facts,
+        }  # fmt: skip
+
+    def _publish(self, show: Reporter) -> str | None:
+        """Publishes the save under way; a failure is an alarm, and training goes on. Collective."""
+        problem = self.saver.publish(self._about())
+        if problem is not None:
+            show.message(f"ALARM checkpoint not saved, training goes on: {problem}", important=True)
+        return problem
+
+    def _save_finally(self, step: int, show: Reporter) -> None:
+        """The last checkpoint must succeed. Raises CheckpointError on all ranks. Collective."""
+        if self.saver.busy:
+            self._publish(show)
+        if checkpoint.exists(self.folder.checkpoints, step, self.group):
+            return
+        self.saver.begin(step)
+        problem = self.saver.publish(self._about())
+        if problem is not None:
+            error = CheckpointError(f"the final checkpoint (step {step}) was not saved: {problem}")
+            error.agreed = True
+            raise error
+
+    def _resume(self) -> int:
+        """The step to go on with: 0, or where the newest sound checkpoint stands. Collective."""
+        wish, folder = self.options.resume, self.folder.checkpoints
+        if wish == "never":
+            with self.group.together("looking for old checkpoints"):
+                if checkpoint.published(folder):
+                    raise CheckpointError(
+                        f"{self.folder.path} holds {checkpoint.published(folder)[0].name} and --resume is never: "
+                        "give another --run, or --resume auto"
+                    )
+        found = checkpoint.resume(folder, self.replica.store, self.replica.state(), self.group, self._say)
+        with self.group.together("comparing with the checkpoint"):
+            if found is None:
+                if wish == "must":
+                    raise CheckpointError(f"{folder} holds no checkpoint and --resume is must: use --resume auto")
+            else:
+                self._check_same_run(*found)
+        if found is None:
+            self.replica.store.initialise(self.config.train.seed)
+            return 0
+        return found[1].step
+
+    def _check_same_run(self, path: Path, manifest: checkpoint.Manifest) -> None:
+        """Refuses what would make another run of it, says what may change bits."""
+        if manifest.tokenizer != self.tokenizer_hash or manifest.catalog != self.catalog.digest:
+            what = "tokenizer" if manifest.tokenizer != self.tokenizer_hash else "catalog"
+            raise CheckpointError(
+                f"{path} was trained on another {what} than {self.config.data.dir} holds: set data.dir to its own, "
+                "or give another --run"
+            )
+        changed = [d for d in config_differences(manifest.config, self.config) if not d.startswith(_FREE)]
+        steps = [d for d in changed if d.startswith("train.steps")]
+        others = [d for d in changed if d not in steps]
+        if others:
+            raise CheckpointError(f"{path} was saved with other settings ({others[0]}): restore them, or give another --run")
+        if manifest.step > self.config.train.steps:
+            raise CheckpointError(
+                f"{path} stands at step {manifest.step}, beyond train.steps = {self.config.train.steps}: raise train.steps"
+            )
+        if steps:
+            self._say(f"note: {steps[0]}: the learning-rate schedule changes from step {manifest.step} on")
+        if manifest.fingerprint != self.facts and self.incomparable is None:
+            self.incomparable = f"the checkpoint was written with {differences(manifest.fingerprint, self.facts)[0]}"
+
+    def _say(self, text: str) -> None:
+        if self.group.rank == 0:
+            print(text, flush=True)
+
+    def _open_display(self, step: int) -> Reporter:
+        """Run folder's files, start table, progress; on rank 0 only."""
+        self.metrics: MetricsLog | None = None
+        costs = self.replica.reduction.costs()  # outside of rank 0's branch: no rank does other arithmetic
+        if self.group.rank != 0:
+            return Silent()
+        self.folder.describe(self.config, self.facts, self.group.size)
+        self.metrics = MetricsLog.open(self.folder.metrics, step)
+        if not self.options.quiet:
+            show_plan(f"training {self.folder.path}", self._plan_rows(step, costs))
+        if self.incomparable:
+            self._say(f"ALARM bits are not comparable: {self.incomparable}: pin numerics.level and numerics.threads")
+        return Progress(self.config.train.steps, step, self.config.log.every, self.options.quiet)
+
+    def _plan_rows(self, step: int, costs: dict[str, int]) -> list[tuple[str, str]]:
+        config, train, replica = self.config, self.config.train, self.replica
+        held = {name: f"{name} {value / 2**20:,.1f}" for name, value in bytes_held(replica).items()}
+        total = sum(bytes_held(replica).values()) / 2**20
+        tokens = train.micro_batches * train.rows * config.model.context
+        epochs = self.config.train.steps * train.micro_batches * train.rows / max(1, windows_of(self.catalog.tokens("train"), config.model.context))
+        return [
+            ("mesh", f"{replica.mesh} on {self.group.size} rank{'s' * (self.group.size > 1)}, {config.numerics.threads} thread each"),
+            ("model", f"{config.model.kind}: {replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"),
+            ("step", f"{tokens:,} tokens: {train.micro_batches} micro-batches of {train.rows} × {config.model.context}"),
+            ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {self.catalog.tokens('train'):,} tokens"),
+            ("lanes", f"{train.lanes} over {self.group.size} ranks, balance {replica.assignment.balance:.0%}"),
+            ("reduction", f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}, {costs['buffers']} lane buffers, sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"),
+            ("memory of a rank", f"{total:,.1f} MiB without activations: {', '.join(held.values())} MiB"),
+            ("ops", ", ".join(sorted(set(serving().values())))),
+            ("fingerprint", digest(self.facts)),
+        ]  # fmt: skip
+
+    def _report(self, step: int, show: Reporter) -> int:
+        """The last words: curve, DONE, and the hash of the weights as the last line."""
+        weights = self.replica.store.weights_sha256()
+        everybody = self.group.allgather(weights, "hashes of the weights")
+        if len(set(everybody)) > 1:
+            error = MlmError(f"ranks ended with different weights: {everybody}: report this as a bug")
+            error.agreed = True
+            raise error
+        complete = step >= self.config.train.steps
+        if self.group.rank == 0:
+            if self.metrics is not None:
+                self.metrics.close()
+            try:
+                loss_curve(self.folder.metrics, self.folder.curve)
+            except MlmError as problem:
+                self._say(f"no loss curve: {problem}")
+            if complete:
+                self.folder.finish(step, weights)
+            else:
+                self._say(f"stopped after step {step} of {self.config.train.steps} on {self.stop.reason or 'request'}; the same command goes on")
+            self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
+            self._say(f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else ""))
+        return 0

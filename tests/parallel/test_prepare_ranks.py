@@ -1,0 +1,95 @@
+"""`prepare` under mpiexec: the same bytes and the same errors on any number of ranks."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import argparse, sys
+from mlm_mpi.comm import launch
+from mlm_mpi.data import prepare
+def body():
+    parser = argparse.ArgumentParser()
+    prepare.configure(parser)
+    return prepare.main(parser.parse_args(sys.argv[1:]), launch.start())
+sys.exit(launch.supervise(body))
+"""
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def on_ranks(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        str(MPIEXEC if MPIEXEC.exists() else "mpiexec"),
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-n",
+        str(ranks),
+    ]
+    return subprocess.run(
+        [*launcher, sys.executable, "-c", PROGRAM, *map(str, words)],
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+
+
+def text(draw: random.Random, words: int) -> str:
+    return " ".join("".join(draw.choices("abcdefgh", k=draw.randint(2, 7))) for _ in range(words)) + "\n"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Text files, a file twice, near-identical ones, invalid UTF-8, JSON lines plain and compressed."""
+    draw = random.Random(5)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(25):
+        body = text(draw, 100)
+        (folder / f"{number:02d}.txt").write_text(body)
+        if number % 5 == 0:
+            (folder / f"x{number}.md").write_text(body)
+            (folder / f"y{number}.md").write_text(body + "with an end\n")
+    (folder / "bad.txt").write_bytes(b"\xff\x07" + text(draw, 30).encode())
+    lines = "".join(json.dumps({"text": text(draw, 40)}) + "\n" for _ in range(33)).encode()
+    (folder / "lines.jsonl").write_bytes(lines)
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress(lines[: len(lines) // 2].rsplit(b"\n", 1)[0]))
+    return folder
+
+
+def test_any_number_of_ranks_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    made = {}
+    for ranks in (1, 2, 3, 4):
+        out = tmp_path / f"out{ranks}"
+        done = on_ranks(ranks, source, "--out", out, "--vocab", 320, "--shard-mib", 0.004, "--heldout", 0.2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("is ready") == 1 and "1 invalid UTF-8" in done.stdout
+        made[ranks] = contents(out)
+    assert len(made[1]) > 6
+    assert made[1] == made[2] == made[3] == made[4]
+
+
+def test_an_error_of_one_rank_ends_all_with_one_line(source: Path, tmp_path: Path) -> None:
+    (source / "wrong.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    done = on_ranks(3, source, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert len(said) == 1 and "wrong.jsonl:3 is not JSON" in said[0]
+    assert contents(tmp_path / "out") == {}
+
+
+def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" ")
+    done = on_ranks(2, tmp_path / "blank.txt", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert said == ["mlm-mpi: the corpus is empty: no input holds any text: give other files, or --builtin"]

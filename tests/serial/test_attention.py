@@ -1,0 +1,150 @@
+"""Tiled attention against a naive softmax in float64, at the borders of its tiles; the layer and its cache."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numerics import directional, poisoned, same_bits, strided
+
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.layers.attention import KeyValueCache, SelfAttention
+from mlm_mpi.layers.base import Context
+from mlm_mpi.ops import attention
+from mlm_mpi.params.store import FlatStore
+
+# (B, H, T, S, D): one position, ragged, both sides of a tile's border, several tiles, a cache
+SIZES = [
+    (1, 1, 1, 1, 1), (2, 3, 5, 5, 4), (1, 2, 127, 127, 3), (1, 1, 128, 128, 8), (1, 2, 129, 129, 3),
+    (1, 1, 300, 300, 5), (2, 2, 1, 9, 4), (1, 2, 7, 150, 4), (1, 1, 140, 270, 3),
+]  # fmt: skip
+
+
+def _draw(b: int, h: int, t: int, s: int, d: int) -> tuple[np.ndarray, ...]:
+    r = np.random.default_rng(b + h + t + s + d)
+    return tuple(r.standard_normal(n) for n in [(b, h, t, d), (b, h, s, d), (b, h, s, d), (b, t, h, d)])
+
+
+def _naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, drop: np.ndarray | None = None) -> np.ndarray:
+    scores = np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[3])
+    if causal:
+        t, s = scores.shape[2:]
+        scores[:, :, np.arange(s)[None, :] > np.arange(t)[:, None] + s - t] = -np.inf
+    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p /= p.sum(axis=3, keepdims=True)
+    return np.einsum("bhts,bhsd->bthd", p if drop is None else p * drop, v)
+
+
+def _factors(drop: np.ndarray | None) -> attention.Factors | None:
+    return None if drop is None else lambda b, start, stop: drop[b, :, start:stop]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_values_and_gradients(size, causal, dropped) -> None:  # type: ignore[no-untyped-def]
+    b, h, t, s, d = size
+    q, k, v, do = _draw(*size)
+    drop = (np.random.default_rng(0).random((b, h, t, s)) < 0.6) / 0.6 if dropped else None
+    factors = _factors(drop)
+    o, lse = attention.forward(q, k, v, causal, factors)
+    assert np.allclose(o, _naive(q, k, v, causal, drop), rtol=1e-12, atol=1e-13)
+    dq, dk, dv = poisoned(*q.shape), poisoned(*k.shape), poisoned(*v.shape)
+    attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, factors)
+    for value, gradient in ((q, dq), (k, dk), (v, dv)):
+        directional(lambda: float((_naive(q, k, v, causal, drop) * do).sum()), value, gradient)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_strided_inputs_and_outputs_give_the_same(causal: bool) -> None:
+    size = (2, 3, 131, 131, 6)
+    plain = _draw(*size)
+    q, k, v, do = map(strided, plain)
+    o, lse = attention.forward(*plain[:3], causal)
+    o2, lse2 = attention.forward(q, k, v, causal)
+    assert np.allclose(o, o2, rtol=1e-12) and np.allclose(lse, lse2, rtol=1e-12)
+    expected = [poisoned(*a.shape) for a in plain[:3]]
+    got = [strided(poisoned(*a.shape)) for a in plain[:3]]
+    attention.backward(plain[3], *plain[:3], o, lse, *expected, causal)
+    attention.backward(do, q, k, v, strided(o), strided(lse), *got, causal)
+    for a, b in zip(expected, got, strict=True):
+        assert np.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_twice_gives_equal_bits() -> None:
+    q, k, v, do = (a.astype("f4") for a in _draw(2, 2, 150, 150, 8))
+    runs = []
+    for _ in range(2):
+        o, lse = attention.forward(q, k, v)
+        gradients = [poisoned(*a.shape, dtype="f4") for a in (q, k, v)]
+        attention.backward(do, q, k, v, o, lse, *gradients)
+        runs.append([o, lse, *gradients])
+    assert all(same_bits(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_extreme_scores_pick_one_key(dtype: str) -> None:
+    q = np.full((1, 1, 3, 1), 100.0, dtype)
+    k = np.array([-100.0, 100.0, 0.0], dtype).reshape(1, 1, 3, 1)
+    v = np.array([1.0, 2.0, 3.0], dtype).reshape(1, 1, 3, 1)
+    o, lse = attention.forward(q, k, v, causal=False)
+    assert np.array_equal(o.reshape(-1), np.full(3, 2.0, dtype)) and np.allclose(lse, 1e4)
+    gradients = [poisoned(1, 1, 3, 1, dtype=dtype) for _ in range(3)]
+    attention.backward(np.ones((1, 3, 1, 1), dtype), q, k, v, o, lse, *gradients, causal=False)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_the_future_is_never_read() -> None:
+    q, k, v, _ = _draw(1, 2, 200, 200, 4)
+    o, _ = attention.forward(q, k, v)
+    k[:, :, 150:], v[:, :, 150:] = 1e3, -1e3
+    changed, _ = attention.forward(q, k, v)
+    assert np.allclose(changed[:, :150], o[:, :150], rtol=1e-12, atol=1e-12)
+    assert not np.allclose(changed[:, 150:], o[:, 150:])
+
+
+def _layer(dropout: float) -> SelfAttention:
+    layer = SelfAttention("name", 12, 3, 0.4, 0.3, dropout)
+    store = FlatStore([layer.parameters()], Mesh(), "f8")
+    store.initialise(0)
+    store.point_gradients(poisoned(store.size))
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("queries", [1, 9, 133])
+def test_layer(dropout: float, queries: int) -> None:
+    layer = _layer(dropout)
+    ctx = Context(training=True, seed=5, step=2, micro_batch=1)
+    r = np.random.default_rng(2)
+    x, dy = r.standard_normal((2, queries, 12)), r.standard_normal((2, queries, 12))
+    _, saved = layer.forward(x, ctx)
+    dx = layer.backward(dy, saved, ctx)
+    for value, gradient in [(x, dx)] + [(p.data, p.grad) for p in layer.parameters()]:
+        directional(lambda: float((layer.forward(x, ctx)[0] * dy).sum()), value, gradient)
+    before = [p.grad.copy() for p in layer.parameters()]
+    layer.backward(dy, saved, replace(ctx, accumulate=True))
+    for p, once in zip(layer.parameters(), before, strict=True):
+        assert np.allclose(p.grad, 2 * once, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_of_a_row_does_not_depend_on_the_tile_that_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(0.5)
+    ctx = Context(training=True, seed=5)
+    x = np.random.default_rng(2).standard_normal((2, 50, 12))
+    whole, _ = layer.forward(x, ctx)
+    monkeypatch.setattr(attention, "TILE", 16)
+    tiled, _ = layer.forward(x, ctx)
+    assert np.allclose(whole, tiled, rtol=1e-11, atol=1e-12)
+
+
+def test_a_cache_gives_what_the_whole_sequence_gives() -> None:
+    layer = _layer(0.0)
+    x = np.random.default_rng(2).standard_normal((2, 40, 12))
+    whole, _ = layer.forward(x, Context())
+    cache = KeyValueCache(40)
+    parts = []
+    for start, stop in [(0, 17), (17, 18), (18, 19), (19, 40)]:
+        parts.append(layer.forward(x[:, start:stop], Context(cache=cache))[0])
+        cache.advance(stop - start)
+    assert np.allclose(np.concatenate(parts, axis=1), whole, rtol=1e-11, atol=1e-12)

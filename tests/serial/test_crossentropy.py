@@ -1,0 +1,82 @@
+"""Projection and cross-entropy in chunks against a naive float64 one; masks, extreme logits, NaN."""
+
+import numpy as np
+import pytest
+from numerics import directional, poisoned, same_bits, strided
+
+from mlm_mpi.ops import crossentropy
+from mlm_mpi.ops.crossentropy import CHUNK_ROWS
+
+
+def _draw(n: int, c: int, v: int) -> tuple[np.ndarray, ...]:
+    r = np.random.default_rng(n + c + v)
+    return r.standard_normal((n, c)), r.standard_normal((v, c)), r.integers(0, v, n), r.random(n) < 0.7
+
+
+def _naive(x: np.ndarray, w: np.ndarray, targets: np.ndarray, mask: np.ndarray | None) -> float:
+    logits = x.astype("f8") @ w.astype("f8").T
+    top = logits.max(axis=1)
+    losses = top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - logits[np.arange(len(x)), targets]
+    return float((losses if mask is None else losses[mask]).sum())
+
+
+@pytest.mark.parametrize("size", [(1, 1, 2), (5, 3, 7), (CHUNK_ROWS, 4, 9), (CHUNK_ROWS + 1, 4, 9), (600, 5, 31)])
+@pytest.mark.parametrize("arrange", [np.ascontiguousarray, strided])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_and_gradients(size, arrange, masked) -> None:  # type: ignore[no-untyped-def]
+    x, w, targets, mask = map(arrange, _draw(*size))
+    mask = mask if masked else None
+    dw = poisoned(*w.shape)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, mask, dw, accumulate=False)
+    assert total == pytest.approx(_naive(x, w, targets, mask), rel=1e-12, abs=1e-12)
+    assert total == crossentropy.loss(x, w, targets, mask)
+
+    def objective() -> float:
+        return crossentropy.loss(x, w, targets, mask)
+
+    for value, gradient in ((x, dx), (w, dw)):
+        directional(objective, value, gradient)
+    if mask is not None:
+        assert not dx[~mask].any()
+
+
+def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
+    x, w, targets, mask = _draw(700, 6, 20)
+    x, w = x.astype("f4"), w.astype("f4")
+    first, second, added = poisoned(20, 6, dtype="f4"), poisoned(20, 6, dtype="f4"), np.ones((20, 6), "f4")
+    one = crossentropy.loss_and_grad(x, w, targets, mask, first, accumulate=False)
+    two = crossentropy.loss_and_grad(x, w, targets, mask, second, accumulate=False)
+    assert one[0] == two[0] and same_bits(one[1], two[1]) and same_bits(first, second)
+    crossentropy.loss_and_grad(x, w, targets, mask, added, accumulate=True)
+    assert np.allclose(added, first + 1, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_extreme_logits(dtype: str) -> None:
+    x = np.array([[1e4], [-1e4], [1e4], [0.0]], dtype)
+    w = np.array([[1.0], [-1.0], [0.0]], dtype)
+    targets = np.array([0, 0, 1, 2])
+    dw = poisoned(3, 1, dtype=dtype)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, None, dw, accumulate=False)
+    assert total == pytest.approx(0 + 2e4 + 2e4 + np.log(3), rel=1e-6)
+    assert np.isfinite(dx).all() and np.isfinite(dw).all()
+    assert dx[0, 0] == 0 and dx[1, 0] == -2 and dx[2, 0] == 2
+
+
+def test_a_mask_that_hides_all_gives_zero() -> None:
+    x, w, targets, _ = _draw(9, 3, 5)
+    dw = poisoned(5, 3)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, np.zeros(9, bool), dw, accumulate=False)
+    assert total == 0 and not dx.any() and not dw.any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_visible(bad: float) -> None:
+    x, w, targets, _ = _draw(9, 3, 5)
+    x[4, 1] = bad
+    dw = poisoned(5, 3)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, None, dw, accumulate=False)
+    assert not np.isfinite(total) and not np.isfinite(dx[4]).all() and not np.isfinite(dw).all()
+    assert np.isfinite(np.delete(dx, 4, axis=0)).all()
+    assert not np.isfinite(crossentropy.loss(x, w, targets))

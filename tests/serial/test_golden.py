@@ -1,0 +1,77 @@
+"""Model, gradients and AdamW against values recorded from PyTorch (tests/golden/make_golden.py)."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.layers.base import Context
+from mlm_mpi.models import gpt
+from mlm_mpi.models.stack import Stack
+from mlm_mpi.optim import make_optimizer
+from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.params.store import FlatStore
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+from make_golden import FILE, MODEL, OPTIM, RATES, VOCABULARY, golden_weights, shapes  # noqa: E402
+
+RELATIVE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, np.ndarray]:
+    with np.load(FILE, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _build() -> tuple[Stack, FlatStore]:
+    stack = gpt.build(MODEL, VOCABULARY)
+    store = FlatStore(stack.parameter_blocks(), Mesh(), "f8")
+    for name, value in store.named(store.data).items():
+        value[...] = golden_weights(name, value.shape)
+    store.point_gradients(store.new_buffer())
+    return stack, store
+
+
+def _batch(record: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return record["ids"][step, :, :-1], record["ids"][step, :, 1:], record["mask"][step]
+
+
+def _agree(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
+    error = np.linalg.norm(ours.reshape(theirs.shape) - theirs) / max(np.linalg.norm(theirs), 1e-300)
+    assert error <= RELATIVE, f"{name}: relative difference {error:.2e}"
+
+
+def test_names_and_sizes_are_those_that_were_recorded() -> None:
+    _, store = _build()
+    sizes = {span.parameter.name: span.stop - span.start for span in store.spans}
+    assert sizes == {name: int(np.prod(shape)) for name, shape in shapes().items()}
+
+
+def test_loss_and_every_gradient(record: dict[str, np.ndarray]) -> None:
+    stack, store = _build()
+    total = stack.loss_and_grad(*_batch(record, 0), Context(training=True))
+    assert total == pytest.approx(record["losses"][0], rel=RELATIVE)
+    for span in store.spans:
+        _agree(span.parameter.grad, record[f"gradient/{span.parameter.name}"], span.parameter.name)
+
+
+def test_three_steps_of_adamw_with_clipping(record: dict[str, np.ndarray]) -> None:
+    stack, store = _build()
+    optimizer = make_optimizer(OPTIM, store)
+    gradient = store.new_buffer()
+    store.point_gradients(gradient)
+    for step, rate in enumerate(RATES):
+        ids, targets, mask = _batch(record, step)
+        total = stack.loss_and_grad(ids, targets, mask, Context(training=True))
+        assert total == pytest.approx(record["losses"][step], rel=RELATIVE)
+        length, broken = norm(store, gradient)
+        length /= mask.sum()
+        assert broken is None and length == pytest.approx(record["norms"][step], rel=RELATIVE)
+        optimizer.step(gradient, rate, clip_factor(OPTIM.clip, length) / mask.sum(), step + 1)
+    assert min(record["norms"]) > OPTIM.clip, "clipping acts in every step"
+    for name, value in store.named(store.data).items():
+        _agree(value, record[f"weight/{name}"], name)

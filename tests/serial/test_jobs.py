@@ -1,0 +1,150 @@
+"""The job script, run with stubs in place of Slurm and the trainer; and the configurations it starts."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mlm_mpi import config
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SCRIPT = JOBS / "train.sbatch"
+
+# Records its name, process id and arguments, makes a step if told to, and ends at the first SIGUSR1 or at once.
+STUB = """#!/bin/bash
+echo "$(basename "$0") $*" >>"$RECORD"
+echo "coll=${OMPI_MCA_coll:-}" >>"$RECORD.env"
+[[ $(basename "$0") == scontrol ]] && exit 0
+[[ -n ${STEP:-} ]] && sleep 0.05 && echo '{}' >run/metrics.jsonl
+[[ -n ${FINISHES:-} ]] && touch run/DONE
+[[ -n ${LASTS:-} ]] || exit "${CODE:-0}"
+trap 'echo "$$ got USR1" >>"$RECORD"; ended=1' USR1
+echo $$ >"$RECORD.pid"
+while [[ -z ${ended:-} ]]; do sleep 0.02; done
+sleep 0.1
+echo "saved" >>"$RECORD"
+"""
+
+
+class Site:
+    """A folder in which the script finds stubs for all it calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = folder / "record"
+        bin_folder = folder / "bin"
+        bin_folder.mkdir()
+        for name in ("mlm-mpi", "srun", "mpirun", "scontrol", "sbatch"):
+            (bin_folder / name).write_text(STUB)
+            (bin_folder / name).chmod(0o755)
+        (folder / "site.sh").write_text("true\n")
+        self.environment = {
+            "PATH": f"{bin_folder}:{os.environ['PATH']}", "RECORD": str(self.record), "SITE": "site.sh",
+            "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "1",
+        }  # fmt: skip
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), "c.toml", "run"], env=self.environment | environment, cwd="/",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, **environment: str) -> tuple[int, list[str], str]:
+        process = self.start(**environment)
+        _, err = process.communicate(timeout=20)
+        return process.returncode, self.lines(), err
+
+    def lines(self) -> list[str]:
+        return self.record.read_text().splitlines()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_the_script_is_short_and_correct_bash():
+    assert len(SCRIPT.read_text().splitlines()) < 40
+    for path in (SCRIPT, JOBS / "sites" / "example.sh"):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_the_script_holds_no_hyper_parameter():
+    text = "".join(line for line in SCRIPT.read_text().splitlines(True) if not line.startswith("#"))
+    assert "--set" not in text
+    for section in msgspec.structs.fields(config.Config):
+        for field in msgspec.structs.fields(section.type):
+            assert not re.search(rf"\b{section.name}\.{field.name}\b|\b{field.name}\s*=", text), field.name
+
+
+def test_slurm_signals_the_batch_shell_only():
+    directives = re.findall(r"^#SBATCH (\S+)", SCRIPT.read_text(), re.MULTILINE)
+    assert "--signal=B:USR1@120" in directives
+    assert {"--requeue", "--open-mode=append"} <= set(directives)
+
+
+@pytest.mark.parametrize("path", sorted((JOBS / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_configurations_load(path):
+    assert config.load(path).train.steps > 0
+
+
+def test_gpt2_has_the_published_batch():
+    gpt2 = config.load(JOBS / "configs" / "gpt2-124m.toml")
+    assert gpt2.train.micro_batches * gpt2.train.rows * gpt2.model.context == 2**19
+    assert gpt2.train.lanes == 64
+
+
+def test_a_finished_run_is_not_requeued(site):
+    assert site.run(STEP="1", FINISHES="1")[:2] == (0, ["mlm-mpi run -- train c.toml --run run"])
+
+
+@pytest.mark.parametrize("code", ["0", "1", "137"])
+def test_an_unfinished_run_is_requeued_whatever_the_exit_code(site, code):
+    returned, lines, _ = site.run(STEP="1", CODE=code)
+    assert returned == 0
+    assert lines == ["mlm-mpi run -- train c.toml --run run", "scontrol requeue 42"]
+
+
+def test_a_finished_run_is_believed_over_its_exit_code(site):
+    assert site.run(STEP="1", FINISHES="1", CODE="1")[0] == 0
+
+
+def test_an_attempt_without_a_step_is_not_repeated_for_ever(site):
+    returned, lines, err = site.run(CODE="2")
+    assert returned == 1
+    assert lines == ["mlm-mpi run -- train c.toml --run run"]
+    assert "no step was made" in err
+
+
+def test_requeues_have_a_limit(site):
+    returned, lines, err = site.run(STEP="1", CODE="2", SLURM_RESTART_COUNT="50")
+    assert (returned, len(lines)) == (1, 1)
+    assert "requeued 50 times" in err
+
+
+def test_srun_is_the_other_way_to_start(site):
+    _, lines, _ = site.run(LAUNCH="srun", STEP="1", FINISHES="1", SLURM_CPUS_PER_TASK="2")
+    assert lines == ["srun --mpi=pmix --cpus-per-task=2 mlm-mpi train c.toml --run run"]
+
+
+def test_several_nodes_avoid_the_wrong_collectives(site):
+    site.run(STEP="1", FINISHES="1", SLURM_JOB_NUM_NODES="2")
+    assert site.record.with_suffix(".env").read_text() == "coll=^han\n"
+
+
+@pytest.mark.parametrize("launch", ["mpirun", "srun"])
+def test_the_signal_reaches_the_launcher_which_may_save(site, launch):
+    process = site.start(LASTS="1", STEP="1", LAUNCH=launch)
+    pid_file = site.record.with_suffix(".pid")
+    end = time.monotonic() + 10
+    while not (pid_file.exists() and pid_file.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    pid = pid_file.read_text().strip()
+    assert site.lines()[1:] == [f"{pid} got USR1", "saved", "scontrol requeue 42"]

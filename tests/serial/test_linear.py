@@ -1,0 +1,62 @@
+"""Affine map: product, both halves of its gradient, the layer around it."""
+
+import numpy as np
+import pytest
+from numerics import directional, poisoned, same_bits, strided
+
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.linear import Linear
+from mlm_mpi.ops import linear
+from mlm_mpi.params.store import FlatStore
+
+SIZES = [(1, 1, 1), (5, 3, 7), (17, 31, 1), (64, 9, 33)]
+
+
+def _draw(n: int, k: int, f: int) -> tuple[np.ndarray, ...]:
+    r = np.random.default_rng(n * k * f)
+    return tuple(r.standard_normal(s) for s in [(n, k), (k, f), (f,), (n, f)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("arrange", [np.ascontiguousarray, strided])
+def test_gradients(size, arrange) -> None:  # type: ignore[no-untyped-def]
+    x, w, b, dy = map(arrange, _draw(*size))
+    assert np.allclose(linear.forward(x, w, b), np.einsum("nk,kf->nf", x, w) + b, rtol=1e-13)
+    dw, db = poisoned(*w.shape), poisoned(*b.shape)
+    linear.backward_weight(dy, x, dw, db, accumulate=False)
+    dx = linear.backward_input(dy, w)
+
+    def objective() -> float:
+        return float((linear.forward(x, w, b) * dy).sum())
+
+    for value, gradient in ((x, dx), (w, dw), (b, db)):
+        directional(objective, value, gradient)
+
+
+def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
+    x, w, _, dy = (a.astype("f4") for a in _draw(19, 6, 5))
+    first, again = (poisoned(6, 5, dtype="f4"), poisoned(5, dtype="f4")), (np.ones((6, 5), "f4"), np.ones(5, "f4"))
+    linear.backward_weight(dy, x, *first, accumulate=False)
+    linear.backward_weight(dy, x, *again, accumulate=True)
+    for a, b in zip(first, again, strict=True):
+        assert np.allclose(b, a + 1, rtol=1e-6)
+    repeated = poisoned(6, 5, dtype="f4"), poisoned(5, dtype="f4")
+    linear.backward_weight(dy, x, *repeated, accumulate=False)
+    assert all(same_bits(a, b) for a, b in zip(first, repeated, strict=True))
+
+
+def test_the_halves_of_the_layers_backward_are_its_backward() -> None:
+    layer = Linear("name", 6, 5, 0.3)
+    store = FlatStore([layer.parameters()], Mesh(), "f8")
+    store.initialise(0)
+    x, _, _, dy = _draw(19, 6, 5)
+    y, saved = layer.forward(x, Context())
+    assert np.allclose(y, x @ layer.weight.data + layer.bias.data)
+    whole, halves = poisoned(store.size), poisoned(store.size)
+    store.point_gradients(whole)
+    dx = layer.backward(dy, saved, Context())
+    store.point_gradients(halves)
+    assert same_bits(layer.backward_input(dy), dx)
+    layer.backward_weight(dy, saved, Context())
+    assert same_bits(whole, halves)

@@ -1,0 +1,177 @@
+"""Metrics, progress and pictures of a run."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlm_mpi.errors import MlmError
+from mlm_mpi.monitor import metrics, progress, report
+from mlm_mpi.monitor.metrics import MetricsLog, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("MLM_MPI_TERMINAL", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_lines_are_readable_at_once(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(step=0, loss=np.float32(1.5), tokens_per_s=10.0)
+    log.write(step=1, loss=math.nan)
+    assert read_metrics(log.path) == [{"step": 0, "loss": 1.5, "tokens_per_s": 10.0}, {"step": 1, "loss": None}]
+    log.close()
+    log.write(step=2)
+    assert len(read_metrics(log.path)) == 2
+
+
+def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "lo')
+    assert read_metrics(path) == [{"step": 0}]
+    MetricsLog(path).write(step=2)
+    assert read_metrics(path) == [{"step": 0}, {"step": 2}]
+
+
+def test_resuming_drops_what_the_interrupted_run_left(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog.open(path, 0)
+    for step in range(5):
+        log.write(step=step)
+    MetricsLog.open(path, 3).write(step=3, again=True)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    assert read_metrics(path)[-1]["again"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    MetricsLog.open(path, 0)
+    assert read_metrics(path) == []
+
+
+def test_a_full_disk_is_one_alarm_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(step=0)
+    real = os.write
+    room = [5]
+
+    def full(descriptor: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(28, "No space left on device")
+        written = real(descriptor, data[: room[0]])
+        room[0] = 0
+        return written
+
+    monkeypatch.setattr(metrics.os, "write", full)
+    log.write(step=1)
+    log.write(step=2)
+    monkeypatch.undo()
+    log.write(step=3)
+    assert read_metrics(log.path) == [{"step": 0}, {"step": 3}]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "ALARM cannot write" in err
+    assert "No space left on device" in err
+
+
+def test_a_folder_that_cannot_be_written_is_an_alarm_too(tmp_path, capsys):
+    MetricsLog.open(tmp_path / "missing" / "metrics.jsonl", 4).write(step=4)
+    assert capsys.readouterr().err.count("ALARM") == 1
+    with pytest.raises(MlmError, match="cannot read .*: give the folder of a run"):
+        read_metrics(tmp_path / "missing" / "metrics.jsonl")
+
+
+def test_only_the_launcher_knows_about_the_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert progress.on_terminal()
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert not progress.on_terminal()
+    monkeypatch.setenv("MLM_MPI_TERMINAL", "1")
+    assert progress.on_terminal()
+    monkeypatch.setenv("MLM_MPI_TERMINAL", "0")
+    assert not progress.on_terminal()
+
+
+def drive(bar: progress.Reporter, steps: int = 5) -> None:
+    for step in range(1, steps + 1):
+        bar.update(step, 5.0 - step / 10, 1234.5, 0.05, 0.01, 1e-3, heldout=4.25 if step == 3 else None)
+        bar.message(f"aside {step} [not markup]")
+    bar.message("checkpoint kept", important=True)
+    bar.close()
+
+
+def test_plain_lines(capsys):
+    drive(progress.Progress(5, every=2, terminal=False))
+    out = capsys.readouterr().out
+    steps = [line for line in out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in steps] == ["2/5", "3/5", "4/5", "5/5"]
+    assert steps[1].startswith("step 3/5  loss 4.7000  held-out 4.2500  lr 1.00e-03  1,23")
+    assert "comm 5%  wait 1%" in steps[1]
+    assert "aside 1 [not markup]" in out
+    assert "\x1b" not in out
+    assert "\r" not in out
+
+
+def test_quiet_keeps_important_messages_and_the_last_line(capsys):
+    drive(progress.Progress(9, every=1, quiet=True, terminal=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "checkpoint kept"
+    assert lines[1].startswith("step 5/9  loss 4.5000")
+    assert len(lines) == 2
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    drive(progress.Progress(5, start_step=2, terminal=True))
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    for text in ("loss 4.500", "held-out 4.250", "tokens/s", "comm 5%", "wait 1%", "aside 4 [not markup]", "5/5"):
+        assert text in out
+
+
+def test_other_ranks_are_silent(capsys):
+    drive(progress.Silent())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_plan(capsys):
+    rows = [("ranks", "2 × 1 thread"), ("parameters", "3.2 M [float32]")]
+    progress.show_plan("Plan", rows, terminal=False)
+    assert capsys.readouterr().out == "Plan\n  ranks       2 × 1 thread\n  parameters  3.2 M [float32]\n"
+    progress.show_plan("Plan", rows, terminal=True)
+    assert "3.2 M [float32]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
+def test_durations(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def write_run(path: Path, steps: int = 220) -> None:
+    log = MetricsLog(path)
+    noise = np.random.default_rng(0).normal(0, 0.05, steps)
+    for step in range(steps):
+        log.write(step=step, loss=2.5 + 6 * math.exp(-step / 40) + noise[step])
+        if step % 50 == 49:
+            log.write(step=step, heldout_loss=2.6 + 6 * math.exp(-step / 40))
+
+
+def test_the_loss_curve(tmp_path):
+    write_run(tmp_path / "metrics.jsonl")
+    report.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (960, 600)
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 50
+
+
+def test_no_loss_curve_without_losses(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n")
+    with pytest.raises(MlmError, match="holds no losses yet"):
+        report.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    write_run(tmp_path / "metrics.jsonl", 3)
+    with pytest.raises(MlmError, match="cannot write"):
+        report.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "no" / "loss.png")

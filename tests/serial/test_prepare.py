@@ -1,0 +1,293 @@
+"""`prepare` from end to end, alone: cleaning, splitting, same bytes, and what goes wrong."""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from corpora import PROGRAM, contents, run_prepare, sentences, write_texts
+
+from mlm_mpi.data import files, prepare, sources
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.shards import ShardReader
+from mlm_mpi.errors import ConfigError, DataError
+
+
+def documents(folder, split):
+    """The texts of a split, decoded from its shards."""
+    catalog = Catalog.open(folder)
+    tokenizer = catalog.tokenizer()
+    texts = []
+    for shard in catalog.split(split):
+        reader = ShardReader(folder / shard.entry.file, shard.entry, tokenizer.hash)
+        offsets, tokens = reader.offsets().tolist(), reader.read(0, shard.entry.tokens).tolist()
+        for a, b in itertools.pairwise(offsets):
+            assert tokens[b - 1] == tokenizer.eot and tokenizer.eot not in tokens[a : b - 1]
+            texts.append(tokenizer.decode(tokens[a : b - 1]))
+        reader.close()
+    return texts
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_texts(tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_texts_come_back_in_order(source, tmp_path, capsys, kind):
+    run_prepare(source, "--out", tmp_path / "out", "--tokenizer", kind, "--vocab", 300, "--shard-mib", 0.01)
+    train, held = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "heldout")
+    whole = [path.read_text() for path in sorted(source.iterdir())]
+    assert sorted(train + held) == sorted(whole) and held
+    assert train == [text for text in whole if text in set(train)]
+    report = capsys.readouterr().out
+    for word in (
+        "documents",
+        "duplicates",
+        "near-duplicate clusters",
+        "invalid UTF-8",
+        "characters per token",
+        "ready",
+    ):
+        assert word in report
+    table = json.loads((tmp_path / "out" / "catalog.json").read_text())
+    assert table["tokenizer"]["kind"] == kind
+    total = table["totals"]["train"]
+    assert total["characters"] == sum(map(len, train)) and total["documents"] == len(train)
+
+
+def test_twice_gives_the_same_bytes_and_a_tokenizer_file_is_taken_over(source, tmp_path, capsys):
+    arguments = ("--vocab", 300, "--shard-mib", 0.01)
+    run_prepare(source, "--out", tmp_path / "a", *arguments)
+    first = contents(tmp_path / "a")
+    run_prepare(source, "--out", tmp_path / "b", *arguments)
+    assert contents(tmp_path / "b") == first
+    run_prepare(source, "--out", tmp_path / "a", *arguments)
+    assert contents(tmp_path / "a") == first
+    run_prepare(source, "--out", tmp_path / "c", "--tokenizer", tmp_path / "a" / "tokenizer.json", "--shard-mib", 0.01)
+    other = contents(tmp_path / "c")
+    assert {name for name in other if first.get(name) != other[name]} == {"catalog.json"}
+
+
+def test_stale_shards_go_and_the_output_is_no_input(source, tmp_path, capsys):
+    out = source / "corpus"
+    run_prepare(source, "--out", out, "--tokenizer", "bytes", "--shard-mib", 0.005)
+    many = contents(out)
+    (out / "train-00000-dead.h5.tmp").write_bytes(b"left by a kill")
+    (out / ".spool").mkdir()
+    (out / ".spool" / "text-9.bin").write_bytes(b"left by a kill")
+    run_prepare(source, "--out", out, "--tokenizer", "bytes")
+    few = contents(out)
+    assert len(few) < len(many) and set(few) == {"catalog.json", "tokenizer.json"} | {
+        entry.file for entry in Catalog.open(out).manifest.shards
+    }
+    Catalog.open(out).check_files()
+
+
+def test_json_lines_plain_and_compressed(tmp_path, capsys):
+    texts = [sentences(seed, 50) for seed in range(12)]
+    lines = "".join(json.dumps({"body": text, "id": n}) + "\n\n" for n, text in enumerate(texts))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.replace(" ", "  ").encode()))
+    run_prepare(
+        tmp_path / "*.jsonl*", "--out", tmp_path / "out", "--field", "body", "--heldout", 0, "--tokenizer", "bytes"
+    )
+    found = documents(tmp_path / "out", "train")
+    assert found[:12] == texts and found[12:] == [text.replace(" ", "  ") for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"text": "a"}\n{"text": \n', ("x.jsonl:2", "is not JSON")),
+        (b'{"body": "a", "id": 1}\n', ("x.jsonl:1", "no text in field 'text'", "body, id", "--field")),
+        (b'{"text": 5}\n', ("x.jsonl:1", "no text in field")),
+        (b"[1]\n", ("x.jsonl:1", "a list")),
+    ],
+)
+def test_bad_json_lines(tmp_path, content, words):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    refused(lambda: run_prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out"), *words)
+    assert contents(tmp_path / "out") == {}
+
+
+def refused(action, *words, error=DataError):
+    with pytest.raises(error) as caught:
+        action()
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+def test_damaged_gzip(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 1000)[:-9])
+    refused(lambda: run_prepare(tmp_path / "x.jsonl.gz", "--out", tmp_path / "out"), "cannot read", "x.jsonl.gz")
+
+
+def test_invalid_utf8_duplicates_and_controls_are_counted(source, tmp_path, capsys):
+    (source / "bad.txt").write_bytes(b"good \xff\xfe text \x07" + sentences(99, 50).encode())
+    (source / "copy.txt").write_bytes((source / "doc003.txt").read_bytes().replace(b"\n", b"\r\n"))
+    (source / "empty.txt").write_bytes(b" \n\x00\n")
+    (source / "line.jsonl").write_bytes(b'{"text": "caf\xe9 \\ud800 ' + sentences(98, 50).strip().encode() + b'"}\n')
+    run_prepare(source, "--out", tmp_path / "out", "--tokenizer", "bytes")
+    cleaning = Catalog.open(tmp_path / "out").manifest.cleaning
+    assert (cleaning.documents, cleaning.duplicates, cleaning.empty) == (44, 1, 1)
+    assert (cleaning.invalid_utf8, cleaning.control_characters) == (4, 2)
+    report = capsys.readouterr().out
+    assert "4 invalid UTF-8" in report and "1 exact duplicates, 1 empty" in report
+    texts = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "heldout")
+    assert any("good \ufffd\ufffd text" in text for text in texts) and any("caf\ufffd \ufffd" in text for text in texts)
+
+
+def test_near_identical_documents_stay_on_one_side(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(60):
+        words = sentences(number, 80).split()
+        for version in range(3):
+            changed = [*words]
+            changed[20 * (version + 1)] = f"version{version}"
+            (folder / f"{version}-{number}.txt").write_text(f"doc{number} " + " ".join(changed))
+    for seed in range(3):
+        run_prepare(folder, "--out", tmp_path / "out", "--heldout", 0.3, "--seed", seed, "--tokenizer", "bytes")
+        sides = [{text.split()[0] for text in documents(tmp_path / "out", split)} for split in ("train", "heldout")]
+        assert not sides[0] & sides[1] and len(sides[1]) > 10
+        cleaning = Catalog.open(tmp_path / "out").manifest.cleaning
+        assert (cleaning.near_clusters, cleaning.near_documents) == (60, 180)
+
+
+def test_heldout_fraction_is_met_and_depends_on_seed_not_on_names(source, tmp_path, capsys):
+    chosen = []
+    for seed in (0, 1):
+        run_prepare(source, "--out", tmp_path / "out", "--heldout", 0.25, "--seed", seed, "--tokenizer", "bytes")
+        catalog = Catalog.open(tmp_path / "out")
+        held, train = catalog.characters("heldout"), catalog.characters("train")
+        assert 0.22 < held / (held + train) <= 0.25
+        chosen.append(set(documents(tmp_path / "out", "heldout")))
+    assert chosen[0] != chosen[1]
+    for number, path in enumerate(sorted(source.iterdir(), reverse=True)):
+        path.rename(source / f"renamed{number:03d}.md")
+    run_prepare(source, "--out", tmp_path / "out", "--heldout", 0.25, "--seed", 1, "--tokenizer", "bytes")
+    assert set(documents(tmp_path / "out", "heldout")) == chosen[1]
+
+
+def test_tokenizer_is_trained_on_the_training_side_only(source, tmp_path, capsys):
+    run_prepare(source, "--out", tmp_path / "out", "--heldout", 0.25, "--vocab", 300)
+    texts = documents(tmp_path / "out", "train")
+    expected = prepare.Tokenizer.train(texts, 300)
+    assert Catalog.open(tmp_path / "out").tokenizer().hash == expected.hash
+
+
+def test_empty_and_unsplittable_corpora(tmp_path):
+    (tmp_path / "none").mkdir()
+    out = tmp_path / "out"
+    refused(lambda: run_prepare(tmp_path / "none", "--out", out), "corpus is empty", "--builtin")
+    (tmp_path / "blank.txt").write_text(" \n\t")
+    refused(lambda: run_prepare(tmp_path / "blank.txt", "--out", out), "corpus is empty")
+    refused(lambda: run_prepare(tmp_path / "nowhere.txt", "--out", out), "no input at", "nowhere.txt")
+    (tmp_path / "one.txt").write_text(sentences(1, 100))
+    refused(lambda: run_prepare(tmp_path / "one.txt", "--out", out), "--heldout 0.05", "1 group", "--heldout 0")
+    refused(lambda: run_prepare("--out", out), "no input", error=ConfigError)
+    refused(lambda: run_prepare("--builtin", "--out", out, "--heldout", 1), "--heldout 1.0", error=ConfigError)
+    refused(lambda: run_prepare("--builtin", "--out", out, "--vocab", 9), "--vocab 9", error=ConfigError)
+    (tmp_path / "file").write_text("x")
+    refused(lambda: run_prepare(tmp_path / "one.txt", "--out", tmp_path / "file"), "another --out")
+    assert contents(out) == {}
+
+
+def test_huge_documents_are_cut_for_the_tokenizer_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1000)
+    (tmp_path / "a.txt").write_text("\n".join(sentences(n, 30).strip() for n in range(40)))
+    (tmp_path / "b.txt").write_text(sentences(77, 2000).replace(" ", "").strip())
+    run_prepare(tmp_path / "*.txt", "--out", tmp_path / "out", "--heldout", 0, "--vocab", 300)
+    assert documents(tmp_path / "out", "train") == [(tmp_path / f"{n}.txt").read_text() for n in "ab"]
+
+
+def test_a_failing_shard_leaves_the_earlier_corpus(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run_prepare(source, "--out", out, "--tokenizer", "bytes", "--shard-mib", 0.005)
+    before = contents(out)
+    write = files._write_synced
+    for name in ("train-00003", "catalog.json", "tokenizer.json"):
+
+        def full(path, content, name=name):
+            if path.name.startswith(name):
+                path.write_bytes(content[:10])
+                raise OSError(28, "No space left on device")
+            write(path, content)
+
+        monkeypatch.setattr(files, "_write_synced", full)
+        refused(lambda: run_prepare(source, "--out", out, "--vocab", 300, "--shard-mib", 0.003), "cannot write", name)
+        assert contents(out) == before
+
+
+def in_a_process(*words, limit_bytes=None):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, words)],
+        capture_output=True, text=True, timeout=60, preexec_fn=limit if limit_bytes else None, check=False,
+    )  # fmt: skip
+
+
+def test_file_size_limit_ends_with_one_line(source, tmp_path):
+    done = in_a_process(source, "--out", tmp_path / "out", "--tokenizer", "bytes", limit_bytes=10_000)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("mlm-mpi: cannot write") and str(tmp_path / "out") in done.stderr
+    assert contents(tmp_path / "out") == {}
+
+
+@contextmanager
+def small_disk(folder, size_kib):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size_kib", [16, 40, 76, 100, 140])
+def test_full_disk_ends_with_one_line(source, tmp_path, size_kib):
+    """30 KiB of text: the disk is full at the spool, at a shard or at the tokenizer, or is just large enough."""
+    with small_disk(tmp_path / "disk", size_kib) as disk:
+        done = in_a_process(source, "--out", disk / "out", "--vocab", 400, "--shard-mib", 0.003)
+        if done.returncode == 0:
+            Catalog.open(disk / "out").check_files()
+            assert size_kib == 140
+        else:
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert "No space left on device" in done.stderr and "cannot" in done.stderr
+            assert contents(disk / "out") == {}
+
+
+def test_builtin_sources_are_stable():
+    found = sources.find([], True, sources.Path("out"))
+    assert found == sources.find([], True, sources.Path("out")) and found[0].kind == "topics"
+    folders = {part for source in found[1:] for part in source.path.parts}
+    assert not folders & {"test", "idle_test", "site-packages"} - set(sources.Path(sys.prefix).parts)
+    topics = list(sources.read(found[0], "", 0, 1))
+    assert len(topics) > 50
+    argparse_docs = [
+        raw.content for raw in sources.read(sources.Source("docstrings", sources.Path(argparse.__file__)), "", 0, 1)
+    ]
+    assert any("Command-line parsing library" in str(text) for text in argparse_docs)
+
+
+def test_stream_of_the_corpus_is_the_documents(source, tmp_path, capsys):
+    run_prepare(source, "--out", tmp_path / "out", "--tokenizer", "bytes", "--shard-mib", 0.004)
+    stream = TokenStream(Catalog.open(tmp_path / "out"), "train")
+    expected = [list(text.encode()) + [256] for text in documents(tmp_path / "out", "train")]
+    assert np.array_equal(stream.read(0, stream.tokens), np.concatenate(expected))
