@@ -62,8 +62,9 @@ class Worker:
         raise SystemExit(f"the worker {self._process.args!r} ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the worker, by an empty line: mpiexec does not pass the end of its input on to rank 0."""
         assert self._process.stdin is not None
+        self._process.stdin.write("\n")
         self._process.stdin.close()
         self._process.wait()
 
@@ -88,7 +89,7 @@ def serve(group: Group, answer: Callable[..., dict[str, Any]], hello: dict[str, 
             print(json.dumps(value), flush=True)
 
     write(hello)
-    while line := group.broadcast(sys.stdin.readline() if group.rank == 0 else None, "a request"):
+    while line := group.broadcast(sys.stdin.readline().strip() if group.rank == 0 else None, "a request"):
         write(answer(**json.loads(line)))
 
 
@@ -134,7 +135,9 @@ def machine() -> list[str]:
 def cpu_model() -> str:
     """The processor's name, with family and model where the name is vague."""
     text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    found = {key: re.search(rf"^{key}\s*:\s*(.*)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")}
+    found = {
+        key: re.search(rf"^{key}\s*:\s*(.*)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")
+    }
     name, family, model = (m[1].strip() if m else "?" for m in found.values())
     return f"{name} (family {family}, model {model})"
 
@@ -152,6 +155,15 @@ class Report:
         """One line."""
         self._lines.append(line)
         print(line, flush=True)
+
+    def head(self, *names: str) -> None:
+        """The head of a table."""
+        self.row(*names)
+        self.row(*["---:"] * len(names))
+
+    def row(self, *cells: object) -> None:
+        """A row of a table."""
+        self.say("| " + " | ".join(map(str, cells)) + " |")
 
     def close(self) -> None:
         """Writes the file if it was asked for."""

@@ -128,20 +128,31 @@ def compare(args: argparse.Namespace, size: dict[str, Any], ranks: int, report: 
     for name, peer in peers.items():
         report.say(f"{name}: {peer.hello['torch']}, AdamW {peer.hello['adamw']}, {peer.hello['cpu']}")
     report.say()
-    report.say("| variant | s/step | tokens/s | GFLOP/s a rank | of sgemm peak | exposed ms | peak MiB | speed, canonical = 1 |")
-    report.say("|---|---:|---:|---:|---:|---:|---:|---:|")
+    report.head(
+        "variant",
+        "s/step",
+        "tokens/s",
+        "GFLOP/s a rank",
+        "of sgemm peak",
+        "exposed ms",
+        "peak MiB",
+        "speed, canonical = 1",
+    )
     for name in names:
         seconds = statistics.median(medians[name])
         rate = flops * tokens / ranks / seconds
         exposed = f"{1e3 * statistics.median(last[name]['exposed']):.1f}" if name not in peers else ""
-        report.say(
-            f"| {name} | {seconds:.4f} | {tokens / seconds:.0f} | {rate / 1e9:.1f} | {100 * rate / peak:.0f} % | {exposed} | "
-            f"{last[name]['peak_bytes'] / MIB:.0f} | {1 / pair_ratio(medians['canonical'], medians[name]):.3f} |"
-        )
+        report.row(
+            name, f"{seconds:.4f}", f"{tokens / seconds:.0f}", f"{rate / 1e9:.1f}", f"{100 * rate / peak:.0f} %",
+            exposed, f"{last[name]['peak_bytes'] / MIB:.0f}",
+            f"{1 / pair_ratio(medians['canonical'], medians[name]):.3f}",
+        )  # fmt: skip
     for name in names[1:]:
         pairs = ", ".join(f"{b / a:.3f}" for a, b in zip(medians["canonical"], medians[name], strict=True))
         report.say()
-        report.say(f"canonical is {pair_ratio(medians['canonical'], medians[name]):.3f} × as fast as {name} (pairs: {pairs})")
+        report.say(
+            f"canonical is {pair_ratio(medians['canonical'], medians[name]):.3f} × as fast as {name} (pairs: {pairs})"
+        )
     report.say()
 
 

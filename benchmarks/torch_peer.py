@@ -11,6 +11,7 @@ F.cross_entropy and torch.optim.AdamW; of the package it uses the random draws, 
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -23,6 +24,13 @@ from torch import nn
 
 from mlm_mpi import config
 from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.loader import Loader, TokenStream, heldout_batches
+from mlm_mpi.data.sampler import Sampler, windows_of
+from mlm_mpi.models import gpt
+from mlm_mpi.optim.schedule import learning_rate
+from mlm_mpi.params.store import FlatStore
 
 
 class PeerBlock(nn.Module):
@@ -157,11 +165,56 @@ def measure(job: dict[str, Any]) -> None:
     best = min(tried, key=lambda name: tried[name])
     print(json.dumps({"torch": torch.__version__, "adamw": best, "cpu": torch.backends.cpu.get_cpu_capability()}))
     sys.stdout.flush()
-    for line in sys.stdin:
+    for line in iter(lambda: sys.stdin.readline().strip(), ""):
         seconds = [step(optimizers[best])[0] for _ in range(json.loads(line)["steps"])]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
         sys.stdout.flush()
+
+
+def quality(job: dict[str, Any]) -> None:
+    """Serves `quality.py`: trains on our micro-batches from our initial weights, then evaluates held out."""
+    c = config.from_table(job["config"], "the parent")
+    corpus = Catalog.open(c.data.dir)
+    vocabulary = corpus.tokenizer().vocab_size
+    train, context = c.train, c.model.context
+    torch.set_default_dtype({"float32": torch.float32, "float64": torch.float64}[train.dtype])
+    model = PeerGPT(c.model, vocabulary)
+    store = FlatStore(gpt.build(c.model, vocabulary).parameter_blocks(), Mesh(), train.dtype)
+    store.initialise(train.seed)
+    model.load(store.named(store.data))
+    adamw = make_adamw(model, c.optim, fused=True)
+    sampler = Sampler(train.seed, windows_of(corpus.tokens("train"), context), train.micro_batches, train.rows)
+    loader = Loader(TokenStream(corpus, "train"), sampler, context, c.data.prefetch)
+    print(json.dumps({"torch": torch.__version__}), flush=True)
+    sys.stdin.readline()
+
+    losses = []
+    targets = train.micro_batches * train.rows * context
+    for step in range(train.steps):
+        total = 0.0
+        for index in range(train.micro_batches):
+            batch = loader.micro_batch(step, index)
+            loss = model(torch.from_numpy(batch.ids).long(), torch.from_numpy(batch.targets).long(), "sum") / targets
+            loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
+        if c.optim.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(c.optim, train.steps, step)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    nats, count = 0.0, 0
+    stream = TokenStream(corpus, "heldout")
+    with torch.no_grad():
+        for batch in heldout_batches(stream, context, c.eval.rows):
+            wanted = batch.targets if batch.mask is None else np.where(batch.mask, batch.targets, -100)
+            nats += float(model(torch.from_numpy(batch.ids).long(), torch.from_numpy(wanted).long(), "sum"))
+            count += batch.targets_count
+    bits = nats / math.log(2.0) / corpus.characters("heldout")
+    print(json.dumps({"losses": losses, "loss": nats / count, "bits_per_character": bits}), flush=True)
 
 
 def main() -> None:
@@ -171,7 +224,7 @@ def main() -> None:
     if job["keep_freed_memory"]:
         keep_freed_memory()
     torch.manual_seed(0)
-    {"step": measure}[job["task"]](job)
+    {"step": measure, "quality": quality}[job["task"]](job)
 
 
 if __name__ == "__main__":

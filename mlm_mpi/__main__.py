@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from typing import NoReturn
 
 from mlm_mpi import __version__
@@ -26,6 +27,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if launch.announced()[0] == 0:
             super().error(message)
+        time.sleep(1.0)  # rank 0 must have spoken before the launcher kills it because this one leaves
         raise SystemExit(2)
 
 

@@ -21,7 +21,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A table of the TOML file."""
 
 
-class Model(Section):
+class Model(Section, frozen=True):
     """What is trained. `feed_forward = 0` means 4 · width."""
 
     kind: Literal["gpt"] = "gpt"
@@ -35,14 +35,14 @@ class Model(Section):
     norm_epsilon: float = 1e-5
 
 
-class Data(Section):
+class Data(Section, frozen=True):
     """Where tokens come from. `prefetch`: micro-batches held ready, at most."""
 
     dir: str = "corpus"
     prefetch: int = 4
 
 
-class Train(Section):
+class Train(Section, frozen=True):
     """The work of a step: M micro-batches of B rows, summed in J lanes (`lanes = 0`: min(M, 8))."""
 
     steps: int = 100
@@ -53,7 +53,7 @@ class Train(Section):
     dtype: Literal["float32", "float64"] = "float32"
 
 
-class Optim(Section):
+class Optim(Section, frozen=True):
     """AdamW or SGD with momentum, schedule and clipping. `clip = 0`: none."""
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -69,7 +69,7 @@ class Optim(Section):
     final_fraction: float = 0.0
 
 
-class Eval(Section):
+class Eval(Section, frozen=True):
     """Held-out loss every `every` steps (0: only at the end) over at most `windows` windows (0: all)."""
 
     every: int = 0
@@ -77,7 +77,7 @@ class Eval(Section):
     rows: int = 8
 
 
-class Checkpoint(Section):
+class Checkpoint(Section, frozen=True):
     """A checkpoint every `every` steps (0: only at the end); the newest `keep` stay."""
 
     every: int = 0
@@ -85,7 +85,7 @@ class Checkpoint(Section):
     background: bool = True
 
 
-class Comm(Section):
+class Comm(Section, frozen=True):
     """How gradients are summed. `bucket_mib`: what one message round carries, in MiB."""
 
     reduction: Literal["canonical", "allreduce"] = "canonical"
@@ -94,20 +94,20 @@ class Comm(Section):
     timeout_s: float = 600.0
 
 
-class Numerics(Section):
+class Numerics(Section, frozen=True):
     """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of BLAS and NumPy."""
 
     threads: int = 1
     level: Literal["auto", "avx2"] = "auto"
 
 
-class Log(Section):
+class Log(Section, frozen=True):
     """A line every `every` steps where there is no terminal."""
 
     every: int = 10
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """A whole run."""
 
     model: Model = Model()
@@ -232,8 +232,8 @@ def check(config: Config) -> None:
         "optim.weight_decay": optim.weight_decay, "optim.clip": optim.clip, "train.seed": train.seed,
         "optim.learning_rate": optim.learning_rate, "model.init_std": model.init_std,
     }  # fmt: skip
-    for name, value in not_negative.items():
-        _require(value >= 0, f"{name} = {value} must not be negative")
+    for name, number in not_negative.items():
+        _require(number >= 0, f"{name} = {number} must not be negative")
     below_one = {
         "model.dropout": model.dropout, "optim.beta1": optim.beta1, "optim.beta2": optim.beta2,
         "optim.momentum": optim.momentum,

@@ -23,6 +23,10 @@ class DataError(MlmError):
     """Input text, a shard or a catalog that is missing, damaged or of another making."""
 
 
+class StorageError(DataError):
+    """A file that cannot be written: a full disk, a folder without permission."""
+
+
 class CheckpointError(MlmError):
     """A checkpoint that is torn, corrupt or of another model, or one that cannot be written."""
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from mlm_mpi.errors import LaunchError
 
@@ -54,12 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=GRACE_S, metavar="S", help="seconds to save and leave after Ctrl-C or SIGTERM"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- train CONFIG --run DIR …")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train CONFIG --run DIR …")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs `python -m mlm_mpi <command>` on every rank. Raises LaunchError."""
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = args.words[1:] if args.words[:1] == ["--"] else args.words
     if not command:
         raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
     ranks = args.ranks if args.ranks is not None else int(os.environ.get("SLURM_NTASKS", "1"))
@@ -106,7 +106,7 @@ def version_text(mpiexec: str) -> str:
 
 
 def vendor(version: str) -> str:
-    """"openmpi", "mpich" (anything with Hydra) or "unknown" from the text of `mpiexec --version`."""
+    """ "openmpi", "mpich" (anything with Hydra) or "unknown" from the text of `mpiexec --version`."""
     if re.search(r"open ?-?mpi|openrte|prrte", version, re.IGNORECASE):
         return "openmpi"
     return "mpich" if re.search(r"hydra|mpich|intel\(r\) mpi", version, re.IGNORECASE) else "unknown"
@@ -192,7 +192,7 @@ class _Job:
             try:
                 process = subprocess.Popen(
                     self.command, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    start_new_session=True, preexec_fn=self._before_exec,  # noqa: PLW1509 - no thread runs yet
+                    start_new_session=True, preexec_fn=self._before_exec,
                 )  # fmt: skip
             except OSError as error:
                 raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
@@ -205,7 +205,7 @@ class _Job:
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
         if code and not banners.passed and self.cause is None:
-            _say(f"the job ended with exit code {code} and no message: a rank left without a word, or without MPI_Finalize")
+            _say(f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize")
         return code
 
     @contextlib.contextmanager
@@ -252,7 +252,9 @@ class _Job:
 
     def _kill(self, process: subprocess.Popen[bytes]) -> int:
         assert self.cause is not None
-        _say(f"killing the job, which had {self.grace_s:g} s to end after {self.cause.name}: the last checkpoint stands")
+        _say(
+            f"killing the job, which had {self.grace_s:g} s to end after {self.cause.name}: the last checkpoint stands"
+        )
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)

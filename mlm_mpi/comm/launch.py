@@ -5,6 +5,7 @@ The only place that names COMM_WORLD. MPI is imported on demand: a command that 
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -89,6 +90,8 @@ def supervise(body: Callable[[], int]) -> int:
             _abort(error.exit_code)
         if rank == 0:
             _say(f"mlm-mpi: {error}")
+        elif not _mpi_is_up():
+            time.sleep(1.0)  # launchers kill all ranks when the first leaves: rank 0 must have spoken by then
         code = error.exit_code
     except KeyboardInterrupt:
         _say("mlm-mpi: interrupted")

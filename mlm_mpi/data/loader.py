@@ -148,7 +148,7 @@ class Loader:
                         return
                     self._ready.append(made)
                     self._state.notify_all()
-        except BaseException as error:  # noqa: BLE001  (travels to the thread that calls `next`)
+        except BaseException as error:
             self._error = error
         finally:
             with self._state:

@@ -12,6 +12,7 @@ only who does it, so the bytes of every file are the same on any number of ranks
 
 import argparse
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -26,7 +27,7 @@ import msgspec
 import numpy as np
 
 from mlm_mpi.data import catalog, similar, sources
-from mlm_mpi.data.files import cannot_write, publish_all
+from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
@@ -38,6 +39,7 @@ T = TypeVar("T")
 TOKENIZER_FILE = "tokenizer.json"
 _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of this size, to bound memory
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
+_PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
 
 # What is known of a document without its text; 24 band hashes are most of its 236 bytes.
@@ -57,7 +59,7 @@ class Ranks(Protocol):
 
     def allgather(self, value: Any, what: str) -> list[Any]: ...
     def broadcast(self, value: Any, what: str) -> Any: ...
-    def barrier(self, what: str) -> None: ...
+    def with_timeout(self, timeout_s: float) -> "Ranks": ...
     def together(self, what: str) -> AbstractContextManager[None]: ...
 
 
@@ -78,7 +80,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, group: Ranks) -> int:
     """Prepares a corpus in `args.out`. Collective. Returns 0; raises DataError or ConfigError on all ranks."""
     begin = time.perf_counter()
-    _check(args)
+    group = group.with_timeout(_PATIENCE_S)
+    with group.together("checking the command line"):
+        _check(args)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     out = Path(args.out)
@@ -104,8 +108,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
     if not 0 <= args.heldout < 1:
         raise ConfigError(f"--heldout {args.heldout} must be in [0, 1)")
-    if args.shard_mib < 0:
-        raise ConfigError(f"--shard-mib {args.shard_mib} must not be negative")
+    if not 0 <= args.shard_mib <= 1 << 20:
+        raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {1 << 20}]")
     if args.tokenizer == "bpe" and args.vocab < SMALLEST_VOCABULARY:
         raise ConfigError(f"--vocab {args.vocab} is too small for bytes and an end: set {SMALLEST_VOCABULARY} or more")
 
@@ -118,7 +122,7 @@ def _prepare(args: argparse.Namespace, group: Ranks, out: Path, spool: "_Spool")
         counts = spool.fill(_documents(args, group, out), group.rank)
     sums = np.sum(group.allgather(counts, "counts of cleaning"), axis=0).tolist()
     with group.together("arranging documents"):
-        plan = _arrange(spool.records(group.size), args.heldout, args.seed, int(args.shard_mib * _MIB))
+        plan = _arrange(spool.records(group.size), args.heldout, args.seed, math.ceil(args.shard_mib * _MIB))
     tokenizer = _tokenizer(args, group, plan, spool)
     with group.together("writing shards"):
         mine = {

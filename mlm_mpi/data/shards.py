@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 
-from mlm_mpi.data.files import publish, sha256_of
+from mlm_mpi.files import publish, sha256_of
 from mlm_mpi.errors import DataError
 
 FORMAT = 1

@@ -88,7 +88,8 @@ def _expand(text: str) -> list[Path]:
         return [p for p in inside if p.is_file()]
     if path.exists():
         return [path]
-    found = [match for match in sorted(glob.glob(text, recursive=True)) if Path(match).exists()]
+    matches = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    found = [match for match in matches if Path(match).exists()]
     if not found:
         raise DataError(f"no input at {text!r}: give a file, a folder, a glob in quotes, or --builtin")
     return [path for match in found for path in _expand(match)]

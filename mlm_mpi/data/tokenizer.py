@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mlm_mpi.data.files import publish
+from mlm_mpi.files import publish
 from mlm_mpi.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,7 +33,7 @@ class Tokenizer:
         self.hash = hashlib.sha256(content).hexdigest()
         try:
             self._inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # noqa: BLE001  (the library raises nothing more precise)
+        except Exception as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{source} is not a tokenizer.json ({reason}): give another --tokenizer") from None
         self._inner.encode_special_tokens = True  # a text that *mentions* <|endoftext|> does not end there

@@ -39,7 +39,9 @@ class SelfAttention:
 
     def __init__(self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float) -> None:
         self.name, self.heads = name, heads
-        self.qkv_weight = Parameter(f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True)
+        self.qkv_weight = Parameter(
+            f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True
+        )
         self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp")), "zeros")
         self.project = Linear(f"{name}.project", width, width, out_std, cut="in")
         self.drop = Dropout(f"{name}.probabilities", dropout)

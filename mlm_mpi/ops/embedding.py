@@ -16,7 +16,7 @@ def backward(dy: Any, ids: Any, dtable: Any) -> None:
     """Adds to dtable. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
     xp = module_of(dy)
     if xp is not np:  # CuPy has no reduceat; its scatter-add is not deterministic (the CUDA kernel will be)
-        import cupyx  # type: ignore[import-not-found]
+        import cupyx
 
         cupyx.scatter_add(dtable, ids, dy)
         return

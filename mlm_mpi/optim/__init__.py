@@ -17,4 +17,4 @@ class Optimizer(Protocol):
 
 def make_optimizer(optim: Optim, store: FlatStore) -> Optimizer:
     """The optimiser a configuration names."""
-    return {"adamw": AdamW, "sgd": SGD}[optim.name](optim, store)
+    return AdamW(optim, store) if optim.name == "adamw" else SGD(optim, store)

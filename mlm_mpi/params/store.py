@@ -102,5 +102,5 @@ class FlatStore:
             host = np.asarray(value) if self.xp is np else value.get()
             little = np.ascontiguousarray(host, dtype=self.dtype.newbyteorder("<"))
             digest.update(f"{name} {self.dtype.name} {little.shape}\n".encode())
-            digest.update(memoryview(little).cast("B"))
+            digest.update(little.data.cast("B"))
         return digest.hexdigest()

@@ -25,14 +25,20 @@ def main(args: argparse.Namespace) -> int:
         "bits_per_character": quality.bits_per_character, "tokens": quality.tokens, "characters": quality.characters,
     }  # fmt: skip
     if args.baselines:
-        numbers["unigram_bits_per_character"] = lm.unigram_bits_per_character(trained.catalog, trained.tokenizer.vocab_size)
+        numbers["unigram_bits_per_character"] = lm.unigram_bits_per_character(
+            trained.catalog, trained.tokenizer.vocab_size
+        )
         numbers["xz_bits_per_character"] = lm.xz_bits_per_character(trained.catalog, trained.tokenizer)
     if args.json:
         print(msgspec.json.encode(numbers).decode())
         return 0
-    print(f"held-out text       {quality.tokens:,} tokens, {quality.characters:,} characters; checkpoint of step {trained.step}")
+    print(
+        f"held-out text       {quality.tokens:,} tokens, {quality.characters:,} characters; checkpoint of step {trained.step}"
+    )
     print(f"loss                {quality.loss:.4f} nats per token, perplexity {quality.perplexity:.2f}")
     print(f"bits per character  {quality.bits_per_character:.3f}")
     if args.baselines:
-        print(f"  baselines         {numbers['unigram_bits_per_character']:.3f} unigram tokens, {numbers['xz_bits_per_character']:.3f} xz -9e after the training text")
+        print(
+            f"  baselines         {numbers['unigram_bits_per_character']:.3f} unigram tokens, {numbers['xz_bits_per_character']:.3f} xz -9e after the training text"
+        )
     return 0

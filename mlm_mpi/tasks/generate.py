@@ -14,7 +14,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)")
+    parser.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
@@ -31,7 +33,9 @@ def main(args: argparse.Namespace) -> int:
     prompt = [end, *trained.tokenizer.encode(args.prompt)]
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(args.prompt)
-    for token in itertools.islice(lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling), args.tokens):
+    for token in itertools.islice(
+        lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling), args.tokens
+    ):
         if token == end:
             break
         sys.stdout.write(decoder.push(token))

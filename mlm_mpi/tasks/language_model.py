@@ -113,7 +113,9 @@ def _text(stream: TokenStream, tokenizer: Tokenizer) -> bytes:
 
 
 def _xz(content: bytes) -> bytes:
-    return lzma.compress(content, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}])
+    return lzma.compress(
+        content, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
     return int(order[min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)])
 
 
-def continue_prompt(stack: Stack, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True) -> Iterator[int]:
+def continue_prompt(
+    stack: Stack, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True
+) -> Iterator[int]:
     """Endless continuation of a prompt of at least one token.
 
     When the context is full, the newest half of it is read again and generation goes on from there.

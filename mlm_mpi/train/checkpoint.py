@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from mlm_mpi.comm.group import Group
-from mlm_mpi.data.files import publish, sync_folder
+from mlm_mpi.files import publish, sync_folder
 from mlm_mpi.errors import CheckpointError, MlmError
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
@@ -240,7 +240,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (OSError, KeyError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it")
+        raise CheckpointError(
+            f"{path} has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it"
+        )
     return manifest
 
 
@@ -252,9 +254,13 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
     """
     shapes = {span.parameter.name: list(span.shape) for span in store.spans}
     if shapes != manifest.shapes:
-        raise CheckpointError(f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: give the configuration it was saved with, or another --run")
+        raise CheckpointError(
+            f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: give the configuration it was saved with, or another --run"
+        )
     if not set(buffers) <= set(manifest.buffers):
-        raise CheckpointError(f"{checkpoint} holds {', '.join(manifest.buffers)}, this run needs {', '.join(buffers)}: keep optim.name")
+        raise CheckpointError(
+            f"{checkpoint} holds {', '.join(manifest.buffers)}, this run needs {', '.join(buffers)}: keep optim.name"
+        )
     views = {kind: store.named(flat) for kind, flat in buffers.items()}
     covered = dict.fromkeys(shapes, 0)
     for part in manifest.parts:
@@ -304,9 +310,7 @@ def _none_left(folder: Path, problems: Sequence[str]) -> str:
     return f"{folder} holds no checkpoint: train first, or give the --run folder of a run that saved one"
 
 
-def resume(
-    folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Any
-) -> tuple[Path, Manifest] | None:
+def resume(folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Any) -> tuple[Path, Manifest] | None:
     """Restores the newest sound checkpoint on all ranks; None if there is none at all. Collective.
 
     A damaged one is named and the one before is tried. Raises CheckpointError, agreed, if all are damaged

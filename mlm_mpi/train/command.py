@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def seconds(text: str) -> float:
-    """"50m" -> 3000.0. Raises ConfigError."""
+    """ "50m" -> 3000.0. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)([smhd]?)", text.strip())
     if not match:
         raise ConfigError(f"--max-time {text!r} is no time: write 90s, 50m, 12h or 2d")

@@ -47,4 +47,8 @@ def digest(facts: dict[str, Any]) -> str:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """`name: one → other` for each fact that differs."""
-    return [f"{name}: {one.get(name)} → {other.get(name)}" for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return [
+        f"{name}: {one.get(name)} → {other.get(name)}"
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name)
+    ]

@@ -1,8 +1,8 @@
 """The run folder: who owns it, and what it holds besides checkpoints.
 
-    config.toml       the effective configuration      metrics.jsonl   one line per step
-    environment.json  versions, fingerprint, command   loss.png        the curve, at the end
-    checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
+config.toml       the effective configuration      metrics.jsonl   one line per step
+environment.json  versions, fingerprint, command   loss.png        the curve, at the end
+checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
 """
 
 import fcntl
@@ -16,8 +16,8 @@ from typing import Any
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
-from mlm_mpi.data.files import publish
-from mlm_mpi.errors import CheckpointError, ConfigError, DataError
+from mlm_mpi.files import publish
+from mlm_mpi.errors import ConfigError
 
 
 class RunFolder:
@@ -56,19 +56,13 @@ class RunFolder:
             "command": sys.argv, "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
             "python": platform.python_version(), "fingerprint": facts,
         }  # fmt: skip
-        self._write(self.path / "config.toml", configuration.to_toml(config))
-        self._write(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+        publish(self.path / "config.toml", configuration.to_toml(config).encode())
+        publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
         self.done.unlink(missing_ok=True)
 
     def finish(self, step: int, weights: str) -> None:
         """Writes DONE: the only evidence that a run is complete (exit codes of launchers are none)."""
-        self._write(self.done, json.dumps({"step": step, "weights_sha256": weights}) + "\n")
-
-    def _write(self, path: Path, text: str) -> None:
-        try:
-            publish(path, text.encode())
-        except DataError as error:
-            raise CheckpointError(str(error)) from None
+        publish(self.done, (json.dumps({"step": step, "weights_sha256": weights}) + "\n").encode())
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:

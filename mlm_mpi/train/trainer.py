@@ -173,7 +173,8 @@ class Trainer:
         model, wanted = self.config.model, self.config.eval
         count = heldout_count(self.heldout.tokens, model.context, wanted.rows, wanted.windows)
         return self.replica.heldout_loss(
-            lambda number: heldout_batch(self.heldout, model.context, wanted.rows, number, wanted.windows), max(1, count)
+            lambda number: heldout_batch(self.heldout, model.context, wanted.rows, number, wanted.windows),
+            max(1, count),
         )
 
     def _record(self, step: int, result: StepResult, waited_s: float, heldout: float | None, show: Reporter) -> None:
@@ -250,7 +251,9 @@ class Trainer:
         steps = [d for d in changed if d.startswith("train.steps")]
         others = [d for d in changed if d not in steps]
         if others:
-            raise CheckpointError(f"{path} was saved with other settings ({others[0]}): restore them, or give another --run")
+            raise CheckpointError(
+                f"{path} was saved with other settings ({others[0]}): restore them, or give another --run"
+            )
         if manifest.step > self.config.train.steps:
             raise CheckpointError(
                 f"{path} stands at step {manifest.step}, beyond train.steps = {self.config.train.steps}: raise train.steps"
@@ -283,7 +286,12 @@ class Trainer:
         held = {name: f"{name} {value / 2**20:,.1f}" for name, value in bytes_held(replica).items()}
         total = sum(bytes_held(replica).values()) / 2**20
         tokens = train.micro_batches * train.rows * config.model.context
-        epochs = self.config.train.steps * train.micro_batches * train.rows / max(1, windows_of(self.catalog.tokens("train"), config.model.context))
+        epochs = (
+            self.config.train.steps
+            * train.micro_batches
+            * train.rows
+            / max(1, windows_of(self.catalog.tokens("train"), config.model.context))
+        )
         return [
             ("mesh", f"{replica.mesh} on {self.group.size} rank{'s' * (self.group.size > 1)}, {config.numerics.threads} thread each"),
             ("model", f"{config.model.kind}: {replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"),
@@ -315,7 +323,11 @@ class Trainer:
             if complete:
                 self.folder.finish(step, weights)
             else:
-                self._say(f"stopped after step {step} of {self.config.train.steps} on {self.stop.reason or 'request'}; the same command goes on")
+                self._say(
+                    f"stopped after step {step} of {self.config.train.steps} on {self.stop.reason or 'request'}; the same command goes on"
+                )
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
-            self._say(f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else ""))
+            self._say(
+                f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")
+            )
         return 0

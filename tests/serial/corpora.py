@@ -7,18 +7,6 @@ from pathlib import Path
 from mlm_mpi.comm.group import Group
 from mlm_mpi.data import prepare
 
-# Runs the sub-command as the program does, in a process of its own.
-PROGRAM = """
-import argparse, sys
-from mlm_mpi.comm import launch
-from mlm_mpi.data import prepare
-def body():
-    parser = argparse.ArgumentParser()
-    prepare.configure(parser)
-    return prepare.main(parser.parse_args(sys.argv[1:]), launch.start())
-sys.exit(launch.supervise(body))
-"""
-
 
 def sentences(seed: int, words: int) -> str:
     """Pronounceable nonsense, different for each seed."""

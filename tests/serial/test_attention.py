@@ -43,7 +43,7 @@ def _factors(drop: np.ndarray | None) -> attention.Factors | None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_values_and_gradients(size, causal, dropped) -> None:  # type: ignore[no-untyped-def]
-    b, h, t, s, d = size
+    b, h, t, s, _ = size
     q, k, v, do = _draw(*size)
     drop = (np.random.default_rng(0).random((b, h, t, s)) < 0.6) / 0.6 if dropped else None
     factors = _factors(drop)
@@ -136,6 +136,15 @@ def test_dropout_of_a_row_does_not_depend_on_the_tile_that_computes_it(monkeypat
     monkeypatch.setattr(attention, "TILE", 16)
     tiled, _ = layer.forward(x, ctx)
     assert np.allclose(whole, tiled, rtol=1e-11, atol=1e-12)
+
+
+def test_dropout_differs_between_rows_heads_and_queries() -> None:
+    layer = _layer(0.5)
+    drawn = layer._factors((3, 40, 40), "f8", Context(training=True))
+    assert drawn is not None
+    masks = [mask for b in range(2) for mask in drawn(b, 0, 40)]  # (40, 40) each
+    rows = [row.tobytes() for mask in masks for row in mask]
+    assert len(set(rows)) == 2 * 3 * 40
 
 
 def test_a_cache_gives_what_the_whole_sequence_gives() -> None:

@@ -152,7 +152,7 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
 
 
 def test_flat_store_is_aligned_complete_and_zero_between() -> None:
-    stack, store = build()
+    _, store = build()
     assert all(span.start % ALIGN_ELEMENTS == 0 for span in store.spans)
     assert store.segments[0][0] == 0 and store.segments[-1][1] == store.size
     assert all(a[1] == b[0] for a, b in zip(store.segments, store.segments[1:], strict=False))

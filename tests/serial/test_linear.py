@@ -35,7 +35,7 @@ def test_gradients(size, arrange) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
-    x, w, _, dy = (a.astype("f4") for a in _draw(19, 6, 5))
+    x, _, _, dy = (a.astype("f4") for a in _draw(19, 6, 5))
     first, again = (poisoned(6, 5, dtype="f4"), poisoned(5, dtype="f4")), (np.ones((6, 5), "f4"), np.ones(5, "f4"))
     linear.backward_weight(dy, x, *first, accumulate=False)
     linear.backward_weight(dy, x, *again, accumulate=True)

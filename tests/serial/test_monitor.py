@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_alarm_and_training_goes_on(tmp_path, monkeypatch, ca
 def test_a_folder_that_cannot_be_written_is_an_alarm_too(tmp_path, capsys):
     MetricsLog.open(tmp_path / "missing" / "metrics.jsonl", 4).write(step=4)
     assert capsys.readouterr().err.count("ALARM") == 1
-    with pytest.raises(MlmError, match="cannot read .*: give the folder of a run"):
+    with pytest.raises(MlmError, match=r"cannot read .*: give the folder of a run"):
         read_metrics(tmp_path / "missing" / "metrics.jsonl")
 
 

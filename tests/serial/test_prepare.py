@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from corpora import PROGRAM, contents, run_prepare, sentences, write_texts
+from corpora import contents, run_prepare, sentences, write_texts
 
-from mlm_mpi.data import files, prepare, sources
+from mlm_mpi import files
+from mlm_mpi.data import prepare, sources
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import TokenStream
 from mlm_mpi.data.shards import ShardReader
@@ -235,7 +236,7 @@ def in_a_process(*words, limit_bytes=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, words)],
+        [sys.executable, "-m", "mlm_mpi", "prepare", *map(str, words)],
         capture_output=True, text=True, timeout=60, preexec_fn=limit if limit_bytes else None, check=False,
     )  # fmt: skip
 
@@ -289,5 +290,5 @@ def test_builtin_sources_are_stable():
 def test_stream_of_the_corpus_is_the_documents(source, tmp_path, capsys):
     run_prepare(source, "--out", tmp_path / "out", "--tokenizer", "bytes", "--shard-mib", 0.004)
     stream = TokenStream(Catalog.open(tmp_path / "out"), "train")
-    expected = [list(text.encode()) + [256] for text in documents(tmp_path / "out", "train")]
+    expected = [[*text.encode(), 256] for text in documents(tmp_path / "out", "train")]
     assert np.array_equal(stream.read(0, stream.tokens), np.concatenate(expected))

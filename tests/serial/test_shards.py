@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from mlm_mpi.data import files
+from mlm_mpi import files
 from mlm_mpi.data.shards import ShardReader, token_type, write_shard
 from mlm_mpi.errors import DataError
 

@@ -100,7 +100,7 @@ def test_a_foreign_tokenizer_with_byte_fallback_streams():
 @pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b'{"version": "1.0"}', json.dumps([1]).encode()])
 def test_what_is_no_tokenizer_says_so(tmp_path, content):
     (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(DataError, match="bad.json is not a tokenizer.json") as caught:
+    with pytest.raises(DataError, match=r"bad\.json is not a tokenizer\.json") as caught:
         Tokenizer.load(tmp_path / "bad.json")
     assert "\n" not in str(caught.value)
 

@@ -10,16 +10,6 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = """
-import argparse, sys
-from mlm_mpi.comm import launch
-from mlm_mpi.data import prepare
-def body():
-    parser = argparse.ArgumentParser()
-    prepare.configure(parser)
-    return prepare.main(parser.parse_args(sys.argv[1:]), launch.start())
-sys.exit(launch.supervise(body))
-"""
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -34,7 +24,7 @@ def on_ranks(ranks: int, *words: object) -> subprocess.CompletedProcess[str]:
         str(ranks),
     ]
     return subprocess.run(
-        [*launcher, sys.executable, "-c", PROGRAM, *map(str, words)],
+        [*launcher, sys.executable, "-m", "mlm_mpi", "prepare", *map(str, words)],
         capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
     )  # fmt: skip
 
@@ -93,3 +83,10 @@ def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
     assert said == ["mlm-mpi: the corpus is empty: no input holds any text: give other files, or --builtin"]
+
+
+def test_a_wrong_command_line_is_said_once(tmp_path: Path) -> None:
+    done = on_ranks(3, "--builtin", "--out", tmp_path / "out", "--heldout", 2)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert said == ["mlm-mpi: --heldout 2.0 must be in [0, 1)"]

@@ -9,13 +9,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlm_mpi.errors import DataError
+from mlm_mpi.errors import StorageError
 
 
 def publish(path: Path, content: bytes) -> str:
     """Writes `content` under `path`, durably and in one step; returns its SHA-256 in hex.
 
-    Raises DataError (a full disk, a folder without permission); the temporary file is gone then.
+    Raises StorageError (a full disk, a folder without permission); the temporary file is gone then.
     """
     publish_all([(path, content)])
     return hashlib.sha256(content).hexdigest()
@@ -24,7 +24,7 @@ def publish(path: Path, content: bytes) -> str:
 def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
     """The same for several files of one folder: all are on disk before the first takes its name.
 
-    A disk that is full leaves every earlier file as it was. Raises DataError.
+    A disk that is full leaves every earlier file as it was. Raises StorageError.
     """
     temporary = {path: path.with_name(path.name + ".tmp") for path, _ in files}
     try:
@@ -35,11 +35,11 @@ def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
                 raise cannot_write(path, len(content), error) from None
         for path, content in files:
             try:
-                os.replace(temporary[path], path)
+                temporary[path].replace(path)
                 sync_folder(path.parent)
             except OSError as error:
                 raise cannot_write(path, len(content), error) from None
-    except DataError:
+    except StorageError:
         for left in temporary.values():
             left.unlink(missing_ok=True)
         raise
@@ -52,11 +52,11 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def cannot_write(path: Path, size_bytes: int, error: OSError) -> DataError:
+def cannot_write(path: Path, size_bytes: int, error: OSError) -> StorageError:
     """The one line for a write that failed."""
-    return DataError(
+    return StorageError(
         f"cannot write {size_bytes} bytes to {path} ({error.strerror or error}): "
-        "free space there or choose another --out"
+        "free space there or choose another folder"
     )
 
 

@@ -1,6 +1,7 @@
 """`mlm-mpi run` against real ranks: exit codes, signals, banners, orphans."""
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 from mlm_mpi import launcher
@@ -192,8 +193,12 @@ def test_a_rank_that_leaves_without_a_word_is_reported(start):
 def test_ranks_do_not_outlive_a_killed_launcher(start):
     process = start(DEAF)
     pids = [int(line.split()[1]) for line in ready(process, 2)]
+    (mpiexec,) = psutil.Process(process.pid).children()
+    folders = [word for word in mpiexec.cmdline() if word.startswith("/dev/shm/mlm-mpi-")]
     process.kill()
     assert gone(pids, 5)
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def test_ranks_do_not_outlive_a_killed_mpiexec(start):
