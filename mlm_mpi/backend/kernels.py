@@ -9,4 +9,4 @@ OPS = ("linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", 
 
 def serving() -> dict[str, str]:
     """op -> the implementation that runs, for `doctor` and the start table."""
-    return {op: "reference (NumPy)" for op in OPS}
+    return dict.fromkeys(OPS, "reference (NumPy)")

@@ -5,6 +5,7 @@ inside calls), gives the core away while it waits, and after `timeout_s` raises 
 what was awaited, by whom and from whom. No call here blocks inside MPI. A group of one needs no MPI.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ class Group:
         out = np.empty(int(counts.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(counts)])
         self.wait(self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)]), what)
-        return [msgspec.json.decode(out[a:b].tobytes()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [msgspec.json.decode(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
 
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's value. Collective. Plain data only."""

@@ -11,6 +11,7 @@ the owner of a slice finishes the tree for it and returns the sum. `Allreduce` i
 the order is the library's, and the bits change with the number of ranks.
 """
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def make_buckets(segments: Sequence[tuple[int, int]], elements: int) -> list[Buc
             continue
         pieces = max(1, round((stop - start) / elements))
         edges = [start + (stop - start) * i // pieces for i in range(pieces + 1)]
-        for a, b in reversed(list(zip(edges[:-1], edges[1:], strict=True))):
+        for a, b in reversed(list(itertools.pairwise(edges))):
             buckets.append(Bucket(len(buckets), a, b, block))
         stop = start
     return buckets

@@ -27,11 +27,11 @@ import msgspec
 import numpy as np
 
 from mlm_mpi.data import catalog, similar, sources
-from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import ConfigError, DataError, MlmError
+from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.rng import key_of
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mlm_mpi.files import publish, sha256_of
 from mlm_mpi.errors import DataError
+from mlm_mpi.files import publish, sha256_of
 
 FORMAT = 1
 _CHUNK_TOKENS = 1 << 14  # a random window of some hundred tokens decompresses 32 KiB, not more

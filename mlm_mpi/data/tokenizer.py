@@ -15,8 +15,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mlm_mpi.files import publish
 from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.files import publish
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text

@@ -32,13 +32,11 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode(numbers).decode())
         return 0
-    print(
-        f"held-out text       {quality.tokens:,} tokens, {quality.characters:,} characters; checkpoint of step {trained.step}"
-    )
+    size = f"{quality.tokens:,} tokens, {quality.characters:,} characters"
+    print(f"held-out text       {size}; checkpoint of step {trained.step}")
     print(f"loss                {quality.loss:.4f} nats per token, perplexity {quality.perplexity:.2f}")
     print(f"bits per character  {quality.bits_per_character:.3f}")
     if args.baselines:
-        print(
-            f"  baselines         {numbers['unigram_bits_per_character']:.3f} unigram tokens, {numbers['xz_bits_per_character']:.3f} xz -9e after the training text"
-        )
+        print(f"  unigram tokens    {numbers['unigram_bits_per_character']:.3f}")
+        print(f"  xz -9e            {numbers['xz_bits_per_character']:.3f}, after having read the training text")
     return 0

@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 
 from mlm_mpi.comm.group import Group
-from mlm_mpi.files import publish, sync_folder
 from mlm_mpi.errors import CheckpointError, MlmError
+from mlm_mpi.files import publish, sync_folder
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 
@@ -122,7 +122,7 @@ class _Write:
 
 
 class Saver:
-    """Writes checkpoints, in the background where asked; every rank has one. MPI is called by `begin` and `publish` only."""
+    """Writes checkpoints, in the background where asked; every rank has one. Only `publish` communicates."""
 
     def __init__(
         self, folder: Path, store: FlatStore, buffers: Buffers, group: Group, keep: int, background: bool
@@ -142,7 +142,7 @@ class Saver:
         return self.write is not None and self.write.over
 
     def begin(self, step: int) -> None:
-        """Takes a snapshot of my rows and starts to write it. Collective (all ranks begin the same save)."""
+        """Takes a snapshot of my rows and starts to write it; all ranks begin the same save."""
         rows = row_ranges(self.store, self.group.size, self.group.rank)
         write = self.write = _Write(step)
         if not self.background:
@@ -255,7 +255,8 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
     shapes = {span.parameter.name: list(span.shape) for span in store.spans}
     if shapes != manifest.shapes:
         raise CheckpointError(
-            f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: give the configuration it was saved with, or another --run"
+            f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: "
+            "give the configuration it was saved with, or another --run"
         )
     if not set(buffers) <= set(manifest.buffers):
         raise CheckpointError(

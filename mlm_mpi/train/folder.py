@@ -16,8 +16,8 @@ from typing import Any
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
-from mlm_mpi.files import publish
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.files import publish
 
 
 class RunFolder:

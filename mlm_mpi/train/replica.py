@@ -151,7 +151,7 @@ class Replica:
         raise error
 
     def heldout_loss(self, batch_of: Callable[[int], MicroBatch], count: int) -> float:
-        """Mean nats per target over `count` held-out micro-batches, the same bits on any number of ranks. Collective."""
+        """Mean nats per target over `count` held-out micro-batches, added in their order on any mesh. Collective."""
         ranks, rank = self.group.size, self.group.rank
         rounds = -(-count // ranks)
         row = np.zeros((rounds, 2))

@@ -256,7 +256,7 @@ class Trainer:
             )
         if manifest.step > self.config.train.steps:
             raise CheckpointError(
-                f"{path} stands at step {manifest.step}, beyond train.steps = {self.config.train.steps}: raise train.steps"
+                f"{path} stands at step {manifest.step}, train.steps = {self.config.train.steps}: raise train.steps"
             )
         if steps:
             self._say(f"note: {steps[0]}: the learning-rate schedule changes from step {manifest.step} on")
@@ -282,27 +282,27 @@ class Trainer:
         return Progress(self.config.train.steps, step, self.config.log.every, self.options.quiet)
 
     def _plan_rows(self, step: int, costs: dict[str, int]) -> list[tuple[str, str]]:
-        config, train, replica = self.config, self.config.train, self.replica
-        held = {name: f"{name} {value / 2**20:,.1f}" for name, value in bytes_held(replica).items()}
-        total = sum(bytes_held(replica).values()) / 2**20
-        tokens = train.micro_batches * train.rows * config.model.context
-        epochs = (
-            self.config.train.steps
-            * train.micro_batches
-            * train.rows
-            / max(1, windows_of(self.catalog.tokens("train"), config.model.context))
-        )
+        config, train, replica, ranks = self.config, self.config.train, self.replica, self.group.size
+        held = bytes_held(replica)
+        parts = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in held.items())
+        samples = train.micro_batches * train.rows
+        tokens = self.catalog.tokens("train")
+        epochs = train.steps * samples / windows_of(tokens, config.model.context)
+        reduction = f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}"
+        sent = f"sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"
+        size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
+        shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
-            ("mesh", f"{replica.mesh} on {self.group.size} rank{'s' * (self.group.size > 1)}, {config.numerics.threads} thread each"),
-            ("model", f"{config.model.kind}: {replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"),
-            ("step", f"{tokens:,} tokens: {train.micro_batches} micro-batches of {train.rows} × {config.model.context}"),
-            ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {self.catalog.tokens('train'):,} tokens"),
-            ("lanes", f"{train.lanes} over {self.group.size} ranks, balance {replica.assignment.balance:.0%}"),
-            ("reduction", f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}, {costs['buffers']} lane buffers, sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"),
-            ("memory of a rank", f"{total:,.1f} MiB without activations: {', '.join(held.values())} MiB"),
+            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {config.numerics.threads} BLAS thread each"),
+            ("model", f"{config.model.kind}: {size}"),
+            ("step", f"{samples * config.model.context:,} tokens: {shape}"),
+            ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {tokens:,} tokens"),
+            ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {replica.assignment.balance:.0%}"),
+            ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
+            ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
             ("ops", ", ".join(sorted(set(serving().values())))),
             ("fingerprint", digest(self.facts)),
-        ]  # fmt: skip
+        ]
 
     def _report(self, step: int, show: Reporter) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
@@ -324,7 +324,8 @@ class Trainer:
                 self.folder.finish(step, weights)
             else:
                 self._say(
-                    f"stopped after step {step} of {self.config.train.steps} on {self.stop.reason or 'request'}; the same command goes on"
+                    f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
+                    "the same command goes on"
                 )
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(

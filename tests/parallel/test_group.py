@@ -35,18 +35,16 @@ def test_together_passes_without_error(group):
 
 def test_together_gives_one_ranks_error_to_all_and_names_it(group):
     culprit = group.size - 1
-    with pytest.raises(MlmError, match="the shard is torn") as caught:
-        with group.together("a phase"):
-            if group.rank == culprit:
-                raise DataError("the shard is torn")
+    with pytest.raises(MlmError, match="the shard is torn") as caught, group.together("a phase"):
+        if group.rank == culprit:
+            raise DataError("the shard is torn")
     assert caught.value.agreed
     assert group.size == 1 or str(caught.value).startswith(f"rank {culprit}: ")
 
 
 def test_together_leaves_a_common_error_as_it_is(group):
-    with pytest.raises(DataError, match="^no corpus$") as caught:
-        with group.together("a phase"):
-            raise DataError("no corpus")
+    with pytest.raises(DataError, match="^no corpus$") as caught, group.together("a phase"):
+        raise DataError("no corpus")
     assert caught.value.agreed
 
 
@@ -55,5 +53,5 @@ def test_a_wait_that_lasts_too_long_names_what_and_whom(group):
     with pytest.raises(CommError, match=r"for a gradient from rank 3, 5 of .* comm.timeout_s"):
         impatient.wait_until(lambda: [5, 3, 5], "a gradient")
     with pytest.raises(CommError, match="for a barrier from the others"):
-        impatient.wait_until(lambda: [], "a barrier")
+        impatient.wait_until(list, "a barrier")
     group.barrier("the end")

@@ -1,5 +1,7 @@
 """Both reductions: the canonical sum equals a serial tree bit for bit; allreduce within rounding."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -54,7 +56,9 @@ def test_allreduce_sums_all_lanes(group, overlap):
 
 
 def test_a_step_that_differs_from_the_last_leaves_nothing_behind(group):
-    reduction = Canonical(group, 8, [cut(8, group.size, r) for r in range(group.size)], SEGMENTS[1], 999, "f4", True, cut)
+    reduction = Canonical(
+        group, 8, [cut(8, group.size, r) for r in range(group.size)], SEGMENTS[1], 999, "f4", True, cut
+    )
     run_step(reduction, group, 8, np.full((8, 5000), np.nan, "f4"), SEGMENTS[1])
     total = run_step(reduction, group, 8, np.ones((8, 5000), "f4"), SEGMENTS[1])
     assert (total == 8).all()
@@ -66,7 +70,7 @@ def test_subtrees_of_the_ranks_make_up_the_tree(lanes):
         held = [maximal_nodes((0, lanes), *cut(lanes, ranks, rank)) for rank in range(ranks)]
         flat = [node for nodes in held for node in nodes]
         assert flat[0][0] == 0 and flat[-1][1] == lanes
-        assert all(a[1] == b[0] for a, b in zip(flat[:-1], flat[1:], strict=True))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(flat))
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32])
