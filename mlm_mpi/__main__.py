@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if launch.announced()[0] == 0:
             super().error(message)
-        time.sleep(1.0)  # rank 0 must have spoken before the launcher kills it because this one leaves
+        time.sleep(launch.OTHERS_WAIT_S)
         raise SystemExit(2)
 
 

@@ -23,6 +23,11 @@ _ANNOUNCED = (
 )
 
 
+# Before MPI is up rank 0 speaks for all, and its exit makes the launcher kill the others; a rank that
+# left sooner would have rank 0 killed in mid-sentence.
+OTHERS_WAIT_S = 5.0
+
+
 def announced() -> tuple[int, int]:
     """(rank, size) read from the environment, before MPI starts; (0, 1) without a launcher."""
     for rank, size in _ANNOUNCED:
@@ -91,7 +96,8 @@ def supervise(body: Callable[[], int]) -> int:
         if rank == 0:
             _say(f"mlm-mpi: {error}")
         elif not _mpi_is_up():
-            time.sleep(1.0)  # launchers kill all ranks when the first leaves: rank 0 must have spoken by then
+            time.sleep(OTHERS_WAIT_S)
+            _say(f"mlm-mpi: rank {rank}: {error}")  # alive still: rank 0 has no such error, and says nothing
         code = error.exit_code
     except KeyboardInterrupt:
         _say("mlm-mpi: interrupted")

@@ -2,6 +2,7 @@
 
 import lzma
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,23 +41,26 @@ class Trained:
 def load(run: Path, data: Path | None = None) -> Trained:
     """The newest sound checkpoint of a run. `data`: a catalog other than the one it was trained on.
 
-    Raises ConfigError, CheckpointError, or DataError if the catalog has another tokenizer.
+    A damaged one is named on stderr. Raises ConfigError, CheckpointError, or DataError if the catalog has another tokenizer.
     """
     folder, config = open_run(run)
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
-    place, manifest = checkpoint.latest(folder.checkpoints)
     catalog = Catalog.open(data or Path(config.data.dir))
     tokenizer = catalog.tokenizer()
-    if tokenizer.hash != manifest.tokenizer:
-        raise DataError(
-            f"{catalog.folder} has another tokenizer ({tokenizer.hash[:12]}) than {run} was trained with "
-            f"({manifest.tokenizer[:12]}): prepare it with --tokenizer {config.data.dir}/tokenizer.json"
-        )
-    stack = gpt.build(config.model, manifest.vocabulary)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype)
-    checkpoint.restore(place, manifest, store, {"weights": store.data})
-    return Trained(config, stack, catalog, tokenizer, manifest.step)
+
+    def restored(path: Path, manifest: checkpoint.Manifest) -> Trained:
+        if tokenizer.hash != manifest.tokenizer:
+            raise DataError(
+                f"{catalog.folder} has another tokenizer ({tokenizer.hash[:12]}) than {run} was trained with "
+                f"({manifest.tokenizer[:12]}): prepare it with --tokenizer {config.data.dir}/tokenizer.json"
+            )
+        stack = gpt.build(config.model, manifest.vocabulary)
+        store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype)
+        checkpoint.restore(path, manifest, store, {"weights": store.data})
+        return Trained(config, stack, catalog, tokenizer, manifest.step)
+
+    return checkpoint.newest_sound(folder.checkpoints, restored, lambda text: print(text, file=sys.stderr))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import hashlib
 import io
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import msgspec
@@ -33,7 +33,9 @@ FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _PREFIX, _HIDDEN = "step-", ".writing-"
 
+T = TypeVar("T")
 Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
+Say = Callable[[str], None]
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +61,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str
     catalog: str
     fingerprint: dict[str, Any]
+
+
+Check = Callable[[Path, Manifest], None]
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -204,8 +209,9 @@ class Saver:
             shutil.rmtree(final)
         hidden.rename(final)
         sync_folder(self.folder)
-        for old in published(self.folder)[self.keep :]:
-            shutil.rmtree(old)
+        # a later one is damaged, or this run would have gone on from it: it may not push this one out
+        for old in [path for path in published(self.folder) if path.name <= final.name][self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
@@ -214,12 +220,6 @@ class Saver:
 def published(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first."""
     return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
-
-
-def exists(folder: Path, step: int, group: Group) -> bool:
-    """Whether this step is published, as rank 0 sees it. Collective."""
-    seen = (folder / f"{_PREFIX}{step:08}").is_dir() if group.rank == 0 else None
-    return bool(group.broadcast(seen, f"whether step {step} is saved"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -294,15 +294,23 @@ def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) ->
     return "parameters come in another order there"
 
 
-def latest(folder: Path) -> tuple[Path, Manifest]:
-    """The newest checkpoint whose manifest is sound. Raises CheckpointError if there is none."""
+def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) -> T:
+    """What `load` makes of the newest checkpoint it can restore; for a process alone.
+
+    A damaged one is named and the one before is tried. Raises CheckpointError if there is none.
+    """
     problems: list[str] = []
-    for checkpoint in published(folder):
+    for path in published(folder):
         try:
-            return checkpoint, read_manifest(checkpoint)
+            return load(path, read_manifest(path))
         except DamagedCheckpoint as error:
             problems.append(str(error))
+            say(_passed_over(path.name, str(error)))
     raise CheckpointError(_none_left(folder, problems))
+
+
+def _passed_over(name: str, damage: str) -> str:
+    return f"ALARM checkpoint {name} is damaged ({damage}): trying the one before"
 
 
 def _none_left(folder: Path, problems: Sequence[str]) -> str:
@@ -311,11 +319,13 @@ def _none_left(folder: Path, problems: Sequence[str]) -> str:
     return f"{folder} holds no checkpoint: train first, or give the --run folder of a run that saved one"
 
 
-def resume(folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Any) -> tuple[Path, Manifest] | None:
+def resume(
+    folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Say, check: Check = lambda path, manifest: None
+) -> tuple[Path, Manifest] | None:
     """Restores the newest sound checkpoint on all ranks; None if there is none at all. Collective.
 
-    A damaged one is named and the one before is tried. Raises CheckpointError, agreed, if all are damaged
-    or the model is another one.
+    `check` may refuse a manifest before its parts are read. A damaged checkpoint is named and the one before
+    is tried. Raises CheckpointError, agreed, if all are damaged or the model is another one.
     """
     names = group.broadcast([path.name for path in published(folder)] if group.rank == 0 else None, "checkpoints")
     problems: list[str] = []
@@ -324,6 +334,7 @@ def resume(folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: 
         with group.together(f"checkpoint {name}"):
             try:
                 manifest = read_manifest(folder / name)
+                check(folder / name, manifest)
                 restore(folder / name, manifest, store, buffers)
             except DamagedCheckpoint as error:
                 damage = str(error)
@@ -331,7 +342,7 @@ def resume(folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: 
         if not found and manifest is not None:
             return folder / name, manifest
         problems.append(found[0])
-        say(f"ALARM checkpoint {name} is damaged ({found[0]}): trying the one before")
+        say(_passed_over(name, found[0]))
     if problems:
         error_ = CheckpointError(_none_left(folder, problems))
         error_.agreed = True

@@ -74,6 +74,7 @@ class Replica:
         mine = self.assignment.of_rank(self.group.rank)
         return [(step, index) for step in range(first, stop) for index in mine]
 
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named below
     def step(self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = ()) -> StepResult:
         """One update. Collective over dp. Raises NumericsError on every rank before any update."""
         began = time.perf_counter()
@@ -150,6 +151,18 @@ class Replica:
         error.agreed = True
         raise error
 
+    def check_weights(self, step: int) -> None:
+        """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
+        for span in self.store.spans:
+            if not np.isfinite(span.parameter.data).all():
+                error = NumericsError(
+                    f"weights of {span.parameter.name} are not finite after step {step}, which is not saved: "
+                    "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+                )
+                error.agreed = True
+                raise error
+
+    @np.errstate(over="ignore", invalid="ignore")
     def heldout_loss(self, batch_of: Callable[[int], MicroBatch], count: int) -> float:
         """Mean nats per target over `count` held-out micro-batches, added in their order on any mesh. Collective."""
         ranks, rank = self.group.size, self.group.rank

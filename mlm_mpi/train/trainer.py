@@ -122,19 +122,21 @@ class Trainer:
     def run(self) -> int:
         """Trains to the last step, or to the agreed stop. Collective."""
         with self.group.together("taking the run folder"):
+            self._check_wish()
             if self.group.rank == 0:
                 self.folder.acquire()
                 checkpoint.remove_unfinished(self.folder.checkpoints)
-        step = self._resume()
-        show = self._open_display(step)
+        first = self._resume()
+        show = self._open_display(first)
         buffers, keep = self.replica.state(), self.config.checkpoint.keep
         self.saver = checkpoint.Saver(
             self.folder.checkpoints, self.replica.store, buffers, self.group, keep, self.config.checkpoint.background
         )
         try:
             with self.stop.listening():
-                step = self._train(step, show)
-                self._save_finally(step, show)
+                step = self._train(first, show)
+                if step > first:
+                    self._save_finally(step, show)
         except MlmError as error:
             if error.agreed and self.saver.busy:  # all ranks are here: what was begun before is not lost
                 self._publish(show)
@@ -162,19 +164,20 @@ class Trainer:
             if self._is_time(self.config.checkpoint.every, step) and not last:
                 if self.saver.busy:
                     self._publish(show)
-                self.saver.begin(step)
+                self._begin_save(step)
         return step
 
     def _is_time(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _evaluate(self) -> float:
-        """Held-out loss in nats per target. Collective."""
+    def _evaluate(self) -> float | None:
+        """Held-out loss in nats per target, None where the corpus holds nothing out. Collective."""
         model, wanted = self.config.model, self.config.eval
         count = heldout_count(self.heldout.tokens, model.context, wanted.rows, wanted.windows)
+        if count == 0:
+            return None
         return self.replica.heldout_loss(
-            lambda number: heldout_batch(self.heldout, model.context, wanted.rows, number, wanted.windows),
-            max(1, count),
+            lambda number: heldout_batch(self.heldout, model.context, wanted.rows, number, wanted.windows), count
         )
 
     def _record(self, step: int, result: StepResult, waited_s: float, heldout: float | None, show: Reporter) -> None:
@@ -197,6 +200,10 @@ class Trainer:
             "tokenizer": self.tokenizer_hash, "catalog": self.catalog.digest, "fingerprint": self.facts,
         }  # fmt: skip
 
+    def _begin_save(self, step: int) -> None:
+        self.replica.check_weights(step)
+        self.saver.begin(step)
+
     def _publish(self, show: Reporter) -> str | None:
         """Publishes the save under way; a failure is an alarm, and training goes on. Collective."""
         problem = self.saver.publish(self._about())
@@ -208,32 +215,30 @@ class Trainer:
         """The last checkpoint must succeed. Raises CheckpointError on all ranks. Collective."""
         if self.saver.busy:
             self._publish(show)
-        if checkpoint.exists(self.folder.checkpoints, step, self.group):
-            return
-        self.saver.begin(step)
+        self._begin_save(step)
         problem = self.saver.publish(self._about())
         if problem is not None:
             error = CheckpointError(f"the final checkpoint (step {step}) was not saved: {problem}")
             error.agreed = True
             raise error
 
+    def _check_wish(self) -> None:
+        """Refuses a run folder that --resume does not allow, before it is made."""
+        wish, folder = self.options.resume, self.folder.checkpoints
+        saved = checkpoint.published(folder)
+        if wish == "never" and saved:
+            raise CheckpointError(
+                f"{self.folder.path} holds {saved[0].name} and --resume is never: give another --run, or --resume auto"
+            )
+        if wish == "must" and not saved:
+            raise CheckpointError(f"{folder} holds no checkpoint and --resume is must: use --resume auto")
+
     def _resume(self) -> int:
         """The step to go on with: 0, or where the newest sound checkpoint stands. Collective."""
-        wish, folder = self.options.resume, self.folder.checkpoints
-        if wish == "never":
-            with self.group.together("looking for old checkpoints"):
-                if checkpoint.published(folder):
-                    raise CheckpointError(
-                        f"{self.folder.path} holds {checkpoint.published(folder)[0].name} and --resume is never: "
-                        "give another --run, or --resume auto"
-                    )
-        found = checkpoint.resume(folder, self.replica.store, self.replica.state(), self.group, self._say)
-        with self.group.together("comparing with the checkpoint"):
-            if found is None:
-                if wish == "must":
-                    raise CheckpointError(f"{folder} holds no checkpoint and --resume is must: use --resume auto")
-            else:
-                self._check_same_run(*found)
+        folder, replica = self.folder.checkpoints, self.replica
+        found = checkpoint.resume(
+            folder, replica.store, replica.state(), self.group, self._say, self._check_same_run
+        )
         if found is None:
             self.replica.store.initialise(self.config.train.seed)
             return 0

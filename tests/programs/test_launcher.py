@@ -302,3 +302,15 @@ def test_the_banner_filter_reports_a_death():
     banners = launcher.BannerFilter(lambda rank, number: deaths.append((rank, number)))
     assert banners.feed(DASHES + DEATH + DASHES) == b""
     assert deaths == [(3, 11)]
+
+
+NOISE = b"[vm:14184] PMIX ERROR: PMIX_ERR_UNREACH in file src/server/pmix_server.c at line 3146\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_banner_filter_drops_what_pmix_says_to_itself(size):
+    banners = launcher.BannerFilter(lambda rank, number: None)
+    text = NOISE + b"[a list] of things\n" + NOISE + b"[open"
+    out = b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size))
+    assert out + banners.close() == b"[a list] of things\n[open"
+    assert banners.passed
