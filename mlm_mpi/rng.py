@@ -31,9 +31,9 @@ def key_of(seed: int, *names: object) -> Key:
 def philox(counter: Words, key: Key) -> Words:
     """Philox4x32-10 of four uint32 counter words under a key.
 
-    Shapes: four arrays that broadcast to one shape -> four uint32 arrays of that shape.
+    Shapes: four arrays (or scalars) that broadcast to one shape -> four uint32 arrays of that shape.
     """
-    c0, c1, c2, c3 = (c.astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)  # ten rounds mix every word into all four
     k0, k1 = key
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2

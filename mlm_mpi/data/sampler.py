@@ -30,6 +30,7 @@ class Sampler:
         self.windows = windows
         self.micro_batches = micro_batches
         self.rows = rows
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def epoch(self, step: int) -> float:
         """Epochs that are over when `step` begins."""
@@ -37,12 +38,21 @@ class Sampler:
 
     def positions(self, step: int, index: int) -> np.ndarray:
         """Windows of the rows of micro-batch (step, index). Shapes: -> (B,) int64."""
-        first = (step * self.micro_batches + index) * self.rows
-        out, done = np.empty(self.rows, np.int64), 0
-        while done < self.rows:
+        held, windows = self._held
+        if held != step:  # a whole step costs hardly more than one micro-batch: the calls dominate, not the elements
+            windows = self._step(step)
+            self._held = step, windows
+        return windows[index * self.rows : (index + 1) * self.rows]
+
+    def _step(self, step: int) -> np.ndarray:
+        """Windows of all samples of a step. Shapes: -> (M·B,) int64."""
+        count = self.micro_batches * self.rows
+        first, done = step * count, 0
+        out = np.empty(count, np.int64)
+        while done < count:
             epoch, place = divmod(first + done, self.windows)
-            count = min(self.rows - done, self.windows - place)
+            part = min(count - done, self.windows - place)
             key = key_of(self.seed, "sampler", epoch)
-            out[done : done + count] = permute(key, self.windows, np.arange(place, place + count))
-            done += count
+            out[done : done + part] = permute(key, self.windows, np.arange(place, place + part))
+            done += part
         return out
