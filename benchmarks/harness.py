@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
-import threadpoolctl  # type: ignore[import-untyped]
+import psutil
+import threadpoolctl
 
 from mlm_mpi import launcher
 from mlm_mpi.comm.group import Group
@@ -165,15 +165,15 @@ class Report:
         """A row of a table."""
         self.say("| " + " | ".join(map(str, cells)) + " |")
 
-    def close(self) -> None:
-        """Writes the file if it was asked for."""
+    def save(self) -> None:
+        """Writes what there is so far, if it was asked for."""
         if self._record:
             hardware = re.sub(r"[^a-z0-9]+", "-", cpu_model().split("(family")[0].lower()).strip("-")
             date = datetime.date.today().isoformat()
             path = HERE / "results" / f"{self._theme}_{hardware}-{launcher.cores()}c_{date}.md"
             path.parent.mkdir(exist_ok=True)
             path.write_text("\n".join(self._lines) + "\n", encoding="utf-8")
-            print(f"recorded in {path}")
+            print(f"recorded in {path}", flush=True)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -90,7 +90,7 @@ def main() -> None:
         f"training losses apart at step 0: {apart[0]:.1e}, at step 10: {apart[min(10, len(apart) - 1)]:.1e}, "
         f"at most: {max(apart):.1e}"
     )
-    report.close()
+    report.save()
     raise SystemExit(0 if abs(difference) <= BAR else 1)
 
 

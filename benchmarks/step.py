@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import harness
@@ -61,10 +62,10 @@ def work(job: dict[str, Any]) -> None:
     def answer(reduction: str, steps: int) -> dict[str, Any]:
         seconds, exposed = [], []
         for _ in range(steps):
-            ready = batch(done[reduction])
+            made = iter([batch(done[reduction])])
             group.barrier("a step")
             start = time.perf_counter()
-            result = replicas[reduction].step(done[reduction], lambda ready=ready: ready)
+            result = replicas[reduction].step(done[reduction], partial(next, made))
             seconds.append(time.perf_counter() - start)
             exposed.append(result.exposed_s)
             done[reduction] += 1
@@ -167,10 +168,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(json.loads(args.worker))
-    report = Report("step", "Time of a training step", args)
+    report = Report("step" if args.ranks == "1" else "step-ranks", "Time of a training step", args)
     for ranks in map(int, args.ranks.split(",")):
         compare(args, SIZES[args.size], ranks, report)
-    report.close()
+        report.save()
 
 
 if __name__ == "__main__":

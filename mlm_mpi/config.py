@@ -6,6 +6,7 @@ except those that need the catalog (the vocabulary). Nothing here imports NumPy,
 """
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Iterable
@@ -153,7 +154,8 @@ def from_table(table: dict[str, Any], source: str) -> Config:
 
 def to_table(config: Config) -> dict[str, Any]:
     """Nested dictionaries of plain values; `from_table` gives the same Config back."""
-    return msgspec.to_builtins(config)
+    table: dict[str, Any] = msgspec.to_builtins(config)
+    return table
 
 
 def to_toml(config: Config) -> str:
@@ -216,6 +218,10 @@ def _resolve(config: Config) -> Config:
 def check(config: Config) -> None:
     """Every bound on one field and every rule that spans fields. Raises ConfigError."""
     model, train, optim = config.model, config.train, config.optim
+    for section, values in to_table(config).items():
+        for key, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(finite, f"{section}.{key} = {value} must be a finite number")
     at_least_one = {
         "model.layers": model.layers, "model.width": model.width, "model.heads": model.heads,
         "model.context": model.context, "model.feed_forward": model.feed_forward,

@@ -9,6 +9,7 @@ interpreter down at exit. A reader trusts the catalog's hash, never a file that 
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def write_shard(
 
 
 def _image(tokens: np.ndarray, offsets: np.ndarray, attributes: dict[str, Any]) -> bytes:
-    with h5py.File("shard", "w", driver="core", backing_store=False, libver="latest") as file:
+    memory = io.BytesIO()
+    with h5py.File(memory, "w", libver="latest") as file:
         for name, values in (("tokens", tokens), ("offsets", offsets)):
             file.create_dataset(
                 name, data=values, chunks=(min(_CHUNK_TOKENS, len(values)),), compression="gzip",
@@ -74,8 +76,7 @@ def _image(tokens: np.ndarray, offsets: np.ndarray, attributes: dict[str, Any]) 
             )  # fmt: skip
         for name, value in attributes.items():
             file.attrs[name] = value
-        file.flush()
-        return bytes(file.id.get_file_image())
+    return memory.getvalue()  # of the closed file: HDF5 1.14's image of an open one does not open again
 
 
 def verify(path: Path, entry: ShardEntry) -> None:

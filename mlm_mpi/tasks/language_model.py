@@ -41,7 +41,8 @@ class Trained:
 def load(run: Path, data: Path | None = None) -> Trained:
     """The newest sound checkpoint of a run. `data`: a catalog other than the one it was trained on.
 
-    A damaged one is named on stderr. Raises ConfigError, CheckpointError, or DataError if the catalog has another tokenizer.
+    A damaged one is named on stderr and the one before is tried. Raises ConfigError, CheckpointError, or
+    DataError if the catalog has another tokenizer.
     """
     folder, config = open_run(run)
     threadpoolctl.threadpool_limits(config.numerics.threads)

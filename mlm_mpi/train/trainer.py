@@ -236,9 +236,7 @@ class Trainer:
     def _resume(self) -> int:
         """The step to go on with: 0, or where the newest sound checkpoint stands. Collective."""
         folder, replica = self.folder.checkpoints, self.replica
-        found = checkpoint.resume(
-            folder, replica.store, replica.state(), self.group, self._say, self._check_same_run
-        )
+        found = checkpoint.resume(folder, replica.store, replica.state(), self.group, self._say, self._check_same_run)
         if found is None:
             self.replica.store.initialise(self.config.train.seed)
             return 0

@@ -1,4 +1,4 @@
-"""`mpiexec -n N python tests/parallel`: every rank runs the same tests; only rank 0 reports.
+"""`mpiexec -n N python tests/parallel [FOLDER]`: every rank runs the same tests; only rank 0 reports.
 
 A failing assert on one rank would leave the others in a collective for ever. So the rank that fails says
 who it is and which test, with the traceback, and ends the whole job.
@@ -33,7 +33,9 @@ class AbortAll:
 
 def main() -> int:
     group = launch.start()
-    arguments = ["-p", "no:cacheprovider", "-W", "error", *sys.argv[1:], str(Path(__file__).parent)]
+    words = sys.argv[1:]
+    folder = [] if any(Path(word).exists() for word in words) else [str(Path(__file__).parent)]
+    arguments = ["-p", "no:cacheprovider", "-W", "error", *words, *folder]
     if group.rank == 0:
         print(f"{group.size} rank{'s' * (group.size > 1)}: ", end="", flush=True)
         arguments += ["-q", "--color=no"]

@@ -1,6 +1,7 @@
 """Flat memory, layouts, assignment: views, slices, hashes, and who runs what."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_the_hash_is_over_sorted_names_shapes_and_values_without_padding():
 def test_a_cut_covers_everything_evenly(extent, parts):
     ranges = [cut(extent, parts, part) for part in range(parts)]
     assert ranges[0][0] == 0 and ranges[-1][1] == extent
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1
 

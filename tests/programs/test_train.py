@@ -1,0 +1,44 @@
+"""The first promise, as a user meets it: the same weights on any number of ranks."""
+
+import json
+
+import numpy as np
+import pytest
+from programs import make_text, prepare
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
+def test_the_weights_and_losses_are_those_of_one_rank(place, home, straight, ranks):
+    run = place.train("run", ranks)
+    assert run.weights == straight.weights
+    assert place.losses("run") == home.losses("straight")
+    assert run.err == ""
+
+
+def test_an_allreduce_comes_close(place, home, straight):
+    run = place.train("run", 3, "comm.reduction=allreduce")
+    assert run.code == 0, run.err
+    np.testing.assert_allclose([a for a, _ in place.losses("run")], [a for a, _ in home.losses("straight")], rtol=1e-4)
+
+
+def test_what_a_run_leaves_behind(home, straight):
+    folder = home.folder / "straight"
+    assert json.loads((folder / "DONE").read_text()) == {"step": 6, "weights_sha256": straight.weights}
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "steps = 6" in (folder / "config.toml").read_text()
+    assert json.loads((folder / "environment.json").read_text())["fingerprint"]["lanes"] == 8
+    assert [heldout is not None for _, heldout in home.losses("straight")] == [False, False, True] * 2
+    losses = [loss for loss, _ in home.losses("straight")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_corpus_that_holds_nothing_out_trains_without_held_out_loss(place, tmp_path):
+    whole = prepare(make_text(tmp_path / "text"), tmp_path / "whole", "--tokenizer", "bytes", "--heldout", "0")
+    run = place.train("run", None, f"data.dir={whole}", "train.steps=2")
+    assert run.weights and place.checkpoints("run") == ["step-00000002"]
+    assert [heldout for _, heldout in place.losses("run")] == [None, None]
+
+
+def test_quiet_says_the_last_words_only(place):
+    run = place.train("run", None, "train.steps=2", "--quiet")
+    assert [line.split()[0] for line in run.out.splitlines()] == ["step", "fingerprint", "weights"]
