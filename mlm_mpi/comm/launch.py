@@ -4,6 +4,7 @@ The only place that names COMM_WORLD. MPI is imported on demand: a command that 
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -88,6 +89,7 @@ def supervise(body: Callable[[], int]) -> int:
     rank, size = announced()
     try:
         code = body()
+        sys.stdout.flush()
     except MlmError as error:
         alone = size == 1 or error.agreed or not _mpi_is_up()
         if not alone:
@@ -102,6 +104,11 @@ def supervise(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _say("mlm-mpi: interrupted")
         code = 130
+        if _mpi_is_up() and size > 1:
+            _abort(code)
+    except BrokenPipeError:  # whoever read stdout has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
         if _mpi_is_up() and size > 1:
             _abort(code)
     except Exception:

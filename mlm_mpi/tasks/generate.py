@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -30,9 +31,10 @@ def main(args: argparse.Namespace) -> int:
     sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     trained = lm.load(Path(args.run))
     end = trained.tokenizer.eot
-    prompt = [end, *trained.tokenizer.encode(args.prompt)]
+    text = os.fsencode(args.prompt).decode(errors="replace")  # a command line may hold any bytes
+    prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
-    sys.stdout.write(args.prompt)
+    sys.stdout.write(text)
     for token in itertools.islice(
         lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling), args.tokens
     ):

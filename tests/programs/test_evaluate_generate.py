@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+from programs import SOON_S
 
 from mlm_mpi.tasks import language_model as lm
 
@@ -51,6 +53,18 @@ def test_generate_repeats_by_seed_and_needs_no_mpi(home, straight, without_mpi):
     greedy = home.program(*words, "--temperature", "0", "--seed", "1")
     assert home.program(*words, "--temperature", "0", "--seed", "2").out == greedy.out
     assert home.program(*words, "--top-k", "1").out == greedy.out
+
+
+def test_generate_takes_any_bytes_and_a_reader_that_leaves(home, straight):
+    done = home.program("generate", "straight", "--prompt", os.fsdecode(b"ab\xff"), "--tokens", "3")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("ab\ufffd")
+    process = home.start("generate", "straight", "--prompt", "abc", "--tokens", "100000")
+    assert process.stdout is not None
+    assert process.stdout.read(3) == "abc"
+    process.stdout.close()
+    assert process.wait(timeout=SOON_S) == 141
+    assert process.stderr is not None and process.stderr.read() == ""
 
 
 def test_train_alone_needs_no_mpi(place, without_mpi):
