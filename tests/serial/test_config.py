@@ -70,7 +70,8 @@ def test_wrong_types_are_refused_by_name(override: str) -> None:
     "override",
     [
         "model.layers=0", "train.steps=0", "train.rows=-1", "train.lanes=-2", "numerics.threads=0", "log.every=0",
-        "eval.every=-1", "optim.clip=-1.0", "optim.weight_decay=-0.1", "optim.learning_rate=nan", "optim.learning_rate=inf", "comm.timeout_s=inf", "model.dropout=1.0",
+        "eval.every=-1", "optim.clip=-1.0", "optim.weight_decay=-0.1", "optim.learning_rate=nan",
+        "optim.learning_rate=inf", "comm.timeout_s=inf", "model.dropout=1.0",
         "model.dropout=-0.1", "optim.beta2=1", "optim.epsilon=0", "model.norm_epsilon=0", "optim.final_fraction=2",
         "comm.bucket_mib=0", "comm.timeout_s=-1", "optim.warmup_steps=1000", "train.seed=-1", "checkpoint.keep=0",
     ],
