@@ -54,29 +54,35 @@ class Library:
         raise AttributeError(name)
 
 
+def _library_path() -> str | None:
+    return os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parent.glob("_cpu*.so")), None)
+
+
+def runs(level: str) -> bool:
+    """Whether there is a library and this CPU can run its functions of that level."""
+    path = _library_path()
+    return path is not None and bool(ctypes.CDLL(path).level_available(level.encode()))
+
+
 def load(level: str) -> tuple[str, Library | None, str]:
     """(level, library, "") or ("off", None, why not). Raises ConfigError for a level this CPU lacks."""
     if level == "off":
         return "off", None, "kernels are switched off"
-    path = os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parent.glob("_cpu*.so")), None)
+    path = _library_path()
     if path is None:
-        return _refuse(level, "no compiled library: install with a C compiler (gcc or clang) at hand")
+        return "off", None, "no compiled library: install again with a C compiler (gcc or clang) at hand"
     try:
         handle = ctypes.CDLL(path)
         available = [name for name in LEVELS if handle.level_available(name.encode())]
     except (OSError, AttributeError) as error:
-        return _refuse(level, f"{path} cannot be loaded ({error}): install again")
+        return "off", None, f"{path} cannot be loaded ({error}): install again"
     if level not in ("auto", *available):
-        raise ConfigError(f"numerics.level = {level!r}: this CPU runs {', '.join(available)}: choose one of them or auto")
+        raise ConfigError(f"numerics.level = {level!r} is not among what this CPU runs: {', '.join(available)}, auto")
     chosen = available[-1] if level == "auto" else level
     try:
         return chosen, Library(handle, chosen), ""
     except AttributeError as error:
-        return _refuse(level, f"{path} is of another version ({error}): install again")
-
-
-def _refuse(level: str, reason: str) -> tuple[str, None, str]:
-    return "off", None, reason
+        return "off", None, f"{path} is of another version ({error}): install again"
 
 
 def _find_gemm() -> tuple[int, str]:
@@ -118,7 +124,8 @@ def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
 
 def within(ids: Any, stop: int) -> str:
     """Dense int32 in [0, stop)."""
-    return dense(ids, dtype=np.int32) or ("" if ids.size == 0 or 0 <= ids.min() <= ids.max() < stop else "out of bounds")
+    inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < stop
+    return dense(ids, dtype=np.int32) or ("" if inside else "out of bounds")
 
 
 def _at(array: Any) -> int | None:
@@ -157,7 +164,7 @@ def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
         np.add(out, product, out=out) if accumulate else np.copyto(out, product)
         return
     (lda, ta), (ldb, tb), (ldc, _) = _leading(a), _leading(b), _leading(out)  # type: ignore[misc]
-    m, n, k = *out.shape, a.shape[1]
+    (m, k), n = a.shape, b.shape[1]
     lib.matmul_add(lib.gemm, ta, tb, m, n, k, _at(a), lda, _at(b), ldb, accumulate, _at(out), ldc)
 
 
@@ -281,7 +288,7 @@ def _fit_attention(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None
             return "not in the CPU's memory"
         if x.dtype != np.float32:
             return str(x.dtype)
-        if x.shape[3] > 1 and x.strides[3] != 4 or any(stride % 4 or stride < 0 for stride in x.strides):
+        if (x.shape[3] > 1 and x.strides[3] != 4) or any(stride % 4 or stride < 0 for stride in x.strides):
             return "not contiguous"
     if 0 in q.shape or 0 in k.shape:
         return "empty"
@@ -302,9 +309,7 @@ def _attention_forward(lib: Any, q: Any, k: Any, v: Any, causal: bool = True, dr
     o, lse = np.empty((batch, queries, heads, width), np.float32), np.empty((batch, heads, queries), np.float32)
     shape, scale, work = _attention_arguments(lib, q, k, causal)
     drawn, matrices = _draw(draw), _matrices(q, k, v, _heads_first(o))
-    lib.attention_forward(
-        _pointer(shape), _pointer(drawn), *map(_pointer, matrices), scale, _at(lse), _at(work)
-    )  # fmt: skip
+    lib.attention_forward(_pointer(shape), _pointer(drawn), *map(_pointer, matrices), scale, _at(lse), _at(work))
     return o, lse
 
 
@@ -373,7 +378,8 @@ def _adamw_update(
     root: float, epsilon: float, rate: float, shrink: float,
 ) -> None:  # fmt: skip
     lib.adamw_update(
-        p.size, _at(p), _at(g), _at(m), _at(v), scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2, root, epsilon, rate, shrink
+        p.size, _at(p), _at(g), _at(m), _at(v), scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2,
+        root, epsilon, rate, shrink,
     )  # fmt: skip
 
 

@@ -8,12 +8,15 @@ runs, and that is counted (`fallbacks`) and shown (`serving`, in `doctor` and at
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mlm_mpi.errors import ConfigError
+
 OPS = (
-    "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout", "clip", "adamw", "sgd",
+    "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout",
+    "clip", "adamw", "sgd",
 )  # fmt: skip
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 
@@ -22,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Kernel:
-    """An entry: `contract(*arguments)` says why it does not fit ("" if it does); `launch(library, *arguments)` runs it."""
+    """An entry: `contract(*arguments)` is why it does not fit, "" if it does; `launch(library, *arguments)` runs."""
 
     name: str  # op.direction
     device: str
@@ -70,16 +73,19 @@ def entries() -> dict[str, Kernel]:
     return _entries
 
 
-def select(level: str = "auto", reference: Iterable[str] = ()) -> Selection:
+def select(level: str = "auto", reference: str = "") -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
-    Raises ConfigError where this CPU cannot run the level.
+    `reference`: "gelu,attention" or "all". Raises ConfigError where an op is unknown or this CPU lacks the level.
     """
     global _selection
     from mlm_mpi.backend import cpu
 
+    ops = frozenset(op.strip() for op in reference.split(",") if op.strip())
+    if unknown := sorted(ops - {"all", *OPS}):
+        raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
     chosen, library, reason = cpu.load(level)
-    _selection = Selection(chosen, library, reason, frozenset(reference))
+    _selection = Selection(chosen, library, reason, ops)
     return _selection
 
 
@@ -108,7 +114,7 @@ def served(reference: Function) -> Function:
 
 
 def fallbacks() -> dict[str, int]:
-    """"gelu.forward: float64" -> how often the reference ran because a contract did not hold."""
+    """How often the reference ran because a contract did not hold, by "gelu.forward: not contiguous"."""
     return {f"{name}: {reason}": times for (name, reason), times in sorted(selection().fallen.items())}
 
 
@@ -125,3 +131,11 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level})"
 
     return {op: of(op) for op in OPS}
+
+
+def summary(dtype: str = "float32") -> str:
+    """`serving` in one line: "C kernel (avx2); reference (NumPy): no kernel: sgd"."""
+    served_by: dict[str, list[str]] = {}
+    for op, by in serving(dtype).items():
+        served_by.setdefault(by, []).append(op)
+    return "; ".join(by if by.startswith("C") else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())

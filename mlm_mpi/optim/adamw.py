@@ -19,7 +19,7 @@ def update(
     p: Any, gradient: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
     root: float, epsilon: float, rate: float, shrink: float,
 ) -> None:  # fmt: skip
-    """With g = scale · gradient: m = β₁ m + (1 − β₁) g, v = β₂ v + (1 − β₂) g², p = shrink · p − rate · m / (root √v + ε).
+    """m = β₁ m + (1 − β₁) g, v = β₂ v + (1 − β₂) g², p = shrink · p − rate · m / (root √v + ε); g = scale · gradient.
 
     Shapes: p, gradient, m, v (n,), changed in place but the gradient.
     """

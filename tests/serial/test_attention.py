@@ -141,7 +141,8 @@ def test_dropout_of_a_row_does_not_depend_on_the_tile_that_computes_it(monkeypat
 
 
 def test_dropout_differs_between_rows_heads_and_queries() -> None:
-    masks = [mask for b in range(2) for mask in attention._factors(DRAW, (2, 3, 40, 40), b, 0, 40, "f8")]  # (40, 40) each
+    shape = (2, 3, 40, 40)
+    masks = [mask for b in range(2) for mask in attention._factors(DRAW, shape, b, 0, 40, "f8")]  # (40, 40) each
     rows = [row.tobytes() for mask in masks for row in mask]
     assert len(set(rows)) == 2 * 3 * 40
 
