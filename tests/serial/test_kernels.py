@@ -121,7 +121,7 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     ),
     "attention.forward": (
         [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)],
-        16,
+        64,
     ),
     "attention.backward": ([_attention_backward(c, d) for c in (True, False) for d in (None, _draw())], 64),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
