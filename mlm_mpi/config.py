@@ -96,10 +96,14 @@ class Comm(Section, frozen=True):
 
 
 class Numerics(Section, frozen=True):
-    """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of BLAS and NumPy."""
+    """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
+
+    `reference`: ops that NumPy computes instead of a kernel, "gelu,attention" or "all", to find who spoils a loss.
+    """
 
     threads: int = 1
-    level: Literal["auto", "avx2"] = "auto"
+    level: Literal["auto", "base", "avx2"] = "auto"
+    reference: str = ""
 
 
 class Log(Section, frozen=True):
@@ -283,12 +287,16 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 # OpenBLAS and NumPy choose kernels by what the CPU can do, and other kernels give other bits. Pinning
-# both to AVX2 lets nodes with and without AVX-512 share a run.
+# them, with our kernels, to AVX2 lets nodes with and without AVX-512 share a run.
 _PINNED = {
+    "base": {
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    },
     "avx2": {
         "OPENBLAS_CORETYPE": "Haswell",
         "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
-    }
+    },
 }
 
 

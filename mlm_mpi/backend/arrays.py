@@ -31,14 +31,6 @@ def row_blocks(array: Any) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def add_product(a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b: how every weight gradient is deposited."""
-    if accumulate:
-        out += a @ b
-    else:
-        module_of(out).matmul(a, b, out=out)
-
-
 def deposit(value: Any, out: Any, accumulate: bool) -> None:
     """out = value, or out += value."""
     if accumulate:

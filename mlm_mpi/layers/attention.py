@@ -5,7 +5,7 @@ from typing import Any
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
-from mlm_mpi.layers.linear import Linear
+from mlm_mpi.layers.linear import ResidualLinear
 from mlm_mpi.ops import attention, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
@@ -37,13 +37,15 @@ class KeyValueCache:
 class SelfAttention:
     """Shapes: (B, T, C) -> (B, T, C). Heads will be cut along tp: qkv by dim 2, the projection by rows."""
 
-    def __init__(self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float) -> None:
+    def __init__(
+        self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float, drop: Dropout
+    ) -> None:
         self.name, self.heads = name, heads
         self.qkv_weight = Parameter(
             f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True
         )
         self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp")), "zeros")
-        self.project = Linear(f"{name}.project", width, width, out_std, cut="in")
+        self.project = ResidualLinear(f"{name}.project", width, width, out_std, drop)
         self.drop = Dropout(f"{name}.probabilities", dropout)
 
     def parameters(self) -> list[Parameter]:
@@ -54,41 +56,27 @@ class SelfAttention:
         parts = parts.transpose(2, 0, 3, 1, 4)  # (3, B, H, T, D), still views of qkv
         return parts[0], parts[1], parts[2]
 
-    def _factors(self, shape: tuple[int, int, int], dtype: Any, ctx: Context) -> attention.Factors | None:
-        if not self.drop.active(ctx):
-            return None
-        heads, queries, keys = shape
-
-        def rows(b: int, start: int, stop: int) -> Any:
-            drawn = [
-                self.drop.factors((stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype, ctx)
-                for h in range(heads)
-            ]
-            return module_of(drawn[0]).stack(drawn)  # (H, rows, S)
-
-        return rows
-
-    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        batch, queries, width = x.shape
+    def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
+        """`residual` (N, C) or None: what the result is added to."""
+        batch, _, width = x.shape
         flat = x.reshape(-1, width)
         qkv = linear.forward(flat, self.qkv_weight.data.reshape(width, -1), self.qkv_bias.data.reshape(-1))  # (N, 3C)
         q, k, v = self._split(qkv, batch)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
-        factors = self._factors((self.heads, queries, k.shape[2]), x.dtype, ctx)
-        o, lse = attention.forward(q, k, v, factors=factors)  # (B, T, H, D)
-        y, _ = self.project.forward(o.reshape(flat.shape[0], -1), ctx)
-        return y.reshape(x.shape), (flat, qkv, o, lse)
+        draw = self.drop.draw(ctx)
+        o, lse = attention.forward(q, k, v, draw=draw)  # (B, T, H, D)
+        y, s_project = self.project.join(o.reshape(flat.shape[0], -1), residual, ctx)
+        return y.reshape(x.shape), (flat, qkv, o, lse, draw, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        flat, qkv, o, lse = saved
-        batch, queries, width = dy.shape
-        do = self.project.backward(dy.reshape(-1, width), o.reshape(flat.shape[0], -1), ctx).reshape(o.shape)
+        flat, qkv, o, lse, draw, s_project = saved
+        batch, _, width = dy.shape
+        do = self.project.backward(dy.reshape(-1, width), s_project, ctx).reshape(o.shape)
         q, k, v = self._split(qkv, batch)
         dqkv = module_of(dy).empty_like(qkv)
         dq, dk, dv = self._split(dqkv, batch)
-        factors = self._factors((self.heads, queries, queries), dy.dtype, ctx)
-        attention.backward(do, q, k, v, o, lse, dq, dk, dv, factors=factors)
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw)
         weight, dweight = self.qkv_weight.data.reshape(width, -1), self.qkv_weight.grad.reshape(width, -1)
         linear.backward_weight(dqkv, flat, dweight, self.qkv_bias.grad.reshape(-1), ctx.accumulate)
         return linear.backward_input(dqkv, weight).reshape(dy.shape)

@@ -20,16 +20,15 @@ class Dropout:
     def active(self, ctx: Context) -> bool:
         return ctx.training and self.rate > 0
 
-    def factors(self, shape: tuple[int, ...], start: int, dtype: Any, ctx: Context) -> Any:
-        """0 or 1/(1 − rate) for the elements from number `start` of the global array."""
-        key = key_of(ctx.seed, "dropout", self.name)
-        return dropout.mask(shape, self.rate, key, ctx.step, ctx.micro_batch, start, dtype)
+    def draw(self, ctx: Context) -> dropout.Draw | None:
+        """Which mask this forward and its backward use; None where dropout is off."""
+        if not self.active(ctx):
+            return None
+        return dropout.Draw(self.rate, key_of(ctx.seed, "dropout", self.name), ctx.step, ctx.micro_batch)
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        if not self.active(ctx):
-            return x, None
-        factors = self.factors(x.shape, 0, x.dtype, ctx)
-        return dropout.forward(x, factors), factors
+        draw = self.draw(ctx)
+        return (x if draw is None else dropout.forward(x, draw)), draw
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         return dy if saved is None else dropout.forward(dy, saved)

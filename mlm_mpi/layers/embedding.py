@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
-from mlm_mpi.ops import embedding
+from mlm_mpi.ops import embedding, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
 
@@ -33,6 +32,7 @@ class Embedding:
         ids, factors = saved
         dx = self.drop.backward(dy, factors, ctx)
         embedding.backward(dx.reshape(-1, dx.shape[2]), ids.reshape(-1), self.tokens.grad)
-        deposit(dx.sum(axis=0), self.positions.grad[: ids.shape[1]], ctx.accumulate)
+        seen = self.positions.grad[: ids.shape[1]]
+        linear.bias_gradient(dx.reshape(ids.shape[0], -1), seen.reshape(-1), ctx.accumulate)  # Σ over rows of the batch
         if not ctx.accumulate:
             self.positions.grad[ids.shape[1] :] = 0.0

@@ -3,7 +3,8 @@
 from typing import Any
 
 from mlm_mpi.layers.base import Context
-from mlm_mpi.ops import linear
+from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.ops import dropout, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
 
@@ -31,3 +32,26 @@ class Linear:
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         self.backward_weight(dy, saved, ctx)
         return self.backward_input(dy)
+
+
+class ResidualLinear(Linear):
+    """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (N, K), (N, F) -> (N, F)."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, std: float, drop: Dropout) -> None:
+        super().__init__(name, inputs, outputs, std, cut="in")
+        self.drop = drop
+
+    def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:
+        """As `forward`, with what the result is added to (None: nothing)."""
+        draw = self.drop.draw(ctx)
+        if draw is None:
+            return linear.forward(x, self.weight.data, self.bias.data, residual), (x, None)
+        return dropout.forward(linear.forward(x, self.weight.data, self.bias.data), draw, residual), (x, draw)
+
+    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
+        return self.join(x, None, ctx)
+
+    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        """dx; the residual's gradient is dy itself."""
+        x, draw = saved
+        return super().backward(self.drop.backward(dy, draw, ctx), x, ctx)

@@ -23,6 +23,8 @@ class LayerNorm:
         y, statistics = layernorm.forward(x, self.gain.data, self.bias.data, self.epsilon)
         return y, (x, statistics)
 
-    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+    def backward(self, dy: Any, saved: Any, ctx: Context, add: Any = None) -> Any:
+        """dx, plus `add` (N, C) where given: the gradient that went past this branch."""
         x, statistics = saved
-        return layernorm.backward(dy, x, self.gain.data, statistics, self.gain.grad, self.bias.grad, ctx.accumulate)
+        gain, bias = self.gain, self.bias
+        return layernorm.backward(dy, x, gain.data, statistics, gain.grad, bias.grad, ctx.accumulate, add)

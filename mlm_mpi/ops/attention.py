@@ -6,14 +6,16 @@ Source: Dao et al., "FlashAttention", arXiv:2205.14135 (the recomputation), Rabe
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.kernels import served
+from mlm_mpi.ops import dropout
 
 TILE = 128  # query rows at a time: a tile of scores of 6 heads and 256 columns is 786 KB
-
-Factors = Callable[[int, int, int], Any]  # (row of the batch, first query, last query) -> (H, rows, S)
 
 
 def _tiles(queries: int) -> Iterator[tuple[int, int]]:
@@ -34,11 +36,22 @@ def _scores(q: Any, k: Any, causal: bool, start: int, offset: int, scale: float)
     return scaled, scores
 
 
-def forward(q: Any, k: Any, v: Any, causal: bool = True, factors: Factors | None = None) -> tuple[Any, Any]:
+def _factors(draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any) -> Any:
+    # the dropout mask (H, rows, S) of queries start … stop − 1, a slice of the global (B, H, T, S)
+    _, heads, queries, keys = shape
+    drawn = [
+        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype)
+        for h in range(heads)
+    ]  # fmt: skip
+    return np.stack(drawn)
+
+
+@served
+def forward(q: Any, k: Any, v: Any, causal: bool = True, draw: dropout.Draw | None = None) -> tuple[Any, Any]:
     """Shapes: q (B, H, T, D), k and v (B, H, S, D) -> o (B, T, H, D), lse (B, H, T).
 
     Causal with S > T: the queries are the last T of S positions (a cache holds the others).
-    `factors` gives dropout factors for the probabilities. Cost: 4·B·H·T·S·D flops, half if causal.
+    `draw` names a dropout mask of the probabilities, (B, H, T, S). Cost: 4·B·H·T·S·D flops, half if causal.
     """
     xp = module_of(q)
     batch, heads, queries, width = q.shape
@@ -53,17 +66,19 @@ def forward(q: Any, k: Any, v: Any, causal: bool = True, factors: Factors | None
             xp.exp(p, out=p)
             total = p.sum(axis=2, keepdims=True)
             lse[b, :, start:stop] = (top + xp.log(total))[:, :, 0]
-            if factors is not None:
-                p *= factors(b, start, stop)[:, :, : p.shape[2]]
+            if draw is not None:
+                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype)
+                p *= xp.asarray(drop)[:, :, : p.shape[2]]
             part = p @ v[b, :, : p.shape[2]]  # (H, rows, D)
             part /= total
             o[b, start:stop] = part.swapaxes(0, 1)
     return o, lse
 
 
+@served
 def backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, factors: Factors | None = None,
+    causal: bool = True, draw: dropout.Draw | None = None,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv, which may be strided views. Shapes: do and o (B, T, H, D), the rest as `forward`.
 
@@ -71,7 +86,7 @@ def backward(
     Cost: 10·B·H·T·S·D flops, half if causal.
     """
     xp = module_of(q)
-    batch, _, queries, width = q.shape
+    batch, heads, queries, width = q.shape
     offset, scale = k.shape[2] - queries, 1.0 / math.sqrt(width)
     for b in range(batch):
         first = True  # the last tile sees every column: it writes dk and dv, the others add
@@ -84,8 +99,9 @@ def backward(
             ds = dot @ v[b, :, :columns].swapaxes(1, 2)  # (H, rows, columns)
             delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
             kept = p
-            if factors is not None:
-                drop = factors(b, start, stop)[:, :, :columns]
+            if draw is not None:
+                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype)
+                drop = xp.asarray(drop)[:, :, :columns]
                 kept = p * drop
                 ds *= drop
             ds -= delta[:, :, None]

@@ -5,13 +5,16 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.kernels import served
 
 
+@served
 def forward(ids: Any, table: Any) -> Any:
-    """Shapes: ids (N,), table (V, C) -> (N, C)."""
+    """Shapes: ids (…), table (V, C) -> (…, C)."""
     return table[ids]
 
 
+@served
 def backward(dy: Any, ids: Any, dtable: Any) -> None:
     """Adds to dtable. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
     xp = module_of(dy)

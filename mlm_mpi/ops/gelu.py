@@ -1,5 +1,6 @@
 """GELU in its tanh form: y = ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
+Only x is kept for backward: the tanh is computed again, which costs less than to store and load it.
 Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; the form GPT-2 uses.
 """
 
@@ -7,43 +8,49 @@ import math
 from typing import Any
 
 from mlm_mpi.backend.arrays import module_of, row_blocks
+from mlm_mpi.backend.kernels import served
 
 _ROOT = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
 
-def forward(x: Any) -> tuple[Any, Any]:
-    """Shapes: x (N, F) -> y (N, F), t (N, F): the tanh, kept because it costs more than to store it."""
+def _tanh(xp: Any, x: Any, out: Any) -> None:
+    xp.multiply(x, x, out=out)
+    out *= _ROOT * _CUBIC
+    out += _ROOT
+    out *= x
+    xp.tanh(out, out=out)
+
+
+@served
+def forward(x: Any) -> Any:
+    """Shapes: (N, F) -> (N, F)."""
     xp = module_of(x)
-    y, t = xp.empty_like(x), xp.empty_like(x)
+    y = xp.empty_like(x)
     for rows in row_blocks(x):
-        a, u, v = x[rows], t[rows], y[rows]
-        xp.multiply(a, a, out=u)
-        u *= _ROOT * _CUBIC
-        u += _ROOT
-        u *= a
-        xp.tanh(u, out=u)
-        xp.add(u, 1.0, out=v)
+        a, v = x[rows], y[rows]
+        _tanh(xp, a, v)
+        v += 1.0
         v *= a
         v *= 0.5
-    return y, t
+    return y
 
 
-def backward(dy: Any, x: Any, t: Any) -> Any:
-    """dx = dy · ½ (1 + t + x (1 − t²) √(2/π) (1 + 3·0.044715 x²)). Shapes: all (N, F)."""
+@served
+def backward(dy: Any, x: Any, out: Any = None) -> Any:
+    """dx = dy · ½ (1 + t + x (1 − t²) √(2/π) (1 + 3·0.044715 x²)), into `out` (may be dy). Shapes: all (N, F)."""
     xp = module_of(x)
-    dx = xp.empty_like(x)
+    dx = xp.empty_like(x) if out is None else out
     for rows in row_blocks(x):
-        a, u, d = x[rows], t[rows], dx[rows]
-        xp.multiply(a, a, out=d)
+        a = x[rows]
+        t, d = xp.empty_like(a), a * a
+        _tanh(xp, a, t)
         d *= 3.0 * _ROOT * _CUBIC
         d += _ROOT
         d *= a
-        slope = u * u
-        xp.subtract(1.0, slope, out=slope)
-        d *= slope
-        d += u
+        d *= 1.0 - t * t
+        d += t
         d += 1.0
         d *= 0.5
-        d *= dy[rows]
+        xp.multiply(d, dy[rows], out=dx[rows])
     return dx

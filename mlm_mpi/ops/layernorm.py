@@ -6,8 +6,10 @@ Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 from typing import Any
 
 from mlm_mpi.backend.arrays import deposit, module_of, row_blocks
+from mlm_mpi.backend.kernels import served
 
 
+@served
 def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
     """Shapes: x (N, C), gain and bias (C,) -> y (N, C), statistics (2, N): mean and 1/deviation."""
     xp = module_of(x)
@@ -25,8 +27,11 @@ def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
     return y, statistics
 
 
-def backward(dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool) -> Any:
-    """dx; writes or adds dgain, dbias. Shapes: dy, x (N, C), statistics (2, N) -> (N, C).
+@served
+def backward(
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> Any:  # fmt: skip
+    """dx, plus `add` where given; writes or adds dgain, dbias. Shapes: dy, x, add (N, C), statistics (2, N) -> (N, C).
 
     With n = normalised x and g = dy·gain: dx = (g − mean(g) − n·mean(g·n)) / deviation.
     """
@@ -44,6 +49,8 @@ def backward(dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any
         normal *= along
         g -= normal
         g *= inverse
+    if add is not None:
+        dx += add
     deposit(gain_sum, dgain, accumulate)
     deposit(bias_sum, dbias, accumulate)
     return dx

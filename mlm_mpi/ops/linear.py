@@ -1,14 +1,28 @@
-"""y = x W + b, with the two halves of its backward apart (zero-bubble pipelines schedule them apart)."""
+"""y = x W + b (+ residual), with the two halves of its backward apart (zero-bubble pipelines schedule them apart)."""
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import add_product, deposit
+from mlm_mpi.backend.arrays import deposit, module_of
+from mlm_mpi.backend.kernels import served
+from mlm_mpi.ops import matmul
 
 
-def forward(x: Any, w: Any, b: Any) -> Any:
-    """Shapes: x (N, K), w (K, F), b (F,) -> (N, F). Cost: 2·N·K·F flops."""
-    y = x @ w  # (N, F)
-    y += b
+@served
+def start(rows: int, b: Any, residual: Any = None) -> Any:
+    """What a product is added to: b (+ residual) in every row. Shapes: b (F,), residual (N, F) -> (N, F)."""
+    xp = module_of(b)
+    y = xp.empty((rows, b.shape[0]), b.dtype)
+    if residual is None:
+        y[...] = b
+    else:
+        xp.add(residual, b, out=y)
+    return y
+
+
+def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
+    """Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops."""
+    y = start(x.shape[0], b, residual)
+    matmul.add(x, w, y, accumulate=True)
     return y
 
 
@@ -19,5 +33,11 @@ def backward_input(dy: Any, w: Any) -> Any:
 
 def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool) -> None:
     """dw = xᵀ dy and db = Σ dy, written or added. Shapes: as `forward`. Cost: 2·N·K·F flops."""
-    add_product(x.T, dy, dw, accumulate)
+    matmul.add(x.T, dy, dw, accumulate)
+    bias_gradient(dy, db, accumulate)
+
+
+@served
+def bias_gradient(dy: Any, db: Any, accumulate: bool) -> None:
+    """db = Σ dy over rows, written or added. Shapes: dy (N, F), db (F,)."""
     deposit(dy.sum(axis=0), db, accumulate)

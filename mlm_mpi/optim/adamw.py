@@ -6,10 +6,44 @@ Source: Kingma, Ba, arXiv:1412.6980; Loshchilov, Hutter, arXiv:1711.05101.
 import math
 from typing import Any
 
+from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.kernels import served
 from mlm_mpi.config import Optim
 from mlm_mpi.params.store import FlatStore
 
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
+
+
+@served
+def update(
+    p: Any, gradient: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float,
+) -> None:  # fmt: skip
+    """m = β₁ m + (1 − β₁) g, v = β₂ v + (1 − β₂) g², p = shrink · p − rate · m / (root √v + ε); g = scale · gradient.
+
+    Shapes: p, gradient, m, v (n,), changed in place but the gradient.
+    """
+    xp = module_of(p)
+    work = xp.empty((2, min(_BLOCK, p.size)), p.dtype)
+    for start in range(0, p.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        a, b, c = p[part], m[part], v[part]
+        g, u = work[0, : a.size], work[1, : a.size]
+        xp.multiply(gradient[part], scale, out=g)
+        b *= beta1
+        xp.multiply(g, 1.0 - beta1, out=u)
+        b += u
+        c *= beta2
+        g *= g
+        g *= 1.0 - beta2
+        c += g
+        xp.sqrt(c, out=u)
+        u *= root
+        u += epsilon
+        xp.divide(b, u, out=u)
+        u *= rate
+        a *= shrink
+        a -= u
 
 
 class AdamW:
@@ -24,28 +58,13 @@ class AdamW:
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
         """Update number `number` (from 1) with g = scale · gradient. Cost: reads p, g, m, v, writes p, m, v."""
-        xp, o = self.store.xp, self.optim
+        o = self.optim
         rate = learning_rate / (1.0 - o.beta1**number)
         root = 1.0 / math.sqrt(1.0 - o.beta2**number)
-        work = xp.empty((2, min(_BLOCK, self.store.size)), self.store.dtype)
         for span in self.store.spans:
+            part = slice(span.start, span.stop)
             shrink = 1.0 - learning_rate * o.weight_decay * span.parameter.decay
-            for start in range(span.start, span.stop, _BLOCK):
-                part = slice(start, min(start + _BLOCK, span.stop))
-                p, m, v = self.store.data[part], self.moment1[part], self.moment2[part]
-                g, u = work[0, : p.size], work[1, : p.size]
-                xp.multiply(gradient[part], scale, out=g)
-                m *= o.beta1
-                xp.multiply(g, 1.0 - o.beta1, out=u)
-                m += u
-                v *= o.beta2
-                g *= g
-                g *= 1.0 - o.beta2
-                v += g
-                xp.sqrt(v, out=u)
-                u *= root
-                u += o.epsilon
-                xp.divide(m, u, out=u)
-                u *= rate
-                p *= shrink
-                p -= u
+            update(
+                self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
+                scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink,
+            )  # fmt: skip

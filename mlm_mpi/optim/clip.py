@@ -3,9 +3,19 @@
 import math
 from typing import Any
 
+import numpy as np
+
+from mlm_mpi.backend.kernels import served
 from mlm_mpi.params.store import FlatStore
 
 BLOCK_ELEMENTS = 65_536
+
+
+@served
+def squares(x: Any, block: int) -> np.ndarray:
+    """Sum of squares of each block of x, float64. Shapes: (n,) -> (⌈n / block⌉,)."""
+    wide = (x[start : start + block].astype("f8") for start in range(0, x.size, block))
+    return np.array([float(part @ part) for part in wide])
 
 
 def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
@@ -15,9 +25,7 @@ def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
     """
     total, broken = 0.0, None
     for span in sorted(store.spans, key=lambda span: span.parameter.name):
-        for start in range(span.start, span.stop, BLOCK_ELEMENTS):
-            wide = gradient[start : min(start + BLOCK_ELEMENTS, span.stop)].astype("f8")
-            partial = float(wide @ wide)
+        for partial in squares(gradient[span.start : span.stop], BLOCK_ELEMENTS).tolist():
             if broken is None and not math.isfinite(partial):
                 broken = span.parameter.name
             total += partial

@@ -12,6 +12,7 @@ import numpy as np
 import threadpoolctl
 
 import mlm_mpi
+from mlm_mpi.backend import kernels
 from mlm_mpi.config import Config
 
 
@@ -29,6 +30,7 @@ def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
+        "kernels": kernels.summary(config.train.dtype),
         "dtype": config.train.dtype,
         "micro_batches": config.train.micro_batches,
         "rows": config.train.rows,

@@ -17,8 +17,8 @@ from typing import Any
 import threadpoolctl
 
 from mlm_mpi import config as configuration
+from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import keep_freed_memory
-from mlm_mpi.backend.kernels import serving
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
@@ -95,6 +95,7 @@ class Trainer:
         self.folder = RunFolder(options.run)
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
+            kernels.select(config.numerics.level, config.numerics.reference)
             self._open_data()
         self.replica = Replica(config, self.vocabulary, Mesh(self.group))
         self.facts = fingerprint(config, group.size)
@@ -303,7 +304,7 @@ class Trainer:
             ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {replica.assignment.balance:.0%}"),
             ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
             ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
-            ("ops", ", ".join(sorted(set(serving().values())))),
+            ("ops", kernels.summary(train.dtype)),
             ("fingerprint", digest(self.facts)),
         ]
 
@@ -330,6 +331,8 @@ class Trainer:
                     f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
                     "the same command goes on"
                 )
+            if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
+                self._say(f"note: the reference ran where a kernel's contract did not hold: {fallen}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(
                 f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")

@@ -10,8 +10,11 @@ from numerics import directional, poisoned, same_bits, strided
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.attention import KeyValueCache, SelfAttention
 from mlm_mpi.layers.base import Context
-from mlm_mpi.ops import attention
+from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.ops import attention, dropout
+from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.params.store import FlatStore
+from mlm_mpi.rng import key_of
 
 # (B, H, T, S, D): one position, ragged, both sides of a tile's border, several tiles, a cache
 SIZES = [
@@ -35,8 +38,7 @@ def _naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, drop: np.n
     return np.einsum("bhts,bhsd->bthd", p if drop is None else p * drop, v)
 
 
-def _factors(drop: np.ndarray | None) -> attention.Factors | None:
-    return None if drop is None else lambda b, start, stop: drop[b, :, start:stop]
+DRAW = Draw(0.4, key_of(1, "dropout", "probabilities"), 3, 2)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -45,12 +47,12 @@ def _factors(drop: np.ndarray | None) -> attention.Factors | None:
 def test_values_and_gradients(size, causal, dropped) -> None:  # type: ignore[no-untyped-def]
     b, h, t, s, _ = size
     q, k, v, do = _draw(*size)
-    drop = (np.random.default_rng(0).random((b, h, t, s)) < 0.6) / 0.6 if dropped else None
-    factors = _factors(drop)
-    o, lse = attention.forward(q, k, v, causal, factors)
+    draw = DRAW if dropped else None
+    drop = dropout.mask(DRAW, (b, h, t, s), 0, "f8") if dropped else None
+    o, lse = attention.forward(q, k, v, causal, draw)
     assert np.allclose(o, _naive(q, k, v, causal, drop), rtol=1e-12, atol=1e-13)
     dq, dk, dv = poisoned(*q.shape), poisoned(*k.shape), poisoned(*v.shape)
-    attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, factors)
+    attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw)
     for value, gradient in ((q, dq), (k, dk), (v, dv)):
         directional(lambda: float((_naive(q, k, v, causal, drop) * do).sum()), value, gradient)
 
@@ -103,18 +105,18 @@ def test_the_future_is_never_read() -> None:
     assert not np.allclose(changed[:, 150:], o[:, 150:])
 
 
-def _layer(dropout: float) -> SelfAttention:
-    layer = SelfAttention("name", 12, 3, 0.4, 0.3, dropout)
+def _layer(rate: float) -> SelfAttention:
+    layer = SelfAttention("name", 12, 3, 0.4, 0.3, rate, Dropout("drop", rate))
     store = FlatStore([layer.parameters()], Mesh(), "f8")
     store.initialise(0)
     store.point_gradients(poisoned(store.size))
     return layer
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("queries", [1, 9, 133])
-def test_layer(dropout: float, queries: int) -> None:
-    layer = _layer(dropout)
+def test_layer(rate: float, queries: int) -> None:
+    layer = _layer(rate)
     ctx = Context(training=True, seed=5, step=2, micro_batch=1)
     r = np.random.default_rng(2)
     x, dy = r.standard_normal((2, queries, 12)), r.standard_normal((2, queries, 12))
@@ -139,10 +141,8 @@ def test_dropout_of_a_row_does_not_depend_on_the_tile_that_computes_it(monkeypat
 
 
 def test_dropout_differs_between_rows_heads_and_queries() -> None:
-    layer = _layer(0.5)
-    drawn = layer._factors((3, 40, 40), "f8", Context(training=True))
-    assert drawn is not None
-    masks = [mask for b in range(2) for mask in drawn(b, 0, 40)]  # (40, 40) each
+    shape = (2, 3, 40, 40)
+    masks = [mask for b in range(2) for mask in attention._factors(DRAW, shape, b, 0, 40, "f8")]  # (40, 40) each
     rows = [row.tobytes() for mask in masks for row in mask]
     assert len(set(rows)) == 2 * 3 * 40
 

@@ -7,25 +7,30 @@ from numerics import directional, same_bits
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.ops import dropout
+from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
 
 KEY = key_of(1, "dropout", "name")
 
 
+def _mask(shape: tuple[int, ...], rate: float, key=KEY, step=4, micro_batch=2, start=0, dtype="f4") -> np.ndarray:  # type: ignore[no-untyped-def]
+    return dropout.mask(Draw(rate, key, step, micro_batch), shape, start, dtype)
+
+
 def test_a_slice_of_the_global_mask_is_the_mask_of_the_slice() -> None:
-    whole = dropout.mask((6, 7, 5), 0.3, KEY, 4, 2, 0, "f4")
+    whole = _mask((6, 7, 5), 0.3)
     for row in range(6):
-        assert same_bits(dropout.mask((7, 5), 0.3, KEY, 4, 2, row * 35, "f4"), whole[row])
-    assert same_bits(dropout.mask((13,), 0.3, KEY, 4, 2, 17, "f4"), whole.reshape(-1)[17:30])
+        assert same_bits(_mask((7, 5), 0.3, start=row * 35), whole[row])
+    assert same_bits(_mask((13,), 0.3, start=17), whole.reshape(-1)[17:30])
 
 
 def test_step_micro_batch_name_and_seed_make_other_masks() -> None:
-    base = dropout.mask((4000,), 0.5, KEY, 4, 2, 0, "f4")
+    base = _mask((4000,), 0.5)
     others = [
-        dropout.mask((4000,), 0.5, KEY, 5, 2, 0, "f4"),
-        dropout.mask((4000,), 0.5, KEY, 4, 3, 0, "f4"),
-        dropout.mask((4000,), 0.5, key_of(1, "dropout", "other"), 4, 2, 0, "f4"),
-        dropout.mask((4000,), 0.5, key_of(2, "dropout", "name"), 4, 2, 0, "f4"),
+        _mask((4000,), 0.5, step=5),
+        _mask((4000,), 0.5, micro_batch=3),
+        _mask((4000,), 0.5, key_of(1, "dropout", "other")),
+        _mask((4000,), 0.5, key_of(2, "dropout", "name")),
     ]
     for other in others:
         assert 0.4 < (other == base).mean() < 0.6
@@ -33,7 +38,7 @@ def test_step_micro_batch_name_and_seed_make_other_masks() -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_factors_keep_the_mean(rate: float) -> None:
-    factors = dropout.mask((200_000,), rate, KEY, 0, 0, 0, "f8")
+    factors = _mask((200_000,), rate, dtype="f8")
     assert set(np.unique(factors)) == {0.0, 1.0 / (1.0 - rate)}
     assert abs((factors == 0).mean() - rate) < 0.004
 

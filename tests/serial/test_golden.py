@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlm_mpi.backend import cpu, kernels
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
 from mlm_mpi.models import gpt
@@ -27,9 +28,9 @@ def record() -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _build() -> tuple[Stack, FlatStore]:
+def _build(dtype: str = "f8") -> tuple[Stack, FlatStore]:
     stack = gpt.build(MODEL, VOCABULARY)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), "f8")
+    store = FlatStore(stack.parameter_blocks(), Mesh(), dtype)
     for name, value in store.named(store.data).items():
         value[...] = golden_weights(name, value.shape)
     store.point_gradients(store.new_buffer())
@@ -40,9 +41,9 @@ def _batch(record: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.nda
     return record["ids"][step, :, :-1], record["ids"][step, :, 1:], record["mask"][step]
 
 
-def _agree(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
+def _agree(ours: np.ndarray, theirs: np.ndarray, name: str, tolerance: float = RELATIVE) -> None:
     error = np.linalg.norm(ours.reshape(theirs.shape) - theirs) / max(np.linalg.norm(theirs), 1e-300)
-    assert error <= RELATIVE, f"{name}: relative difference {error:.2e}"
+    assert error <= tolerance, f"{name}: relative difference {error:.2e}"
 
 
 def test_names_and_sizes_are_those_that_were_recorded() -> None:
@@ -60,18 +61,39 @@ def test_loss_and_every_gradient(record: dict[str, np.ndarray]) -> None:
 
 
 def test_three_steps_of_adamw_with_clipping(record: dict[str, np.ndarray]) -> None:
-    stack, store = _build()
+    _three_steps(record, "f8", RELATIVE)
+
+
+@pytest.mark.parametrize("level", ["off", *kernels.LEVELS])
+def test_three_steps_in_float32_with_and_without_kernels(record: dict[str, np.ndarray], level: str) -> None:
+    if level != "off" and not cpu.runs(level):
+        pytest.skip(f"this CPU or installation cannot run {level}")
+    chosen = kernels.select(level)
+    try:
+        _three_steps(record, "f4", 1e-4)
+    finally:
+        kernels.select()
+    assert not chosen.fallen, "a contract did not hold in training"
+
+
+def _three_steps(record: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
+    stack, store = _build(dtype)
     optimizer = make_optimizer(OPTIM, store)
     gradient = store.new_buffer()
     store.point_gradients(gradient)
     for step, rate in enumerate(RATES):
         ids, targets, mask = _batch(record, step)
-        total = stack.loss_and_grad(ids, targets, mask, Context(training=True))
-        assert total == pytest.approx(record["losses"][step], rel=RELATIVE)
+        total = stack.loss_and_grad(ids.astype("i4"), targets.astype("i4"), mask, Context(training=True))
+        assert total == pytest.approx(record["losses"][step], rel=tolerance)
         length, broken = norm(store, gradient)
         length /= mask.sum()
-        assert broken is None and length == pytest.approx(record["norms"][step], rel=RELATIVE)
+        assert broken is None and length == pytest.approx(record["norms"][step], rel=tolerance)
         optimizer.step(gradient, rate, clip_factor(OPTIM.clip, length) / mask.sum(), step + 1)
     assert min(record["norms"]) > OPTIM.clip, "clipping acts in every step"
-    for name, value in store.named(store.data).items():
-        _agree(value, record[f"weight/{name}"], name)
+    weights = store.named(store.data)
+    if dtype == "f8":
+        for name, value in weights.items():
+            _agree(value, record[f"weight/{name}"], name)
+    else:  # one by one is too strict: Adam makes full steps of gradients that are zero but for rounding (key biases)
+        ours = np.concatenate([value.reshape(-1) for value in weights.values()])
+        _agree(ours, np.concatenate([record[f"weight/{name}"].reshape(-1) for name in weights]), "all weights", 1e-3)

@@ -1,0 +1,197 @@
+/* What every op file uses: vectors of W floats, loads that ask no alignment, exp, the product of small tiles.
+ *
+ * Bits are decided by this text and not by the compiler: contraction is off (-ffp-contract=off), a fused
+ * multiply-add is written FMA(), tails go through the same vector arithmetic as the rest, and sums run in
+ * LANES partial sums at every level. So AVX2, AVX-512 and NEON give the same bits; the base level, which
+ * has no fused multiply-add, gives others. No result depends on the address of a buffer.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef vf vf_any __attribute__((aligned(4), may_alias));
+typedef int64_t size;
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define EXPORT(name) __attribute__((visibility("default"))) JOIN(name, LEVEL)
+#define LANES 16
+#define PARTS (LANES / W)
+
+/* MAX and MIN return the second operand where one is NaN. */
+#if W == 16 && defined(__AVX512F__)
+#define FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define SQRT(a) ((vf)_mm512_sqrt_ps((__m512)(a)))
+#elif W == 8 && defined(__FMA__)
+#define FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define MAX(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define MIN(a, b) ((vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define SQRT(a) ((vf)_mm256_sqrt_ps((__m256)(a)))
+#elif W == 4 && defined(__SSE2__)
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define MAX(a, b) ((vf)_mm_max_ps((__m128)(a), (__m128)(b)))
+#define MIN(a, b) ((vf)_mm_min_ps((__m128)(a), (__m128)(b)))
+#define SQRT(a) ((vf)_mm_sqrt_ps((__m128)(a)))
+#elif W == 4 && defined(__aarch64__)
+#define FMA(a, b, c) ((vf)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define MAX(a, b) pick((a) > (b), a, b)
+#define MIN(a, b) pick((a) < (b), a, b)
+#define SQRT(a) ((vf)vsqrtq_f32((float32x4_t)(a)))
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define MAX(a, b) pick((a) > (b), a, b)
+#define MIN(a, b) pick((a) < (b), a, b)
+#define SQRT(a) sqrt_of(a)
+INLINE vf sqrt_of(vf a) {
+    for (int i = 0; i < W; i++) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
+#endif
+
+INLINE vf pick(vi where, vf a, vf b) { return (vf)((where & (vi)a) | (~where & (vi)b)); }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf load(const float *p) { return *(const vf_any *)p; }
+INLINE void store(float *p, vf v) { *(vf_any *)p = v; }
+INLINE size least(size a, size b) { return a < b ? a : b; }
+INLINE size most(size a, size b) { return a > b ? a : b; }
+INLINE size round_up(size n, size to) { return (n + to - 1) / to * to; }
+
+/* The first n of W elements, the others `fill`. */
+INLINE vf load_some(const float *p, size n, float fill) {
+    if (n >= W) return load(p);
+    vf v = splat(fill);
+    for (size i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+
+INLINE void store_some(float *p, size n, vf v) {
+    if (n >= W) {
+        store(p, v);
+        return;
+    }
+    for (size i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* Sum of the lanes of LANES partial sums, in halves: the same tree at every level. */
+INLINE float sum_lanes(const vf *part) {
+    float x[LANES];
+    memcpy(x, part, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+INLINE float max_lanes(const vf *part) {
+    float x[LANES];
+    memcpy(x, part, sizeof x);
+    for (int i = 1; i < LANES; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+}
+
+/* exp in 1.0 ulp (2 ulp at the base level), with infinities, NaN and subnormal results.
+ * x = n ln 2 + r, a polynomial of r (Cephes, S. Moshier), times 2^n in two factors. */
+INLINE vf vexp(vf x) {
+    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x = MAX(splat(-104.0f), x);
+    x = MIN(splat(89.0f), x);
+    vf t = FMA(x, splat(1.44269504088896341f), magic);
+    vi e = (vi)t - 0x4B400000;
+    vf n = t - magic;
+    vf r = FMA(n, splat(-0.693359375f), x);
+    r = FMA(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = FMA(p, r, splat(1.3981999507e-3f));
+    p = FMA(p, r, splat(8.3334519073e-3f));
+    p = FMA(p, r, splat(4.1665795894e-2f));
+    p = FMA(p, r, splat(1.6666665459e-1f));
+    p = FMA(p, r, splat(5.0000001201e-1f));
+    p = FMA(p, r * r, r) + 1.0f;
+    vi half = e >> 1;
+    return p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
+}
+
+/* Natural logarithm of a positive normal number or infinity, to 1e-13: one per row, so plain C. */
+INLINE double log_of(double x) {
+    uint64_t bits;
+    if (!(x < 1.0 / 0.0)) return x; /* infinity, NaN */
+    memcpy(&bits, &x, 8);
+    int64_t e = (int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull;
+    memcpy(&x, &bits, 8);
+    if (x > 1.4142135623730951) x *= 0.5, e++;
+    double s = (x - 1.0) / (x + 1.0), s2 = s * s, sum = 0.0;
+    for (int k = 17; k > 0; k -= 2) sum = sum * s2 + 1.0 / k;
+    return 2.0 * s * sum + (double)e * 0.6931471805599453;
+}
+
+/* ---- small matrix products -------------------------------------------------------------------------- */
+
+#define ROWS 6        /* rows of a register tile: 6 x 2 vectors of sums fill 12 of 16 registers */
+#define PANEL (2 * W) /* its columns, and the width of a packed panel of the right factor */
+
+/* c (rows, PANEL) = or += a (rows, k) times a packed panel b (k, PANEL); a has strides ra, ca.
+ * Every element is one chain of multiply-adds over k: its bits do not depend on how the tiles lie. */
+INLINE void tile(const int rows, size k, const float *a, size ra, size ca, const float *b, float *c, size rc, int add) {
+    vf sum[ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        sum[r][0] = add ? load(c + r * rc) : splat(0);
+        sum[r][1] = add ? load(c + r * rc + W) : splat(0);
+    }
+    for (size i = 0; i < k; i++, a += ca, b += PANEL) {
+        vf b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            vf x = splat(a[r * ra]);
+            sum[r][0] = FMA(x, b0, sum[r][0]);
+            sum[r][1] = FMA(x, b1, sum[r][1]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        store(c + r * rc, sum[r][0]);
+        store(c + r * rc + W, sum[r][1]);
+    }
+}
+
+static void multiply(size rows, size k, const float *a, size ra, size ca, const float *b, float *c, size rc, int add) {
+    switch (rows) {
+    case 1: tile(1, k, a, ra, ca, b, c, rc, add); break;
+    case 2: tile(2, k, a, ra, ca, b, c, rc, add); break;
+    case 3: tile(3, k, a, ra, ca, b, c, rc, add); break;
+    case 4: tile(4, k, a, ra, ca, b, c, rc, add); break;
+    case 5: tile(5, k, a, ra, ca, b, c, rc, add); break;
+    default: tile(6, k, a, ra, ca, b, c, rc, add); break;
+    }
+}
+
+/* Panels of x (n, d): panel p is (n, PANEL), columns p*PANEL…; missing columns are zero. */
+static void pack(size n, size d, const float *x, size stride, float scale, float *panels) {
+    for (size p = 0; p < d; p += PANEL)
+        for (size i = 0; i < n; i++, panels += PANEL) {
+            store(panels, load_some(x + i * stride + p, most(0, least(W, d - p)), 0) * scale);
+            store(panels + W, load_some(x + i * stride + p + W, most(0, least(W, d - p - W)), 0) * scale);
+        }
+}
+
+/* Panels of x transposed, x (n, d): panel p is (d, PANEL), its columns are rows p*PANEL… of x. */
+static void pack_transposed(size n, size d, const float *x, size stride, float *panels) {
+    for (size p = 0; p < n; p += PANEL) {
+        for (size j = 0; j < PANEL; j++)
+            if (p + j < n)
+                for (size i = 0; i < d; i++) panels[i * PANEL + j] = x[(p + j) * stride + i];
+            else
+                for (size i = 0; i < d; i++) panels[i * PANEL + j] = 0;
+        panels += d * PANEL;
+    }
+}

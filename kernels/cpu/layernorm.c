@@ -1,0 +1,66 @@
+/* One row at a time, in cache: mean, variance about the mean, result. */
+#define BLOCK 64 /* rows whose gain and bias gradients are summed before they join the total */
+
+void EXPORT(layernorm_forward)(
+    size rows, size c, const float *x, const float *gain, const float *bias, float epsilon, float *y, float *mean_out,
+    float *inverse_out) {
+    for (size n = 0; n < rows; n++, x += c, y += c) {
+        vf sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
+        for (size i = 0; i < c; i += LANES)
+            for (int j = 0; j < PARTS; j++) sum[j] += load_some(x + i + j * W, most(0, c - i - j * W), 0);
+        float mean = sum_lanes(sum) / (float)c;
+        for (size i = 0; i < c; i += LANES)
+            for (int j = 0; j < PARTS; j++) {
+                vf d = load_some(x + i + j * W, most(0, c - i - j * W), mean) - mean;
+                squares[j] = FMA(d, d, squares[j]);
+            }
+        float inverse = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)c + epsilon);
+        for (size i = 0; i < c; i += W) {
+            size some = c - i;
+            vf normal = (load_some(x + i, some, 0) - mean) * inverse;
+            store_some(y + i, some, FMA(normal, load_some(gain + i, some, 0), load_some(bias + i, some, 0)));
+        }
+        mean_out[n] = mean, inverse_out[n] = inverse;
+    }
+}
+
+/* dx = (g - mean(g) - n mean(g n)) / deviation, plus `add` where given; g = dy gain, n = normalised x.
+ * `work` holds 4c floats: gain and bias sums of a block of rows, and of all rows. */
+void EXPORT(layernorm_backward)(
+    size rows, size c, const float *dy, const float *x, const float *gain, const float *means, const float *inverses,
+    const float *add, float *dx, float *dgain, float *dbias, int accumulate, float *work) {
+    float *gains = work, *biases = work + c, *all_gains = work + 2 * c, *all_biases = work + 3 * c;
+    memset(work, 0, (size_t)(4 * c) * sizeof *work);
+    for (size n = 0; n < rows; n++, x += c, dy += c, dx += c) {
+        float mean = means[n], inverse = inverses[n];
+        vf sum[PARTS] = {{0}}, along[PARTS] = {{0}};
+        for (size i = 0; i < c; i += LANES)
+            for (int j = 0; j < PARTS; j++) {
+                size at = i + j * W, some = most(0, c - at);
+                vf d = load_some(dy + at, some, 0), normal = (load_some(x + at, some, mean) - mean) * inverse;
+                vf g = d * load_some(gain + at, some, 0);
+                sum[j] += g;
+                along[j] = FMA(g, normal, along[j]);
+                store_some(gains + at, some, FMA(d, normal, load_some(gains + at, some, 0)));
+                store_some(biases + at, some, load_some(biases + at, some, 0) + d);
+            }
+        float middle = sum_lanes(sum) / (float)c, slope = sum_lanes(along) / (float)c;
+        for (size i = 0; i < c; i += W) {
+            size some = c - i;
+            vf normal = (load_some(x + i, some, 0) - mean) * inverse;
+            vf g = FMA(load_some(dy + i, some, 0), load_some(gain + i, some, 0), splat(-middle));
+            g = FMA(normal, splat(-slope), g);
+            store_some(dx + i, some, FMA(g, splat(inverse), add ? load_some(add + i, some, 0) : splat(0)));
+        }
+        if (add) add += c;
+        if (n % BLOCK == BLOCK - 1 || n == rows - 1) {
+            for (size i = 0; i < 2 * c; i++) all_gains[i] += work[i];
+            memset(work, 0, (size_t)(2 * c) * sizeof *work);
+        }
+    }
+    for (size i = 0; i < c; i++) {
+        dgain[i] = accumulate ? dgain[i] + all_gains[i] : all_gains[i];
+        dbias[i] = accumulate ? dbias[i] + all_biases[i] : all_biases[i];
+    }
+}
+#undef BLOCK

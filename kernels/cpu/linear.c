@@ -1,0 +1,29 @@
+/* What surrounds a matrix product: the bias (and a residual) it adds to, and the bias gradient. */
+
+/* y (n, f) = bias in every row, plus residual where given: the product is then added to it, by BLAS, in the
+ * pass in which it would otherwise have written zeros. */
+void EXPORT(linear_start)(size n, size f, const float *bias, const float *residual, float *y) {
+    for (size r = 0; r < n; r++, y += f) {
+        if (residual) {
+            for (size i = 0; i < f; i += W)
+                store_some(y + i, f - i, load_some(bias + i, f - i, 0) + load_some(residual + i, f - i, 0));
+            residual += f;
+        } else
+            memcpy(y, bias, (size_t)f * sizeof *y);
+    }
+}
+
+/* db (f) = or += column sums of dy (n, f), eight rows at a time. */
+void EXPORT(linear_bias_gradient)(size n, size f, const float *dy, float *db, int accumulate) {
+    if (!accumulate) memset(db, 0, (size_t)f * sizeof *db);
+    for (size r = 0; r < n; r += 8, dy += 8 * f) {
+        size rows = least(8, n - r);
+        for (size i = 0; i < f; i += W) {
+            size some = f - i;
+            vf x[8];
+            for (size k = 0; k < 8; k++) x[k] = k < rows ? load_some(dy + k * f + i, some, 0) : splat(0);
+            vf sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+            store_some(db + i, some, load_some(db + i, some, 0) + sum);
+        }
+    }
+}

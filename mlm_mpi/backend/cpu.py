@@ -1,0 +1,390 @@
+"""The CPU kernels: finds and loads the shared library built from `kernels/cpu`, and registers its functions.
+
+The library needs no Python headers and no NumPy; ctypes calls it, and lets go of the interpreter lock
+meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_avx2`.
+"""
+
+import ctypes
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.kernels import LEVELS, kernel
+from mlm_mpi.errors import ConfigError
+
+LIBRARY_VARIABLE = "MLM_MPI_CPU_LIBRARY"  # another build of the library, for example with sanitizers
+
+_TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctypes.c_void_p}
+_SIGNATURES = {
+    "adamw_update": "npppp" + 9 * "f",
+    "attention_backward": 10 * "p" + "fpp",
+    "attention_forward": 6 * "p" + "fpp",
+    "attention_work": "nn",
+    "clip_squares": "nnpp",
+    "crossentropy_rows": "nnpppip",
+    "dropout_forward": "nppnpp",
+    "dropout_mask": "npnp",
+    "embedding_backward": "nnppp",
+    "embedding_forward": "nnppp",
+    "gelu_backward": "nppp",
+    "gelu_forward": "npp",
+    "layernorm_backward": "nn" + 9 * "p" + "ip",
+    "layernorm_forward": "nnpppfppp",
+    "linear_bias_gradient": "nnppi",
+    "linear_start": "nnppp",
+    "matmul_add": "piinnnpnpnipn",
+}
+
+
+class Library:
+    """The functions of one dispatch level as attributes; arguments are numbers and addresses."""
+
+    def __init__(self, handle: ctypes.CDLL, level: str) -> None:
+        for name, letters in _SIGNATURES.items():
+            function = getattr(handle, f"{name}_{level}")
+            function.argtypes = [_TYPES[letter] for letter in letters]
+            function.restype = ctypes.c_int64 if name == "attention_work" else None
+            setattr(self, name, function)
+        self.gemm, self.without_gemm = _find_gemm()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def _library_path() -> str | None:
+    return os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parent.glob("_cpu*.so")), None)
+
+
+def runs(level: str) -> bool:
+    """Whether there is a library and this CPU can run its functions of that level."""
+    path = _library_path()
+    return path is not None and bool(ctypes.CDLL(path).level_available(level.encode()))
+
+
+def load(level: str) -> tuple[str, Library | None, str]:
+    """(level, library, "") or ("off", None, why not). Raises ConfigError for a level this CPU lacks."""
+    if level == "off":
+        return "off", None, "kernels are switched off"
+    path = _library_path()
+    if path is None:
+        return "off", None, "no compiled library: install again with a C compiler (gcc or clang) at hand"
+    try:
+        handle = ctypes.CDLL(path)
+        available = [name for name in LEVELS if handle.level_available(name.encode())]
+    except (OSError, AttributeError) as error:
+        return "off", None, f"{path} cannot be loaded ({error}): install again"
+    if level not in ("auto", *available):
+        raise ConfigError(f"numerics.level = {level!r} is not among what this CPU runs: {', '.join(available)}, auto")
+    chosen = available[-1] if level == "auto" else level
+    try:
+        return chosen, Library(handle, chosen), ""
+    except AttributeError as error:
+        return "off", None, f"{path} is of another version ({error}): install again"
+
+
+def _find_gemm() -> tuple[int, str]:
+    """(address of the sgemm NumPy uses, "") or (0, why not): OpenBLAS with 64-bit integers, as in PyPI's wheels."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        paths = {line.split()[-1] for line in maps.splitlines() if "openblas" in line}
+        for path in sorted(paths):
+            handle = ctypes.CDLL(path)
+            for name in ("scipy_cblas_sgemm64_", "cblas_sgemm64_"):
+                if hasattr(handle, name):
+                    return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0, ""
+    except OSError as error:
+        return 0, str(error)
+    return 0, "NumPy's BLAS is not an OpenBLAS with 64-bit integers"
+
+
+# ---- contracts: the reason why arguments do not fit, or ""
+
+
+def dense(*arrays: Any, dtype: Any = np.float32) -> str:
+    """Every array (None is left out) lies in this machine's memory, C-contiguous and aligned, of that dtype."""
+    for array in arrays:
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            return "not in the CPU's memory"
+        if array.dtype != dtype:
+            return str(array.dtype)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            return "not contiguous"
+    return ""
+
+
+def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
+    """Every array (None is left out) has that shape: nothing is broadcast."""
+    return "" if all(a is None or a.shape == shape for a in arrays) else "shapes differ"
+
+
+def within(ids: Any, stop: int) -> str:
+    """Dense int32 in [0, stop)."""
+    inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < stop
+    return dense(ids, dtype=np.int32) or ("" if inside else "out of bounds")
+
+
+def _at(array: Any) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+# ---- matmul, linear
+
+
+def _leading(x: np.ndarray) -> tuple[int, bool] | None:
+    """(stride between rows of what is stored, whether that is the transpose) of a matrix BLAS can read."""
+    (rows, columns), (down, along) = x.shape, x.strides
+    for stride, unit, length, transposed in ((down, along, columns, False), (along, down, rows, True)):
+        if unit == 4 and stride % 4 == 0 and stride >= 4 * max(1, length):
+            return stride // 4, transposed
+    return None
+
+
+def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool) -> str:
+    arrays = (a, b, out)
+    if not all(isinstance(x, np.ndarray) and x.ndim == 2 for x in arrays):
+        return "not matrices in the CPU's memory"
+    if any(x.dtype != np.float32 for x in arrays):
+        return str(next(x.dtype for x in arrays if x.dtype != np.float32))
+    if 0 in (*a.shape, *b.shape):
+        return "empty"
+    if _leading(a) is None or _leading(b) is None or (_leading(out) or (0, True))[1]:
+        return "strides BLAS cannot read"
+    return shaped((a.shape[0], b.shape[1]), out) or ("" if a.shape[1] == b.shape[0] else "shapes differ")
+
+
+@kernel("matmul.add", _fit_matmul)
+def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
+    if not lib.gemm:
+        product = a @ b
+        np.add(out, product, out=out) if accumulate else np.copyto(out, product)
+        return
+    (lda, ta), (ldb, tb), (ldc, _) = _leading(a), _leading(b), _leading(out)  # type: ignore[misc]
+    (m, k), n = a.shape, b.shape[1]
+    lib.matmul_add(lib.gemm, ta, tb, m, n, k, _at(a), lda, _at(b), ldb, accumulate, _at(out), ldc)
+
+
+@kernel("linear.start", lambda rows, b, residual=None: dense(b, residual) or shaped((rows, b.size), residual))
+def _linear_start(lib: Any, rows: int, b: Any, residual: Any = None) -> Any:
+    y = np.empty((rows, b.size), np.float32)
+    lib.linear_start(rows, b.size, _at(b), _at(residual), _at(y))
+    return y
+
+
+@kernel("linear.bias_gradient", lambda dy, db, accumulate: dense(dy, db) or shaped(dy.shape[1:], db))
+def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool) -> None:
+    lib.linear_bias_gradient(*dy.shape, _at(dy), _at(db), accumulate)
+
+
+# ---- gelu, layernorm
+
+
+@kernel("gelu.forward", dense)
+def _gelu_forward(lib: Any, x: Any) -> Any:
+    y = np.empty_like(x)
+    lib.gelu_forward(x.size, _at(x), _at(y))
+    return y
+
+
+@kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+def _gelu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = np.empty_like(x) if out is None else out
+    lib.gelu_backward(x.size, _at(dy), _at(x), _at(dx))
+    return dx
+
+
+def _fit_norm(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
+    return dense(x, gain, bias) or shaped(x.shape[1:], gain, bias)
+
+
+@kernel("layernorm.forward", _fit_norm)
+def _layernorm_forward(lib: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
+    y, statistics = np.empty_like(x), np.empty((2, x.shape[0]), np.float32)
+    lib.layernorm_forward(
+        *x.shape, _at(x), _at(gain), _at(bias), epsilon, _at(y), _at(statistics[0]), _at(statistics[1])
+    )
+    return y, statistics
+
+
+def _fit_norm_backward(
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> str:
+    return dense(dy, x, gain, statistics, dgain, dbias, add) or shaped(x.shape, dy, add) or (
+        shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics)
+    )  # fmt: skip
+
+
+@kernel("layernorm.backward", _fit_norm_backward)
+def _layernorm_backward(
+    lib: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> Any:
+    dx, work = np.empty_like(x), np.empty(4 * x.shape[1], np.float32)
+    lib.layernorm_backward(
+        *x.shape, _at(dy), _at(x), _at(gain), _at(statistics[0]), _at(statistics[1]), _at(add), _at(dx), _at(dgain),
+        _at(dbias), accumulate, _at(work),
+    )  # fmt: skip
+    return dx
+
+
+# ---- dropout, attention
+
+
+class _Draw(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("key0", "key1", "step", "micro_batch")] + [
+        (name, ctypes.c_float) for name in ("rate", "factor")
+    ]
+
+
+def _draw(draw: Any) -> Any:
+    if draw is None:
+        return None
+    low = 0xFFFFFFFF
+    return _Draw(*draw.key, draw.step & low, draw.micro_batch & low, draw.rate, 1.0 / (1.0 - draw.rate))
+
+
+def _pointer(structure: Any) -> int | None:
+    return None if structure is None else ctypes.addressof(structure)
+
+
+@kernel("dropout.mask", lambda draw, shape, start, dtype: "" if np.dtype(dtype) == np.float32 else str(np.dtype(dtype)))
+def _dropout_mask(lib: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any) -> Any:
+    out, drawn = np.empty(shape, np.float32), _draw(draw)
+    lib.dropout_mask(out.size, _pointer(drawn), start, _at(out))
+    return out
+
+
+@kernel("dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual))
+def _dropout_forward(lib: Any, x: Any, draw: Any, residual: Any = None) -> Any:
+    y, drawn = np.empty_like(x), _draw(draw)
+    lib.dropout_forward(x.size, _at(x), _pointer(drawn), 0, _at(residual), _at(y))
+    return y
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("b", "h", "t")]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width")] + [
+        ("causal", ctypes.c_int)
+    ]
+
+
+def _heads_first(x: Any) -> Any:
+    return x.swapaxes(1, 2)  # (B, T, H, D) -> (B, H, T, D), a view
+
+
+def _matrices(*arrays: Any) -> list[_Matrix]:
+    return [_Matrix(x.ctypes.data, *(stride // 4 for stride in x.strides[:3])) for x in arrays]
+
+
+def _fit_attention(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, others: tuple[Any, ...] = ()) -> str:
+    for x in (q, k, v, *others):
+        if not isinstance(x, np.ndarray) or x.ndim != 4:
+            return "not in the CPU's memory"
+        if x.dtype != np.float32:
+            return str(x.dtype)
+        if (x.shape[3] > 1 and x.strides[3] != 4) or any(stride % 4 or stride < 0 for stride in x.strides):
+            return "not contiguous"
+    if 0 in q.shape or 0 in k.shape:
+        return "empty"
+    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        return "shapes differ"
+    return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
+
+
+def _attention_arguments(lib: Any, q: Any, k: Any, causal: bool) -> tuple[_Shape, float, Any]:
+    batch, heads, queries, width = q.shape
+    shape = _Shape(batch, heads, queries, k.shape[2], width, causal)
+    return shape, 1.0 / math.sqrt(width), np.empty(lib.attention_work(k.shape[2], width), np.float32)
+
+
+@kernel("attention.forward", _fit_attention)
+def _attention_forward(lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None) -> tuple[Any, Any]:
+    batch, heads, queries, width = q.shape
+    o, lse = np.empty((batch, queries, heads, width), np.float32), np.empty((batch, heads, queries), np.float32)
+    shape, scale, work = _attention_arguments(lib, q, k, causal)
+    drawn, matrices = _draw(draw), _matrices(q, k, v, _heads_first(o))
+    lib.attention_forward(_pointer(shape), _pointer(drawn), *map(_pointer, matrices), scale, _at(lse), _at(work))
+    return o, lse
+
+
+def _fit_attention_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any, causal: bool = True, draw: Any = None
+) -> str:
+    reason = _fit_attention(q, k, v, causal, draw, (do, o, dq, dk, dv)) or dense(lse)
+    batch, heads, queries, width = q.shape
+    rows = (batch, queries, heads, width)
+    return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
+
+
+@kernel("attention.backward", _fit_attention_backward)
+def _attention_backward(
+    lib: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None,
+) -> None:  # fmt: skip
+    shape, scale, work = _attention_arguments(lib, q, k, causal)
+    drawn, matrices = _draw(draw), _matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv)
+    lib.attention_backward(_pointer(shape), _pointer(drawn), *map(_pointer, matrices), scale, _at(lse), _at(work))
+
+
+# ---- embedding, crossentropy
+
+
+@kernel("embedding.forward", lambda ids, table: dense(table) or within(ids, table.shape[0]))
+def _embedding_forward(lib: Any, ids: Any, table: Any) -> Any:
+    out = np.empty((*ids.shape, table.shape[1]), np.float32)
+    lib.embedding_forward(ids.size, table.shape[1], _at(ids), _at(table), _at(out))
+    return out
+
+
+def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
+    return dense(dy, dtable) or within(ids, dtable.shape[0]) or shaped((ids.size, dtable.shape[1]), dy)
+
+
+@kernel("embedding.backward", _fit_scatter)
+def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
+    lib.embedding_backward(*dy.shape, _at(dy), _at(ids), _at(dtable))
+
+
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+    return (
+        dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
+        or shaped(logits.shape[:1], targets, mask)
+    )  # fmt: skip
+
+
+@kernel("crossentropy.rows", _fit_rows)
+def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+    losses = np.empty(logits.shape[0])
+    lib.crossentropy_rows(*logits.shape, _at(logits), _at(targets), _at(mask), gradient, _at(losses))
+    return losses
+
+
+# ---- adamw, clip
+
+
+def _fit_adamw(p: Any, g: Any, m: Any, v: Any, *numbers: float) -> str:
+    return dense(p, g, m, v) or shaped(p.shape, g, m, v)
+
+
+@kernel("adamw.update", _fit_adamw)
+def _adamw_update(
+    lib: Any, p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float,
+) -> None:  # fmt: skip
+    lib.adamw_update(
+        p.size, _at(p), _at(g), _at(m), _at(v), scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2,
+        root, epsilon, rate, shrink,
+    )  # fmt: skip
+
+
+@kernel("clip.squares", lambda x, block: dense(x))
+def _clip_squares(lib: Any, x: Any, block: int) -> Any:
+    out = np.empty(-(-x.size // block))
+    lib.clip_squares(x.size, block, _at(x), _at(out))
+    return out

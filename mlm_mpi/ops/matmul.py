@@ -1,0 +1,15 @@
+"""The matrix product deposited where it belongs: out = a b, or out += a b."""
+
+from typing import Any
+
+from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.kernels import served
+
+
+@served
+def add(a: Any, b: Any, out: Any, accumulate: bool) -> None:
+    """Shapes: a (M, K), b (K, N), out (M, N). Cost: 2·M·N·K flops."""
+    if accumulate:
+        out += a @ b
+    else:
+        module_of(out).matmul(a, b, out=out)

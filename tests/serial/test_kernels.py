@@ -1,0 +1,383 @@
+"""Every hand-written kernel against its reference in float64, over the registry: an entry without a case fails.
+
+A case draws fresh arguments of a ragged size; `outputs` are the arrays a call returns or changes.
+"""
+
+import ctypes
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numerics import same_bits, strided
+
+from mlm_mpi.backend import arrays, cpu, kernels
+from mlm_mpi.errors import ConfigError
+from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
+from mlm_mpi.ops.dropout import Draw
+from mlm_mpi.optim import adamw, clip
+from mlm_mpi.rng import key_of, words
+
+MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, adamw, clip)
+SEED = secrets.randbits(32)
+RANDOM = np.random.default_rng(SEED)
+NAN = np.nan
+
+AVAILABLE = [
+    level for level in kernels.LEVELS if (kernels.select().library or False) and cpu.runs(level)
+]  # fmt: skip
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no kernels: {kernels.selection().reason}")
+
+Case = tuple[tuple[Any, ...], tuple[int, ...]]  # arguments, positions of those that are written
+
+
+def _f(*shape: int, scale: float = 1.0) -> np.ndarray:
+    return (scale * RANDOM.standard_normal(shape)).astype("f4")
+
+
+def _nan(*shape: int) -> np.ndarray:
+    return np.full(shape, NAN, "f4")
+
+
+def _draw(rate: float = 0.3) -> Draw:
+    return Draw(rate, key_of(SEED, "test"), 7, 3)
+
+
+def _matmul(accumulate: bool) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        n, c = size
+        a, b = (_f(n, 7), _f(c, 7).T) if accumulate else (_f(7, n).T, _f(7, c))
+        return (a, b, _f(n, c) if accumulate else _nan(n, c), accumulate), (2,)
+
+    return make
+
+
+def _layernorm_backward(accumulate: bool, add: bool) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        n, c = size
+        x = _f(n, c) + 2
+        statistics = np.stack([x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + 1e-5)]).astype("f4")
+        fill = _f if accumulate else _nan
+        return (_f(n, c), x, _f(c), statistics, fill(c), fill(c), accumulate, _f(n, c) if add else None), (4, 5)
+
+    return make
+
+
+def _attention(causal: bool, draw: Draw | None, past: int) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        (t, d), heads = size, 3
+        qkv = _f(2, t + past, 3, heads, d).transpose(2, 0, 3, 1, 4)
+        return (qkv[0][:, :, past:], qkv[1], qkv[2], causal, draw), ()
+
+    return make
+
+
+def _attention_backward(causal: bool, draw: Draw | None) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        (t, d), heads = size, 2
+        q, k, v = _f(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
+        o, lse = (
+            a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), causal, draw)
+        )
+        out = _nan(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
+        return (_f(2, t, heads, d), q, k, v, o, lse, *out, causal, draw), (6, 7, 8)
+
+    return make
+
+
+def _rows(masked: bool, gradient: bool, scale: float) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        n, c = size
+        mask = RANDOM.random(n) < 0.7 if masked else None
+        targets = RANDOM.integers(0, c, n).astype("i4")
+        return (_f(n, c, scale=scale), targets, mask, gradient), (0,) if gradient else ()
+
+    return make
+
+
+def _adamw(size: tuple[int, int]) -> Case:
+    n = size[0] * size[1]
+    numbers = (0.7, 0.9, 0.95, 1.3, 1e-8, 1e-3, 0.999)
+    return (_f(n), _f(n), _f(n, scale=0.1), np.abs(_f(n)), *numbers), (0, 2, 3)
+
+
+# name -> makers of arguments; relative tolerance of the case in units of float32's epsilon, of the largest element
+CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
+    "matmul.add": ([_matmul(False), _matmul(True)], 8),
+    "linear.start": ([lambda s: ((s[0], _f(s[1])), ()), lambda s: ((s[0], _f(s[1]), _f(*s)), ())], 1),
+    "linear.bias_gradient": (
+        [lambda s: ((_f(*s), _nan(s[1]), False), (1,)), lambda s: ((_f(*s), _f(s[1]), True), (1,))],
+        16,
+    ),
+    "gelu.forward": ([lambda s: ((_f(*s, scale=3),), ())], 4),
+    "gelu.backward": ([lambda s: ((_f(*s), _f(*s, scale=3)), ()), lambda s: ((_f(*s), _f(*s), _nan(*s)), (2,))], 16),
+    "layernorm.forward": ([lambda s: ((_f(*s) + 3, _f(s[1]), _f(s[1]), 1e-5), ())], 32),
+    "layernorm.backward": ([_layernorm_backward(a, b) for a in (False, True) for b in (False, True)], 256),
+    "dropout.mask": ([lambda s: ((_draw(), s, 13, "f4"), ()), lambda s: ((_draw(), s, 2**34 - 5, "f4"), ())], 1),
+    "dropout.forward": (
+        [lambda s: ((_f(*s), _draw()), ()), lambda s: ((_f(*s), _draw(0.5), _f(*s)), ())],
+        1,
+    ),
+    "attention.forward": (
+        [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)],
+        64,
+    ),
+    "attention.backward": ([_attention_backward(c, d) for c in (True, False) for d in (None, _draw())], 64),
+    "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
+    "embedding.backward": (
+        [lambda s: ((_f(*s), RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), (2,))],
+        64,
+    ),
+    "crossentropy.rows": (
+        [_rows(m, g, scale) for m in (False, True) for g in (False, True) for scale in (1.0, 1e4)],
+        16,
+    ),
+    "adamw.update": ([_adamw], 4),
+    "clip.squares": ([lambda s: ((_f(s[0] * s[1]), 100), ()), lambda s: ((_f(s[0] * s[1]), 1 << 20), ())], 0),
+}  # fmt: skip
+
+# tails of every vector width, more than a tile of queries and of keys, more than a block of rows
+SIZES = [(1, 1), (2, 3), (5, 8), (7, 17), (49, 33), (130, 64), (303, 5), (66, 384)]
+NAMES = sorted(kernels.entries())
+EPSILON = float(np.finfo("f4").eps)
+
+
+@pytest.fixture(params=AVAILABLE)
+def level(request: pytest.FixtureRequest) -> Any:
+    """Each dispatch level this CPU runs."""
+    yield kernels.select(request.param)
+    kernels.select()
+
+
+def _copy(x: Any, shift: int | None = None) -> Any:
+    """A copy in the same memory order and as contiguous; with `shift`, that many floats behind a 64-byte line."""
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.ndim and x.strides[-1] > x.itemsize and shift is None and x.base is not None and not x.T.flags.c_contiguous:
+        return strided(x)
+    order = sorted(range(x.ndim), key=lambda dim: -x.strides[dim])
+    dense = x.transpose(order).copy("C")
+    if shift is not None:
+        raw = np.full(dense.nbytes + 256, 0xFF, np.uint8)
+        start = -raw.ctypes.data % 64 + shift * 4
+        moved = raw[start : start + dense.nbytes].view(dense.dtype).reshape(dense.shape)
+        moved[...] = dense
+        dense = moved
+    return dense.transpose(np.argsort(order))
+
+
+def _call(function: Callable[..., Any], case: Case, shift: int | None = None) -> list[np.ndarray]:
+    arguments = [_copy(x, shift) for x in case[0]]
+    result = function(*arguments)
+    returned = [] if result is None else list(result) if isinstance(result, tuple) else [result]
+    return [*returned, *(arguments[i] for i in case[1])]
+
+
+def _function(name: str) -> Any:
+    op, direction = name.split(".")
+    module = next(m for m in MODULES if m.__name__.endswith(f".{op}"))
+    return getattr(module, direction)
+
+
+def _wide(case: Case) -> Case:
+    def wide(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            return x.astype("f8") if x.dtype == "f4" else x
+        return "f8" if isinstance(x, str) else x
+
+    return tuple(map(wide, case[0])), case[1]
+
+
+def test_every_entry_has_a_case_and_every_case_an_entry() -> None:
+    assert set(CASES) == set(NAMES)
+    assert all(hasattr(_function(name), "__wrapped__") for name in NAMES), "the op is not decorated with @served"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SIZES)
+def test_against_the_reference_in_float64(name: str, size: tuple[int, int], level: kernels.Selection) -> None:
+    makers, units = CASES[name]
+    for make in makers:
+        case = make(size)
+        level.fallen.clear()
+        got = _call(_function(name), case)
+        assert not level.fallen, "the kernel did not run"
+        expected = _call(_function(name).__wrapped__, _wide(case))
+        for a, b in zip(got, expected, strict=True):
+            assert a.shape == b.shape and np.isfinite(a).all(), "an element was not written"
+            error = np.abs(a - b).max() / max(1.0, np.abs(b).max())
+            assert error <= (units + 1e-3) * EPSILON, f"seed {SEED}: {error / EPSILON:.1f} epsilon"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(7, 17), (130, 33), (303, 5)])
+def test_the_same_bits_twice_and_wherever_the_buffers_lie(name, size, level) -> None:  # type: ignore[no-untyped-def]
+    for make in CASES[name][0]:
+        case = make(size)
+        level.fallen.clear()  # making a case runs references
+        first = _call(_function(name), case, 0)
+        for shift in (0, 1, 3, 7, 8, 13):
+            again = _call(_function(name), case, shift)
+            assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), f"shift {shift}"
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_contiguous_or_not_float32_falls_back_and_is_counted(name: str) -> None:
+    chosen = kernels.select()
+    for change in (strided, lambda x: x.astype("f8")):
+        for make in CASES[name][0]:
+            case = make((7, 17))
+            arguments = tuple(change(x) if isinstance(x, np.ndarray) and x.dtype == "f4" else x for x in case[0])
+            if name == "dropout.mask":
+                arguments = (*case[0][:3], "f8")
+            before = sum(chosen.fallen.values())
+            got = _call(_function(name), (arguments, case[1]))
+            assert sum(chosen.fallen.values()) > before, "ran a kernel"
+            expected = _call(_function(name).__wrapped__, (arguments, case[1]))
+            assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+    assert any(text.startswith(name) for text in kernels.fallbacks())
+    kernels.select()
+
+
+# ops whose every output row depends on its input row alone: (name, argument made bad, output looked at)
+ROWS = [("gelu.forward", 0, 0), ("gelu.backward", 0, 0), ("gelu.backward", 1, 0), ("layernorm.forward", 0, 0),
+        ("layernorm.backward", 0, 0), ("layernorm.backward", 1, 0), ("crossentropy.rows", 0, 0),
+        ("dropout.forward", 0, 0), ("linear.start", 2, 0), ("matmul.add", 0, 0)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("name", "position", "output"), ROWS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row_as_in_the_reference(name, position, output, bad, level) -> None:  # type: ignore[no-untyped-def]
+    case = CASES[name][0][-1 if name == "linear.start" else 0]((9, 21))
+    case[0][position][4, 3] = bad
+    got = _call(_function(name), case)[output]
+    expected = _call(_function(name).__wrapped__, case)[output]
+    finite = np.isfinite(expected)
+    assert np.array_equal(np.isfinite(got), finite)
+    assert np.array_equal(got[~finite], expected[~finite].astype(got.dtype), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_attention_shows_what_is_not_finite(bad: float, level: kernels.Selection) -> None:
+    make = _attention_backward(True, None)
+    for position in range(3):
+        case = make((70, 16))
+        (do, *qkv), (o, lse) = case[0][:4], case[0][4:6]
+        qkv[position][0, 1, 50, 3] = bad
+        o, lse = attention.forward(*qkv)
+        assert not np.isfinite(o[0, 50:, 1]).all() and np.isfinite(o[1]).all() and np.isfinite(o[0, :, 0]).all()
+        assert np.isfinite(o[0, :42, 1]).all(), "earlier register tiles do not see it"
+        gradients = case[0][6:9]
+        attention.backward(do, *qkv, o, lse, *gradients)
+        assert not all(np.isfinite(g[0, 1]).all() for g in gradients)
+        assert all(np.isfinite(g[1]).all() and np.isfinite(g[0, 0]).all() for g in gradients)
+    assert not level.fallen
+
+
+def test_extreme_scores_pick_one_key(level: kernels.Selection) -> None:
+    q, k = np.full((1, 1, 2, 4), 200, "f4"), np.full((1, 1, 300, 4), -200, "f4")
+    k[0, 0, 270] = 200
+    v = _f(1, 1, 300, 4)
+    o, lse = attention.forward(q, k, v, causal=False)
+    assert np.array_equal(o[0, :, 0], np.stack([v[0, 0, 270]] * 2)) and np.allclose(lse, 80000)
+    gradients = [_nan(*x.shape) for x in (q, k, v)]
+    attention.backward(np.ones_like(o), q, k, v, o, lse, *gradients, causal=False)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_gelu_is_accurate_relative_to_each_element(level: kernels.Selection) -> None:
+    x = np.concatenate([np.linspace(-5, 30, 400_001), [-1e4, -60, 0, 1e-30, 1e4]]).astype("f4")
+    exact, got = gelu.forward.__wrapped__(x.astype("f8")[None])[0], gelu.forward(x[None])[0]
+    assert (np.abs(got - exact) <= 3e-6 * np.abs(exact) + 1e-30)[np.abs(x) < 4].all()
+    assert np.allclose(got, exact, rtol=2e-6, atol=1e-9)
+
+
+def test_exp_is_within_two_units_in_the_last_place(level: kernels.Selection) -> None:
+    """exp(x − 0) through the softmax: rows (x, 0 wanted) whose maximum is 0."""
+    x = np.concatenate([np.linspace(-104, 0, 500_001), [-1e30, -np.inf]]).astype("f4")
+    logits = np.stack([np.zeros_like(x), x], axis=1)
+    crossentropy.rows(logits, np.zeros(len(x), "i4"), None, gradient=True)
+    exact = np.exp(x.astype("f8")) / (1 + np.exp(x.astype("f8")))
+    unit = np.spacing(np.maximum(exact, 1e-300).astype("f4")).astype("f8")
+    assert (np.abs(logits[:, 1] - exact) / unit).max() < 4  # exp, the sum and the division
+
+
+def test_masks_are_those_of_rng(level: kernels.Selection) -> None:
+    draw = _draw(0.25)
+    for start in (0, 1, 2, 3, 1001, 2**33 + 2):
+        drawn = words(draw.key, start, 777, draw.step, draw.micro_batch)
+        expected = np.where((drawn >> 8).astype("f4") * np.float32(2**-24) >= np.float32(0.25), 1 / 0.75, 0).astype(
+            "f4"
+        )
+        assert same_bits(dropout.mask(draw, (777,), start, "f4"), expected)
+    assert not level.fallen
+
+
+@pytest.mark.skipif("avx512" not in AVAILABLE, reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "matmul.add"])
+def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
+    for make in CASES[name][0]:
+        for size in SIZES:
+            case, got = make(size), []
+            for wanted in ("avx2", "avx512"):
+                kernels.select(wanted)
+                got.append(_call(_function(name), case))
+            assert all(same_bits(a, b) for a, b in zip(*got, strict=True))
+    kernels.select()
+
+
+def test_ids_out_of_bounds_never_reach_a_kernel() -> None:
+    with pytest.raises(IndexError):
+        embedding.forward(np.array([0, 9], "i4"), _f(9, 4))
+    with pytest.raises(IndexError):
+        crossentropy.rows(_f(2, 5), np.array([1, 5], "i4"), None, True)
+
+
+def test_selection_by_level_and_op() -> None:
+    x = _f(3, 5)
+    try:
+        assert kernels.select("off").library is None and set(kernels.serving().values()) != set()
+        assert all("reference" in by for by in kernels.serving().values())
+        assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x))
+        kernels.select("auto", "gelu, attention")
+        assert "asks for it" in kernels.serving()["gelu"] and "C kernel" in kernels.serving()["layernorm"]
+        assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x)) and not kernels.fallbacks()
+        assert all("reference" in by for by in kernels.serving("float64").values())
+        with pytest.raises(ConfigError, match="names 'gelo'"):
+            kernels.select("auto", "gelo")
+        if "avx512" not in AVAILABLE:
+            with pytest.raises(ConfigError, match="avx512"):
+                kernels.select("avx512")
+    finally:
+        kernels.select()
+
+
+def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv(cpu.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
+    try:
+        assert kernels.select().level == "off" and "cannot be loaded" in kernels.serving()["gelu"]
+        x = _f(3, 5)
+        assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x))
+    finally:
+        monkeypatch.undo()
+        kernels.select()
+
+
+def test_without_a_known_blas_products_are_numpys() -> None:
+    chosen = kernels.select()
+    try:
+        chosen.library.gemm, chosen.library.without_gemm = 0, "unknown"
+        a, b, out = _f(5, 6), _f(6, 4), _f(5, 4)
+        expected = out + a @ b
+        matmul.add(a, b, out, accumulate=True)
+        assert same_bits(out, expected) and kernels.serving()["matmul"] == "reference (NumPy): unknown"
+    finally:
+        kernels.select()
+
+
+def test_keep_freed_memory_is_there() -> None:
+    assert isinstance(arrays.keep_freed_memory(), bool) and ctypes.sizeof(cpu._Draw) == 24
