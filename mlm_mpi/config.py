@@ -44,7 +44,11 @@ class Data(Section, frozen=True):
 
 
 class Train(Section, frozen=True):
-    """The work of a step: M micro-batches of B rows, summed in J lanes (`lanes = 0`: min(M, 8))."""
+    """The work of a step: M micro-batches of B rows, summed in J lanes.
+
+    `lanes = 0`: the largest divisor of M up to 8. `recompute`: blocks keep only their inputs and run their forward
+    twice: less memory, the same bits.
+    """
 
     steps: int = 100
     micro_batches: int = 8
@@ -52,6 +56,7 @@ class Train(Section, frozen=True):
     lanes: int = 0
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    recompute: bool = False
 
 
 class Optim(Section, frozen=True):

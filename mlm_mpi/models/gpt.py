@@ -11,7 +11,7 @@ from mlm_mpi.layers.embedding import Embedding
 from mlm_mpi.models.stack import Head, Stack
 
 
-def build(model: Model, vocabulary: int) -> Stack:
+def build(model: Model, vocabulary: int, recompute: bool = False) -> Stack:
     """A GPT of this configuration over `vocabulary` tokens, with parameters not yet bound to memory."""
     out_std = model.init_std / math.sqrt(2 * model.layers)
     embedding = Embedding("embed", vocabulary, model.context, model.width, model.init_std, model.dropout)
@@ -22,7 +22,7 @@ def build(model: Model, vocabulary: int) -> Stack:
         )
         for i in range(model.layers)
     ]  # fmt: skip
-    return Stack(embedding, blocks, Head("final", model.width, model.norm_epsilon, embedding.tokens))
+    return Stack(embedding, blocks, Head("final", model.width, model.norm_epsilon, embedding.tokens), recompute)
 
 
 def step_flops(model: Model, vocabulary: int, tokens: int) -> float:

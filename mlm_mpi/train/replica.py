@@ -49,7 +49,7 @@ class Replica:
     def __init__(self, config: Config, vocabulary: int, mesh: Mesh) -> None:
         self.config, self.mesh, train = config, mesh, config.train
         self.group = mesh.group("dp")
-        self.stack = gpt.build(config.model, vocabulary)
+        self.stack = gpt.build(config.model, vocabulary, train.recompute)
         self.store = FlatStore(self.stack.parameter_blocks(), mesh, train.dtype)
         self.optimizer = make_optimizer(config.optim, self.store)
         self.assignment = Assignment(train.micro_batches, train.lanes, self.group.size)

@@ -37,7 +37,7 @@ from mlm_mpi.train.replica import Replica, StepResult, bytes_held, config_differ
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
 # keys that may differ on resume without another run being meant
-_FREE = ("checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.")
+_FREE = ("checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,19 @@ def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
         assert np.allclose(b, 2 * a, rtol=1e-4, atol=1e-5)
 
 
+def test_recomputing_activations_gives_the_same_bits() -> None:
+    stack, store = build(0.1, "f4", 0.1)
+    ids, targets, mask = batch()
+    ctx = Context(training=True)
+    buffers = [poisoned(store.size, dtype="f4") for _ in range(2)]
+    losses = []
+    for stack.recompute, buffer in zip((False, True), buffers, strict=True):
+        store.point_gradients(buffer)
+        losses.append(stack.loss_and_grad(ids, targets, mask, ctx))
+    assert losses[0] == losses[1]
+    assert all(same_bits(a, b) for a, b in zip(*map(store.views, buffers), strict=True))
+
+
 def test_a_sum_over_rows_is_the_sum_of_the_rows() -> None:
     stack, store = build()
     ids, targets, mask = batch(rows=4, positions=50)
