@@ -54,10 +54,10 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_next_start_goes_on(place, ho
     assert killed.err.startswith("mlm-mpi run: rank 1 died by signal 9 (SIGKILL)") and killed.err.count("\n") == 1
     assert not alive(members)
     assert not (place.folder / "run" / "DONE").exists()
-    assert "step-00000008" in place.checkpoints("run")
+    assert [name for name in place.checkpoints("run") if name.startswith("step-")]  # 8 may still have been on its way
     again = place.train("run", 2, *LONG)
     assert again.weights == undisturbed.weights
-    assert re.search(r"run +steps (8|12|16|20|24|28|32|36) to 40", again.out)
+    assert re.search(r"run +steps (4|8|12|16|20|24|28|32|36) to 40", again.out)
     assert place.losses("run") == home.losses("long")
     assert not [name for name in place.checkpoints("run") if name.startswith(".")]
 
