@@ -1,8 +1,12 @@
 /* Attention in tiles of QUERIES x KEYS; a tile of scores lives in L2 and no (T, S) matrix exists.
  * Scores are computed by register tiles, and those wholly above the diagonal are skipped.
  * Source: Dao et al., FlashAttention, arXiv:2205.14135. */
+#ifndef QUERIES
 #define QUERIES 48
+#endif
+#ifndef KEYS
 #define KEYS 256
+#endif
 #define LINE (KEYS + 16) /* floats between rows of a tile: not a power of two, so that columns spread over L1 */
 
 struct matrix {
@@ -69,8 +73,8 @@ static void tile_product_transposed(
         }
 }
 
-static void blank(float *row, size from, size to) {
-    for (size i = from; i < to; i++) row[i] = 0;
+static void fill(float *row, size from, size to, float value) {
+    for (size i = from; i < to; i++) row[i] = value;
 }
 
 static void forward_head(
@@ -97,18 +101,18 @@ static void forward_head(
                 size n = seen(first, count, r);
                 float *row = p + r * LINE;
                 if (n > 0) {
+                    size full = round_up(n, LANES);
+                    fill(row, n, full, -__builtin_inff());
                     vf most_of[PARTS], sum[PARTS] = {{0}};
                     for (int l = 0; l < PARTS; l++) most_of[l] = splat(top[r]);
-                    for (size k = 0; k < n; k += LANES)
-                        for (int l = 0; l < PARTS; l++)
-                            most_of[l] = MAX(load_some(row + k + l * W, most(0, n - k - l * W), top[r]), most_of[l]);
+                    for (size k = 0; k < full; k += LANES)
+                        for (int l = 0; l < PARTS; l++) most_of[l] = MAX(load(row + k + l * W), most_of[l]);
                     float above = max_lanes(most_of);
-                    for (size k = 0; k < n; k += LANES)
+                    for (size k = 0; k < full; k += LANES)
                         for (int l = 0; l < PARTS; l++) {
-                            size some = most(0, n - k - l * W);
-                            vf e = vexp(load_some(row + k + l * W, some, -__builtin_inff()) - above);
+                            vf e = vexp(load(row + k + l * W) - above);
                             sum[l] += e;
-                            store_some(row + k + l * W, some, e);
+                            store(row + k + l * W, e);
                         }
                     float change = j == 0 ? 0.0f : vexp(splat(top[r] - above))[0];
                     total[r] = total[r] * change + sum_lanes(sum);
@@ -122,7 +126,7 @@ static void forward_head(
                         for (size k = 0; k < n; k++) row[k] *= factors[k];
                     }
                 }
-                blank(row, n, count);
+                fill(row, n, count, 0);
             }
             tile_product(rows, count, d, first, p, values + j * PANEL, s, o);
         }
@@ -170,26 +174,20 @@ static void backward_head(
             tile_scores(rows, count, d, first, row_of(mdo, b, h, i), mdo->t, values_t + j * d, ds);
             for (size r = 0; r < rows; r++) {
                 size n = seen(first, count, r);
-                float *row = p + r * LINE, *slope = ds + r * LINE, factors[KEYS];
+                float *row = p + r * LINE, *slope = ds + r * LINE, factors[KEYS + LANES];
                 float level = lse[(b * shape->heads + h) * t + i + r];
                 if (draw && n > 0) {
                     uint64_t row_number = (uint64_t)((b * shape->heads + h) * t + i + r);
                     dropout_factors(draw, row_number * (uint64_t)s + (uint64_t)j, n, factors);
                 }
-                for (size k = 0; k < n; k += W) {
-                    size some = n - k;
-                    vf e = vexp(FMA(load_some(row + k, some, 0), splat(scale), splat(-level)));
-                    vf g = load_some(slope + k, some, 0);
-                    if (draw) {
-                        vf factor = load_some(factors + k, some, 0);
-                        g *= factor;
-                        store_some(row + k, some, e * factor);
-                    } else
-                        store_some(row + k, some, e);
-                    store_some(slope + k, some, (g - delta[r]) * e);
+                for (size k = 0; k < n; k += W) { /* a tile has room for the whole last vector */
+                    vf e = vexp(FMA(load(row + k), splat(scale), splat(-level)));
+                    vf g = load(slope + k), factor = draw ? load(factors + k) : splat(1);
+                    store(row + k, e * factor);
+                    store(slope + k, FMA(g, factor, splat(-delta[r])) * e);
                 }
-                blank(row, n, count);
-                blank(slope, n, count);
+                fill(row, n, count, 0);
+                fill(slope, n, count, 0);
             }
             tile_product(rows, count, d, first, ds, keys + j * PANEL, s, dq);
             tile_product_transposed(rows, count, d, first, p, dot, dv + j * wide);

@@ -16,6 +16,7 @@
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint64_t vl __attribute__((vector_size(4 * W)));
 typedef vf vf_any __attribute__((aligned(4), may_alias));
 typedef int64_t size;
 
@@ -56,6 +57,17 @@ INLINE vf sqrt_of(vf a) {
     for (int i = 0; i < W; i++) a[i] = __builtin_sqrtf(a[i]);
     return a;
 }
+#endif
+
+/* Products of the low halves of 64-bit lanes. */
+#if W == 16 && defined(__AVX512F__)
+#define WIDE_PRODUCT(a, b) ((vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+#elif W == 8 && defined(__AVX2__)
+#define WIDE_PRODUCT(a, b) ((vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
+#elif W == 4 && defined(__SSE2__)
+#define WIDE_PRODUCT(a, b) ((vl)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
+#else
+#define WIDE_PRODUCT(a, b) (((a) & 0xFFFFFFFFu) * ((b) & 0xFFFFFFFFu))
 #endif
 
 INLINE vf pick(vi where, vf a, vf b) { return (vf)((where & (vi)a) | (~where & (vi)b)); }

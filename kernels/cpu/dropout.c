@@ -7,21 +7,24 @@ struct draw {
     float rate, factor; /* dropped where uniform < rate, else times factor */
 };
 
-static void philox_words(const struct draw *draw, uint64_t first, uint32_t *restrict words) {
-#pragma omp simd
-    for (int l = 0; l < QUADS; l++) {
-        uint32_t c0 = (uint32_t)(first + (uint64_t)l), c1 = (uint32_t)((first + (uint64_t)l) >> 32);
-        uint32_t c2 = draw->micro_batch, c3 = draw->step, k0 = draw->key0, k1 = draw->key1;
+/* Counters lie in 64-bit lanes of which only the low half counts: what products leave above it is never read. */
+static void philox_words(const struct draw *draw, uint64_t first, uint32_t *words) {
+    for (int l = 0; l < QUADS; l += W / 2) {
+        vl c0, c1, c2 = (vl){0} + draw->micro_batch, c3 = (vl){0} + draw->step;
+        for (int i = 0; i < W / 2; i++) c0[i] = first + (uint64_t)(l + i);
+        c1 = c0 >> 32;
+        uint32_t k0 = draw->key0, k1 = draw->key1;
 #pragma GCC unroll 10
         for (int round = 0; round < 10; round++) {
-            uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-            c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-            c1 = (uint32_t)p1;
-            c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-            c3 = (uint32_t)p0;
+            vl p0 = WIDE_PRODUCT(c0, (vl){0} + 0xD2511F53u), p1 = WIDE_PRODUCT(c2, (vl){0} + 0xCD9E8D57u);
+            c0 = (p1 >> 32) ^ c1 ^ k0;
+            c1 = p1;
+            c2 = (p0 >> 32) ^ c3 ^ k1;
+            c3 = p0;
             k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
         }
-        words[4 * l] = c0, words[4 * l + 1] = c1, words[4 * l + 2] = c2, words[4 * l + 3] = c3;
+        for (int i = 0; i < W / 2; i++, words += 4)
+            words[0] = (uint32_t)c0[i], words[1] = (uint32_t)c1[i], words[2] = (uint32_t)c2[i], words[3] = (uint32_t)c3[i];
     }
 }
 

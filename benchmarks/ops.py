@@ -1,0 +1,92 @@
+"""Time of each op at the reference size: its kernel against its NumPy reference, interleaved, on one thread.
+
+    OPENBLAS_NUM_THREADS=1 python benchmarks/ops.py --pairs 7
+
+GB/s counts what an op must read and write once; GFLOP/s of attention counts the half that causality leaves.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import numpy as np
+from harness import SIZES, Report
+
+from mlm_mpi.backend import kernels
+from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
+from mlm_mpi.ops.dropout import Draw
+from mlm_mpi.optim import adamw, clip
+
+# name, function, arguments, bytes moved, flops
+Row = tuple[str, Callable[..., Any], tuple[Any, ...], float, float]
+
+
+def rows() -> list[Row]:
+    """One call of each op as a step of the reference model makes it."""
+    size, r = SIZES["reference"], np.random.default_rng(0)
+    b, t, c, h, v = size["rows"], size["context"], size["width"], size["heads"], size["vocabulary"]
+    n, f, d = b * t, 4 * c, c // h
+
+    def f4(*shape: int) -> np.ndarray:
+        return r.standard_normal(shape, dtype="f4")
+
+    x, dy, wide, dwide, gain, bias = f4(n, c), f4(n, c), f4(n, f), f4(n, f), f4(c), f4(c)
+    q, k, w = f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
+    do, dqkv = f4(b, t, h, d), f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
+    o, lse = attention.forward(q, k, w)
+    _, statistics_ = layernorm.forward(x, gain, bias, 1e-5)
+    ids, targets = r.integers(0, v, n).astype("i4"), r.integers(0, v, 512).astype("i4")
+    logits, table, draw = f4(512, v), f4(v, c), Draw(0.1, (1, 2), 3, 4)
+    p, g, m, s = f4(1 << 22), f4(1 << 22), f4(1 << 22), np.abs(f4(1 << 22))
+    numbers = (1.0, 0.9, 0.95, 1.0, 1e-8, 1e-5, 1.0)
+    flops = 4.0 * b * h * t * t * d / 2
+    masked = draw
+    return [
+        ("matmul.add xᵀdy, accumulated", matmul.add, (x.T, dwide, f4(c, f), True), 0, 2.0 * n * c * f),
+        ("linear.start with residual", linear.start, (n, bias, x), 8 * n * c, 0),
+        ("linear.bias_gradient", linear.bias_gradient, (dwide, f4(f), False), 4 * n * f, 0),
+        ("gelu.forward", gelu.forward, (wide,), 8 * n * f, 0),
+        ("gelu.backward", gelu.backward, (dwide, wide), 12 * n * f, 0),
+        ("layernorm.forward", layernorm.forward, (x, gain, bias, 1e-5), 8 * n * c, 0),
+        ("layernorm.backward", layernorm.backward, (dy, x, gain, statistics_, f4(c), f4(c), False, dy), 16 * n * c, 0),
+        ("attention.forward", attention.forward, (q, k, w), 16 * n * c, flops),
+        ("attention.backward", attention.backward, (do, q, k, w, o, lse, *dqkv), 32 * n * c, 2.5 * flops),
+        ("attention.forward, dropout", attention.forward, (q, k, w, True, masked), 16 * n * c, flops),
+        ("crossentropy.rows, 512 rows", crossentropy.rows, (logits, targets, None, True), 8 * logits.size, 0),
+        ("embedding.forward", embedding.forward, (ids, table), 8 * n * c, 0),
+        ("embedding.backward", embedding.backward, (dy, ids, table), 12 * n * c, 0),
+        ("dropout.forward with residual", dropout.forward, (x, draw, dy), 12 * n * c, 0),
+        ("adamw.update, 4 Mi elements", adamw.update, (p, g, m, s, *numbers), 28 * p.size, 0),
+        ("clip.squares, 4 Mi elements", clip.squares, (p, 65536), 4 * p.size, 0),
+    ]
+
+
+def main() -> None:
+    args = harness.arguments(__doc__).parse_args()
+    keep_freed_memory()
+    report = Report("ops", "Time of each op", args)
+    report.say(f"kernels: {kernels.summary()}; sgemm peak {harness.peak_flops() / 1e9:.1f} GFLOP/s")
+    report.say()
+    report.head("op", "NumPy ms", "kernel ms", "GB/s", "GFLOP/s", "times NumPy")
+    for name, function, arguments, moved, flops in rows():
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(args.pairs + 1):
+            for by_kernel in (True, False):
+                run = function if by_kernel else function.__wrapped__  # type: ignore[attr-defined]
+                start = time.perf_counter()
+                run(*arguments)
+                seconds[by_kernel].append(time.perf_counter() - start)
+        ours, numpy = (statistics.median(seconds[by_kernel][1:]) for by_kernel in (True, False))
+        ratio = harness.pair_ratio(seconds[True][1:], seconds[False][1:])
+        report.row(
+            name, f"{1e3 * numpy:.2f}", f"{1e3 * ours:.2f}", f"{moved / ours / 1e9:.1f}" if moved else "",
+            f"{flops / ours / 1e9:.1f}" if flops else "", f"{ratio:.2f}",
+        )  # fmt: skip
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
