@@ -61,7 +61,7 @@ test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec o
 	@$(MPIEXEC) -n $* $(BIN)/python tests/parallel
 
 test-all: $(VENV)/.installed-test  ## also the slow tests
-	@$(BIN)/python -m pytest -q tests/serial tests/programs
+	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q tests/serial tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
