@@ -1,4 +1,4 @@
-"""The same GPT-2 in PyTorch eager: the peer of `step.py` and `quality.py`, and the oracle of tests/golden.
+"""The same GPT-2 in PyTorch: the peer of `step.py` and `quality.py`, and the oracle of tests/golden.
 
 Runs in an environment of its own that has PyTorch (the package and its tests never import it):
 
@@ -7,20 +7,27 @@ Runs in an environment of its own that has PyTorch (the package and its tests ne
     /tmp/torchenv/bin/pip install -e . --no-deps
 
 Independent of `mlm_mpi`'s mathematics: nn.Linear, nn.LayerNorm, F.scaled_dot_product_attention,
-F.cross_entropy and torch.optim.AdamW; of the package it uses the random draws, the schedule and the loader.
+F.cross_entropy, torch.optim.AdamW and, on several ranks, DistributedDataParallel over gloo; of the package it
+uses the random draws, the schedule and the loader.
 """
 
 import json
 import math
+import os
 import resource
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mlm_mpi import config
 from mlm_mpi.backend.arrays import keep_freed_memory
@@ -128,48 +135,128 @@ def make_adamw(model: PeerGPT, optim: config.Optim, **kind: bool) -> torch.optim
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.epsilon, **kind)
 
 
-def train_step(model: PeerGPT, adamw: torch.optim.AdamW, ids: Any, targets: Any, rate: float, clip: float) -> float:
-    """What a PyTorch user writes: forward, backward, clip, update."""
+def train_step(
+    model: nn.Module, adamw: torch.optim.AdamW, batch: torch.Tensor, rate: float, clip: float, bf16: bool
+) -> float:
+    """What a PyTorch user writes: forward, backward, clip, update; the mean loss of all ranks."""
     for group in adamw.param_groups:
         group["lr"] = rate
-    loss = model(ids, targets)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(batch[:, :-1], batch[:, 1:])
     loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     adamw.step()
     adamw.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    loss = loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return float(loss)
+
+
+def slowest(seconds: list[float]) -> list[float]:
+    """Position by position, the largest of all ranks."""
+    table = torch.tensor(seconds, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()
+
+
+def join(ranks: int) -> int:
+    """Starts the other ranks, as torchrun does, joins them over gloo and returns this process's rank."""
+    if ranks == 1:
+        return 0
+    rank = int(os.environ.get("TORCH_PEER_RANK", "0"))
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        for other in range(1, ranks):
+            environment = os.environ | {"TORCH_PEER_RANK": str(other)}
+            subprocess.Popen([sys.executable, *sys.argv], env=environment, stdin=subprocess.DEVNULL)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    return rank
+
+
+def turns(rank: int) -> Iterator[int]:
+    """Numbers of steps, one for every line {"steps": n} that rank 0 reads; ends at an empty line."""
+    while True:
+        line = sys.stdin.readline().strip() if rank == 0 else ""
+        steps = torch.tensor(json.loads(line)["steps"] if line else 0)
+        if dist.is_initialized():
+            dist.broadcast(steps, 0)
+        if not steps:
+            return
+        yield int(steps)
+
+
+def best_adamw(model: PeerGPT, optim: config.Optim) -> tuple[str, torch.optim.AdamW]:
+    """PyTorch's fastest AdamW on the gradients at hand; tried one after the other, so one state is held at a time."""
+    kinds = ("fused", "foreach")
+    seconds = []
+    for kind in kinds:
+        adamw = make_adamw(model, optim, **{kind: True})
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            adamw.step()
+            times.append(time.perf_counter() - start)
+        adamw.state.clear()
+        seconds.append(min(times))
+    seconds = slowest(seconds)
+    best = kinds[seconds.index(min(seconds))]
+    return best, make_adamw(model, optim, **{best: True})
 
 
 def measure(job: dict[str, Any]) -> None:
-    """Serves `step.py`: for every line {"steps": n} on stdin, n steps, and their seconds as a line of JSON."""
-    model_config = config.Model(**job["model"])
-    optim = config.Optim(**job["optim"])
+    """Serves `step.py`: for every line {"steps": n} on stdin, n steps, and what they cost as a line of JSON."""
+    rank = join(job["ranks"])
+
+    def write(value: dict[str, Any]) -> None:
+        if rank == 0:
+            print(json.dumps(value), flush=True)
+
+    model_config, optim = config.Model(**job["model"]), config.Optim(**job["optim"])
     rows, vocabulary = job["rows"], job["vocabulary"]
-    model = PeerGPT(model_config, vocabulary)
-    nn.init.normal_(model.tokens.weight, std=0.02)
-    random = np.random.default_rng(1)
+    plain = PeerGPT(model_config, vocabulary)
+    nn.init.normal_(plain.tokens.weight, std=0.02)
+    model: Any = DistributedDataParallel(plain, gradient_as_bucket_view=True) if job["ranks"] > 1 else plain
+    if job["compile"]:
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers that stays
+        model = torch.compile(model)
+    random = np.random.default_rng(1 + rank)
 
-    def step(adamw: torch.optim.AdamW) -> tuple[float, float]:
-        batch = torch.from_numpy(random.integers(0, vocabulary, (rows, model_config.context + 1)))
-        start = time.perf_counter()
-        loss = train_step(model, adamw, batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), 1e-4, optim.clip)
-        return time.perf_counter() - start, loss
+    def batch() -> torch.Tensor:
+        return torch.from_numpy(random.integers(0, vocabulary, (rows, model_config.context + 1)))
 
-    kinds = {"fused": {"fused": True}, "foreach": {"foreach": True}}
-    optimizers = {name: make_adamw(model, optim, **kind) for name, kind in kinds.items()}
-    tried = {}
-    for name, adamw in optimizers.items():
-        step(adamw)
-        tried[name] = min(step(adamw)[0] for _ in range(2))
-    best = min(tried, key=lambda name: tried[name])
-    print(json.dumps({"torch": torch.__version__, "adamw": best, "cpu": torch.backends.cpu.get_cpu_capability()}))
-    sys.stdout.flush()
-    for line in iter(lambda: sys.stdin.readline().strip(), ""):
-        seconds = [step(optimizers[best])[0] for _ in range(json.loads(line)["steps"])]
+    try:
+        first = batch()
+        model(first[:, :-1], first[:, 1:]).backward()
+    except Exception as error:
+        if not job["compile"]:
+            raise
+        return write({"skip": str(error).strip().partition("\n")[0]})
+    kind, adamw = best_adamw(plain, optim)
+    adamw.zero_grad(set_to_none=True)
+
+    write({"about": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, AdamW {kind}"})
+    for steps in turns(rank):
+        seconds, faults = [], []
+        for _ in range(steps):
+            fresh = batch()
+            if dist.is_initialized():
+                dist.barrier()
+            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+            train_step(model, adamw, fresh, 1e-4, optim.clip, job["bf16"])
+            seconds.append(time.perf_counter() - start)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
-        sys.stdout.flush()
+        most = slowest([*seconds, *faults, peak])
+        write({"seconds": most[:steps], "faults": most[steps:-1], "peak_bytes": most[-1]})
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def quality(job: dict[str, Any]) -> None:
