@@ -15,6 +15,12 @@ class MlmError(Exception):
     agreed = False
 
 
+def agreed(error: MlmError) -> MlmError:
+    """The same error, marked as one that every rank raises together."""
+    error.agreed = True
+    return error
+
+
 class ConfigError(MlmError):
     """A key, value or combination of values in the configuration that cannot work."""
 

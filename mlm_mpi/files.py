@@ -4,6 +4,7 @@ A name only ever holds complete, synced content: bytes go to a temporary name, f
 fsynced, a rename publishes. Rename without both fsyncs survives no power loss.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
                 raise cannot_write(path, len(content), error) from None
     except StorageError:
         for left in temporary.values():
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what the first error says is what counts
+                left.unlink(missing_ok=True)
         raise
 
 

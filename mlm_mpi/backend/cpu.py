@@ -89,7 +89,7 @@ def _find_gemm() -> tuple[int, str]:
     """(address of the sgemm NumPy uses, "") or (0, why not): OpenBLAS with 64-bit integers, as in PyPI's wheels."""
     try:
         maps = Path("/proc/self/maps").read_text()
-        paths = {line.split()[-1] for line in maps.splitlines() if "openblas" in line}
+        paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "openblas" in line and ".so" in line}
         for path in sorted(paths):
             handle = ctypes.CDLL(path)
             for name in ("scipy_cblas_sgemm64_", "cblas_sgemm64_"):

@@ -134,8 +134,9 @@ def serving(dtype: str = "float32") -> dict[str, str]:
 
 
 def summary(dtype: str = "float32") -> str:
-    """`serving` in one line: "C kernel (avx2); reference (NumPy): no kernel: sgd"."""
+    """`serving` in one line, ops that have no kernel left out: "C kernel (avx2)"."""
     served_by: dict[str, list[str]] = {}
     for op, by in serving(dtype).items():
-        served_by.setdefault(by, []).append(op)
+        if not by.endswith("no kernel"):
+            served_by.setdefault(by, []).append(op)
     return "; ".join(by if by.startswith("C") else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())

@@ -2,7 +2,8 @@
 
 Every wait of the program ends in `Group.wait_until`: it polls (an MPI without a progress thread moves only
 inside calls), gives the core away while it waits, and after `timeout_s` raises a CommError that says
-what was awaited, by whom and from whom. No call here blocks inside MPI. A group of one needs no MPI.
+what was awaited, by whom and from whom. Only the making of a communicator blocks inside MPI. A group of
+one needs no MPI.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mlm_mpi.errors import CommError, MlmError
+from mlm_mpi.errors import CommError, MlmError, agreed
 
 _SPIN_S = 0.002  # polls at full speed for this long, then sleeps between polls
 _NAP_S = 0.0002
@@ -110,6 +111,4 @@ class Group:
             return
         rank, text = found[0]
         same = len(found) == self.size and len({text for _, text in found}) == 1
-        agreed = type(error)(text) if error and same else MlmError(text if same else f"rank {rank}: {text}")
-        agreed.agreed = True
-        raise agreed
+        raise agreed(type(error)(text) if error and same else MlmError(text if same else f"rank {rank}: {text}"))

@@ -241,7 +241,7 @@ class Canonical(_Bucketed):
         return sum(part.stop - part.start for part in parts)
 
     def begin(self) -> None:
-        """Posts every receive of the step, so that no message arrives unexpected."""
+        """Posts every receive of the step, so that few messages arrive unexpected."""
         me, offset = self.group.rank, 0
         self.first_start_s = None
         for bucket in self.buckets:

@@ -18,6 +18,7 @@ from mlm_mpi.data.shards import ShardReader
 from mlm_mpi.errors import DataError
 
 _OPEN_SHARDS = 32
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ class TokenStream:
 class Loader:
     """Micro-batches in the order of a plan, up to `prefetch` of them made ahead of time."""
 
-    def __init__(self, stream: TokenStream, sampler: Sampler, context: int, prefetch: int) -> None:
+    def __init__(
+        self, stream: TokenStream, sampler: Sampler, context: int, prefetch: int, timeout_s: float = 600.0
+    ) -> None:  # fmt: skip
         self.waited_s = 0.0  # how long `next` has waited, in all
         self._stream = stream
         self._sampler = sampler
         self._context = context
         self._prefetch = prefetch
+        self._timeout_s = timeout_s
         self._state = threading.Condition()
         self._ready: deque[MicroBatch] = deque()
         self._error: BaseException | None = None
@@ -118,7 +122,12 @@ class Loader:
         """The next micro-batch of the plan. Raises what the thread raised; RuntimeError after the last."""
         begin = time.perf_counter()
         with self._state:
-            self._state.wait_for(lambda: self._ready or not self._running)
+            came = self._state.wait_for(lambda: self._ready or not self._running, self._timeout_s)
+            if not came:
+                raise DataError(
+                    f"waited {self._timeout_s:g} s (comm.timeout_s) for tokens of {self._stream.split}: "
+                    "look at the file system that holds data.dir"
+                )
             self.waited_s += time.perf_counter() - begin
             if self._ready:
                 self._state.notify_all()
@@ -133,7 +142,7 @@ class Loader:
             self._running = False
             self._state.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_PATIENCE_S)  # a read that hangs must not keep an error from ending the job
             self._thread = None
         self._ready.clear()
         self._error = None

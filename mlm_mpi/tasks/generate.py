@@ -14,6 +14,9 @@ from mlm_mpi.tasks import language_model as lm
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument(
+        "--data", metavar="DIR", help="a prepared corpus with the same tokenizer, if data.dir has moved"
+    )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
@@ -29,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     if args.tokens < 1:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1")
     sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = lm.load(Path(args.run))
+    trained = lm.load(Path(args.run), Path(args.data) if args.data else None)
     end = trained.tokenizer.eot
     text = os.fsencode(args.prompt).decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]

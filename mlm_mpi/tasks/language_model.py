@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import threadpoolctl
 
+from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import keep_freed_memory
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
@@ -47,6 +48,7 @@ def load(run: Path, data: Path | None = None) -> Trained:
     folder, config = open_run(run)
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
+    kernels.select(reference=config.numerics.reference)
     catalog = Catalog.open(data or Path(config.data.dir))
     tokenizer = catalog.tokenizer()
 
@@ -174,9 +176,9 @@ def continue_prompt(
     cache, unread, number = KeyValueCache(context), list(held), 0
     while True:
         if cached:
-            logits = stack.logits(np.array([unread]), Context(cache=cache))[0, -1]
+            logits = stack.logits(np.array([unread], np.int32), Context(cache=cache))[0, -1]
         else:
-            logits = stack.logits(np.array([held]), Context())[0, -1]
+            logits = stack.logits(np.array([held], np.int32), Context())[0, -1]
         token = choose(logits, sampling, number)
         yield token
         number += 1

@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 
 import h5py
 import msgspec
-import numpy as np
 
 from mlm_mpi.comm.group import Group
-from mlm_mpi.errors import CheckpointError, MlmError
+from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
 from mlm_mpi.files import publish, sync_folder
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
@@ -35,6 +34,7 @@ _PREFIX, _HIDDEN = "step-", ".writing-"
 
 T = TypeVar("T")
 Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
+Pieces = dict[str, dict[str, Any]]  # buffer -> parameter -> the rows that one writer saves
 Say = Callable[[str], None]
 
 
@@ -61,6 +61,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str
     catalog: str
     fingerprint: dict[str, Any]
+    incomparable: str | None = None  # why bits of this run cannot be compared with others, once and for all
 
 
 Check = Callable[[Path, Manifest], None]
@@ -76,20 +77,24 @@ def row_ranges(store: FlatStore, writers: int, writer: int) -> dict[str, tuple[i
     return {name: (start, stop) for name, (start, stop) in ranges.items() if stop > start}
 
 
-def part_image(store: FlatStore, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> bytes:
+def pieces_of(store: FlatStore, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> Pieces:
+    """Views of the given rows of every buffer."""
+    named = {kind: store.named(flat) for kind, flat in buffers.items()}
+    return {kind: {name: views[name][a:b] for name, (a, b) in rows.items()} for kind, views in named.items()}
+
+
+def part_image(pieces: Pieces, rows: dict[str, tuple[int, int]]) -> bytes:
     """An HDF5 file with /<buffer>/<parameter> of the given rows, as bytes; no timestamps, all checksummed."""
     memory = io.BytesIO()
     with h5py.File(memory, "w", libver="latest") as file:
-        for kind, flat in buffers.items():
-            views = store.named(flat)
-            for name, (start, stop) in rows.items():
-                value = np.asarray(views[name][start:stop])
+        for kind, values in pieces.items():
+            for name, value in values.items():
                 row_bytes = max(1, value[:1].nbytes)
                 chunk = (max(1, min(len(value), _CHUNK_BYTES // row_bytes)), *value.shape[1:])
                 dataset = file.create_dataset(
                     f"{kind}/{name}", data=value, chunks=chunk, fletcher32=True, track_times=False
                 )
-                dataset.attrs["first_row"] = start
+                dataset.attrs["first_row"] = rows[name][0]
     return memory.getvalue()
 
 
@@ -150,25 +155,32 @@ class Saver:
         """Takes a snapshot of my rows and starts to write it; all ranks begin the same save."""
         rows = row_ranges(self.store, self.group.size, self.group.rank)
         write = self.write = _Write(step)
+        pieces = pieces_of(self.store, self.buffers, rows)
         if not self.background:
-            self._write_part(write, self.buffers, rows)
+            self._write_part(write, pieces, rows)
             return
-        snapshot = {kind: flat.copy() for kind, flat in self.buffers.items()}
+        try:
+            snapshot = {kind: {name: value.copy() for name, value in p.items()} for kind, p in pieces.items()}
+        except MemoryError:
+            write.error = "no memory for a snapshot: set checkpoint.background=false"
+            return
         write.thread = threading.Thread(
             target=self._write_part, args=(write, snapshot, rows), name="checkpoint", daemon=True
         )
         write.thread.start()
 
-    def _write_part(self, write: _Write, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> None:
+    def _write_part(self, write: _Write, pieces: Pieces, rows: dict[str, tuple[int, int]]) -> None:
         name = f"part-{self.group.rank:04}.h5"
         try:
             hidden = self._hidden(write.step)
             hidden.mkdir(parents=True, exist_ok=True)
-            image = part_image(self.store, buffers, rows)
+            image = part_image(pieces, rows)
             digest = publish(hidden / name, image)
             write.part = Part(name, len(image), digest, rows)
-        except (MlmError, OSError, MemoryError) as error:
-            write.error = str(error) or type(error).__name__
+        except MlmError as error:
+            write.error = str(error)
+        except Exception as error:  # whatever h5py raises: the save has failed, the run goes on
+            write.error = f"{type(error).__name__}: {error}"
 
     def publish(self, about: dict[str, Any]) -> str | None:
         """Makes the save under way visible, or removes it; returns what went wrong, the same everywhere. Collective.
@@ -177,22 +189,35 @@ class Saver:
         """
         write = self.write
         assert write is not None, "publish follows begin"
-        self.group.wait_until(lambda: None if write.over else [self.group.rank], "its own checkpoint part")
-        if write.thread is not None:
-            write.thread.join()
         self.write = None
-        reports = self.group.allgather([msgspec.to_builtins(write.part), write.error], "checkpoint parts")
+        try:
+            self.group.wait_until(lambda: None if write.over else [self.group.rank], "its own checkpoint part")
+        except CommError as error:
+            write.error = str(error)
+        patient = self.group.with_timeout(2 * self.group.timeout_s)  # others may be as slow in their own wait
+        reports = patient.allgather([msgspec.to_builtins(write.part), write.error], "checkpoint parts")
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error is not None]
         if self.group.rank == 0:
             try:
                 if not errors:
-                    self._publish(write.step, [msgspec.convert(part, Part) for part, _ in reports], about)
+                    parts = [msgspec.convert(part, Part) for part, _ in reports]
+                    self._check_visible(write.step, parts)
+                    self._publish(write.step, parts, about)
             except (MlmError, OSError) as error:
                 errors = [str(error)]
             if errors:
                 shutil.rmtree(self._hidden(write.step), ignore_errors=True)
-        errors = self.group.broadcast(errors, "whether the checkpoint was published")
+        errors = patient.broadcast(errors, "whether the checkpoint was published")
         return errors[0] if errors else None
+
+    def _check_visible(self, step: int, parts: list[Part]) -> None:
+        """Rank 0 must see what the others wrote: on node-local folders each would publish a torn checkpoint."""
+        for rank, part in enumerate(parts):
+            path = self._hidden(step) / part.file
+            if not path.is_file() or path.stat().st_size != part.bytes:
+                raise CheckpointError(
+                    f"{path}, written by rank {rank}, is not visible to rank 0: --run must lie on a shared file system"
+                )
 
     def _publish(self, step: int, parts: list[Part], about: dict[str, Any]) -> None:
         manifest = Manifest(
@@ -344,7 +369,5 @@ def resume(
         problems.append(found[0])
         say(_passed_over(name, found[0]))
     if problems:
-        error_ = CheckpointError(_none_left(folder, problems))
-        error_.agreed = True
-        raise error_
+        raise agreed(CheckpointError(_none_left(folder, problems)))
     return None

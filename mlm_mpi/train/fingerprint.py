@@ -5,6 +5,7 @@ part of it: OpenBLAS gives other bits with its Haswell kernels than with Skylake
 """
 
 import hashlib
+import platform
 from typing import Any
 
 import msgspec
@@ -25,8 +26,9 @@ def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
     ]
     facts = {
         "mlm_mpi": mlm_mpi.__version__,
+        "libc": " ".join(platform.libc_ver()),  # logarithm and cosine of the initial values
         "numpy": np.__version__,
-        "simd": np.show_config(mode="dicts")["SIMD Extensions"]["found"],
+        "simd": np.show_config(mode="dicts")["SIMD Extensions"].get("found", []),
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,

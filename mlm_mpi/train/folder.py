@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
@@ -40,11 +42,16 @@ class RunFolder:
             raise ConfigError(f"cannot use {self.path} as run folder: {error.strerror}: give another --run") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
             os.close(lock)
             raise ConfigError(
                 f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another --run"
+            ) from None
+        except OSError as error:
+            os.close(lock)
+            raise ConfigError(
+                f"cannot lock {self.path}: {error.strerror}: put --run on a file system with locks (flock)"
             ) from None
         os.ftruncate(lock, 0)
         os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -56,6 +63,8 @@ class RunFolder:
             "command": sys.argv, "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
             "python": platform.python_version(), "fingerprint": facts,
         }  # fmt: skip
+        findable = msgspec.structs.replace(config.data, dir=str(Path(config.data.dir).absolute()))
+        config = msgspec.structs.replace(config, data=findable)
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
         self.done.unlink(missing_ok=True)

@@ -6,18 +6,19 @@ Every rank sees the same losses, the same norm and the same flags, so every rank
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import MicroBatch
-from mlm_mpi.errors import NumericsError
+from mlm_mpi.errors import ConfigError, NumericsError, agreed
 from mlm_mpi.layers.base import Context
 from mlm_mpi.models import gpt
 from mlm_mpi.optim import make_optimizer
@@ -54,7 +55,7 @@ class Replica:
         self.optimizer = make_optimizer(config.optim, self.store)
         self.assignment = Assignment(train.micro_batches, train.lanes, self.group.size)
         self.reduction = self._make_reduction()
-        self._rows = max(len(self.assignment.of_rank(rank)) for rank in range(self.group.size))
+        self._most = max(len(self.assignment.of_rank(rank)) for rank in range(self.group.size))
 
     def _make_reduction(self) -> Reduction:
         comm, train, segments = self.config.comm, self.config.train, self.store.segments
@@ -69,10 +70,10 @@ class Replica:
         """Everything a step changes, as flat buffers by name."""
         return {"weights": self.store.data, **self.optimizer.state()}
 
-    def plan(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """(step, micro-batch) pairs this rank runs in steps [first, stop)."""
+    def plan(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(step, micro-batch) pairs this rank runs in steps [first, stop), one after another."""
         mine = self.assignment.of_rank(self.group.rank)
-        return [(step, index) for step in range(first, stop) for index in mine]
+        return ((step, index) for step in range(first, stop) for index in mine)
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named below
     def step(self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = ()) -> StepResult:
@@ -116,18 +117,18 @@ class Replica:
         self, step: int, batches: list[MicroBatch], losses: list[float], notes: tuple[float, ...]
     ) -> tuple[float, int, np.ndarray]:
         """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
-        row = np.zeros(2 * self._rows + len(notes))
+        row = np.zeros(2 * self._most + len(notes))
         row[: len(losses)] = losses
-        row[self._rows : self._rows + len(batches)] = [batch.targets_count for batch in batches]
-        row[2 * self._rows :] = notes
+        row[self._most : self._most + len(batches)] = [batch.targets_count for batch in batches]
+        row[2 * self._most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step}")
         counts = [len(self.assignment.of_rank(rank)) for rank in range(self.group.size)]
         loss, targets = 0.0, 0.0
         for rank, count in enumerate(counts):  # ranks hold contiguous micro-batches: this is their order
             for k in range(count):
                 loss += float(table[rank, k])
-                targets += float(table[rank, self._rows + k])
-        return loss, int(targets), table[:, 2 * self._rows :]
+                targets += float(table[rank, self._most + k])
+        return loss, int(targets), table[:, 2 * self._most :]
 
     def _blame(self, step: int, batches: list[MicroBatch], losses: list[float], broken: str | None) -> None:
         """Runs this step's micro-batches again, one by one, and names the first that is not finite."""
@@ -144,23 +145,23 @@ class Replica:
             where = f"micro-batch {index}: loss {text}, gradient of {name or 'no parameter'} is not finite"
         else:
             where = f"gradient of {broken} overflows only in the sum over micro-batches"
-        error = NumericsError(
-            f"step {step}, {where}; weights are as step {step} found them: "
-            "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+        raise agreed(
+            NumericsError(
+                f"step {step}, {where}; weights are as step {step} found them: "
+                "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+            )
         )
-        error.agreed = True
-        raise error
 
     def check_weights(self, step: int) -> None:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
         for span in self.store.spans:
             if not np.isfinite(span.parameter.data).all():
-                error = NumericsError(
-                    f"weights of {span.parameter.name} are not finite after step {step}, which is not saved: "
-                    "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+                raise agreed(
+                    NumericsError(
+                        f"weights of {span.parameter.name} are not finite after step {step}, which is not saved: "
+                        "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
+                    )
                 )
-                error.agreed = True
-                raise error
 
     @np.errstate(over="ignore", invalid="ignore")
     def heldout_loss(self, batch_of: Callable[[int], MicroBatch], count: int) -> float:
@@ -180,6 +181,19 @@ class Replica:
         for one, n in ordered.tolist():
             loss, targets = loss + one, targets + n
         return loss / targets
+
+
+def check_memory(config: Config, vocabulary: int) -> None:
+    """Refuses a model whose weights, gradients and moments cannot fit one rank of this machine. Raises ConfigError."""
+    blocks = gpt.build(config.model, vocabulary).parameter_blocks()
+    count = sum(math.prod(parameter.layout.shape) for block in blocks for parameter in block)
+    copies = 3 + (config.optim.name == "adamw")
+    needed, present = copies * count * np.dtype(config.train.dtype).itemsize, psutil.virtual_memory().total
+    if needed > present:
+        raise ConfigError(
+            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, this machine has "
+            f"{present / 2**30:,.1f} GiB: lower model.width, model.layers or model.context"
+        )
 
 
 def bytes_held(replica: Replica) -> dict[str, int]:

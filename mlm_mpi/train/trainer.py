@@ -25,14 +25,13 @@ from mlm_mpi.config import Config
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import Loader, TokenStream, heldout_batch, heldout_count
 from mlm_mpi.data.sampler import Sampler, windows_of
-from mlm_mpi.errors import CheckpointError, MlmError
+from mlm_mpi.errors import CheckpointError, MlmError, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
-from mlm_mpi.monitor.report import loss_curve
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
 from mlm_mpi.train.folder import RunFolder
-from mlm_mpi.train.replica import Replica, StepResult, bytes_held, config_differences
+from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
@@ -70,6 +69,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":  # asked twice: now
+            signal.default_int_handler(number, frame)
         self.reason = signal.Signals(number).name
 
     def wanted(self) -> bool:
@@ -97,6 +98,7 @@ class Trainer:
             configuration.check_ranks(config, group.size)
             kernels.select(config.numerics.level, config.numerics.reference)
             self._open_data()
+            check_memory(config, self.vocabulary)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group))
         self.facts = fingerprint(config, group.size)
         self.incomparable = self._compare_fingerprints()
@@ -109,7 +111,10 @@ class Trainer:
         self.vocabulary, self.tokenizer_hash = tokenizer.vocab_size, tokenizer.hash
         windows = windows_of(self.catalog.tokens("train"), config.model.context)
         sampler = Sampler(config.train.seed, windows, config.train.micro_batches, config.train.rows)
-        self.loader = Loader(TokenStream(self.catalog, "train"), sampler, config.model.context, config.data.prefetch)
+        self.loader = Loader(
+            TokenStream(self.catalog, "train"), sampler, config.model.context, config.data.prefetch,
+            config.comm.timeout_s,
+        )  # fmt: skip
         self.heldout = TokenStream(self.catalog, "heldout")
 
     def _compare_fingerprints(self) -> str | None:
@@ -122,6 +127,10 @@ class Trainer:
 
     def run(self) -> int:
         """Trains to the last step, or to the agreed stop. Collective."""
+        with self.stop.listening():
+            return self._run()
+
+    def _run(self) -> int:
         with self.group.together("taking the run folder"):
             self._check_wish()
             if self.group.rank == 0:
@@ -134,10 +143,9 @@ class Trainer:
             self.folder.checkpoints, self.replica.store, buffers, self.group, keep, self.config.checkpoint.background
         )
         try:
-            with self.stop.listening():
-                step = self._train(first, show)
-                if step > first:
-                    self._save_finally(step, show)
+            step = self._train(first, show)
+            if step > first:
+                self._save_finally(step, show)
         except MlmError as error:
             if error.agreed and self.saver.busy:  # all ranks are here: what was begun before is not lost
                 self._publish(show)
@@ -145,11 +153,11 @@ class Trainer:
         finally:
             self.loader.close()
             show.close()
-        return self._report(step, show)
+        return self._report(step)
 
     def _train(self, step: int, show: Reporter) -> int:
         """Steps until the last one or until a rank wants to stop; returns the number of steps done."""
-        self.loader.start(iter(self.replica.plan(step, self.config.train.steps)))
+        self.loader.start(self.replica.plan(step, self.config.train.steps))
         while step < self.config.train.steps:
             waited = self.loader.waited_s
             notes = (float(self.stop.wanted()), float(self.saver.written))
@@ -158,9 +166,11 @@ class Trainer:
             if self.saver.busy and result.notes[:, _WRITTEN].all():
                 self._publish(show)
             last = step == self.config.train.steps
-            heldout = self._evaluate() if last or self._is_time(self.config.eval.every, step) else None
+            stopping = result.notes[:, _STOP].any()
+            wanted = last or (self._is_time(self.config.eval.every, step) and not stopping)
+            heldout = self._evaluate() if wanted else None
             self._record(step, result, self.loader.waited_s - waited, heldout, show)
-            if result.notes[:, _STOP].any():
+            if stopping:
                 break
             if self._is_time(self.config.checkpoint.every, step) and not last:
                 if self.saver.busy:
@@ -199,6 +209,7 @@ class Trainer:
         return {
             "config": configuration.to_table(self.config), "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer_hash, "catalog": self.catalog.digest, "fingerprint": self.facts,
+            "incomparable": self.incomparable,
         }  # fmt: skip
 
     def _begin_save(self, step: int) -> None:
@@ -219,9 +230,7 @@ class Trainer:
         self._begin_save(step)
         problem = self.saver.publish(self._about())
         if problem is not None:
-            error = CheckpointError(f"the final checkpoint (step {step}) was not saved: {problem}")
-            error.agreed = True
-            raise error
+            raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {problem}"))
 
     def _check_wish(self) -> None:
         """Refuses a run folder that --resume does not allow, before it is made."""
@@ -241,7 +250,12 @@ class Trainer:
         if found is None:
             self.replica.store.initialise(self.config.train.seed)
             return 0
-        return found[1].step
+        manifest = found[1]
+        if manifest.fingerprint != self.facts:
+            changed = differences(manifest.fingerprint, self.facts)[0]
+            self.incomparable = self.incomparable or f"the run was resumed with another {changed}"
+        self.incomparable = manifest.incomparable or self.incomparable
+        return manifest.step
 
     def _check_same_run(self, path: Path, manifest: checkpoint.Manifest) -> None:
         """Refuses what would make another run of it, says what may change bits."""
@@ -264,8 +278,6 @@ class Trainer:
             )
         if steps:
             self._say(f"note: {steps[0]}: the learning-rate schedule changes from step {manifest.step} on")
-        if manifest.fingerprint != self.facts and self.incomparable is None:
-            self.incomparable = f"the checkpoint was written with {differences(manifest.fingerprint, self.facts)[0]}"
 
     def _say(self, text: str) -> None:
         if self.group.rank == 0:
@@ -274,19 +286,19 @@ class Trainer:
     def _open_display(self, step: int) -> Reporter:
         """Run folder's files, start table, progress; on rank 0 only."""
         self.metrics: MetricsLog | None = None
-        costs = self.replica.reduction.costs()  # outside of rank 0's branch: no rank does other arithmetic
         if self.group.rank != 0:
             return Silent()
         self.folder.describe(self.config, self.facts, self.group.size)
         self.metrics = MetricsLog.open(self.folder.metrics, step)
         if not self.options.quiet:
-            show_plan(f"training {self.folder.path}", self._plan_rows(step, costs))
+            show_plan(f"training {self.folder.path}", self._plan_rows(step))
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}: pin numerics.level and numerics.threads")
         return Progress(self.config.train.steps, step, self.config.log.every, self.options.quiet)
 
-    def _plan_rows(self, step: int, costs: dict[str, int]) -> list[tuple[str, str]]:
+    def _plan_rows(self, step: int) -> list[tuple[str, str]]:
         config, train, replica, ranks = self.config, self.config.train, self.replica, self.group.size
+        costs = replica.reduction.costs()
         held = bytes_held(replica)
         parts = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in held.items())
         samples = train.micro_batches * train.rows
@@ -308,22 +320,16 @@ class Trainer:
             ("fingerprint", digest(self.facts)),
         ]
 
-    def _report(self, step: int, show: Reporter) -> int:
+    def _report(self, step: int) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
         weights = self.replica.store.weights_sha256()
         everybody = self.group.allgather(weights, "hashes of the weights")
         if len(set(everybody)) > 1:
-            error = MlmError(f"ranks ended with different weights: {everybody}: report this as a bug")
-            error.agreed = True
-            raise error
+            raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
         complete = step >= self.config.train.steps
         if self.group.rank == 0:
             if self.metrics is not None:
                 self.metrics.close()
-            try:
-                loss_curve(self.folder.metrics, self.folder.curve)
-            except MlmError as problem:
-                self._say(f"no loss curve: {problem}")
             if complete:
                 self.folder.finish(step, weights)
             else:
@@ -331,6 +337,7 @@ class Trainer:
                     f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
                     "the same command goes on"
                 )
+            self._draw_curve()
             if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
                 self._say(f"note: the reference ran where a kernel's contract did not hold: {fallen}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
@@ -338,3 +345,11 @@ class Trainer:
                 f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")
             )
         return 0
+
+    def _draw_curve(self) -> None:
+        try:
+            from mlm_mpi.monitor.report import loss_curve  # matplotlib takes half a second to import
+
+            loss_curve(self.folder.metrics, self.folder.curve)
+        except Exception as problem:  # a picture is not worth a finished run
+            self._say(f"no loss curve: {problem}")

@@ -184,3 +184,14 @@ def test_a_final_save_that_fails_is_an_error_and_what_was_saved_stands(place, st
     assert place.checkpoints("run") == ["step-00000002"]
     assert not (place.folder / "run" / "DONE").exists()
     assert place.train("run", None).weights == straight.weights
+
+
+def test_what_cannot_be_compared_is_never_forgotten(place):
+    """Another dispatch level on the way gives other bits; every later hash says so."""
+    hashes = [
+        place.train("run", None, f"numerics.level={level}", "--max-steps", "1").out.splitlines()[-1]
+        for level in ("auto", "base", "base")
+    ]
+    assert "not comparable" not in hashes[0]
+    for line in hashes[1:]:
+        assert "not comparable: the run was resumed with another" in line

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from programs import make_text, prepare
 
+from mlm_mpi.backend import cpu
+
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_the_weights_and_losses_are_those_of_one_rank(place, home, straight, ranks):
@@ -42,3 +44,12 @@ def test_a_corpus_that_holds_nothing_out_trains_without_held_out_loss(place, tmp
 def test_quiet_says_the_last_words_only(place):
     run = place.train("run", None, "train.steps=2", "--quiet")
     assert [line.split()[0] for line in run.out.splitlines()] == ["step", "fingerprint", "weights"]
+
+
+@pytest.mark.parametrize("level", ["base", "avx2"])
+def test_a_pinned_level_trains(place, level):
+    if not cpu.runs(level):
+        pytest.skip(f"this CPU or installation has no {level} kernels")
+    ended = place.train("run", None, f"numerics.level={level}", "--max-steps", "1")
+    assert ended.code == 0, ended.err
+    assert f"C kernel ({level})" in ended.out
