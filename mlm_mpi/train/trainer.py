@@ -144,8 +144,6 @@ class Trainer:
         )
         try:
             step = self._train(first, show)
-            if step > first:
-                self._save_finally(step, show)
         except MlmError as error:
             if error.agreed and self.saver.busy:  # all ranks are here: what was begun before is not lost
                 self._publish(show)
@@ -156,7 +154,7 @@ class Trainer:
         return self._report(step)
 
     def _train(self, step: int, show: Reporter) -> int:
-        """Steps until the last one or until a rank wants to stop; returns the number of steps done."""
+        """Steps until the last one or until a rank wants to stop, saved; returns the number of steps done."""
         self.loader.start(self.replica.plan(step, self.config.train.steps))
         while step < self.config.train.steps:
             waited = self.loader.waited_s
@@ -167,15 +165,16 @@ class Trainer:
                 self._publish(show)
             last = step == self.config.train.steps
             stopping = result.notes[:, _STOP].any()
-            wanted = last or (self._is_time(self.config.eval.every, step) and not stopping)
-            heldout = self._evaluate() if wanted else None
-            self._record(step, result, self.loader.waited_s - waited, heldout, show)
-            if stopping:
-                break
-            if self._is_time(self.config.checkpoint.every, step) and not last:
+            if last or stopping:  # before the evaluation: whoever wants the job to end does not wait for ever
+                self._save_finally(step, show)
+            elif self._is_time(self.config.checkpoint.every, step):
                 if self.saver.busy:
                     self._publish(show)
                 self._begin_save(step)
+            heldout = self._evaluate() if last or self._is_time(self.config.eval.every, step) else None
+            self._record(step, result, self.loader.waited_s - waited, heldout, show)
+            if stopping:
+                break
         return step
 
     def _is_time(self, every: int, step: int) -> bool:
