@@ -165,14 +165,17 @@ class Trainer:
                 self._publish(show)
             last = step == self.config.train.steps
             stopping = result.notes[:, _STOP].any()
+            unsaved = None
             if last or stopping:  # before the evaluation: whoever wants the job to end does not wait for ever
-                self._save_finally(step, show)
+                unsaved = self._save_finally(step, show)
             elif self._is_time(self.config.checkpoint.every, step):
                 if self.saver.busy:
                     self._publish(show)
                 self._begin_save(step)
             heldout = self._evaluate() if last or self._is_time(self.config.eval.every, step) else None
             self._record(step, result, self.loader.waited_s - waited, heldout, show)
+            if unsaved is not None:
+                raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {unsaved}"))
             if stopping:
                 break
         return step
@@ -222,14 +225,12 @@ class Trainer:
             show.message(f"ALARM checkpoint not saved, training goes on: {problem}", important=True)
         return problem
 
-    def _save_finally(self, step: int, show: Reporter) -> None:
-        """The last checkpoint must succeed. Raises CheckpointError on all ranks. Collective."""
+    def _save_finally(self, step: int, show: Reporter) -> str | None:
+        """The last checkpoint, which must succeed; returns what went wrong. Collective."""
         if self.saver.busy:
             self._publish(show)
         self._begin_save(step)
-        problem = self.saver.publish(self._about())
-        if problem is not None:
-            raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {problem}"))
+        return self.saver.publish(self._about())
 
     def _check_wish(self) -> None:
         """Refuses a run folder that --resume does not allow, before it is made."""
