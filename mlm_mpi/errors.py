@@ -42,7 +42,9 @@ class NumericsError(MlmError):
 
 
 class CommError(MlmError):
-    """A wait on other ranks that lasted longer than `comm.timeout_s`."""
+    """A wait on other ranks that lasted longer than `comm.timeout_s`: worth another start (EX_TEMPFAIL of sysexits)."""
+
+    exit_code = 75
 
 
 class LaunchError(MlmError):

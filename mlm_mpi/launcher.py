@@ -4,7 +4,8 @@ A thin layer over `mpiexec` for what each MPI library does its own way: binding,
 
 Exit code: that of the job; 129, 130 or 143 where SIGHUP, SIGINT or SIGTERM made the job stop and it ended
 by itself; 137 where it did not end within the grace and was killed. SIGUSR1 is the ranks' request to agree
-on a step, save and leave: the launcher forwards it, and turns the other three signals into it.
+on a step, save and leave: the launcher forwards it, and turns the other three signals into it. Only `train`
+saves: any other command has no grace, and ends at once with 129, 130 or 143.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
     parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
     parser.add_argument(
-        "--grace", type=float, default=GRACE_S, metavar="S", help="seconds to save and leave after Ctrl-C or SIGTERM"
+        "--grace", type=float, default=GRACE_S, metavar="S", help="seconds for train to save and leave after Ctrl-C"
     )
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train CONFIG --run DIR …")
 
@@ -63,19 +64,28 @@ def main(args: argparse.Namespace) -> int:
     if not command:
         raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
     ranks = args.ranks if args.ranks is not None else int(os.environ.get("SLURM_NTASKS", "1"))
-    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, args.grace)
+    grace_s = args.grace if command[0] == "train" else None
+    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, grace_s)
 
 
 def run_job(
-    program: Sequence[str], ranks: int, mpiexec: str | None = None, mpiexec_args: str = "", grace_s: float = GRACE_S
+    program: Sequence[str],
+    ranks: int,
+    mpiexec: str | None = None,
+    mpiexec_args: str = "",
+    grace_s: float | None = GRACE_S,
 ) -> int:
-    """Runs `program` on `ranks` ranks and returns the exit code described above. Raises LaunchError."""
+    """Runs `program` on `ranks` ranks and returns the exit code described above. Raises LaunchError.
+
+    `grace_s=None`: the program saves nothing, so a signal ends it at once.
+    """
     if ranks < 1:
         raise LaunchError(f"-n {ranks} must be at least 1")
     path = find_mpiexec(mpiexec)
-    flavour = vendor(version_text(path))
+    version = version_text(path)
+    flavour = vendor(version)
     with _shared_memory_folder() as folder:
-        options = launch_options(flavour, ranks, shlex.split(mpiexec_args), folder)
+        options = launch_options(flavour, ranks, shlex.split(mpiexec_args), folder, openmpi_major(version))
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
         return _Job(command, launch_environment(flavour, ranks), grace_s, _ORPHAN_SIGNALS.get(flavour)).run()
@@ -112,7 +122,13 @@ def vendor(version: str) -> str:
     return "mpich" if re.search(r"hydra|mpich|intel\(r\) mpi", version, re.IGNORECASE) else "unknown"
 
 
-def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None) -> list[str]:
+def openmpi_major(version: str) -> int:
+    """The 5 of "mpiexec (Open MPI) 5.0.11"; 0 where the text does not say."""
+    found = re.search(r"\((?:open ?-?mpi|openrte)\) v?(\d+)", version, re.IGNORECASE)
+    return int(found[1]) if found else 0
+
+
+def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None, major: int = 5) -> list[str]:
     """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none."""
     if flavour != "openmpi":
         return extra
@@ -121,8 +137,9 @@ def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: st
         options += ["--bind-to", "none"]
     if not _several_nodes(extra):
         options += ["--map-by", ":OVERSUBSCRIBE"] if "--map-by" not in extra else []
-        options += ["--mca", "btl", "self,sm"]
-        options += ["--mca", "btl_sm_backing_directory", shared_memory] if shared_memory else []
+        if major >= 5:  # before, `sm` is called `vader`, and naming it ends the job
+            options += ["--mca", "btl", "self,sm"]
+            options += ["--mca", "btl_sm_backing_directory", shared_memory] if shared_memory else []
     return options + extra
 
 
@@ -177,7 +194,9 @@ def _shared_memory_folder() -> Iterator[str | None]:
 class _Job:
     """One mpiexec in a session of its own, so that Ctrl-C reaches this process alone."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], grace_s: float, orphan: int | None) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], grace_s: float | None, orphan: int | None
+    ) -> None:
         self.command = command
         self.environment = environment
         self.grace_s = grace_s
@@ -231,7 +250,10 @@ class _Job:
             return
         again = self.cause is not None
         self.cause = self.cause or signal.Signals(number)
-        self.deadline = 0.0 if again else time.monotonic() + self.grace_s
+        self.deadline = 0.0 if again or self.grace_s is None else time.monotonic() + self.grace_s
+        if self.deadline and number != signal.SIGHUP and sys.stderr.isatty():
+            _write(b"\n")  # after the bar
+            _say("stopping after this step; Ctrl-C again kills")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         while True:
@@ -246,26 +268,30 @@ class _Job:
                 self.repeat_at = now + _REPEAT_S
         _kill_session(process.pid)
         if code < 0:
-            _say(f"mpiexec died by {_name(-code)}: the ranks were killed, the last checkpoint stands")
+            stands = "" if self.grace_s is None else ", the last checkpoint stands"
+            _say(f"mpiexec died by {_name(-code)}: the ranks were killed{stands}")
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
 
     def _kill(self, process: subprocess.Popen[bytes]) -> int:
         assert self.cause is not None
-        _say(
-            f"killing the job, which had {self.grace_s:g} s to end after {self.cause.name}: the last checkpoint stands"
-        )
+        if self.grace_s is None:
+            _say(f"stopped by {self.cause.name}")
+        else:
+            had = f"{self.grace_s:g} s to end after {self.cause.name}"
+            _say(f"killing the job, which had {had}: the last checkpoint stands")
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)
         _kill_session(process.pid)
         process.wait()
-        return 128 + signal.SIGKILL
+        return 128 + (self.cause if self.grace_s is None else signal.SIGKILL)
 
     def _report_death(self, rank: int, number: int) -> None:
         if self.cause is None:
             hint = " (often the memory limit: see dmesg)" if number == signal.SIGKILL else ""
-            _say(f"rank {rank} died by {_name(number)}{hint}; start again to go on from the last checkpoint")
+            again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
+            _say(f"rank {rank} died by {_name(number)}{hint}{again}")
 
 
 def _kill_session(session: int) -> None:
@@ -284,7 +310,7 @@ def _kill_session(session: int) -> None:
 def _members(session: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        with contextlib.suppress(psutil.Error, OSError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

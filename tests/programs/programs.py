@@ -89,9 +89,9 @@ class Ended:
         assert re.fullmatch("weights sha256 [0-9a-f]{64}", last), f"{last!r} is no hash line\n{self.out}\n{self.err}"
         return last.split()[-1]
 
-    def refused(self, *texts: str) -> None:
-        """One clear line on stderr that holds the texts, exit code 2, no traceback, no launcher's banner."""
-        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+    def refused(self, *texts: str, code: int = 2) -> None:
+        """One clear line on stderr that holds the texts, that exit code, no traceback, no launcher's banner."""
+        assert self.code == code, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert self.err.startswith("mlm-mpi: ") and self.err.count("\n") == 1, self.err
         for text in texts:
             assert text in self.err, f"{text!r} is not in {self.err}"

@@ -1,6 +1,7 @@
 """`mlm-mpi run` against real ranks: exit codes, signals, banners, orphans."""
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ DRIVER = """
 import sys
 from mlm_mpi.comm.launch import supervise
 from mlm_mpi.launcher import run_job
-ranks, grace = int(sys.argv[1]), float(sys.argv[2])
+ranks, grace = int(sys.argv[1]), None if sys.argv[2] == "None" else float(sys.argv[2])
 sys.exit(supervise(lambda: run_job([sys.executable, *sys.argv[3:]], ranks, grace_s=grace)))
 """
 
@@ -70,12 +71,14 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
 
-    def begin(body: str, ranks: int = 2, grace: float = 20.0) -> subprocess.Popen[str]:
+    def begin(
+        body: str, ranks: int = 2, grace: float | None = 20.0, err: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         program = tmp_path / "rank.py"
         program.write_text(RANK + body)
         return subprocess.Popen(
             [sys.executable, str(driver), str(ranks), str(grace), str(program)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=err, text=True, encoding="utf-8",
         )  # fmt: skip
 
     return begin
@@ -175,6 +178,29 @@ def test_a_second_ctrl_c_does_not_wait(start):
     assert gone(pids, 0.1)
 
 
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_saves_nothing_is_stopped_at_once(start, number, expected):
+    process = start(DEAF, grace=None)
+    pids = [int(line.split()[1]) for line in ready(process, 2)]
+    begin = time.monotonic()
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert (code, err) == (expected, f"mlm-mpi run: stopped by {number.name}\n")
+    assert time.monotonic() - begin < 10
+    assert gone(pids, 0.1)
+
+
+def test_a_terminal_is_told_that_the_step_is_finished_first(start):
+    terminal, far = os.openpty()
+    process = start(LISTEN, err=far)
+    os.close(far)
+    ready(process)
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 130
+    assert os.read(terminal, 1000).strip() == b"mlm-mpi run: stopping after this step; Ctrl-C again kills"
+    os.close(terminal)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_rank_that_dies_by_a_signal_is_named(start, number):
     body = f"comm.Barrier()\nif rank == 1:\n    os.kill(os.getpid(), {int(number)})\ntime.sleep(30)\n"
@@ -234,10 +260,12 @@ def test_the_command_line(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "3")
     assert launcher.main(parsed("-n", "2", "--", "train", "c.toml", "--run", "r")) == 0
     launcher.main(parsed("--grace", "5", "--", "train"))
+    launcher.main(parsed("--grace", "5", "--", "prepare"))
     program = [sys.executable, "-m", "mlm_mpi", "train"]
     assert calls == [
         ([*program, "c.toml", "--run", "r"], 2, None, "", 60.0),
         (program, 3, None, "", 5.0),
+        ([*program[:-1], "prepare"], 3, None, "", None),
     ]
     with pytest.raises(LaunchError, match="nothing to run"):
         launcher.main(parsed("-n", "2"))
@@ -250,6 +278,10 @@ def test_vendors():
     assert launcher.vendor("mpiexec (Open MPI) 5.0.11") == "openmpi"
     assert launcher.vendor("HYDRA build details:\n Version: 5.0.2") == "mpich"
     assert launcher.vendor("something else") == "unknown"
+    assert launcher.openmpi_major("mpiexec (Open MPI) 5.0.11") == 5
+    assert launcher.openmpi_major("mpirun (Open MPI) 4.1.2\n\nReport bugs to") == 4
+    assert launcher.openmpi_major("mpiexec (OpenRTE) 3.1.6") == 3
+    assert launcher.openmpi_major("something else") == 0
     assert launcher.launch_options("mpich", 8, ["-ppn", "4"], None) == ["-ppn", "4"]
 
 
@@ -259,6 +291,7 @@ def test_options_of_the_user_win(monkeypatch):
     assert "--bind-to" not in launcher.launch_options("openmpi", 4, [], None)
     assert "none" not in launcher.launch_options("openmpi", 2, ["--bind-to", "core"], None)
     assert "btl" in launcher.launch_options("openmpi", 2, [], None)
+    assert "self,sm" not in launcher.launch_options("openmpi", 2, [], "/dev/shm/folder", major=4)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     several = launcher.launch_options("openmpi", 2, [], None)
     assert "btl" not in several

@@ -96,7 +96,7 @@ def before_step(rank, step):
 
 def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place):
     held = place.faulty(WAIT, "run", 2, "comm.timeout_s=1")
-    held.refused("rank 0: waited 1 s (comm.timeout_s = 1)", "from rank 1 of 2 ranks")
+    held.refused("rank 0: waited 1 s (comm.timeout_s = 1)", "from rank 1 of 2 ranks", code=75)
 
 
 KILL_WHILE_SAVING = """

@@ -115,21 +115,28 @@ def test_a_finished_run_is_believed_over_its_exit_code(site):
 
 
 def test_an_attempt_without_a_step_is_not_repeated_for_ever(site):
-    returned, lines, err = site.run(CODE="2")
+    returned, lines, err = site.run(CODE="1")
     assert returned == 1
     assert lines == ["mlm-mpi run -- train c.toml --run run"]
     assert "no step was made" in err
 
 
+def test_an_error_that_a_new_start_would_meet_again_is_not_requeued(site):
+    returned, lines, err = site.run(STEP="1", CODE="2")
+    assert returned == 2
+    assert lines == ["mlm-mpi run -- train c.toml --run run"]
+    assert err.startswith("exit code 2") and err.count("\n") == 1
+
+
 def test_requeues_have_a_limit(site):
-    returned, lines, err = site.run(STEP="1", CODE="2", SLURM_RESTART_COUNT="50")
+    returned, lines, err = site.run(STEP="1", CODE="1", SLURM_RESTART_COUNT="50")
     assert (returned, len(lines)) == (1, 1)
     assert "requeued 50 times" in err
 
 
 def test_srun_is_the_other_way_to_start(site):
     _, lines, _ = site.run(LAUNCH="srun", STEP="1", FINISHES="1", SLURM_CPUS_PER_TASK="2")
-    assert lines == ["srun --mpi=pmix --cpus-per-task=2 mlm-mpi train c.toml --run run"]
+    assert lines == ["srun --mpi=pmix --kill-on-bad-exit=1 --cpus-per-task=2 mlm-mpi train c.toml --run run"]
 
 
 def test_several_nodes_avoid_the_wrong_collectives(site):
