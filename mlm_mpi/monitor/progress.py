@@ -148,7 +148,7 @@ class Progress:
             self._bar.stop()
             self._bar = None
         if self._latest is not None and self._latest.step != self._shown_step:
-            self._show_line(self._latest, self._heldout)
+            self._show_line(self._latest, None)  # the held-out loss on the bar may be of an earlier step
 
     def _show_line(self, latest: _Latest, heldout: float | None) -> None:
         width = len(str(self.total_steps))
