@@ -32,10 +32,6 @@ class Sampler:
         self.rows = rows
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def epoch(self, step: int) -> float:
-        """Epochs that are over when `step` begins."""
-        return step * self.micro_batches * self.rows / self.windows
-
     def positions(self, step: int, index: int) -> np.ndarray:
         """Windows of the rows of micro-batch (step, index). Shapes: -> (B,) int64."""
         held, windows = self._held
