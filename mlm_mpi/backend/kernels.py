@@ -25,13 +25,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Kernel:
-    """An entry: `contract(*arguments)` is why it does not fit, "" if it does; `launch(library, *arguments)` runs."""
+    """An entry: `contract(*arguments)` is why it does not fit, "" if it does; `launch(library, *arguments)` runs.
+
+    `variant`: which of several kernels for one function. `lacks(library)`: what this machine lacks for it, or "".
+    """
 
     name: str  # op.direction
     device: str
-    dtype: str
+    variant: str
     contract: Callable[..., str]
     launch: Callable[..., Any]
+    lacks: Callable[[Any], str] = lambda library: ""
 
 
 @dataclass
@@ -42,7 +46,17 @@ class Selection:
     library: Any = None
     reason: str = ""
     reference: frozenset[str] = frozenset()
+    device: str = "cpu"
     fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, reason) -> times
+    _candidates: dict[str, list[Kernel]] = field(default_factory=dict)
+
+    def candidates(self, name: str) -> list[Kernel]:
+        """The kernels that may serve a function on this machine, the preferred one first."""
+        if name not in self._candidates:
+            may = not self.refuses(name)
+            known = _entries.get((self.device, name), []) if may else []
+            self._candidates[name] = [entry for entry in known if not entry.lacks(self.library)]
+        return self._candidates[name]
 
     def refuses(self, name: str) -> str:
         """Why the reference serves this function whatever its arguments; "" if a kernel may."""
@@ -52,31 +66,50 @@ class Selection:
         return self.reason if self.library is None else ""
 
 
-_entries: dict[str, Kernel] = {}
+_entries: dict[tuple[str, str], list[Kernel]] = {}  # (device, name) -> kernels, the preferred one first
 _selection: Selection | None = None
 
 
-def kernel(name: str, contract: Callable[..., str], device: str = "cpu", dtype: str = "float32") -> Callable[..., Any]:
-    """Registers the decorated launch function under `name`."""
+def kernel(
+    name: str,
+    contract: Callable[..., str],
+    device: str = "cpu",
+    variant: str = "",
+    lacks: Callable[[Any], str] | None = None,
+) -> Callable[..., Any]:
+    """Registers the decorated launch function under `name`, behind those registered before it."""
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        _entries[name] = Kernel(name, device, dtype, contract, launch)
+        extra = {} if lacks is None else {"lacks": lacks}
+        _entries.setdefault((device, name), []).append(Kernel(name, device, variant, contract, launch, **extra))
         return launch
 
     return register
 
 
-def entries() -> dict[str, Kernel]:
-    """name -> entry."""
-    from mlm_mpi.backend import cpu  # noqa: F401  registers its kernels
+def _load_entries(device: str) -> None:
+    # importing the module registers its kernels
+    if device == "cpu":
+        from mlm_mpi.backend import cpu  # noqa: F401
+    else:
+        from mlm_mpi.backend.cuda import launches  # noqa: F401
 
-    return _entries
+
+def entries(device: str = "cpu") -> dict[str, Kernel]:
+    """name, or name/variant, -> entry."""
+    _load_entries(device)
+    return {
+        f"{entry.name}/{entry.variant}".rstrip("/"): entry
+        for (where, _), known in _entries.items() if where == device
+        for entry in known
+    }  # fmt: skip
 
 
-def select(level: str = "auto", reference: str = "") -> Selection:
+def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
-    `reference`: "gelu,attention" or "all". Raises ConfigError where an op is unknown or this CPU lacks the level.
+    `reference`: "gelu,attention" or "all"; `device`: "cpu" or "cuda", where `level` is "off" or ignored.
+    Raises ConfigError where an op is unknown, this CPU lacks the level, or there is no GPU.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -84,8 +117,15 @@ def select(level: str = "auto", reference: str = "") -> Selection:
     ops = frozenset(op.strip() for op in reference.split(",") if op.strip())
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
-    chosen, library, reason = cpu.load(level)
-    _selection = Selection(chosen, library, reason, ops)
+    _load_entries(device)
+    if device == "cuda":
+        from mlm_mpi.backend.cuda.device import Device
+
+        gpu = Device()
+        chosen = (f"sm_{gpu.capability[0]}{gpu.capability[1]}", gpu, "") if level != "off" else ("off", None, "off")
+    else:
+        chosen = cpu.load(level)
+    _selection = Selection(*chosen, ops, device)
     return _selection
 
 
@@ -101,14 +141,12 @@ def served(reference: Function) -> Function:
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
         chosen = _selection or select()
-        if chosen.library is None or chosen.refuses(name):
-            return reference(*arguments, **named)
-        entry = _entries[name]
-        reason = entry.contract(*arguments, **named)
-        if reason:
-            chosen.fallen[name, reason] += 1
-            return reference(*arguments, **named)
-        return entry.launch(chosen.library, *arguments, **named)
+        for entry in chosen.candidates(name):
+            reason = entry.contract(*arguments, **named)
+            if not reason:
+                return entry.launch(chosen.library, *arguments, **named)
+            chosen.fallen[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+        return reference(*arguments, **named)
 
     return run  # type: ignore[return-value]
 

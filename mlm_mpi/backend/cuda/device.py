@@ -1,0 +1,138 @@
+"""A GPU: its capability, and the functions of `kernels/cuda` compiled for it.
+
+A source is one string: its own `#include "x.cuh"` are resolved here, so that CuPy's cache of compiled
+modules, which does not look into headers, can never serve an old one.
+"""
+
+import ctypes
+import fcntl
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.errors import ConfigError
+
+SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
+STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
+
+_INCLUDE = re.compile(r'^#include "([^"]+)"[^\n]*\n', re.MULTILINE)
+
+
+def sources() -> Path:
+    """The folder `kernels/cuda`: of the installed package, or of the checkout."""
+    installed = Path(__file__).parents[2] / "kernels" / "cuda"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "kernels" / "cuda"
+
+
+def source(stem: str) -> str:
+    """`kernels/cuda/<stem>.cu` with its includes in place, each once."""
+    seen: set[str] = set()
+
+    def resolve(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (sources() / name).read_text().replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda match: resolve(match[1]), text)
+
+    return resolve(f"{stem}.cu")
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Ranks of a node compile one after another: the first fills the cache, the others find it full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "mlm_mpi.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+
+
+class Device:
+    """The current GPU. `capability` (9, 0) on Hopper; `processors`: its multiprocessors."""
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError:
+            raise ConfigError(
+                "device gpu needs CuPy: pip install 'mlm-mpi[cuda13]' (or [cuda12]), or run with --device cpu"
+            ) from None
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise ConfigError(f"device gpu: CUDA finds no GPU here ({error}): run with --device cpu") from None
+        if not count:
+            raise ConfigError("device gpu: CUDA finds no GPU here: run with --device cpu")
+        self.cupy = cupy
+        device = cupy.cuda.Device()
+        self.number: int = device.id
+        digits = device.compute_capability
+        self.capability = int(digits[:-1]), int(digits[-1])
+        self.processors: int = device.attributes["MultiProcessorCount"]
+
+    def function(self, stem: str, name: str, shared_bytes: int = 0, **defines: Any) -> Callable[..., None]:
+        """`name` of `kernels/cuda/<stem>.cu` compiled with these macros: call it with (grid, block, args, shared_mem=).
+
+        `shared_bytes`: the most dynamic shared memory any launch will ask for.
+        """
+        return self._function(stem, name, shared_bytes, tuple(sorted(defines.items())))
+
+    @functools.cache  # noqa: B019  one device a process
+    def _function(self, stem: str, name: str, shared_bytes: int, defines: tuple[tuple[str, Any], ...]) -> Any:
+        function = self._module(stem, defines).get_function(name)
+        if shared_bytes > STATIC_SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        return function
+
+    @functools.cache  # noqa: B019
+    def _module(self, stem: str, defines: tuple[tuple[str, Any], ...]) -> Any:
+        macros = tuple(f"-D{key}={value}" for key, value in defines)
+        module = self.cupy.RawModule(code=source(stem), options=("-std=c++17", *self._architecture(), *macros))
+        with _one_at_a_time(_cache_folder()):
+            module.compile()
+        return module
+
+    def _architecture(self) -> tuple[str, ...]:
+        # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
+        number = 10 * self.capability[0] + self.capability[1]
+        return (f"-arch=sm_{number}a",) if number in SPECIFIC else ()
+
+    def tensor_map(self, array: Any, box: tuple[int, ...], swizzle_bytes: int = 128) -> Any:
+        """A TMA descriptor of a bf16 or float32 array, passed to a kernel by value.
+
+        `box`: the tile a load brings, dims as in `array.shape`; the innermost dim of the array is contiguous.
+        Raises ValueError where the driver refuses (a base or pitch that is no multiple of 16 bytes).
+        """
+        return self.cupy_tensor_map(array, box, swizzle_bytes)
+
+    def cupy_tensor_map(self, array: Any, box: tuple[int, ...], swizzle_bytes: int) -> Any:
+        """`tensor_map` by the driver."""
+        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        memory = np.zeros(192, np.uint8)
+        skip = -memory.ctypes.data % 64  # the driver wants 64-byte alignment
+        out = memory[skip : skip + 128]
+        kinds = {2: 9, 4: 7}  # bytes an element -> CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT32
+        rank = array.ndim
+        shape = (ctypes.c_uint64 * rank)(*array.shape[::-1])
+        strides = (ctypes.c_uint64 * max(1, rank - 1))(*array.strides[::-1][1:])
+        tile = (ctypes.c_uint32 * rank)(*box[::-1])
+        steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[swizzle_bytes]
+        code = encode(
+            ctypes.c_void_p(out.ctypes.data), ctypes.c_int(kinds[array.itemsize]), ctypes.c_uint32(rank),
+            ctypes.c_void_p(array.data.ptr), shape, strides, tile, steps, ctypes.c_int(0), ctypes.c_int(swizzle),
+            ctypes.c_int(2), ctypes.c_int(0),
+        )  # fmt: skip
+        if code:
+            raise ValueError(f"cuTensorMapEncodeTiled: error {code} for {array.shape}, strides {array.strides}, {box}")
+        return out.view("V128")

@@ -1,0 +1,5 @@
+"""Imports every module that registers CUDA kernels, the preferred variant of a function first."""
+
+from mlm_mpi.backend.cuda import elementwise
+
+__all__ = ["elementwise"]

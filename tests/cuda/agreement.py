@@ -1,0 +1,39 @@
+"""Whether a kernel agrees with the float64 reference."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import cupy
+import numpy as np
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # of the norm; half an ulp of bfloat16 is 2^-9 = 2e-3
+
+
+def device(array):
+    """A copy in device memory."""
+    return cupy.asarray(np.ascontiguousarray(array))
+
+
+@contextmanager
+def poisoned():
+    """Every array that `cupy.empty` makes is full of NaN, so that an element nobody wrote is seen."""
+    plain, plain_like = cupy.empty, cupy.empty_like
+
+    def fill(array):
+        if array.dtype.kind not in "iu":
+            array.fill(float("nan"))
+        return array
+
+    with (
+        mock.patch.object(cupy, "empty", lambda *a, **k: fill(plain(*a, **k))),
+        mock.patch.object(cupy, "empty_like", lambda *a, **k: fill(plain_like(*a, **k))),
+    ):
+        yield
+
+
+def assert_close(found, wanted, dtype, factor=1.0):
+    """||found − wanted|| ≤ tolerance · ||wanted||, shape and finiteness included."""
+    host = cupy.asnumpy(found).astype("f8")
+    assert host.shape == wanted.shape
+    error = np.linalg.norm(host - wanted) / max(np.linalg.norm(wanted), 1e-30)
+    assert error <= factor * TOLERANCE[np.dtype(dtype).name], f"relative error {error:.2e}"

@@ -1,0 +1,55 @@
+"""CUDA kernels: on a GPU where CuPy finds one, else on the CPU's emulator behind the stand-in for CuPy."""
+
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+
+def _real_gpu() -> bool:
+    if os.environ.get("MLM_MPI_TEST_GPU") != "1":
+        return False
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceCount() > 0
+
+
+ON_GPU = _real_gpu()
+if not ON_GPU:
+    sys.path.insert(0, str(Path(__file__).parent / "standin"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
+
+import cupy  # noqa: E402  the real one or the stand-in
+
+from mlm_mpi.backend import kernels  # noqa: E402
+
+SEEDS = [0] if ON_GPU else [0, 1, 2, 3]  # orders in which the emulator runs threads
+
+
+@pytest.fixture(params=SEEDS, ids=lambda seed: f"order{seed}")
+def gpu(request):
+    """The device, chosen for every op of the test; on the emulator, with threads in four orders."""
+    if not ON_GPU:
+        cupy.seed(request.param)
+    yield kernels.select(device="cuda").library
+    kernels.select()
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request):
+    """The element types kernels are compiled for."""
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(np.float32 if request.param == "float32" else ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def rng(request):
+    """Inputs of this test: fixed, or fresh with MLM_MPI_TEST_SEED=fresh."""
+    import numpy as np
+
+    fresh = os.environ.get("MLM_MPI_TEST_SEED") == "fresh"
+    return np.random.default_rng(None if fresh else zlib.crc32(request.node.nodeid.split("[")[0].encode()))

@@ -1,0 +1,172 @@
+"""A stand-in for CuPy on a machine without a GPU: arrays are NumPy's inside, kernels run on the CPU's emulator.
+
+It is strict where CuPy is: an array of the "device" never turns into a NumPy array by itself, and NumPy
+refuses to compute with one. Only what the package uses exists; anything else is an AttributeError.
+"""
+
+import operator
+
+import numpy as np
+
+from . import cuda
+from .emulated import RawModule, seed
+
+__all__ = ["RawModule", "cuda", "ndarray", "seed"]
+__version__ = "stand-in"
+
+
+class ndarray:
+    """An array in "device memory"."""
+
+    __array_ufunc__ = None  # NumPy arrays refuse to meet one in an expression
+
+    def __init__(self, host):
+        self._host = host
+
+    # what stays the same in both worlds
+    shape = property(lambda self: self._host.shape)
+    strides = property(lambda self: self._host.strides)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    nbytes = property(lambda self: self._host.nbytes)
+    itemsize = property(lambda self: self._host.itemsize)
+    flags = property(lambda self: self._host.flags)
+    T = property(lambda self: ndarray(self._host.T))
+
+    @property
+    def data(self):
+        return cuda.MemoryPointer(self._host.ctypes.data)
+
+    def __len__(self):
+        return len(self._host)
+
+    def __array__(self, *arguments, **named):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
+
+    def __getitem__(self, index):
+        return wrap(self._host[unwrap(index)])
+
+    def __setitem__(self, index, value):
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise TypeError("a NumPy array cannot be assigned to device memory: use .set()")
+        self._host[unwrap(index)] = unwrap(value)
+
+    def get(self, out=None):
+        if out is None:
+            return self._host.copy()
+        np.copyto(out, self._host)
+        return out
+
+    def set(self, host, stream=None):
+        if not isinstance(host, np.ndarray) or host.dtype != self.dtype or host.shape != self.shape:
+            raise TypeError("set() needs a NumPy array of the same dtype and shape")
+        self._host[...] = host
+
+    def __float__(self):
+        return float(self._host)
+
+    def __int__(self):
+        return int(self._host)
+
+    def __bool__(self):
+        return bool(self._host)
+
+
+def wrap(value):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return ndarray(np.asarray(value))
+    return tuple(map(wrap, value)) if isinstance(value, tuple) else value
+
+
+def unwrap(value):
+    if isinstance(value, ndarray):
+        return value._host
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(unwrap, value))
+    return value
+
+
+def _checked(values):
+    for value in values:
+        if isinstance(value, np.ndarray) and value.ndim:
+            raise TypeError(f"Unsupported type {type(value)}")
+
+
+def _method(name):
+    def call(self, *arguments, **named):
+        _checked(arguments)
+        out = named.get("out")
+        result = getattr(self._host, name)(*map(unwrap, arguments), **{k: unwrap(v) for k, v in named.items()})
+        return out if out is not None else wrap(result)
+
+    return call
+
+
+for _name in (
+    "reshape", "transpose", "swapaxes", "astype", "sum", "max", "min", "mean", "copy", "ravel", "view", "any", "all",
+    "argmax", "fill",
+):  # fmt: skip
+    setattr(ndarray, _name, _method(_name))
+
+
+def _binary(function, swapped):
+    def call(self, other):
+        _checked([other])
+        left, right = (other, self) if swapped else (self, other)
+        return wrap(function(unwrap(left), unwrap(right)))
+
+    return call
+
+
+def _in_place(function):
+    def call(self, other):
+        _checked([other])
+        function(self._host, unwrap(other))
+        return self
+
+    return call
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "and_", "or_", "xor", "mod", "floordiv"):
+    _function, _slot = getattr(operator, _name), _name.strip("_")
+    setattr(ndarray, f"__{_slot}__", _binary(_function, False))
+    setattr(ndarray, f"__r{_slot}__", _binary(_function, True))
+    setattr(ndarray, f"__i{_slot}__", _in_place(getattr(operator, f"i{_slot}")))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(ndarray, f"__{_name}__", _binary(getattr(operator, _name), False))
+ndarray.__hash__ = None
+for _name in ("neg", "invert"):
+    setattr(ndarray, f"__{_name}__", lambda self, f=getattr(operator, _name): wrap(f(self._host)))
+
+
+def asarray(value, dtype=None):
+    return value if isinstance(value, ndarray) and dtype in (None, value.dtype) else array(value, dtype)
+
+
+def array(value, dtype=None):
+    return ndarray(np.array(unwrap(value), dtype))
+
+
+def asnumpy(value):
+    return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+
+def _function(name):
+    def call(*arguments, **named):
+        _checked(arguments)
+        out = named.get("out")
+        result = getattr(np, name)(*map(unwrap, arguments), **{k: unwrap(v) for k, v in named.items()})
+        return out if out is not None else wrap(result)
+
+    call.__name__ = name
+    return call
+
+
+for _name in (
+    "empty", "empty_like", "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
+    "subtract", "multiply", "matmul", "einsum", "triu", "isfinite", "argsort", "flatnonzero", "concatenate", "stack",
+    "maximum", "square", "copyto", "where", "ascontiguousarray",
+):  # fmt: skip
+    globals()[_name] = _function(_name)
+inf = np.inf

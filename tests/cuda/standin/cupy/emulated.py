@@ -1,0 +1,95 @@
+"""`cupy.RawModule` whose kernels are compiled by g++ and run on the CPU, one fiber per CUDA thread."""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[4]
+EMULATOR = ROOT / "kernels" / "cuda" / "emulator"
+CACHE = Path(os.environ.get("MLM_MPI_EMULATOR_CACHE", ROOT / "build" / "emulated"))
+FLAGS = os.environ.get("MLM_MPI_EMULATOR_FLAGS", "-O2").split()  # sanitizers, or a planted bug's -D
+
+_KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__\w+__\s*\([^)]*\)\s*)*(\w+)\s*\(')
+_state = {"seed": 0}
+
+
+def seed(number):
+    """The order in which threads run from now on; 0 is the order of their numbers."""
+    _state["seed"] = number
+
+
+class RawModule:
+    def __init__(self, code=None, path=None, options=(), backend="nvrtc"):
+        self.code, self.options = code, options
+        self.library = None
+
+    def compile(self):
+        names = _KERNEL.findall(self.code)
+        text = self.code + "\n" + "".join(f"CU_KERNEL({name}, {name})\n" for name in names)
+        flags = [*FLAGS, *(option for option in self.options if option.startswith("-D"))]
+        command = [
+            "g++", "-x", "c++", "-std=c++17", "-march=native", "-fPIC", "-shared", "-fno-weak", "-w", f"-I{EMULATOR}",
+            "-include", "cuda_cpu.h", *flags,
+        ]  # fmt: skip
+        parts = [" ".join(command), text, *(path.read_text() for path in sorted(EMULATOR.glob("*.h")))]
+        target = CACHE / f"{hashlib.sha256(''.join(parts).encode()).hexdigest()[:24]}.so"
+        if not target.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".so", delete=False) as part:
+                subprocess.run([*command, "-", "-o", part.name], input=text.encode(), check=True)
+            os.replace(part.name, target)
+        self.library = ctypes.CDLL(str(target))
+        self.library.cu_error.restype = ctypes.c_char_p
+
+    def get_function(self, name):
+        if self.library is None:
+            self.compile()
+        return Function(self.library, name)
+
+
+class Function:
+    max_dynamic_shared_size_bytes = 48 << 10
+
+    def __init__(self, library, name):
+        self.library, self.name, self.launch = library, name, getattr(library, f"cu_launch_{name}")
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError(f"{self.name}: {shared_mem} bytes of shared memory were not asked for")
+        sizes, values = [], []
+        for value in args:
+            value = _by_value(value)
+            values.append(value)
+            sizes.append(value.nbytes)
+        count = len(values)
+        shapes = [(ctypes.c_uint * 3)(*(*(int(n) for n in extent), 1, 1)[:3]) for extent in (grid, block)]
+        code = self.launch(
+            *shapes, ctypes.c_size_t(shared_mem), (ctypes.c_void_p * count)(*(v.ctypes.data for v in values)),
+            (ctypes.c_size_t * count)(*sizes), count, ctypes.c_uint64(_state["seed"]),
+        )  # fmt: skip
+        if code == -2:
+            raise RuntimeError(f"{self.name}: {self.library.cu_error().decode()}")
+        if code:
+            raise TypeError(
+                f"{self.name}: " + ("wrong number of arguments" if code < 0 else f"size of argument {code - 1}")
+            )
+
+
+def _by_value(value):
+    import cupy
+
+    if isinstance(value, cupy.ndarray):
+        return np.array(value.data.ptr, np.uint64)
+    if value is None:
+        return np.array(0, np.uint64)
+    if isinstance(value, np.ndarray) and value.dtype.kind != "V":
+        raise TypeError("a NumPy array is not in device memory")
+    if isinstance(value, (bool, int, float)):
+        raise TypeError("pass NumPy scalars: their width is the kernel's")
+    return np.asarray(value)
