@@ -31,12 +31,14 @@ from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
 from mlm_mpi.train.folder import RunFolder
-from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences
+from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences, place_of
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
 # keys that may differ on resume without another run being meant
-_FREE = ("checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute")
+_FREE = (
+    "backend.", "checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,13 @@ class Trainer:
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
+        local_rank = self.group.local_rank()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
-            kernels.select(config.numerics.level, config.numerics.reference)
+            self.place = place_of(config, config.numerics.level, local_rank)
             self._open_data()
             check_memory(config, self.vocabulary)
-        self.replica = Replica(config, self.vocabulary, Mesh(self.group))
+        self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
         self.facts = fingerprint(config, group.size)
         self.incomparable = self._compare_fingerprints()
 

@@ -43,7 +43,7 @@ class RawModule:
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".so", delete=False) as part:
                 subprocess.run([*command, "-", "-o", part.name], input=text.encode(), check=True)
-            os.replace(part.name, target)
+            Path(part.name).replace(target)
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
 
