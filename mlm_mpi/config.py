@@ -94,13 +94,13 @@ class Checkpoint(Section, frozen=True):
 class Comm(Section, frozen=True):
     """How gradients are summed. `bucket_mib`: what one message round carries, in MiB.
 
-    `staged`: a GPU's gradients go through host memory even where the MPI library could read them in place.
+    `gpu_aware`: whether MPI reads a GPU's memory itself; "auto" asks the library, "no" copies through host memory.
     """
 
     reduction: Literal["canonical", "allreduce", "nccl"] = "canonical"
     overlap: bool = True
     bucket_mib: float = 4.0
-    staged: bool = False
+    gpu_aware: Literal["auto", "yes", "no"] = "auto"
     timeout_s: float = 600.0
 
 

@@ -22,6 +22,7 @@ class Place:
 
     xp: ModuleType
     compute: np.dtype
+    description: str = "CPU"
 
     @property
     def on_gpu(self) -> bool:
@@ -51,12 +52,14 @@ def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> 
         ) from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+    except cupy.cuda.runtime.CUDARuntimeError as error:  # no driver, or no device
         raise ConfigError(f"backend.device = gpu: CUDA finds no GPU here ({error}): use --device cpu") from None
     cupy.cuda.Device(local_rank % count).use()
     if memory_gib:
         cupy.get_default_memory_pool().set_limit(size=int(memory_gib * 2**30))
-    return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype))
+    facts = cupy.cuda.runtime.getDeviceProperties(local_rank % count)
+    name = f"{facts['name'].decode()} sm_{facts['major']}{facts['minor']}"
+    return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype), name)
 
 
 def bfloat16() -> np.dtype:

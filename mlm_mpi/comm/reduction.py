@@ -32,6 +32,7 @@ Cut = Callable[[int, int, int], tuple[int, int]]
 class Reduction(Protocol):
     """What the trainer sees of a strategy."""
 
+    transport: Transport
     exposed_s: float  # seconds of the last step in which this rank could do nothing but wait
 
     def begin(self) -> None: ...

@@ -11,12 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place
+from mlm_mpi.comm.group import Group
 
 Ready = Callable[[], bool]
 
 
 class Transport(Protocol):
     """What a reduction sees of a kind of memory."""
+
+    name: str
 
     def mirror(self, buffer: Any) -> Any:
         """What MPI sees of a buffer; the buffer itself where MPI can read it."""
@@ -41,6 +44,8 @@ def _at_once() -> bool:
 class Direct:
     """The CPU's memory: nothing moves."""
 
+    name = "in place"
+
     def mirror(self, buffer: Any) -> Any:
         return buffer
 
@@ -59,6 +64,8 @@ class Direct:
 
 class Aware:
     """A GPU's memory under an MPI that reads it."""
+
+    name = "GPU-aware MPI"
 
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
@@ -83,6 +90,8 @@ class Aware:
 
 class Staged:
     """A GPU's memory under any MPI: mirrors in pinned host memory, copied on a stream of their own."""
+
+    name = "staged through pinned memory"
 
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
@@ -112,8 +121,9 @@ class Staged:
         buffer.set(mirror, stream=self.cupy.cuda.get_current_stream())
 
 
-def transport(place: Place, gpu_aware: bool) -> Transport:
-    """The transport for arrays of this place. `gpu_aware`: the MPI library reads a GPU's memory."""
+def transport(place: Place, group: Group, gpu_aware: str) -> Transport:
+    """The transport for arrays of this place. `gpu_aware`: "yes", "no", or "auto" to ask the MPI library."""
     if not place.on_gpu:
         return Direct()
-    return Aware(place.xp) if gpu_aware else Staged(place.xp)
+    aware = gpu_aware == "yes" or (gpu_aware == "auto" and group.reads_gpus())
+    return Aware(place.xp) if aware else Staged(place.xp)

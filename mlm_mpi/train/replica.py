@@ -65,8 +65,7 @@ class Replica:
         comm, train, segments = self.config.comm, self.config.train, self.store.segments
         group = self.group.duplicate()  # tags of gradients must not meet other messages
         bucket_bytes = comm.bucket_mib * 2**20
-        aware = self.place.on_gpu and not comm.staged and group.reads_gpus()
-        ways = self.place, transport(self.place, aware)
+        ways = self.place, transport(self.place, group, comm.gpu_aware)
         if comm.reduction == "allreduce":
             return Allreduce(group, segments, bucket_bytes, train.dtype, comm.overlap, *ways)
         if comm.reduction == "nccl":
@@ -209,15 +208,18 @@ def _finite(array: Any) -> bool:
     return bool(module_of(array).isfinite(array).all())
 
 
-def check_memory(config: Config, vocabulary: int) -> None:
-    """Refuses a model whose weights, gradients and moments cannot fit one rank of this machine. Raises ConfigError."""
+def check_memory(config: Config, vocabulary: int, place: Place) -> None:
+    """Refuses a model whose weights, gradients and moments cannot fit where a rank calculates. Raises ConfigError."""
     blocks = gpt.build(config.model, vocabulary).parameter_blocks()
     count = sum(math.prod(parameter.layout.shape) for block in blocks for parameter in block)
     copies = 3 + (config.optim.name == "adamw")
-    needed, present = copies * count * np.dtype(config.train.dtype).itemsize, psutil.virtual_memory().total
+    needed = copies * count * np.dtype(config.train.dtype).itemsize
+    present, where = psutil.virtual_memory().total, "this machine"
+    if place.on_gpu:
+        present, where = place.xp.cuda.Device().mem_info[1], "its GPU"
     if needed > present:
         raise ConfigError(
-            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, this machine has "
+            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, {where} has "
             f"{present / 2**30:,.1f} GiB: lower model.width, model.layers or model.context"
         )
 

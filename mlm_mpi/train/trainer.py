@@ -101,9 +101,9 @@ class Trainer:
             configuration.check_ranks(config, group.size)
             self.place = place_of(config, config.numerics.level, local_rank)
             self._open_data()
-            check_memory(config, self.vocabulary)
+            check_memory(config, self.vocabulary, self.place)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
-        self.facts = fingerprint(config, group.size)
+        self.facts = fingerprint(config, group.size, self.place)
         self.incomparable = self._compare_fingerprints()
 
     def _open_data(self) -> None:
@@ -308,11 +308,16 @@ class Trainer:
         tokens = self.catalog.tokens("train")
         epochs = train.steps * samples / windows_of(tokens, config.model.context)
         reduction = f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}"
+        if replica.place.on_gpu and config.comm.reduction != "nccl":
+            reduction += f", {replica.reduction.transport.name}"
         sent = f"sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"
         size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
+        if config.numerics.products != train.dtype:
+            size += f", products in {config.numerics.products}"
+        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} BLAS thread each"
         shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
-            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {config.numerics.threads} BLAS thread each"),
+            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
             ("model", f"{config.model.kind}: {size}"),
             ("step", f"{samples * config.model.context:,} tokens: {shape}"),
             ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {tokens:,} tokens"),

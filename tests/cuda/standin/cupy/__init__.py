@@ -38,6 +38,10 @@ class ndarray:
     def data(self):
         return cuda.MemoryPointer(self._host.ctypes.data)
 
+    @property
+    def __cuda_array_interface__(self):
+        return self._host.__array_interface__ | {"version": 3, "stream": None}
+
     def __len__(self):
         return len(self._host)
 

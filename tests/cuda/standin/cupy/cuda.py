@@ -30,6 +30,8 @@ class Device:
     compute_capability = os.environ.get("MLM_MPI_STANDIN_CAPABILITY", "90")
     attributes = {"MultiProcessorCount": MULTIPROCESSORS}
 
+    mem_info = (1 << 30, 1 << 30)
+
     def use(self):
         Device.used = self.id
 
@@ -94,7 +96,10 @@ class runtime:
 
     @staticmethod
     def getDeviceCount():
-        return int(os.environ.get("MLM_MPI_STANDIN_GPUS", "1"))
+        count = int(os.environ.get("MLM_MPI_STANDIN_GPUS", "1"))
+        if not count:
+            raise runtime.CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return count
 
     @staticmethod
     def runtimeGetVersion():
