@@ -9,7 +9,7 @@ import operator
 import numpy as np
 
 from . import cuda
-from .emulated import RawModule, seed
+from .emulated import RawModule, load_driver, seed
 
 __all__ = ["RawModule", "cuda", "ndarray", "seed"]
 __version__ = "stand-in"
@@ -170,3 +170,4 @@ for _name in (
 ):  # fmt: skip
     globals()[_name] = _function(_name)
 inf = np.inf
+driver = load_driver()
