@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
         float all = row_sum(total[i]);
         int t = first + row() + i * SIDE;
         factor[i] = end > 0 ? 1.0f / all : 0.0f;
-        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] * LN_2 + logf(all);
+        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] / LOG2_E + logf(all);
     }
     store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
 }

@@ -3,7 +3,6 @@
 #include "common.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // An array (batch, heads, rows, width) whose last dim is contiguous; strides in elements.
 struct View {

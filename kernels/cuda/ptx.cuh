@@ -189,3 +189,15 @@ __device__ __forceinline__ void wgmma_m64n128k16(float *d, uint64_t da, uint64_t
   cu::wgmma(d, da, db, 128);
 #endif
 }
+
+// ---- added for attention -----------------------------------------------------------------------
+// 2^x in one instruction, to 2 units in the last place; results below the normal numbers are zero
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifndef CU_CPU
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}

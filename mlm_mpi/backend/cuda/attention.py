@@ -85,6 +85,52 @@ def _outputs(gpu: Any, q: Any) -> tuple[Any, Any]:
     return o, gpu.cupy.empty((batch, heads, queries), np.float32)
 
 
+# ---- bfloat16 on tensor cores ------------------------------------------------------------------
+
+MMA_THREADS = 128
+MMA_QUERIES = 128  # a block's
+
+
+def _lacks_mma(gpu: Any) -> str:
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
+
+
+def _aligned(*arrays: Any) -> str:
+    """Tiles move in pieces of 16 bytes."""
+    for x in arrays:
+        if x.dtype.name != "bfloat16":
+            return str(x.dtype)
+        if x.shape[3] % 8:
+            return "head width is no multiple of 8"
+        if any(n % 16 for n in (x.data.ptr, *x.strides[:3])):
+            return "not aligned to 16 bytes"
+    return ""
+
+
+def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
+    return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
+
+
+def _mma_head(width: int) -> int:
+    return 64 if width <= 64 else WIDEST
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
+def _mma_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head = _mma_head(q.shape[3])
+    keys = 64 if head == 64 else 48
+    shared = 2 * head * (MMA_QUERIES + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
+    arguments = (_problem(q, k, causal, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], MMA_QUERIES), (MMA_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+# ---- everything else ---------------------------------------------------------------------------
+
 PLAIN_THREADS = 256
 
 
