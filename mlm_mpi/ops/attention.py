@@ -36,14 +36,16 @@ def _scores(q: Any, k: Any, causal: bool, start: int, offset: int, scale: float)
     return scaled, scores
 
 
-def _factors(draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any) -> Any:
+def _factors(
+    draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any, xp: Any = np
+) -> Any:
     # the dropout mask (H, rows, S) of queries start … stop − 1, a slice of the global (B, H, T, S)
     _, heads, queries, keys = shape
     drawn = [
-        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype)
+        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype, xp)
         for h in range(heads)
     ]  # fmt: skip
-    return np.stack(drawn)
+    return xp.stack(drawn)
 
 
 @served
@@ -67,8 +69,8 @@ def forward(q: Any, k: Any, v: Any, causal: bool = True, draw: dropout.Draw | No
             total = p.sum(axis=2, keepdims=True)
             lse[b, :, start:stop] = (top + xp.log(total))[:, :, 0]
             if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype)
-                p *= xp.asarray(drop)[:, :, : p.shape[2]]
+                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype, xp)
+                p *= drop[:, :, : p.shape[2]]
             part = p @ v[b, :, : p.shape[2]]  # (H, rows, D)
             part /= total
             o[b, start:stop] = part.swapaxes(0, 1)
@@ -100,8 +102,8 @@ def backward(
             delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
             kept = p
             if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype)
-                drop = xp.asarray(drop)[:, :, :columns]
+                drop = _factors(draw, (batch, heads, queries, k.shape[2]), b, start, stop, q.dtype, xp)
+                drop = drop[:, :, :columns]
                 kept = p * drop
                 ds *= drop
             ds -= delta[:, :, None]
