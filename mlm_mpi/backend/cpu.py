@@ -282,7 +282,11 @@ def _matrices(*arrays: Any) -> list[_Matrix]:
     return [_Matrix(x.ctypes.data, *(stride // 4 for stride in x.strides[:3])) for x in arrays]
 
 
-def _fit_attention(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, others: tuple[Any, ...] = ()) -> str:
+def _fit_attention(
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, others: tuple[Any, ...] = ()
+) -> str:
+    if lengths is not None:
+        return "lengths"
     for x in (q, k, v, *others):
         if not isinstance(x, np.ndarray) or x.ndim != 4:
             return "not in the CPU's memory"
@@ -304,7 +308,9 @@ def _attention_arguments(lib: Any, q: Any, k: Any, causal: bool) -> tuple[_Shape
 
 
 @kernel("attention.forward", _fit_attention)
-def _attention_forward(lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None) -> tuple[Any, Any]:
+def _attention_forward(
+    lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None
+) -> tuple[Any, Any]:
     batch, heads, queries, width = q.shape
     o, lse = np.empty((batch, queries, heads, width), np.float32), np.empty((batch, heads, queries), np.float32)
     shape, scale, work = _attention_arguments(lib, q, k, causal)
@@ -314,9 +320,10 @@ def _attention_forward(lib: Any, q: Any, k: Any, v: Any, causal: bool = True, dr
 
 
 def _fit_attention_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any, causal: bool = True, draw: Any = None
-) -> str:
-    reason = _fit_attention(q, k, v, causal, draw, (do, o, dq, dk, dv)) or dense(lse)
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_attention(q, k, v, causal, draw, lengths, (do, o, dq, dk, dv)) or dense(lse)
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
     return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
@@ -325,7 +332,7 @@ def _fit_attention_backward(
 @kernel("attention.backward", _fit_attention_backward)
 def _attention_backward(
     lib: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None,
+    causal: bool = True, draw: Any = None, lengths: None = None,
 ) -> None:  # fmt: skip
     shape, scale, work = _attention_arguments(lib, q, k, causal)
     drawn, matrices = _draw(draw), _matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv)
