@@ -478,3 +478,16 @@ __device__ __forceinline__ void wgmma(float *d, const uint32_t *a, uint64_t b, b
 
 // wgmma's name before it was a template
 __device__ __forceinline__ void wgmma_m64n128k16(float *d, uint64_t a, uint64_t b) { wgmma<128>(d, a, b); }
+
+// ---- added by the matrix products -------------------------------------------------------------
+
+// A store that adds to the float32 elements in global memory. Each is added to once, so the order of stores is no matter.
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap *map, const void *src, int x, int y) {
+#ifndef CU_CPU
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
+                 "r"(smem_u32(src)), "r"(x), "r"(y)
+                 : "memory");
+#else
+    cu::tma_store(map, src, {x, y}, true);
+#endif
+}
