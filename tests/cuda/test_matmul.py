@@ -65,3 +65,74 @@ def test_plain_add(gpu, by_rows, dtype, rng):
 @in_every_layout
 def test_tensor_core_add(gpu, variant, by_rows, rng):
     add_agrees(gpu, variant, by_rows, BF16, rng)
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_add_into_bfloat16(gpu, variant, rng):
+    m, n, k = 40, 72, 80
+    (a, on_a), (b, on_b) = matrix(rng, m, k, BF16, align=8), matrix(rng, k, n, BF16, align=8)
+    out, on_out = matrix(rng, m, n, BF16, align=8)
+    run(gpu, variant, "matmul.add", on_a, on_b, on_out, False)
+    assert_close(on_out, a @ b, BF16)
+    if variant != "hopper":
+        run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
+        assert_close(on_out, 2 * a @ b, BF16, factor=2)
+
+
+def layer(rng, n, k, f, dtype):
+    """x (n, k), w (k, f), b (f,), residual (n, f), dy (n, f), pre (n, k)."""
+    shapes = ((n, k), (k, f), (f,), (n, f), (n, f), (n, k))
+    return [(rng.normal(size=shape) / (k**0.5 if shape == (k, f) else 1)).astype(dtype) for shape in shapes]
+
+
+def linear_agrees(gpu, variant, sizes, dtype, rng):
+    arrays = layer(rng, *sizes, dtype)
+    x, w, b, residual, dy, pre = (array.astype("f8") for array in arrays)
+    on_x, on_w, on_b, on_residual, on_dy, on_pre = map(device, arrays)
+    y = linear.forward.__wrapped__(x, w, b)
+    assert_close(run(gpu, variant, "linear.forward", on_x, on_w, on_b), y, dtype)
+    assert_close(run(gpu, variant, "linear.forward", on_x, on_w, on_b, on_residual), y + residual, dtype)
+    found, found_pre = run(gpu, variant, "linear.forward_gelu", on_x, on_w, on_b)
+    wanted, wanted_pre = linear.forward_gelu.__wrapped__(x, w, b)
+    assert_close(found_pre, wanted_pre, dtype)
+    assert_close(found, wanted, dtype, factor=2)
+    dx = run(gpu, variant, "linear.backward_input", on_dy, on_w)
+    assert_close(dx, linear.backward_input.__wrapped__(dy, w), dtype)
+    dx = run(gpu, variant, "linear.backward_input", on_dy, on_w, pre=on_pre)
+    assert_close(dx, linear.backward_input.__wrapped__(dy, w, pre), dtype)
+
+
+def test_plain_linear(gpu, dtype, rng):
+    linear_agrees(gpu, "plain", (37, 20, 67), dtype, rng)
+    if dtype == F32:
+        linear_agrees(gpu, "plain", (37, 20, 68), dtype, rng)
+
+
+@pytest.mark.parametrize("variant", ["mma", "hopper"])
+def test_tensor_core_linear(gpu, variant, rng):
+    linear_agrees(gpu, variant, (75, 104, 136), BF16, rng)
+
+
+@pytest.mark.parametrize("sizes", [(130, 72, 264), (130, 264, 72)], ids=str)
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_widest_tiles(gpu, variant, sizes, rng, monkeypatch):
+    """The tiles that `plan` takes for large shapes, several to a block where blocks stay."""
+    kernel = variant.upper()
+    monkeypatch.setattr(launches, f"{kernel}_TILES", getattr(launches, f"{kernel}_TILES")[:1])
+    linear_agrees(gpu, variant, sizes, F32 if variant == "plain" else BF16, rng)
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_pieces(gpu, variant, rng, monkeypatch):
+    """Tiles that several blocks sum: the same bits each time, every epilogue, added to what is there."""
+    monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
+    dtype = F32 if variant == "plain" else BF16
+    linear_agrees(gpu, variant, (75, 200, 136), dtype, rng)
+    (a, on_a), (b, on_b) = matrix(rng, 40, 330, dtype, False, 8), matrix(rng, 330, 24, dtype, True, 8)
+    out, on_out = matrix(rng, 40, 24, F32, align=4)
+    run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
+    assert_close(on_out, out + a @ b, F32, factor=4)
+    again = [device(np.zeros((40, 24), "f4")) for _ in range(2)]
+    for one in again:
+        run(gpu, variant, "matmul.add", on_a, on_b, one, False)
+    assert cupy.asnumpy(again[0]).tobytes() == cupy.asnumpy(again[1]).tobytes()
