@@ -492,3 +492,14 @@ __device__ __forceinline__ void store_global16(void *p, uint32_t a, uint32_t b, 
     memcpy(p, words, 16);
 #endif
 }
+
+// A store that adds to the float32 elements in global memory. Each is added to once, so the order of stores is no matter.
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap *map, const void *src, int x, int y) {
+#ifndef CU_CPU
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
+                 "r"(smem_u32(src)), "r"(x), "r"(y)
+                 : "memory");
+#else
+    cu::tma_store(map, src, {x, y}, true);
+#endif
+}
