@@ -118,14 +118,15 @@ def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Sel
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
     _load_entries(device)
-    if device == "cuda":
+    if device == "cpu":
+        _selection = Selection(*cpu.load(level), ops)
+    elif level == "off":
+        _selection = Selection(reason="kernels are switched off", reference=ops, device=device)
+    else:
         from mlm_mpi.backend.cuda.device import Device
 
         gpu = Device()
-        chosen = (f"sm_{gpu.capability[0]}{gpu.capability[1]}", gpu, "") if level != "off" else ("off", None, "off")
-    else:
-        chosen = cpu.load(level)
-    _selection = Selection(*chosen, ops, device)
+        _selection = Selection(gpu.architecture, gpu, "", ops, device)
     return _selection
 
 
@@ -152,21 +153,26 @@ def served(reference: Function) -> Function:
 
 
 def fallbacks() -> dict[str, int]:
-    """How often the reference ran because a contract did not hold, by "gelu.forward: not contiguous"."""
+    """How often a kernel's contract did not hold, by "gelu.forward: not contiguous"."""
     return {f"{name}: {reason}": times for (name, reason), times in sorted(selection().fallen.items())}
 
 
 def serving(dtype: str = "float32") -> dict[str, str]:
     """op -> the implementation that runs and why, for `doctor`, the start table and the fingerprint."""
-    chosen, known = selection(), {name.partition(".")[0] for name in entries()}
+    chosen, known = selection(), entries(selection().device)
 
     def of(op: str) -> str:
-        why = "no kernel" if op not in known else chosen.refuses(op)
+        names = sorted({entry.name for entry in known.values() if entry.name.partition(".")[0] == op})
+        why = chosen.refuses(op) if names else "no kernel"
         if not why and dtype != "float32":
             why = dtype
-        if not why and op == "matmul":
+        if not why and chosen.device == "cpu" and op == "matmul":
             why = chosen.library.without_gemm
-        return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level})"
+        if why:
+            return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
+        variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))
+        shown = ", ".join([*filter(None, variants), chosen.level])
+        return f"{'C' if chosen.device == 'cpu' else 'CUDA'} kernel ({shown})"
 
     return {op: of(op) for op in OPS}
 
@@ -177,4 +183,5 @@ def summary(dtype: str = "float32") -> str:
     for op, by in serving(dtype).items():
         if not by.endswith("no kernel"):
             served_by.setdefault(by, []).append(op)
-    return "; ".join(by if by.startswith("C") else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())
+    ranked = sorted(served_by.items(), key=lambda pair: -len(pair[1]))
+    return "; ".join(by if number == 0 else f"{by}: {', '.join(ops)}" for number, (by, ops) in enumerate(ranked))

@@ -6,11 +6,13 @@ what was awaited, by whom and from whom. Only the making of a communicator block
 one needs no MPI.
 """
 
+import ctypes
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,6 +40,27 @@ class Group:
     def duplicate(self) -> "Group":
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
         return Group(self.comm.Dup() if self.comm is not None else None, self.timeout_s)
+
+    def local_rank(self) -> int:
+        """My number among the ranks of my node. Collective."""
+        if self.comm is None:
+            return 0
+        from mpi4py import MPI
+
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        number: int = node.Get_rank()
+        node.Free()
+        return number
+
+    def reads_gpus(self) -> bool:
+        """Whether the MPI library says that it sends from and receives into a GPU's memory."""
+        if self.size == 1:
+            return False
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        paths = {line.split(maxsplit=5)[5] for line in maps if "libmpi" in line}
+        libraries = [ctypes.CDLL(path) for path in sorted(paths)]
+        found = [lib.MPIX_Query_cuda_support for lib in libraries if hasattr(lib, "MPIX_Query_cuda_support")]
+        return bool(found and found[0]())
 
     def wait_until(self, awaited: Callable[[], Sequence[int] | None], what: str) -> float:
         """Calls `awaited` until it returns None; returns the seconds it took.

@@ -4,7 +4,7 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import deposit, module_of
 from mlm_mpi.backend.kernels import served
-from mlm_mpi.ops import matmul
+from mlm_mpi.ops import gelu, matmul
 
 
 @served
@@ -19,6 +19,7 @@ def start(rows: int, b: Any, residual: Any = None) -> Any:
     return y
 
 
+@served
 def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
     """Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops."""
     y = start(x.shape[0], b, residual)
@@ -26,9 +27,21 @@ def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
     return y
 
 
-def backward_input(dy: Any, w: Any) -> Any:
-    """dx = dy Wᵀ. Shapes: dy (N, F), w (K, F) -> (N, K). Cost: 2·N·K·F flops."""
-    return dy @ w.T
+@served
+def forward_gelu(x: Any, w: Any, b: Any) -> tuple[Any, Any]:
+    """(gelu(pre), pre) with pre = x w + b, which backward needs. Shapes: as `forward`, both results (N, F)."""
+    pre = forward(x, w, b)
+    return gelu.forward(pre), pre
+
+
+@served
+def backward_input(dy: Any, w: Any, pre: Any = None) -> Any:
+    """dx = dy Wᵀ, times gelu'(pre) where x was gelu(pre). Shapes: dy (N, F), w (K, F), pre (N, K) -> (N, K).
+
+    Cost: 2·N·K·F flops.
+    """
+    dx = dy @ w.T
+    return dx if pre is None else gelu.backward(dx, pre, out=dx)
 
 
 def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool) -> None:

@@ -68,3 +68,4 @@ class AdamW:
                 self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
                 scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink,
             )  # fmt: skip
+        self.store.refresh()

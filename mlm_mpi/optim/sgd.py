@@ -28,3 +28,4 @@ class SGD:
             if span.parameter.decay:
                 self.store.data[part] *= 1.0 - learning_rate * self.optim.weight_decay
             self.store.data[part] -= learning_rate * self.momentum[part]
+        self.store.refresh()
