@@ -37,7 +37,8 @@ struct Softmax {
 
     // Scores become weights 2^(scale (score − top)); what was summed before is rescaled to the new top. The first
     // tile shows every query a key, so the top is finite from then on.
-    __device__ void update(float (&score)[BANDS][BLOCKS][4], float (&sum)[BANDS][HEAD / 8][4], float scale) {
+    __device__ void update(
+        float (&score)[BANDS][BLOCKS][4], float scale, float (&sum)[BANDS][PIECES][4]) {
 #pragma unroll
         for (int m = 0; m < BANDS; m++)
 #pragma unroll
@@ -50,15 +51,14 @@ struct Softmax {
                 float base = highest * scale, change = exp2_approx(top[m][half] * scale - base), added = 0.0f;
                 top[m][half] = highest;
 #pragma unroll
-                for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-                    for (int e = half * 2; e < half * 2 + 2; e++) {
-                        score[m][n][e] = exp2_approx(score[m][n][e] * scale - base);
-                        added += score[m][n][e];
-                    }
+                for (int n = 0; n < BLOCKS; n++) {
+                    float &left = score[m][n][half * 2], &right = score[m][n][half * 2 + 1];
+                    left = exp2_approx(left * scale - base), right = exp2_approx(right * scale - base);
+                    added += left + right;
+                }
                 total[m][half] = total[m][half] * change + added;
 #pragma unroll
-                for (int c = 0; c < HEAD / 8; c++) sum[m][c][half * 2] *= change, sum[m][c][half * 2 + 1] *= change;
+                for (int c = 0; c < PIECES; c++) sum[m][c][half * 2] *= change, sum[m][c][half * 2 + 1] *= change;
             }
     }
 };
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
-    uint32_t kept[KEEP ? STEPS : 1][BANDS][4];
+    uint32_t kept[KEEP ? STEPS : 4][BANDS][4];
     if constexpr (KEEP)
 #pragma unroll
         for (int step = 0; step < STEPS; step++) left_fragments(queries, own, step, kept[step]);
@@ -105,22 +105,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     };
 
     Softmax softmax;
-    float sum[BANDS][HEAD / 8][4] = {};
+    float sum[BANDS][PIECES][4] = {};
     for (int key = 0; key < end; key += KEYS) {
         cp_async_wait<0>();
         __syncthreads();  // the keys are here, and the values of the tile before are read
         load_rows<KEYS, THREADS>(work.rows(v), v.row, key, end, p.width, values);
         cp_async_commit();
         float score[BANDS][BLOCKS][4];
-        multiply(fragments, keys, 0, score);
+        multiply<KEEP ? STEPS : 4>(fragments, keys, 0, score);
         cp_async_wait<0>();
         __syncthreads();  // the values are here, and the keys are read
         if (key + KEYS < end) load_rows<KEYS, THREADS>(work.rows(k), k.row, key + KEYS, end, p.width, keys);
         cp_async_commit();
         if (key >= some) continue;
         if (key + KEYS > all) hide(p, first + own, key, length, score);
-        softmax.update(score, sum, p.scale_2());
-        accumulate(score, values, 0, sum);
+        softmax.update(score, p.scale_2(), sum);
+        auto weights = [&](int k, uint32_t(&a)[BANDS][4]) {
+#pragma unroll
+            for (int m = 0; m < BANDS; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    a[m][i] = pack_bf16(score[m][k / 8 + i / 2][i % 2 * 2], score[m][k / 8 + i / 2][i % 2 * 2 + 1]);
+        };
+        accumulate<KEYS>(weights, values, 0, sum);
     }
     cp_async_wait<0>();
 

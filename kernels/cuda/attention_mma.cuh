@@ -37,8 +37,9 @@ template <int M> __device__ __forceinline__ void left_fragments(bf16 *tile, int 
         ldmatrix_x4<false>(a[m], piece(tile, first + m * 16 + lane() % 16, step * 2 + lane() / 16));
 }
 
-// out = left rightᵀ: `left(step, a)` gives the fragments, the N blocks of 8 columns are rows of a tile from `first` on.
-template <int M, int N, class Left>
+// out = left rightᵀ: `left(step, a)` gives the fragments; N blocks of 8 columns are rows of a tile from `first` on.
+// UNROLL: steps whose fragments the compiler may load ahead; each costs registers.
+template <int UNROLL, int M, int N, class Left>
 __device__ __forceinline__ void multiply(Left left, bf16 *right, int first, float (&out)[M][N][4]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -46,14 +47,15 @@ __device__ __forceinline__ void multiply(Left left, bf16 *right, int first, floa
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) out[m][n][e] = 0.0f;
-#pragma unroll(HEAD == 64 ? STEPS : 4)
+#pragma unroll(UNROLL)
     for (int step = 0; step < STEPS; step++) {
         uint32_t a[M][4];
         left(step, a);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             uint32_t b[4];
-            ldmatrix_x4<false>(b, piece(right, first + n * 8 + lane() % 8 + lane() / 16 * 8, step * 2 + lane() / 8 % 2));
+            int row = first + n * 8 + lane() % 8 + lane() / 16 * 8;
+            ldmatrix_x4<false>(b, piece(right, row, step * 2 + lane() / 8 % 2));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma_m16n8k16(out[m][n], a[m], b);
@@ -63,22 +65,17 @@ __device__ __forceinline__ void multiply(Left left, bf16 *right, int first, floa
     }
 }
 
-// sum += weights rows, where the weights lie in registers as `multiply` left them, and the tile's rows begin at `first`
-template <int M, int N>
-__device__ __forceinline__ void accumulate(
-    const float (&weights)[M][N][4], bf16 *rows, int first, float (&sum)[M][HEAD / 8][4]) {
+// sum += left rows, of K rows of a tile from `first` on: `left(k, a)` gives the fragments of columns k … k + 15.
+template <int K, int M, class Left>
+__device__ __forceinline__ void accumulate(Left left, bf16 *rows, int first, float (&sum)[M][PIECES][4]) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
+    for (int k = 0; k < K; k += 16) {
         uint32_t a[M][4];
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[m][i] = pack_bf16(weights[m][n + i / 2][i % 2 * 2], weights[m][n + i / 2][i % 2 * 2 + 1]);
+        left(k, a);
 #pragma unroll
         for (int c = 0; c < PIECES; c += 2) {
             uint32_t b[4];
-            ldmatrix_x4<true>(b, piece(rows, first + n * 8 + lane() % 16, c + lane() / 16));
+            ldmatrix_x4<true>(b, piece(rows, first + k + lane() % 16, c + lane() / 16));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 mma_m16n8k16(sum[m][c], a[m], b);
@@ -92,7 +89,7 @@ __device__ __forceinline__ void accumulate(
 // more: 16 bytes a lane. `first` is the warp's first row in the tile, `row` the number of the tile's first row.
 template <int M>
 __device__ __forceinline__ void store_rows(
-    const float (&sum)[M][HEAD / 8][4], const float (&factor)[M][2], bf16 *tile, int first, bf16 *rows, int64_t stride,
+    const float (&sum)[M][PIECES][4], const float (&factor)[M][2], bf16 *tile, int first, bf16 *rows, int64_t stride,
     int row, int count, int width) {
     __syncwarp();
 #pragma unroll
