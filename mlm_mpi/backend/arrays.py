@@ -72,7 +72,7 @@ def bfloat16() -> np.dtype:
 
 
 def wide(array: Any) -> Any:
-    """A bfloat16 array as float32, in which its arithmetic is done; any other array itself."""
+    """A bfloat16 array as float32, any other array itself: arithmetic is never done in bfloat16."""
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
@@ -101,11 +101,6 @@ def module_of(array: Any) -> ModuleType:
     import cupy  # an array that is not NumPy's can only have been made by CuPy
 
     return cupy
-
-
-def wide(x: Any) -> Any:
-    """x as float32 if it is bfloat16, else x itself: arithmetic is never done in bfloat16."""
-    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 
 def row_blocks(array: Any) -> Iterator[slice]:

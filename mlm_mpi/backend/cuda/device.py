@@ -28,15 +28,17 @@ def sources() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "kernels" / "cuda"
 
 
-def source(stem: str) -> str:
-    """`kernels/cuda/<stem>.cu` with its includes in place, each once."""
+def source(stem: str, folder: Path | None = None) -> str:
+    """`<stem>.cu` of `kernels/cuda`, or of another folder, with its includes in place, each once."""
     seen: set[str] = set()
+    places = [folder or sources(), sources()]
 
     def resolve(name: str) -> str:
         if name in seen:
             return ""
         seen.add(name)
-        text = (sources() / name).read_text().replace("#pragma once\n", "")
+        path = next(place / name for place in places if (place / name).exists())
+        text = path.read_text().replace("#pragma once\n", "")
         return _INCLUDE.sub(lambda match: resolve(match[1]), text)
 
     return resolve(f"{stem}.cu")
@@ -101,6 +103,7 @@ class Device:
         """A TMA descriptor of a bf16 or float32 array, passed to a kernel by value.
 
         `box`: the tile a load brings, dims as in `array.shape`; the innermost dim of the array is contiguous.
+        The descriptor holds the address, not the array: the caller keeps the array until the launch.
         Raises ValueError where the driver refuses (a base or pitch that is no multiple of 16 bytes).
         """
         encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled

@@ -219,7 +219,28 @@ def _by_blocks(gpu: Any, product: Product, stem: str, tiles: tuple[Tile, ...], t
 
 
 PLAIN_TILES = (Tile(128, 64, 8, blocks=3), Tile(64, 64, 8, blocks=4, rate=0.8))
-SHARED_BYTES: dict[str, Callable[[Tile], int]] = {"matmul": lambda tile: 0}
+MMA_TILES = (Tile(128, 128, 32, blocks=2), Tile(64, 64, 32, blocks=3, rate=0.6))
+
+
+def _ring_bytes(tile: Tile) -> int:
+    """Shared memory of matmul_bf16.cu: 4 stages of both operands, and later the sums."""
+    return max(4 * 2 * (tile.m + tile.n) * tile.k, 4 * tile.m * (tile.n + 8))
+
+
+SHARED_BYTES: dict[str, Callable[[Tile], int]] = {"matmul": lambda tile: 0, "matmul_bf16": _ring_bytes}
+
+
+def _mma_fits(product: Product) -> str:
+    if reason := _fits(product):
+        return reason
+    if product.a.dtype == np.float32:
+        return "float32"
+    rows = (x.shape[1] if layout(x)[1] else x.shape[0] for x in (product.a, product.b))  # type: ignore[index]
+    return "" if _all_aligned(product) and not any(n % 8 for n in rows) else "rows not in multiples of 16 bytes"
+
+
+def _mma(gpu: Any, product: Product) -> Any:
+    return _by_blocks(gpu, product, "matmul_bf16", MMA_TILES, 128, vector=True)
 
 
 def _plain(gpu: Any, product: Product) -> Any:
@@ -248,4 +269,5 @@ def _register(variant: str, contract: Callable[[Product], str], run: Callable[[A
         )(lambda gpu, *a, _product=product, **k: run(gpu, _product(*a, **k)))
 
 
+_register("mma", _mma_fits, _mma, lambda gpu: "" if gpu.capability >= (8, 0) else "needs compute capability 8.0")
 _register("plain", _fits, _plain, None)

@@ -9,7 +9,7 @@ import operator
 import numpy as np
 
 from . import cuda
-from .emulated import RawModule, seed
+from .emulated import RawModule, load_driver, seed
 
 __all__ = ["RawModule", "cuda", "ndarray", "seed"]
 __version__ = "stand-in"
@@ -196,3 +196,4 @@ _pool = _Pool()
 
 def get_default_memory_pool():
     return _pool
+driver = load_driver()

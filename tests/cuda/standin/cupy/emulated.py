@@ -15,6 +15,7 @@ EMULATOR = ROOT / "kernels" / "cuda" / "emulator"
 CACHE = Path(os.environ.get("MLM_MPI_EMULATOR_CACHE", ROOT / "build" / "emulated"))
 FLAGS = os.environ.get("MLM_MPI_EMULATOR_FLAGS", "-O2").split()  # sanitizers, or a planted bug's -D
 
+COMPILER = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-shared", f"-I{EMULATOR}"]
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__\w+__\s*\([^)]*\)\s*)*(\w+)\s*\(')
 _state = {"seed": 0}
 
@@ -24,6 +25,26 @@ def seed(number):
     _state["seed"] = number
 
 
+def built(command, text, inputs, name):
+    """A shared library of g++, from the cache if the command, the text and the `inputs` are as they were."""
+    parts = [" ".join(command), text, *(path.read_text() for path in inputs)]
+    folder = CACHE / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as part:
+            subprocess.run([*command, "-", "-o", part.name], input=text.encode(), check=True)
+        Path(part.name).replace(folder / name)
+    return folder / name
+
+
+def load_driver():
+    """A driver under the name that `ctypes.CDLL("libcuda.so.1")` looks for: what is loaded already is found first."""
+    soname = "libcuda.so.1"
+    command = [*COMPILER, f"-Wl,-soname,{soname}"]
+    text = (EMULATOR / "driver.cpp").read_text()
+    return ctypes.CDLL(str(built(command, text, [EMULATOR / "tensor_map.h"], soname)))
+
+
 class RawModule:
     def __init__(self, code=None, path=None, options=(), backend="nvrtc"):
         self.code, self.options = code, options
@@ -31,19 +52,12 @@ class RawModule:
 
     def compile(self):
         names = _KERNEL.findall(self.code)
-        text = self.code + "\n" + "".join(f"CU_KERNEL({name}, {name})\n" for name in names)
-        flags = [*FLAGS, *(option for option in self.options if option.startswith("-D"))]
-        command = [
-            "g++", "-x", "c++", "-std=c++17", "-march=native", "-fPIC", "-shared", "-fno-weak", "-w", f"-I{EMULATOR}",
-            "-include", "cuda_cpu.h", *flags,
-        ]  # fmt: skip
-        parts = [" ".join(command), text, *(path.read_text() for path in sorted(EMULATOR.glob("*.h")))]
-        target = CACHE / f"{hashlib.sha256(''.join(parts).encode()).hexdigest()[:24]}.so"
-        if not target.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".so", delete=False) as part:
-                subprocess.run([*command, "-", "-o", part.name], input=text.encode(), check=True)
-            Path(part.name).replace(target)
+        # not -D: the emulator's own headers come before the text
+        defines = [option[2:].replace("=", " ", 1) for option in self.options if option.startswith("-D")]
+        lines = [*(f"#define {define}" for define in defines), "#line 1", self.code]
+        text = "\n".join([*lines, *(f"CU_KERNEL({name}, {name})" for name in names), ""])
+        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "cuda_cpu.h", *FLAGS]
+        target = built(command, text, sorted(EMULATOR.glob("*.h")), "kernels.so")
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
 
