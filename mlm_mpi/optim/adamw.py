@@ -4,12 +4,14 @@ Source: Kingma, Ba, arXiv:1412.6980; Loshchilov, Hutter, arXiv:1711.05101.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.backend.kernels import served
-from mlm_mpi.config import Optim
 from mlm_mpi.params.store import FlatStore
+
+if TYPE_CHECKING:  # see models/gpt.py
+    from mlm_mpi.config import Optim
 
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
 
@@ -51,7 +53,7 @@ def update(
 class AdamW:
     """Moments as flat buffers; decay only on parameters that ask for it (not on norms and biases)."""
 
-    def __init__(self, optim: Optim, store: FlatStore) -> None:
+    def __init__(self, optim: "Optim", store: FlatStore) -> None:
         self.optim, self.store = optim, store
         self.moment1, self.moment2 = store.new_buffer(), store.new_buffer()
 
