@@ -126,8 +126,6 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         why = "no kernel" if op not in known else chosen.refuses(op)
         if not why and dtype != "float32":
             why = dtype
-        if not why and op == "matmul":
-            why = chosen.library.without_gemm
         return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level})"
 
     return {op: of(op) for op in OPS}

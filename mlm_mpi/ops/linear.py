@@ -2,33 +2,24 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, module_of
+from mlm_mpi.backend.arrays import deposit
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.ops import matmul
 
 
 @served
-def start(rows: int, b: Any, residual: Any = None) -> Any:
-    """What a product is added to: b (+ residual) in every row. Shapes: b (F,), residual (N, F) -> (N, F)."""
-    xp = module_of(b)
-    y = xp.empty((rows, b.shape[0]), b.dtype)
-    if residual is None:
-        y[...] = b
-    else:
-        xp.add(residual, b, out=y)
-    return y
-
-
 def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
     """Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops."""
-    y = start(x.shape[0], b, residual)
-    matmul.add(x, w, y, accumulate=True)
+    y = x @ w
+    y += b
+    if residual is not None:
+        y += residual
     return y
 
 
 def backward_input(dy: Any, w: Any) -> Any:
     """dx = dy Wᵀ. Shapes: dy (N, F), w (K, F) -> (N, K). Cost: 2·N·K·F flops."""
-    return dy @ w.T
+    return matmul.product(dy, w.T)
 
 
 def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool) -> None:

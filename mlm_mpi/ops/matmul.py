@@ -13,3 +13,10 @@ def add(a: Any, b: Any, out: Any, accumulate: bool) -> None:
         out += a @ b
     else:
         module_of(out).matmul(a, b, out=out)
+
+
+def product(a: Any, b: Any) -> Any:
+    """a b. Shapes: (M, K), (K, N) -> (M, N)."""
+    out = module_of(a).empty((a.shape[0], b.shape[1]), a.dtype)
+    add(a, b, out, accumulate=False)
+    return out
