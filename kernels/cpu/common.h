@@ -77,6 +77,7 @@ INLINE void store(float *p, vf v) { *(vf_any *)p = v; }
 INLINE size least(size a, size b) { return a < b ? a : b; }
 INLINE size most(size a, size b) { return a > b ? a : b; }
 INLINE size round_up(size n, size to) { return (n + to - 1) / to * to; }
+INLINE float *align_line(float *p) { return (float *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
 /* The first n of W elements, the others `fill`. */
 INLINE vf load_some(const float *p, size n, float fill) {

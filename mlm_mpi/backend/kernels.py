@@ -166,8 +166,6 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         why = chosen.refuses(op) if names else "no kernel"
         if not why and dtype != "float32":
             why = dtype
-        if not why and chosen.device == "cpu" and op == "matmul":
-            why = chosen.library.without_gemm
         if why:
             return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
         variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))

@@ -7,17 +7,6 @@ from mlm_mpi.ops import linear
 SHAPES = [(1, 1), (3, 7), (40, 333), (2, 5000), (700, 8)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("place", [device, shifted])
-def test_start(gpu, dtype, shape, with_residual, place, rng):
-    b, residual = rng.normal(size=shape[1]).astype(dtype), rng.normal(size=shape).astype(dtype)
-    y = run(linear.start, shape[0], place(b), place(residual) if with_residual else None)
-    assert y.dtype == dtype
-    wanted = b.astype("f8") + (residual.astype("f8") if with_residual else np.zeros(shape))
-    assert_close(y, wanted, dtype)
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 0), (0, 5)])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("place", [device, shifted])
