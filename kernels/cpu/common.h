@@ -28,12 +28,12 @@ typedef int64_t size;
 #define PARTS (LANES / W)
 
 /* MAX and MIN return the second operand where one is NaN. */
-#if W == 16 && defined(__AVX512F__)
+#if W == 16 && defined(__x86_64__)
 #define FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define SQRT(a) ((vf)_mm512_sqrt_ps((__m512)(a)))
-#elif W == 8 && defined(__FMA__)
+#elif W == 8 && defined(__x86_64__)
 #define FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define MAX(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define MIN(a, b) ((vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
@@ -60,9 +60,9 @@ INLINE vf sqrt_of(vf a) {
 #endif
 
 /* Products of the low halves of 64-bit lanes. */
-#if W == 16 && defined(__AVX512F__)
+#if W == 16 && defined(__x86_64__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
-#elif W == 8 && defined(__AVX2__)
+#elif W == 8 && defined(__x86_64__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #elif W == 4 && defined(__SSE2__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
