@@ -28,9 +28,8 @@ ARENA_BYTES = 64 << 20
 POISON = 0xFF  # a NaN: what is read without having been written shows
 EXTREMES = {"finite": (-0.0, 1e-42, -3e-39, 1e30, -1e30), "not finite": (np.nan, np.inf, -np.inf)}
 
-# Products of the BLAS that NumPy brings are none of ours; the work space of a level is its own affair.
-NOT_RECORDED = {"matmul_add", "attention_work"}
-ROOM = 4  # work space grows at most so much from AVX2 to a wider level: twice the padding in two dims
+NOT_RECORDED = {"matmul_add"}  # products of the BLAS that NumPy brings are none of ours
+ROOM = 4  # work space, which is a level's own affair, grows at most so much from AVX2: twice the padding in two dims
 
 SECTOR = 512  # the file is the disk of an emulated machine
 HEAD = struct.Struct("=qq")  # calls, bytes
@@ -113,14 +112,14 @@ class Recorder:
         function = getattr(self._library, name)
 
         def call(*arguments: Any) -> Any:
-            if function.restype is not None:
+            self.seen.add(name)
+            if function.restype is not None:  # floats of work space
                 return ROOM * function(*arguments)
             for letter, value in zip(cpu._SIGNATURES[name], arguments, strict=True):
                 inside = letter != "p" or value is None or 0 <= value - ARENA < self._arena.used
                 assert inside, f"{name} is given memory outside the arena"
             before = self._arena.contents()
             function(*arguments)
-            self.seen.add(name)
             self.calls.append((name, arguments, before, self._arena.contents()))
 
         return call
