@@ -1,4 +1,4 @@
-/* Replays the calls of a file: linux.c as a process, on this CPU or under qemu-user. */
+/* Replays a file of calls in a process, on this CPU or under qemu-user. */
 #include "replay.h"
 #include "functions.h"
 #include <fcntl.h>

@@ -112,9 +112,9 @@ class Recorder:
         function = getattr(self._library, name)
 
         def call(*arguments: Any) -> Any:
-            self.seen.add(name)
             if function.restype is not None:  # floats of work space
                 return ROOM * function(*arguments)
+            self.seen.add(name)
             for letter, value in zip(cpu._SIGNATURES[name], arguments, strict=True):
                 inside = letter != "p" or value is None or 0 <= value - ARENA < self._arena.used
                 assert inside, f"{name} is given memory outside the arena"
@@ -203,7 +203,8 @@ def main(folder: Path) -> None:
                 for kind, values in EXTREMES.items():
                     case = spoiled(make((49, 33)), values, random)
                     calls += record(name, case, f"{name}[{number}](49, 33) {kind}", recorder, arena)
-    if missing := set(cpu._SIGNATURES) - recorder.seen - NOT_RECORDED:
+    ours = {name for name in cpu._SIGNATURES if not name.endswith("_work")}
+    if missing := ours - recorder.seen - NOT_RECORDED:
         sys.exit(f"no case of tests/serial/test_kernels.py reaches {', '.join(sorted(missing))}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "functions.h").write_text(functions())

@@ -1,4 +1,4 @@
-/* Calls the functions that record.py wrote down, at LEVEL, and compares the memory they leave with what they left there:
+/* Makes the calls that record.py wrote down, at LEVEL, and compares the memory they leave with what they left there:
  * bit by bit, but any NaN equals any NaN, because CPUs differ in the one they make. No C library is needed. */
 #include "replay.h"
 #include "functions.h"
@@ -59,7 +59,8 @@ static int is_nan(uint64_t bits, int64_t element) {
 }
 
 static void say_difference(const struct call *call, int64_t chunk, int64_t place, uint64_t got, uint64_t expected) {
-    say(call->label), say(": piece "), say_number((uint64_t)chunk, 10), say(", element "), say_number((uint64_t)place, 10);
+    say(call->label), say(": piece "), say_number((uint64_t)chunk, 10);
+    say(", element "), say_number((uint64_t)place, 10);
     say(" is "), say_number(got, 16), say(", expected "), say_number(expected, 16), say("\n");
 }
 

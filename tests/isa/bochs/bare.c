@@ -1,5 +1,5 @@
-/* Replays the calls on an emulated PC without an operating system. The disk is read by programmed I/O (ATA, 28-bit sector
- * numbers); port 0xE9 prints; port 0x8900 ends the emulation. */
+/* Replays the calls on an emulated PC without an operating system. The disk is read by programmed I/O (ATA, 28-bit
+ * sector numbers); port 0xE9 prints; port 0x8900 ends the emulation. */
 #include "../replay.h"
 #include <stddef.h>
 
@@ -30,7 +30,7 @@ static void read_sector(uint32_t sector, char *to) {
 static const struct calls *read_calls(void) {
     struct calls *calls = (struct calls *)CALLS;
     read_sector(0, (char *)calls);
-    for (uint32_t i = 1; i < (calls->bytes + SECTOR - 1) / SECTOR; i++) read_sector(i, (char *)calls + (size_t)i * SECTOR);
+    for (uint32_t i = 1; (int64_t)i * SECTOR < calls->bytes; i++) read_sector(i, (char *)calls + (size_t)i * SECTOR);
     return calls;
 }
 

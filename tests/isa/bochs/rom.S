@@ -1,5 +1,6 @@
-/* The last 64 KiB of the emulated machine's ROM: copies the program, which fills the ROM below, to memory, enters 64-bit mode
- * with AVX-512 enabled, and calls the program. Memory's first GiB is seen at address 0 and again at 64 GiB, for the arena. */
+/* The last 64 KiB of the emulated machine's ROM: copies the program, which fills the ROM below, to memory, enters
+ * 64-bit mode with AVX-512 enabled, and calls the program. Memory's first GiB is seen at address 0 and again at 64 GiB,
+ * where the arena is. */
 #define ROM 0xF0000
 #define PROGRAM_IN_ROM 0xFFF80000
 #define PROGRAM_BYTES 0x70000
