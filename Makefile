@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize lint bench clean
+.PHONY: help install train test test-all test-sanitize test-isa lint bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -76,6 +76,9 @@ test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with th
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MLM_MPI_CPU_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
 	  $(BIN)/python -m pytest -q tests/serial/test_kernels.py
+
+test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulated, and by clang: the same bits as on this CPU
+	@tests/isa/run $(BIN)/python
 
 lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 	@$(BIN)/ruff check .
