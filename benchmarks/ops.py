@@ -34,6 +34,7 @@ def rows() -> list[Row]:
         return r.standard_normal(shape, dtype="f4")
 
     x, dy, wide, dwide, gain, bias = f4(n, c), f4(n, c), f4(n, f), f4(n, f), f4(c), f4(c)
+    square = f4(c, c)
     q, k, w = f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
     do, dqkv = f4(b, t, h, d), f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
     o, lse = attention.forward(q, k, w)
