@@ -1,6 +1,5 @@
 """Every variant of flash attention against the reference in float64: both sides of tile borders, all kinds of masks."""
 
-
 import cupy
 import numpy as np
 import pytest
