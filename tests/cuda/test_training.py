@@ -3,9 +3,12 @@
 import json
 
 import pytest
-from programs import Place, make_text, prepare
 
-from mlm_mpi.train.checkpoint import read_manifest
+pytest.importorskip("msgspec", reason="whole programs read their configuration with msgspec")
+
+from programs import Place, make_text, prepare  # noqa: E402
+
+from mlm_mpi.train.checkpoint import read_manifest  # noqa: E402
 
 GPU = "backend.device=gpu"
 
