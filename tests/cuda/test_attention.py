@@ -51,7 +51,7 @@ def _only(variant, monkeypatch):
         monkeypatch.setitem(chosen._candidates, name, kept)
 
 
-VARIANTS = ["mma", "plain"]
+VARIANTS = ["hopper", "mma", "plain"]
 
 
 @pytest.fixture(params=VARIANTS)
