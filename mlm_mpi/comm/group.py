@@ -8,6 +8,7 @@ one needs no MPI.
 
 import ctypes
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from mlm_mpi.errors import CommError, MlmError, agreed
@@ -100,12 +100,12 @@ class Group:
         """Everybody's value, in rank order. Collective. Values travel as JSON: plain data only."""
         if self.size == 1:
             return [value]
-        mine = np.frombuffer(msgspec.json.encode(value), np.uint8)
+        mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = self.allgather_array(np.array([mine.size], np.int64), what)[:, 0]
         out = np.empty(int(counts.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(counts)])
         self.wait(self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)]), what)
-        return [msgspec.json.decode(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
+        return [json.loads(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
 
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's value. Collective. Plain data only."""

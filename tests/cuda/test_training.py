@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("msgspec", reason="whole programs read their configuration with msgspec")
+
 from programs import Place, make_text, prepare
 
 from mlm_mpi.train.checkpoint import read_manifest

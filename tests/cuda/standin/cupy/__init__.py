@@ -196,4 +196,6 @@ _pool = _Pool()
 
 def get_default_memory_pool():
     return _pool
+
+
 driver = load_driver()
