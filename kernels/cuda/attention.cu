@@ -40,9 +40,8 @@ __device__ __forceinline__ void load_tile(
     }
 }
 
-// A number per query of a tile: zero beyond the last.
-__device__ __forceinline__ void load_numbers(const float *numbers, int first, int count, float *tile) {
-    for (int r = threadIdx.x; r < TILE; r += THREADS) tile[r] = first + r < count ? numbers[first + r] : 0.0f;
+__device__ __forceinline__ void load_statistics(const Statistics *from, Statistics *to) {
+    if (threadIdx.x < TILE) to[threadIdx.x] = from[threadIdx.x];
 }
 
 // left rightᵀ of two tiles of rows
@@ -149,37 +148,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
         float all = row_sum(total[i]);
         int t = first + row() + i * SIDE;
         factor[i] = end > 0 ? 1.0f / all : 0.0f;
-        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] * LN_2 + logf(all);
+        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] / LOG2_E + logf(all);
     }
     store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
 }
 
-// delta = Σ do·o per query, (B, H, T): a warp per query
-extern "C" __global__ void __launch_bounds__(THREADS) attention_delta(Problem p, View dout, View o, float *delta) {
-    int64_t i = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-    if (i >= int64_t(p.batch) * p.heads * p.queries) return;
-    int t = i % p.queries, head = i / p.queries;
-    Work work = {head / p.heads, head % p.heads, 0};
-    const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
-    float sum = 0.0f;
-    for (int c = threadIdx.x % 32; c < p.width; c += 32) sum += to_float(left[c]) * to_float(right[c]);
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) delta[i] = sum;
+// Of every query, and zeros where rows are padded: a warp per query.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(
+    Problem p, View dout, View o, const float *lse, Statistics *statistics) {
+    const int rows = (p.queries + PADDED - 1) / PADDED * PADDED;
+    const int64_t i = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (i >= int64_t(p.batch) * p.heads * rows) return;
+    const int t = i % rows, head = i / rows;
+    const Work work = {head / p.heads, head % p.heads, 0};
+    Statistics of = {};
+    if (t < p.queries) {
+        const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
+        for (int c = threadIdx.x % 32; c < p.width; c += 32) of.delta += to_float(left[c]) * to_float(right[c]);
+        of = {lse[work.row(p) + t] * LOG2_E, warp_sum(of.delta)};
+    }
+    if (threadIdx.x % 32 == 0) statistics[i] = of;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
-    Problem p, View dout, View q, View k, View v, const float *lse, const float *delta, View dq) {
+    Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dq) {
     DYNAMIC_SMEM(float, queries);
     float *slopes = queries + TILE * LINE, *keys = slopes + TILE * LINE, *values = keys + TILE * LINE;
-    float *weights = values + TILE * LINE, *level = weights + TILE * SCORES, *shift = level + TILE;
+    float *weights = values + TILE * LINE;
+    Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
     const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int end = p.limit(min(first + TILE, p.queries) - 1, length);
     float sum[EACH][WIDE] = {};
     load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
     load_tile(work.rows(dout), dout.row, first, p.queries, p.width, slopes);
-    load_numbers(lse + work.row(p), first, p.queries, level);
-    load_numbers(delta + work.row(p), first, p.queries, shift);
+    load_statistics(statistics + work.padded_row(p) + first, levels);
 
     for (int key = 0; key < end; key += TILE) {
         load_tile(work.rows(k), k.row, key, end, p.width, keys);
@@ -194,8 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 bool seen = key + column() + j * SIDE < limit;
-                float weight = seen ? exp2f(score[i][j] * p.scale_2() - level[r] * LOG2_E) : 0.0f;
-                weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - shift[r]);
+                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
+                weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
             }
         }
         __syncthreads();
@@ -209,11 +212,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys(
-    Problem p, View dout, View q, View k, View v, const float *lse, const float *delta, View dk, View dv) {
+    Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dk, View dv) {
     DYNAMIC_SMEM(float, keys);
     float *values = keys + TILE * LINE, *queries = values + TILE * LINE, *slopes = queries + TILE * LINE;
     float *weights = slopes + TILE * LINE, *bends = weights + TILE * SCORES;
-    float *level = bends + TILE * SCORES, *shift = level + TILE;
+    Statistics *levels = reinterpret_cast<Statistics *>(bends + TILE * SCORES);
     const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int begin = first < length ? p.first_query(first) / TILE * TILE : p.queries;  // hidden keys: no query
@@ -224,8 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     for (int query = begin; query < p.queries; query += TILE) {
         load_tile(work.rows(q), q.row, query, p.queries, p.width, queries);
         load_tile(work.rows(dout), dout.row, query, p.queries, p.width, slopes);
-        load_numbers(lse + work.row(p), query, p.queries, level);
-        load_numbers(delta + work.row(p), query, p.queries, shift);
+        load_statistics(statistics + work.padded_row(p) + query, levels);
         __syncthreads();
         float score[EACH][EACH], slope[EACH][EACH];  // rows are keys, columns queries
         multiply(keys, queries, score);
@@ -237,9 +239,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
             for (int j = 0; j < EACH; j++) {
                 int t = column() + j * SIDE;
                 bool seen = first + r < p.limit(query + t, length);
-                float weight = seen ? exp2f(score[i][j] * p.scale_2() - level[t] * LOG2_E) : 0.0f;
+                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
                 weights[r * SCORES + t] = weight;
-                bends[r * SCORES + t] = weight * (slope[i][j] - shift[t]);
+                bends[r * SCORES + t] = weight * (slope[i][j] - levels[t].delta);
             }
         }
         __syncthreads();

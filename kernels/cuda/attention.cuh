@@ -3,7 +3,6 @@
 #include "common.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // An array (batch, heads, rows, width) whose last dim is contiguous; strides in elements.
 struct View {
@@ -28,6 +27,13 @@ struct Problem {
     __device__ int first_query(int key) const { return causal ? max(0, key - offset()) : 0; }
 };
 
+// What backward keeps of a query: log-sum-exp of its scores in base 2, and Σ do·o.
+struct Statistics {
+    float level, delta;
+};
+
+constexpr int PADDED = 128;  // statistics come in rows of a multiple of this, zero beyond the last query
+
 // One head of one row of the batch, and a tile of its queries or keys.
 struct Work {
     int b, h, tile;
@@ -35,6 +41,10 @@ struct Work {
     __device__ ELEMENT *rows(const View &x) const { return x.data + b * x.batch + h * x.head; }
     // where its numbers begin in an array (batch, heads, queries)
     __device__ int64_t row(const Problem &p) const { return (int64_t(b) * p.heads + h) * p.queries; }
+    // and in one of statistics
+    __device__ int64_t padded_row(const Problem &p) const {
+        return (int64_t(b) * p.heads + h) * ((p.queries + PADDED - 1) / PADDED * PADDED);
+    }
 };
 
 // What this block does. Heads come in groups that share the L2 cache; within one, the tile changes slowest and the

@@ -89,22 +89,23 @@ struct Sums {
         }
     }
 
-    __device__ __forceinline__ void deposit(const Result &result, const Piece &piece, int2 tile) const {
+    __device__ __forceinline__ void finish(const Result &result, int2 origin) const {
 #pragma unroll
         for (int i = 0; i < RUNS_M * RUN; i++)
 #pragma unroll
             for (int j = 0; j < RUNS_N; j++)
-                result.deposit(piece, tile, row + i / RUN * RUN * LANES_M + i % RUN, column + j * RUN * LANES_N, at[i][j]);
+                result.finish(origin.x + row + i / RUN * RUN * LANES_M + i % RUN, origin.y + column + j * RUN * LANES_N,
+                              at[i][j]);
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) matmul(
-    const ELEMENT *a, const ELEMENT *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int pitch,
-    int accumulate, const ELEMENT *bias, const ELEMENT *other, ELEMENT *pre, float *partial, int count) {
+    const ELEMENT *a, const ELEMENT *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int rows, int columns,
+    int pitch, int accumulate, const ELEMENT *bias, const ELEMENT *other, ELEMENT *pre, int count) {
     __shared__ __align__(16) float tile_a[2][TILE_K * A::PITCH], tile_b[2][TILE_K * B::PITCH];
     A from_a{a, pitch_a, m, k};
     B from_b{b, pitch_b, n, k};
-    Result result{out, bias, other, pre, partial, pitch, m, n, accumulate};
+    Result result{out, bias, other, pre, pitch, rows, columns, accumulate};
     int tiles_m = tiles_of(m, TILE_M), tiles_n = tiles_of(n, TILE_N);
 
     Shares{tiles_m * tiles_n, tiles_of(k, TILE_K), count}.over_pieces([&](const Piece &piece) {
@@ -128,6 +129,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) matmul(
             if (more) put(step + 1);
             __syncthreads();
         }
-        sums.deposit(result, piece, tile);
+        sums.finish(result, origin(piece, tile));
     });
 }

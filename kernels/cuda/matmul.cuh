@@ -21,23 +21,23 @@ constexpr bool BIASED = EPILOGUE == BIAS || EPILOGUE == RESIDUAL || EPILOGUE == 
 // A tile of the result, and the k steps [first, last) that one block sums for it.
 struct Piece {
     int tile, first, last;
-    int slot;  // where the partial sums go; -1: the piece is the whole tile
+    int slot;  // where the sums are kept until those of the tile's other pieces are there; -1: there are none
 };
 
 // All steps of all tiles, tile after tile, cut into equal shares: one share a tile, or (few tiles, long k) one share a
-// block, whatever tiles it touches. Such pieces are added later, in the order of k: the sum depends on the number of
-// shares only. Osama et al., "Stream-K", arXiv:2301.03598.
+// block, whatever tiles it touches. What is summed in pieces is kept in float32 and added by matmul_pieces.cu in the order
+// of k: the sum depends on the number of shares only. Osama et al., "Stream-K", arXiv:2301.03598.
 struct Shares {
     int tiles, steps, count;
 
+    __device__ __forceinline__ bool cut_tiles() const { return count != tiles; }
     __device__ __forceinline__ int64_t begin(int share) const { return int64_t(tiles) * steps * share / count; }
+    __device__ __forceinline__ int slot(int share, int tile) const { return share + tile; }  // of no other piece
 
     // the share that holds a step
     __device__ __forceinline__ int holder(int64_t step) const {
         return int(((step + 1) * count - 1) / (int64_t(tiles) * steps));
     }
-
-    __device__ __forceinline__ int slot(int share, int tile) const { return share + tile; }  // no two pieces share one
 
     template <class F> __device__ __forceinline__ void over_pieces(F body) const {
         for (int share = blockIdx.x; share < count; share += gridDim.x) {
@@ -45,7 +45,7 @@ struct Shares {
             while (at < end) {
                 int tile = int(at / steps), first = int(at - int64_t(tile) * steps);
                 int last = int(min(int64_t(steps), first + (end - at)));
-                body(Piece{tile, first, last, count == tiles ? -1 : slot(share, tile)});
+                body(Piece{tile, first, last, cut_tiles() ? slot(share, tile) : -1});
                 at += last - first;
             }
         }
@@ -60,6 +60,11 @@ __device__ __forceinline__ int2 place(int tile, int tiles_m, int tiles_n) {
     int band = tile / (BAND * tiles_n), at = tile % (BAND * tiles_n);
     int rows = min(BAND, tiles_m - band * BAND);
     return make_int2(band * BAND + at % rows, at / rows);
+}
+
+// Where a piece's sums go in `out`: its tile's place in the result, or its slot's in a column of tiles.
+__device__ __forceinline__ int2 origin(const Piece &piece, int2 tile) {
+    return piece.slot < 0 ? make_int2(tile.x * TILE_M, tile.y * TILE_N) : make_int2(piece.slot * TILE_M, 0);
 }
 
 __device__ __forceinline__ int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
@@ -114,7 +119,6 @@ struct Result {
     const ELEMENT *bias;
     const ELEMENT *other;  // the residual (RESIDUAL) or the input of the GELU (SLOPE)
     ELEMENT *pre;          // written by GELU
-    float *partial;        // sums of pieces, a tile after the other by slot
     int pitch, rows, columns, accumulate;
 
     // out[row][column ...] from its sums
@@ -134,15 +138,5 @@ struct Result {
             for (int i = 0; i < COUNT; i++) y.at[i] = gelu(to_float(from_float<ELEMENT>(y.at[i])));  // of what is kept
         }
         write_run(out + at, valid, y);
-    }
-
-    // the sums of a piece, at (row, column) of its tile: finished, or kept until the others are there
-    template <int COUNT>
-    __device__ __forceinline__ void deposit(const Piece &piece, int2 tile, int row, int column,
-                                            const Floats<COUNT> &sum) const {
-        if (piece.slot < 0)
-            finish(tile.x * TILE_M + row, tile.y * TILE_N + column, sum);
-        else
-            *reinterpret_cast<Floats<COUNT> *>(partial + (int64_t(piece.slot) * TILE_M + row) * TILE_N + column) = sum;
     }
 };

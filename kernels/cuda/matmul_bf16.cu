@@ -92,23 +92,23 @@ struct Sums {
     }
 };
 
-__device__ __forceinline__ void deposit(const Result &result, const Piece &piece, int2 tile, const float *sums) {
+__device__ __forceinline__ void finish(const Result &result, int2 origin, const float *sums) {
     constexpr int RUNS = TILE_N / UNIT;
 #pragma unroll 4
     for (int run = threadIdx.x; run < TILE_M * RUNS; run += THREADS) {
         int row = run / RUNS, column = run % RUNS * UNIT;
-        result.deposit(piece, tile, row, column,
-                       *reinterpret_cast<const Floats<UNIT> *>(sums + row * Sums::PITCH + column));
+        result.finish(origin.x + row, origin.y + column,
+                      *reinterpret_cast<const Floats<UNIT> *>(sums + row * Sums::PITCH + column));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) matmul_bf16(
-    const bf16 *a, const bf16 *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int pitch, int accumulate,
-    const bf16 *bias, const bf16 *other, bf16 *pre, float *partial, int count) {
+    const bf16 *a, const bf16 *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int rows, int columns,
+    int pitch, int accumulate, const bf16 *bias, const bf16 *other, bf16 *pre, int count) {
     DYNAMIC_SMEM(unsigned char, shared);
     A from_a{a, pitch_a, m, k};
     B from_b{b, pitch_b, n, k};
-    Result result{out, bias, other, pre, partial, pitch, m, n, accumulate};
+    Result result{out, bias, other, pre, pitch, rows, columns, accumulate};
     int tiles_m = tiles_of(m, TILE_M), tiles_n = tiles_of(n, TILE_N);
     auto tile_a = [&](int step) { return reinterpret_cast<bf16 *>(shared + step % STAGES * STAGE_BYTES); };
     auto tile_b = [&](int step) { return reinterpret_cast<bf16 *>(shared + step % STAGES * STAGE_BYTES + A::BYTES); };
@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) matmul_bf16(
         __syncthreads();
         sums.put(reinterpret_cast<float *>(shared));
         __syncthreads();
-        deposit(result, piece, tile, reinterpret_cast<float *>(shared));
+        finish(result, origin(piece, tile), reinterpret_cast<float *>(shared));
         __syncthreads();
     });
 }

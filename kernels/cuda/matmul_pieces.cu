@@ -21,6 +21,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) matmul_pieces(
         for (int i = 0; i < COUNT; i++) sum.at[i] += piece.at[i];
     }
     int2 where = place(tile, tiles_m, tiles_n);
-    Result result{out, bias, other, pre, nullptr, pitch, m, n, accumulate};
+    Result result{out, bias, other, pre, pitch, m, n, accumulate};
     result.finish(where.x * TILE_M + element / TILE_N, where.y * TILE_N + element % TILE_N, sum);
 }

@@ -250,8 +250,14 @@ def _pointer(structure: Any) -> int | None:
     return None if structure is None else ctypes.addressof(structure)
 
 
-@kernel("dropout.mask", lambda draw, shape, start, dtype: "" if np.dtype(dtype) == np.float32 else str(np.dtype(dtype)))
-def _dropout_mask(lib: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any) -> Any:
+def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
+    if xp is not np:
+        return "not in the CPU's memory"
+    return "" if np.dtype(dtype) == np.float32 else str(np.dtype(dtype))
+
+
+@kernel("dropout.mask", _fit_mask)
+def _dropout_mask(lib: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> Any:
     out, drawn = np.empty(shape, np.float32), _draw(draw)
     lib.dropout_mask(out.size, _pointer(drawn), start, _at(out))
     return out
@@ -375,14 +381,17 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
 # ---- adamw, clip
 
 
-def _fit_adamw(p: Any, g: Any, m: Any, v: Any, *numbers: float) -> str:
-    return dense(p, g, m, v) or shaped(p.shape, g, m, v)
+def _fit_adamw(
+    p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
+) -> str:  # fmt: skip
+    return "working copy" if working is not None else dense(p, g, m, v) or shaped(p.shape, g, m, v)
 
 
 @kernel("adamw.update", _fit_adamw)
 def _adamw_update(
     lib: Any, p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
-    root: float, epsilon: float, rate: float, shrink: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
 ) -> None:  # fmt: skip
     lib.adamw_update(
         p.size, _at(p), _at(g), _at(m), _at(v), scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2,

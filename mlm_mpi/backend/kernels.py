@@ -16,7 +16,7 @@ from mlm_mpi.errors import ConfigError
 
 OPS = (
     "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout",
-    "clip", "adamw", "sgd",
+    "clip", "adamw", "sgd", "sums", "cast",
 )  # fmt: skip
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 

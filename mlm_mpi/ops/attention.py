@@ -40,14 +40,16 @@ def _scores(q: Any, k: Any, causal: bool, position: int, scale: float) -> tuple[
     return scaled, scores
 
 
-def _factors(draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any) -> Any:
+def _factors(
+    draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any, xp: Any = np
+) -> Any:
     # the dropout mask (H, rows, S) of queries start … stop − 1, a slice of the global (B, H, T, S)
     _, heads, queries, keys = shape
     drawn = [
-        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype)
+        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype, xp)
         for h in range(heads)
     ]  # fmt: skip
-    return np.stack(drawn)
+    return xp.stack(drawn)
 
 
 @served
@@ -81,8 +83,8 @@ def forward(
             total = p.sum(axis=2, keepdims=True)
             lse[b, :, start:stop] = (top + xp.log(total))[:, :, 0]
             if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype)
-                p *= xp.asarray(drop)[:, :, :columns]
+                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
+                p *= drop[:, :, :columns]
             part = p @ v[b, :, :columns]  # (H, rows, D)
             part /= total
             o[b, start:stop] = part.swapaxes(0, 1)
@@ -119,8 +121,8 @@ def backward(
             delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
             kept = p
             if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype)
-                drop = xp.asarray(drop)[:, :, :columns]
+                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
+                drop = drop[:, :, :columns]
                 kept = p * drop
                 ds *= drop
             ds -= delta[:, :, None]

@@ -8,7 +8,7 @@ count comes once, after the reduction.
 from collections.abc import Iterator
 from typing import Any
 
-from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.ops import matmul
 
@@ -21,7 +21,7 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
-    xp = module_of(logits)
+    xp, stored, logits = module_of(logits), logits, wide(logits)
     index = xp.arange(logits.shape[0])
     logits -= logits.max(axis=1, keepdims=True)
     wanted = logits[index, targets].copy()
@@ -34,6 +34,8 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     if mask is not None:
         losses[~mask] = 0.0
         logits[~mask] = 0.0
+    if stored is not logits:
+        stored[...] = logits
     return losses
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, module_of
+from mlm_mpi.backend.arrays import deposit, module_of, wide
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.ops import gelu, matmul
 
@@ -52,5 +52,5 @@ def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool) -> None
 
 @served
 def bias_gradient(dy: Any, db: Any, accumulate: bool) -> None:
-    """db = Σ dy over rows, written or added. Shapes: dy (N, F), db (F,)."""
-    deposit(dy.sum(axis=0), db, accumulate)
+    """db = Σ dy over rows, written or added; db may be wider than dy. Shapes: dy (N, F), db (F,)."""
+    deposit(wide(dy).sum(axis=0), db, accumulate)

@@ -19,11 +19,11 @@ _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a
 @served
 def update(
     p: Any, gradient: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
-    root: float, epsilon: float, rate: float, shrink: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
 ) -> None:  # fmt: skip
     """m = β₁ m + (1 − β₁) g, v = β₂ v + (1 − β₂) g², p = shrink · p − rate · m / (root √v + ε); g = scale · gradient.
 
-    Shapes: p, gradient, m, v (n,), changed in place but the gradient.
+    Shapes: p, gradient, m, v (n,), changed in place but the gradient; working (n,) becomes p in its own dtype.
     """
     xp = module_of(p)
     work = xp.empty((2, min(_BLOCK, p.size)), p.dtype)
@@ -46,6 +46,8 @@ def update(
         u *= rate
         a *= shrink
         a -= u
+        if working is not None:
+            working[part] = a
 
 
 class AdamW:

@@ -21,6 +21,8 @@ PROBLEM = np.dtype(
 VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
 
 WIDEST = 128
+PADDED = 128  # attention.cuh
+PLAIN_THREADS = 256  # attention.cu
 L2_BYTES = 16 << 20  # of keys and values of heads worked on together; an A100 has 40 MiB of L2 cache, an H100 50
 
 
@@ -85,7 +87,90 @@ def _outputs(gpu: Any, q: Any) -> tuple[Any, Any]:
     return o, gpu.cupy.empty((batch, heads, queries), np.float32)
 
 
-PLAIN_THREADS = 256
+def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
+    """Of every query the log-sum-exp in base 2 and Σ do·o: (B, H, T rounded up, 2) float32."""
+    batch, heads, queries = lse.shape
+    statistics = gpu.cupy.empty((batch, heads, -(-queries // PADDED) * PADDED, 2), np.float32)
+    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32)
+    blocks = -(-statistics.size // 2 // (PLAIN_THREADS // 32))
+    views = map(_view, (_heads_first(do), _heads_first(o)))
+    run((blocks,), (PLAIN_THREADS,), (problem, *views, lse, statistics))
+    return statistics
+
+
+# ---- bfloat16 on tensor cores ------------------------------------------------------------------
+
+MMA_THREADS = 128
+MMA_QUERIES = 128  # of a block of attention_bf16.cu
+MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
+
+
+def _lacks_mma(gpu: Any) -> str:
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
+
+
+def _aligned(*arrays: Any) -> str:
+    """Tiles move in pieces of 16 bytes."""
+    for x in arrays:
+        if x.dtype.name != "bfloat16":
+            return str(x.dtype)
+        if x.shape[3] % 8:
+            return "head width is no multiple of 8"
+        if any(n % 16 for n in (x.data.ptr, *x.strides[:3])):
+            return "not aligned to 16 bytes"
+    return ""
+
+
+def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
+    return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
+
+
+def _mma_head(width: int) -> int:
+    return 64 if width <= 64 else WIDEST
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
+def _mma_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head = _mma_head(q.shape[3])
+    keys = 64 if head == 64 else 48
+    shared = 2 * head * (MMA_QUERIES + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
+    arguments = (_problem(q, k, causal, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], MMA_QUERIES), (MMA_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+def _fit_mma_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or _aligned(do, q, k, v, dq, dk, dv)
+
+
+@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
+def _mma_backward(
+    gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: None = None, lengths: Any = None,
+) -> None:  # fmt: skip
+    problem = _problem(q, k, causal, lengths)
+    statistics = _statistics(gpu, problem, do, o, lse)
+    head = _mma_head(q.shape[3])
+    threads, streamed = (128, 64) if head == 64 else (256, 32)
+    shared = 4 * head * (MMA_OWNED + 2 * streamed) + 16 * streamed
+    inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
+    for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
+        run = gpu.function(
+            "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head
+        )  # fmt: skip
+        arguments = (*inputs, *map(_view, outputs))
+        run(_blocks(q, length, MMA_OWNED), (threads,), arguments, shared_mem=shared)
+
+
+# ---- everything else ---------------------------------------------------------------------------
 
 
 def _plain_shape(width: int) -> tuple[int, int, int, int]:
@@ -93,15 +178,6 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
     head = next(head for head in (32, 64, WIDEST) if width <= head)
     tile = 32 if head > 64 else 64
     return head, tile, 4 * tile * (head + 4), 4 * tile * (tile + 4)
-
-
-def _delta(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
-    """Σ do·o per query, (B, H, T) float32."""
-    delta = gpu.cupy.empty(lse.shape, np.float32)
-    run = gpu.function("attention", "attention_delta", ELEMENT=element(do), HEAD=32)
-    blocks = -(-delta.size // (PLAIN_THREADS // 32))
-    run((blocks,), (PLAIN_THREADS,), (problem, _view(_heads_first(do)), _view(_heads_first(o)), delta))
-    return delta
 
 
 @kernel("attention.forward", _fit, device="cuda", variant="plain")
@@ -124,9 +200,9 @@ def _plain_backward(
     causal: bool = True, draw: None = None, lengths: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, lengths)
-    delta = _delta(gpu, problem, do, o, lse)
+    statistics = _statistics(gpu, problem, do, o, lse)
     head, tile, rows, scores = _plain_shape(q.shape[3])
-    inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), lse, delta)
+    inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
     for name, length, matrices, outputs in (("queries", q.shape[2], 1, (dq,)), ("keys", k.shape[2], 2, (dk, dv))):
         shared = 4 * rows + matrices * scores + 8 * tile
         run = gpu.function("attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head)

@@ -9,7 +9,7 @@ matmul.cuh), is `plan`: a function of the shape and the number of multiprocessor
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -155,97 +155,195 @@ def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) 
 # ---- launches
 
 
-def _results(gpu: Any, product: Product) -> tuple[Any, Any]:
-    """out, and the GELU's input where it is a result too."""
-    (m, n, _), empty = product.sizes, gpu.cupy.empty
-    out = empty((m, n), product.a.dtype) if product.out is None else product.out
-    return out, empty((m, n), product.a.dtype) if product.epilogue == "GELU" else None
+@dataclass(frozen=True)
+class Launch:
+    """A product on its way: where the results go, by which tile, in how many shares."""
+
+    product: Product
+    out: Any
+    pre: Any  # the input of the GELU where it is a result too
+    tile: Tile
+    shares: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.product.sizes[2] // self.tile.k)
+
+    @property
+    def macros(self) -> dict[str, Any]:
+        """What matmul.cuh wants to know."""
+        return {
+            "ELEMENT": element(self.product.a), "RESULT": element(self.out), "EPILOGUE": self.product.epilogue,
+            "TILE_M": self.tile.m, "TILE_N": self.tile.n,
+        }  # fmt: skip
+
+    @property
+    def along_k(self) -> dict[str, int]:
+        """Which operands have k contiguous."""
+        (_, a_by_rows), (_, b_by_rows) = layout(self.product.a), layout(self.product.b)  # type: ignore[misc]
+        return {"A_ALONG_K": int(a_by_rows), "B_ALONG_K": int(not b_by_rows)}
+
+    def function(self, gpu: Any, stem: str, shared_bytes: int = 0, **macros: Any) -> Callable[..., None]:
+        return gpu.function(stem, stem, shared_bytes=shared_bytes, **self.macros, **macros)
 
 
-def _returned(product: Product, out: Any, pre: Any) -> Any:
+Start = Callable[[Any, Launch], None]  # of a kernel that sums tiles
+
+
+def _multiply(gpu: Any, product: Product, tiles: tuple[Tile, ...], start: Start) -> Any:
+    """Runs a product and returns its results: new arrays, unless `out` was given."""
+    (m, n, _), empty, dtype = product.sizes, gpu.cupy.empty, product.a.dtype
+    out = empty((m, n), dtype) if product.out is None else product.out
+    pre = empty((m, n), dtype) if product.epilogue == "GELU" else None
+    whole = Launch(product, out, pre, *plan(product.sizes, tiles, gpu.processors))
+    if whole.shares == whole.tile.count(m, n):
+        start(gpu, whole)
+    else:
+        _in_pieces(gpu, whole, start)
     if product.out is not None:
         return None
     return out if pre is None else (out, pre)
 
 
-def _macros(product: Product, out: Any, tile: Tile, vector: bool) -> dict[str, Any]:
-    return {
-        "ELEMENT": element(product.a), "RESULT": element(out), "EPILOGUE": product.epilogue, "VECTOR": int(vector),
-        "TILE_M": tile.m, "TILE_N": tile.n,
-    }  # fmt: skip
-
-
-def _sum_pieces(
-    gpu: Any, product: Product, out: Any, pre: Any, tile: Tile, shares: int, partial: Any, macros: dict[str, Any]
-) -> None:
-    m, n, k = product.sizes
-    run = gpu.function("matmul_pieces", "matmul_pieces", **macros)
-    grid = tile.count(m, n), tile.m * tile.n // (PIECE_THREADS * PIECE_RUN)
+def _in_pieces(gpu: Any, whole: Launch, start: Start) -> None:
+    """The partial sums first, into a column of tiles, one for each slot of `Shares`; then their sum and the epilogue."""
+    product, tile, count = whole.product, whole.tile, whole.tile.count(*whole.product.sizes[:2])
+    partial = gpu.cupy.empty(((whole.shares + count) * tile.m, tile.n), np.float32)
+    start(gpu, replace(whole, product=Product("STORE", product.a, product.b), out=partial, pre=None))
+    run = whole.function(gpu, "matmul_pieces", VECTOR=int(_all_aligned(product)))
     run(
-        grid,
+        (count, tile.m * tile.n // (PIECE_THREADS * PIECE_RUN)),
         (PIECE_THREADS,),
-        (partial, *map(np.int32, (m, n, -(-k // tile.k), shares)), out, np.int32(layout(out)[0]),  # type: ignore[index]
-         np.int32(product.accumulate), product.bias, product.other, pre),
+        (partial, *map(np.int32, (*product.sizes[:2], whole.steps, whole.shares)), whole.out,
+         *map(np.int32, (layout(whole.out)[0], product.accumulate)), product.bias, product.other, whole.pre),
     )  # fmt: skip
 
 
-def _partial(gpu: Any, product: Product, tile: Tile, shares: int) -> Any:
-    """Room for the sums of pieces, a tile for each slot of `Shares`; None where every tile is one piece."""
-    m, n, _ = product.sizes
-    tiles = tile.count(m, n)
-    return None if shares == tiles else gpu.cupy.empty((shares + tiles, tile.m, tile.n), np.float32)
-
-
-def _by_blocks(gpu: Any, product: Product, stem: str, tiles: tuple[Tile, ...], threads: int, vector: bool) -> Any:
-    """A product by `matmul.cu` or `matmul_bf16.cu`, which take the same arguments: a block for every share."""
-    out, pre = _results(gpu, product)
-    tile, shares = plan(product.sizes, tiles, gpu.processors)
-    partial = _partial(gpu, product, tile, shares)
-    macros = _macros(product, out, tile, vector)
-    (pitch_a, a_along_k), (pitch_b, b_along_n), (pitch, _) = map(layout, (product.a, product.b, out))  # type: ignore[misc]
-    along = {"A_ALONG_K": int(a_along_k), "B_ALONG_K": int(not b_along_n)}
-    shared = SHARED_BYTES[stem](tile)
-    run = gpu.function(stem, stem, shared_bytes=shared, **macros, **along)
+def _by_blocks(gpu: Any, launch: Launch, stem: str, threads: int, shared_bytes: int, vector: bool) -> None:
+    """Starts `matmul.cu` or `matmul_bf16.cu`, which take the same arguments: a block for every share."""
+    product, out = launch.product, launch.out
+    run = launch.function(gpu, stem, shared_bytes, VECTOR=int(vector), **launch.along_k)
+    pitches = [layout(x)[0] for x in (product.a, product.b, out)]  # type: ignore[index]
     run(
-        (shares,),
+        (launch.shares,),
         (threads,),
-        (product.a, product.b, *map(np.int32, (*product.sizes, pitch_a, pitch_b)), out, np.int32(pitch),
-         np.int32(product.accumulate), product.bias, product.other, pre, partial, np.int32(shares)),
-        shared_mem=shared,
+        (product.a, product.b, *map(np.int32, (*product.sizes, *pitches[:2])), out,
+         *map(np.int32, (*out.shape, pitches[2], product.accumulate)), product.bias, product.other, launch.pre,
+         np.int32(launch.shares)),
+        shared_mem=shared_bytes,
     )  # fmt: skip
-    if partial is not None:
-        _sum_pieces(gpu, product, out, pre, tile, shares, partial, macros)
-    return _returned(product, out, pre)
 
+
+# ---- matmul.cu
 
 PLAIN_TILES = (Tile(128, 64, 8, blocks=3), Tile(64, 64, 8, blocks=4, rate=0.8))
+PLAIN_THREADS = 128
+
+
+def _start_plain(gpu: Any, launch: Launch) -> None:
+    vector = launch.product.a.dtype == np.float32 and _all_aligned(launch.product)
+    _by_blocks(gpu, launch, "matmul", PLAIN_THREADS, 0, vector)
+
+
+def _plain(gpu: Any, product: Product) -> Any:
+    return _multiply(gpu, product, PLAIN_TILES, _start_plain)
+
+
+# ---- matmul_bf16.cu
+
 MMA_TILES = (Tile(128, 128, 32, blocks=2), Tile(64, 64, 32, blocks=3, rate=0.6))
+MMA_THREADS, MMA_STAGES = 128, 4
 
 
-def _ring_bytes(tile: Tile) -> int:
-    """Shared memory of matmul_bf16.cu: 4 stages of both operands, and later the sums."""
-    return max(4 * 2 * (tile.m + tile.n) * tile.k, 4 * tile.m * (tile.n + 8))
-
-
-SHARED_BYTES: dict[str, Callable[[Tile], int]] = {"matmul": lambda tile: 0, "matmul_bf16": _ring_bytes}
-
-
-def _mma_fits(product: Product) -> str:
+def _bf16_fits(product: Product) -> str:
+    """What both kernels on tensor cores ask for."""
     if reason := _fits(product):
         return reason
     if product.a.dtype == np.float32:
         return "float32"
+    return "" if _all_aligned(product) else "addresses or pitches not in multiples of 16 bytes"
+
+
+def _mma_fits(product: Product) -> str:
+    if reason := _bf16_fits(product):
+        return reason
     rows = (x.shape[1] if layout(x)[1] else x.shape[0] for x in (product.a, product.b))  # type: ignore[index]
-    return "" if _all_aligned(product) and not any(n % 8 for n in rows) else "rows not in multiples of 16 bytes"
+    return "rows not in multiples of 16 bytes" if any(length % 8 for length in rows) else ""
+
+
+def _start_mma(gpu: Any, launch: Launch) -> None:
+    tile = launch.tile
+    ring, sums = MMA_STAGES * 2 * (tile.m + tile.n) * tile.k, 4 * tile.m * (tile.n + 8)  # one after the other
+    _by_blocks(gpu, launch, "matmul_bf16", MMA_THREADS, max(ring, sums), vector=True)
 
 
 def _mma(gpu: Any, product: Product) -> Any:
-    return _by_blocks(gpu, product, "matmul_bf16", MMA_TILES, 128, vector=True)
+    return _multiply(gpu, product, MMA_TILES, _start_mma)
 
 
-def _plain(gpu: Any, product: Product) -> Any:
-    vector = product.a.dtype == np.float32 and _all_aligned(product)
-    return _by_blocks(gpu, product, "matmul", PLAIN_TILES, 128, vector)
+def _lacks_mma(gpu: Any) -> str:
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
+
+
+# ---- matmul_hopper.cu
+
+HOPPER_TILES = (Tile(128, 256, 64, blocks=1), Tile(128, 128, 64, blocks=1, rate=0.9))
+HOPPER_THREADS = 384
+SHARED_BYTES = 227 << 10  # of a block
+CHUNK = 64, 128  # rows, bytes
+BOX = 64  # elements of 128 bytes
+
+
+def _hopper_fits(product: Product) -> str:
+    if product.accumulate and product.out.dtype != np.float32:
+        return "adds to bfloat16"
+    return _bf16_fits(product)
+
+
+def _hopper_ring(tile: Tile, epilogue: str) -> tuple[dict[str, int], int]:
+    """Stages of the ring and buffers of a warpgroup (`struct Shared` of matmul_hopper.cu), and the bytes of both.
+
+    An epilogue that reads or keeps a matrix has a tile's width of buffers; what they leave is the ring's.
+    """
+    buffers = 4 if epilogue in ("RESIDUAL", "SLOPE", "GELU") else 2
+    stage_bytes, chunks, bias = 2 * (tile.m + tile.n) * tile.k, 2 * buffers * CHUNK[0] * CHUNK[1], 2 * 2 * tile.n
+    barriers = 256  # more than any ring has
+    stages = (SHARED_BYTES - chunks - bias - barriers) // stage_bytes
+    return {"STAGES": stages, "BUFFERS": buffers}, stages * stage_bytes + chunks + bias + barriers
+
+
+def _operand_map(gpu: Any, x: Any, size: int, depth: int, along_k: int) -> Any:
+    """The map of an operand (i, k): boxes of a tile's `size` rows, or of 64 columns of `depth` where i is contiguous."""
+    return gpu.tensor_map(x, (size, BOX)) if along_k else gpu.tensor_map(x.T, (depth, BOX))
+
+
+def _chunk_map(gpu: Any, x: Any) -> Any:
+    return gpu.tensor_map(x, (CHUNK[0], CHUNK[1] // x.itemsize))
+
+
+def _start_hopper(gpu: Any, launch: Launch) -> None:
+    product, tile, along = launch.product, launch.tile, launch.along_k
+    ring, shared_bytes = _hopper_ring(tile, product.epilogue)
+    run = launch.function(gpu, "matmul_hopper", shared_bytes, VECTOR=1, **ring, **along)
+    other = launch.pre if product.other is None else product.other
+    out = _chunk_map(gpu, launch.out)
+    run(
+        (min(launch.shares, gpu.processors),),
+        (HOPPER_THREADS,),
+        (_operand_map(gpu, product.a, tile.m, tile.k, along["A_ALONG_K"]),
+         _operand_map(gpu, product.b.T, tile.n, tile.k, along["B_ALONG_K"]),
+         out, out if other is None else _chunk_map(gpu, other), product.bias,
+         *map(np.int32, (*product.sizes, product.accumulate, launch.shares))),
+        shared_mem=shared_bytes,
+    )  # fmt: skip
+
+
+def _hopper(gpu: Any, product: Product) -> Any:
+    return _multiply(gpu, product, HOPPER_TILES, _start_hopper)
+
+
+def _lacks_hopper(gpu: Any) -> str:
+    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
 
 
 # ---- the registry: every function by every kernel, the fastest first
@@ -269,5 +367,6 @@ def _register(variant: str, contract: Callable[[Product], str], run: Callable[[A
         )(lambda gpu, *a, _product=product, **k: run(gpu, _product(*a, **k)))
 
 
-_register("mma", _mma_fits, _mma, lambda gpu: "" if gpu.capability >= (8, 0) else "needs compute capability 8.0")
-_register("plain", _fits, _plain, None)
+_register("hopper", _hopper_fits, _hopper, _lacks_hopper)
+_register("mma", _mma_fits, _mma, _lacks_mma)
+_register("plain", _fits, _plain, lambda gpu: "")

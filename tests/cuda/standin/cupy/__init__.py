@@ -199,4 +199,6 @@ _pool = _Pool()
 
 def get_default_memory_pool():
     return _pool
+
+
 driver = load_driver()

@@ -55,8 +55,8 @@ class RawModule:
         # not -D: the emulator's own headers come before the text
         defines = [option[2:].replace("=", " ", 1) for option in self.options if option.startswith("-D")]
         lines = [*(f"#define {define}" for define in defines), "#line 1", self.code]
-        text = "\n".join([*lines, *(f"CU_KERNEL({name}, {name})" for name in names), ""])
-        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "cuda_cpu.h", *FLAGS]
+        text = "\n".join([*lines, *(f"CU_KERNEL({name})" for name in names), ""])
+        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "emulator.h", *FLAGS]
         target = built(command, text, sorted(EMULATOR.glob("*.h")), "kernels.so")
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
