@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-isa lint bench clean
+.PHONY: help install train test test-all test-sanitize test-isa lint bench gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 4
 RUN ?= runs/tiny
+GPU_CHECK ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 
@@ -89,6 +90,10 @@ lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 bench: $(VENV)/.installed  ## step and reduction benchmarks of this machine
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/allreduce.py
+
+# without an environment and without an installation: what a machine lent for ten minutes has
+gpu-check:  ## everything that needs a GPU, in one command: tests, sanitizers, every kernel and a step against PyTorch
+	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean:  ## removes what make made: environment, corpus, runs, caches
 	@rm -rf $(VENV) $(CORPUS) runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
