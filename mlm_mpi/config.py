@@ -103,11 +103,14 @@ class Comm(Section, frozen=True):
 class Numerics(Section, frozen=True):
     """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
 
-    `reference`: ops that NumPy computes instead of a kernel, "gelu,attention" or "all", to find who spoils a loss.
+    `products`: "bf16" rounds the operands of matrix products to bf16 and sums in float32; all else, attention's own
+    products included, stays float32. It needs a CPU with AVX512-BF16. `reference`: ops that NumPy computes instead of a
+    kernel, "gelu,attention" or "all", to find who spoils a loss.
     """
 
     threads: int = 1
     level: Literal["auto", "base", "avx2"] = "auto"
+    products: Literal["float32", "bf16"] = "float32"
     reference: str = ""
 
 
@@ -269,6 +272,16 @@ def check(config: Config) -> None:
         train.micro_batches % train.lanes == 0,
         f"train.micro_batches = {train.micro_batches} is not a multiple of train.lanes = {train.lanes}: "
         f"set train.micro_batches = {-(-train.micro_batches // train.lanes) * train.lanes}",
+    )
+    _require(
+        config.numerics.products == "float32" or train.dtype == "float32",
+        f'numerics.products = "bf16" needs train.dtype = "float32", not "{train.dtype}": set one of them to "float32"',
+    )
+    handed_back = {op.strip() for op in config.numerics.reference.split(",")} & {"matmul", "linear", "all"}
+    _require(
+        config.numerics.products == "float32" or not handed_back,
+        f'numerics.products = "bf16" and numerics.reference = "{config.numerics.reference}": NumPy has no bf16 '
+        'products; set numerics.products = "float32"',
     )
     _require(
         optim.warmup_steps <= train.steps,

@@ -41,6 +41,7 @@ class Selection:
     level: str = "off"
     library: Any = None
     reason: str = ""
+    products: str = ""  # how matrix products differ from float32 ones of `level`
     reference: frozenset[str] = frozenset()
     fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, reason) -> times
 
@@ -73,10 +74,11 @@ def entries() -> dict[str, Kernel]:
     return _entries
 
 
-def select(level: str = "auto", reference: str = "") -> Selection:
+def select(level: str = "auto", reference: str = "", products: str = "float32") -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
-    `reference`: "gelu,attention" or "all". Raises ConfigError where an op is unknown or this CPU lacks the level.
+    `reference`: "gelu,attention" or "all". `products`: "float32", or "bf16" for operands of matrix products rounded
+    to bf16. Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -85,7 +87,8 @@ def select(level: str = "auto", reference: str = "") -> Selection:
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
     chosen, library, reason = cpu.load(level)
-    _selection = Selection(chosen, library, reason, ops)
+    about = cpu.take_bf16(library, chosen) if products == "bf16" else ""
+    _selection = Selection(chosen, library, reason, about, ops)
     return _selection
 
 
@@ -126,7 +129,8 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         why = "no kernel" if op not in known else chosen.refuses(op)
         if not why and dtype != "float32":
             why = dtype
-        return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level})"
+        products = f", {chosen.products}" if chosen.products and op in ("matmul", "linear") else ""
+        return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level}{products})"
 
     return {op: of(op) for op in OPS}
 
@@ -137,4 +141,5 @@ def summary(dtype: str = "float32") -> str:
     for op, by in serving(dtype).items():
         if not by.endswith("no kernel"):
             served_by.setdefault(by, []).append(op)
-    return "; ".join(by if by.startswith("C") else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())
+    most = f"C kernel ({selection().level})"
+    return "; ".join(by if by == most else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())

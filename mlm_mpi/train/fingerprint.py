@@ -32,6 +32,7 @@ def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
+        "products": config.numerics.products,
         "kernels": kernels.summary(config.train.dtype),
         "dtype": config.train.dtype,
         "micro_batches": config.train.micro_batches,

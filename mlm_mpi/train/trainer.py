@@ -95,8 +95,8 @@ class Trainer:
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
         with self.group.together("opening the data"):
+            kernels.select(config.numerics.level, config.numerics.reference, config.numerics.products)
             configuration.check_ranks(config, group.size)
-            kernels.select(config.numerics.level, config.numerics.reference)
             self._open_data()
             check_memory(config, self.vocabulary)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group))
