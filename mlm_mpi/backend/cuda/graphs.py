@@ -29,8 +29,11 @@ class Graphs:
                     self._met.add(key)
                     return work()
                 self.stream.begin_capture()
-                result = work()
-                self.captured[key] = self.stream.end_capture(), result
+                try:
+                    result = work()
+                finally:  # a stream left capturing would refuse all that follows
+                    graph = self.stream.end_capture()
+                self.captured[key] = graph, result
         graph, result = self.captured[key]
         graph.launch(self.stream)
         return result
