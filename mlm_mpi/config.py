@@ -92,22 +92,36 @@ class Checkpoint(Section, frozen=True):
 
 
 class Comm(Section, frozen=True):
-    """How gradients are summed. `bucket_mib`: what one message round carries, in MiB."""
+    """How gradients are summed. `bucket_mib`: what one message round carries, in MiB.
 
-    reduction: Literal["canonical", "allreduce"] = "canonical"
+    `gpu_aware`: whether MPI reads a GPU's memory itself; "auto" asks the library, "no" copies through host memory.
+    """
+
+    reduction: Literal["canonical", "allreduce", "nccl"] = "canonical"
     overlap: bool = True
     bucket_mib: float = 4.0
+    gpu_aware: Literal["auto", "yes", "no"] = "auto"
     timeout_s: float = 600.0
+
+
+class Backend(Section, frozen=True):
+    """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit)."""
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    memory_gib: float = 0.0
 
 
 class Numerics(Section, frozen=True):
     """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
 
-    `reference`: ops that NumPy computes instead of a kernel, "gelu,attention" or "all", to find who spoils a loss.
+    `products`: "bf16" rounds the operands of matrix products to bf16 and sums in float32. On a CPU, which needs
+    AVX512-BF16, all else stays float32; a GPU keeps activations in bf16 too. `reference`: ops that NumPy (CuPy)
+    computes instead of a kernel, "gelu,attention" or "all", to find who spoils a loss.
     """
 
     threads: int = 1
     level: Literal["auto", "base", "avx2"] = "auto"
+    products: Literal["float32", "bf16"] = "float32"
     reference: str = ""
 
 
@@ -127,6 +141,7 @@ class Config(Section, frozen=True):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     comm: Comm = Comm()
+    backend: Backend = Backend()
     numerics: Numerics = Numerics()
     log: Log = Log()
 
@@ -246,6 +261,7 @@ def check(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every, "optim.warmup_steps": optim.warmup_steps,
         "optim.weight_decay": optim.weight_decay, "optim.clip": optim.clip, "train.seed": train.seed,
         "optim.learning_rate": optim.learning_rate, "model.init_std": model.init_std,
+        "backend.memory_gib": config.backend.memory_gib,
     }  # fmt: skip
     for name, number in not_negative.items():
         _require(number >= 0, f"{name} = {number} must not be negative")
@@ -269,6 +285,20 @@ def check(config: Config) -> None:
         train.micro_batches % train.lanes == 0,
         f"train.micro_batches = {train.micro_batches} is not a multiple of train.lanes = {train.lanes}: "
         f"set train.micro_batches = {-(-train.micro_batches // train.lanes) * train.lanes}",
+    )
+    _require(
+        config.numerics.products == "float32" or train.dtype == "float32",
+        f'numerics.products = "bf16" needs train.dtype = "float32", not "{train.dtype}": set one of them to "float32"',
+    )
+    handed_back = {op.strip() for op in config.numerics.reference.split(",")} & {"matmul", "linear", "all"}
+    _require(
+        config.numerics.products == "float32" or not handed_back or config.backend.device == "gpu",
+        f'numerics.products = "bf16" and numerics.reference = "{config.numerics.reference}": NumPy has no bf16 '
+        'products; set numerics.products = "float32"',
+    )
+    _require(
+        config.comm.reduction != "nccl" or config.backend.device == "gpu",
+        "comm.reduction = nccl sums between GPUs: set backend.device = gpu, or choose canonical or allreduce",
     )
     _require(
         optim.warmup_steps <= train.steps,

@@ -263,8 +263,27 @@ def cgroup_limit_bytes() -> int | None:
 
 
 def _gpu() -> Iterator[Finding]:
-    present = importlib.util.find_spec("cupy") is not None
-    yield Finding("gpu", "cupy", "installed" if present else "not installed: ranks calculate on the CPU")
+    if importlib.util.find_spec("cupy") is None:
+        yield Finding("gpu", "cupy", "not installed: ranks calculate on the CPU (pip install 'mlm-mpi[cuda13]')")
+        return
+    import cupy
+
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        yield Finding("gpu", "cupy", f"{cupy.__version__}, but {_first_line(error)}: ranks calculate on the CPU")
+        return
+    yield Finding("gpu", "cupy", f"{cupy.__version__}, CUDA {cupy.cuda.runtime.runtimeGetVersion()}")
+    for number in range(count):
+        facts = cupy.cuda.runtime.getDeviceProperties(number)
+        size = f"{_size(facts['totalGlobalMem'])}, {facts['multiProcessorCount']} multiprocessors"
+        yield Finding("gpu", f"gpu {number}", f"{facts['name'].decode()}, sm_{facts['major']}{facts['minor']}, {size}")
+    from mlm_mpi.backend import kernels
+
+    kernels.select(device="cuda")
+    for op, implementation in kernels.serving().items():
+        yield Finding("gpu", op, implementation)
+    kernels.select()
 
 
 def _slurm() -> Iterator[Finding]:
@@ -274,8 +293,13 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
+    from mlm_mpi.backend import cpu
     from mlm_mpi.backend.kernels import serving
 
+    bf16 = f"possible ({cpu.BF16_LEVEL})" if cpu.runs(cpu.BF16_LEVEL) else "not possible: no AVX512-BF16"
+    portable = os.environ.get(cpu.BF16_VARIABLE) == "portable"
+    slow = f"{cpu.BF16_VARIABLE}=portable computes bf16 products in plain C, for tests: unset it" if portable else ""
+    yield Finding("ops", "bf16 products", bf16, slow)
     for op, implementation in serving().items():
         yield Finding("ops", op, implementation)
 

@@ -1,14 +1,34 @@
 // GELU in its tanh form, forward and backward: mlm_mpi/ops/gelu.py. Memory-bound: one read (two), one write.
+#include "flat.cuh"
 #include "gelu.cuh"
 
-template <class F> __device__ __forceinline__ void over_elements(int64_t size, F body) {
-    int64_t step = int64_t(gridDim.x) * blockDim.x;
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) body(i);
-}
+struct Forward {
+    const ELEMENT *x;
+    ELEMENT *y;
+
+    template <int N> __device__ __forceinline__ void at(int64_t i) const {
+        auto value = load<N>(x + i);
+        for (float &each : value.at) each *= gate(each);
+        store(y + i, value);
+    }
+};
+
+struct Backward {
+    const ELEMENT *dy, *x;
+    ELEMENT *dx;
+
+    template <int N> __device__ __forceinline__ void at(int64_t i) const {
+        auto value = load<N>(x + i), gradient = load<N>(dy + i);
+        for (int k = 0; k < N; k++) gradient.at[k] *= slope(value.at[k]);
+        store(dx + i, gradient);
+    }
+};
 
 extern "C" __global__ void gelu_forward(const ELEMENT *x, ELEMENT *y, int64_t size) {
-    over_elements(size, [=](int64_t i) {
-        float value = to_float(x[i]);
-        y[i] = from_float<ELEMENT>(value * gate(value));
-    });
+    over_elements(size, Forward{x, y});
+}
+
+// dx may be dy
+extern "C" __global__ void gelu_backward(const ELEMENT *dy, const ELEMENT *x, ELEMENT *dx, int64_t size) {
+    over_elements(size, Backward{dy, x, dx});
 }

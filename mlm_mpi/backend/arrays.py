@@ -1,16 +1,97 @@
-"""Array modules and what they do not share: which module an array belongs to, work-block sizes, memory.
+"""Array modules and what they do not share: where arrays live, which module one belongs to, memory.
 
 `cupy` is imported in this package only, and only by a run that asks for a GPU.
 """
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mlm_mpi.errors import ConfigError
+
 BLOCK_ELEMENTS = 1 << 15  # 128 KiB of float32: two or three work arrays of this size stay in a core's L2 cache
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's arrays live: NumPy in the CPU's memory, CuPy in a GPU's. `compute`: dtype of activations."""
+
+    xp: ModuleType
+    compute: np.dtype
+    description: str = "CPU"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.xp is not np
+
+    def put(self, host: np.ndarray | None) -> Any:
+        """A NumPy array, brought here; None stays None."""
+        return host if host is None or not self.on_gpu else self.xp.asarray(host)
+
+
+def cpu(dtype: Any = np.float32) -> Place:
+    """The CPU's memory, activations in the weights' dtype."""
+    return Place(np, np.dtype(dtype))
+
+
+def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> Place:
+    """The GPU of a rank: number `local_rank` on its node, round and round where there are fewer GPUs than ranks.
+
+    `products`: "bf16" keeps activations in bfloat16. `memory_gib`: limit of this rank's memory pool, 0 for none.
+    Raises ConfigError, naming the remedy, where there is no CuPy or no GPU.
+    """
+    try:
+        import cupy
+    except ImportError:
+        raise ConfigError(
+            "backend.device = gpu needs CuPy: pip install 'mlm-mpi[cuda13]' (or [cuda12]), or --device cpu"
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:  # no driver, or no device
+        raise ConfigError(f"backend.device = gpu: CUDA finds no GPU here ({error}): use --device cpu") from None
+    cupy.cuda.Device(local_rank % count).use()
+    if memory_gib:
+        cupy.get_default_memory_pool().set_limit(size=int(memory_gib * 2**30))
+    facts = cupy.cuda.runtime.getDeviceProperties(local_rank % count)
+    name = f"{facts['name'].decode()} sm_{facts['major']}{facts['minor']}"
+    return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype), name)
+
+
+def bfloat16() -> np.dtype:
+    """NumPy's and CuPy's dtype for bfloat16."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ConfigError("numerics.products = bf16 on a GPU needs ml_dtypes: pip install ml_dtypes") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def wide(array: Any) -> Any:
+    """A bfloat16 array as float32, any other array itself: arithmetic is never done in bfloat16."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def to_host(array: Any) -> np.ndarray:
+    """An array as NumPy's: itself, or a copy from the GPU's memory."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def snap(array: Any) -> np.ndarray:
+    """A copy in the CPU's memory that nobody else holds."""
+    return array.copy() if isinstance(array, np.ndarray) else array.get()
+
+
+def fill(target: Any, host: Any) -> None:
+    """target = host, whose values are converted; `target` may lie in a GPU's memory."""
+    if isinstance(target, np.ndarray):
+        target[...] = host
+    else:
+        target.set(np.ascontiguousarray(host, target.dtype).reshape(target.shape))
 
 
 def module_of(array: Any) -> ModuleType:
@@ -32,11 +113,12 @@ def row_blocks(array: Any) -> Iterator[slice]:
 
 
 def scatter_add(table: Any, ids: Any, values: Any) -> None:
-    """table[ids] += values, equal ids in position order on the CPU; CuPy's own is not deterministic."""
-    if module_of(table) is not np:
-        import cupyx
-
-        cupyx.scatter_add(table, ids, values)
+    """table[ids] += values, equal ids in position order; CuPy's own is not deterministic, so the CPU does it."""
+    xp = module_of(table)
+    if xp is not np:
+        added = np.zeros(table.shape, table.dtype)
+        scatter_add(added, ids.get(), wide(values.get()))
+        table += xp.asarray(added)
         return
     order = np.argsort(ids, kind="stable")
     ranked = ids[order]

@@ -16,7 +16,7 @@ from mlm_mpi.errors import ConfigError
 
 OPS = (
     "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout",
-    "clip", "adamw", "sgd",
+    "clip", "adamw", "sgd", "sums", "cast",
 )  # fmt: skip
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 
@@ -45,9 +45,11 @@ class Selection:
     level: str = "off"
     library: Any = None
     reason: str = ""
+    products: str = ""  # how matrix products differ from float32 ones of `level`
     reference: frozenset[str] = frozenset()
     device: str = "cpu"
-    fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, reason) -> times
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name/variant, reason) -> times
+    fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, last reason) -> times the reference ran
     _candidates: dict[str, list[Kernel]] = field(default_factory=dict)
 
     def candidates(self, name: str) -> list[Kernel]:
@@ -105,11 +107,12 @@ def entries(device: str = "cpu") -> dict[str, Kernel]:
     }  # fmt: skip
 
 
-def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Selection:
+def select(level: str = "auto", reference: str = "", products: str = "float32", device: str = "cpu") -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
-    `reference`: "gelu,attention" or "all"; `device`: "cpu" or "cuda", where `level` is "off" or ignored.
-    Raises ConfigError where an op is unknown, this CPU lacks the level, or there is no GPU.
+    `reference`: "gelu,attention" or "all". `products`: "float32", or "bf16" for operands of matrix products rounded
+    to bf16; a GPU goes by the arrays' dtype. `device`: "cpu" or "cuda", which knows no level but "off".
+    Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -118,14 +121,17 @@ def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Sel
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
     _load_entries(device)
-    if device == "cuda":
+    if device == "cpu":
+        chosen, library, reason = cpu.load(level)
+        about = cpu.take_bf16(library, chosen) if products == "bf16" else ""
+        _selection = Selection(chosen, library, reason, about, ops)
+    elif level == "off":
+        _selection = Selection(reason="kernels are switched off", reference=ops, device=device)
+    else:
         from mlm_mpi.backend.cuda.device import Device
 
         gpu = Device()
-        chosen = (f"sm_{gpu.capability[0]}{gpu.capability[1]}", gpu, "") if level != "off" else ("off", None, "off")
-    else:
-        chosen = cpu.load(level)
-    _selection = Selection(*chosen, ops, device)
+        _selection = Selection(gpu.architecture, gpu, reference=ops, device=device)
     return _selection
 
 
@@ -141,32 +147,48 @@ def served(reference: Function) -> Function:
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
         chosen = _selection or select()
+        reason = ""
         for entry in chosen.candidates(name):
             reason = entry.contract(*arguments, **named)
             if not reason:
                 return entry.launch(chosen.library, *arguments, **named)
-            chosen.fallen[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+            chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+        if reason:
+            chosen.fallen[name, reason] += 1
         return reference(*arguments, **named)
 
     return run  # type: ignore[return-value]
 
 
 def fallbacks() -> dict[str, int]:
-    """How often the reference ran because a contract did not hold, by "gelu.forward: not contiguous"."""
-    return {f"{name}: {reason}": times for (name, reason), times in sorted(selection().fallen.items())}
+    """How often the reference ran because no kernel's contract held, by "gelu.forward: not contiguous"."""
+    return _by_text(selection().fallen)
+
+
+def refusals() -> dict[str, int]:
+    """How often a kernel's contract did not hold and the next one was asked, by "matmul.add/hopper: K is odd"."""
+    return _by_text(selection().refused)
+
+
+def _by_text(counted: Counter[tuple[str, str]]) -> dict[str, int]:
+    return {f"{name}: {reason}": times for (name, reason), times in sorted(counted.items())}
 
 
 def serving(dtype: str = "float32") -> dict[str, str]:
     """op -> the implementation that runs and why, for `doctor`, the start table and the fingerprint."""
-    chosen, known = selection(), {name.partition(".")[0] for name in entries()}
+    chosen, known = selection(), entries(selection().device)
 
     def of(op: str) -> str:
-        why = "no kernel" if op not in known else chosen.refuses(op)
+        names = sorted({entry.name for entry in known.values() if entry.name.partition(".")[0] == op})
+        why = chosen.refuses(op) if names else "no kernel"
         if not why and dtype != "float32":
             why = dtype
-        if not why and op == "matmul":
-            why = chosen.library.without_gemm
-        return f"reference (NumPy): {why}" if why else f"C kernel ({chosen.level})"
+        if why:
+            return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
+        variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))
+        products = chosen.products if op in ("matmul", "linear") else ""
+        shown = ", ".join(filter(None, [*variants, chosen.level, products]))
+        return f"{'C' if chosen.device == 'cpu' else 'CUDA'} kernel ({shown})"
 
     return {op: of(op) for op in OPS}
 
@@ -177,4 +199,5 @@ def summary(dtype: str = "float32") -> str:
     for op, by in serving(dtype).items():
         if not by.endswith("no kernel"):
             served_by.setdefault(by, []).append(op)
-    return "; ".join(by if by.startswith("C") else f"{by}: {', '.join(ops)}" for by, ops in served_by.items())
+    ranked = sorted(served_by.items(), key=lambda pair: -len(pair[1]))
+    return "; ".join(by if number == 0 else f"{by}: {', '.join(ops)}" for number, (by, ops) in enumerate(ranked))

@@ -6,14 +6,16 @@ what was awaited, by whom and from whom. Only the making of a communicator block
 one needs no MPI.
 """
 
+import ctypes
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from mlm_mpi.errors import CommError, MlmError, agreed
@@ -38,6 +40,27 @@ class Group:
     def duplicate(self) -> "Group":
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
         return Group(self.comm.Dup() if self.comm is not None else None, self.timeout_s)
+
+    def local_rank(self) -> int:
+        """My number among the ranks of my node. Collective."""
+        if self.comm is None:
+            return 0
+        from mpi4py import MPI
+
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        number: int = node.Get_rank()
+        node.Free()
+        return number
+
+    def reads_gpus(self) -> bool:
+        """Whether the MPI library says that it sends from and receives into a GPU's memory."""
+        if self.size == 1:
+            return False
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        paths = {line.split(maxsplit=5)[5] for line in maps if "libmpi" in line}
+        libraries = [ctypes.CDLL(path) for path in sorted(paths)]
+        found = [lib.MPIX_Query_cuda_support for lib in libraries if hasattr(lib, "MPIX_Query_cuda_support")]
+        return bool(found and found[0]())
 
     def wait_until(self, awaited: Callable[[], Sequence[int] | None], what: str) -> float:
         """Calls `awaited` until it returns None; returns the seconds it took.
@@ -77,12 +100,12 @@ class Group:
         """Everybody's value, in rank order. Collective. Values travel as JSON: plain data only."""
         if self.size == 1:
             return [value]
-        mine = np.frombuffer(msgspec.json.encode(value), np.uint8)
+        mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
         counts = self.allgather_array(np.array([mine.size], np.int64), what)[:, 0]
         out = np.empty(int(counts.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(counts)])
         self.wait(self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)]), what)
-        return [msgspec.json.decode(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
+        return [json.loads(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
 
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's value. Collective. Plain data only."""

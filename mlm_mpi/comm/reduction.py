@@ -8,7 +8,8 @@ of the backward still runs. `finish` waits for what is left and returns the sum.
 `Canonical` adds in one order for any number of ranks: lane sums are the leaves of a binary tree over the
 lane number, split at the largest power of two below. A rank sends only its maximal complete subtrees;
 the owner of a slice finishes the tree for it and returns the sum. `Allreduce` is plain MPI_Iallreduce:
-the order is the library's, and the bits change with the number of ranks.
+the order is the library's, and the bits change with the number of ranks. `Nccl` is the same between GPUs
+without MPI. Where the buffers lie in a GPU's memory a `Transport` brings slices to MPI and back.
 """
 
 import itertools
@@ -20,7 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import Place, cpu
 from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.transport import Direct, Ready, Transport
 
 Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
 Cut = Callable[[int, int, int], tuple[int, int]]
@@ -29,6 +32,7 @@ Cut = Callable[[int, int, int], tuple[int, int]]
 class Reduction(Protocol):
     """What the trainer sees of a strategy."""
 
+    transport: Transport
     exposed_s: float  # seconds of the last step in which this rank could do nothing but wait
 
     def begin(self) -> None: ...
@@ -114,7 +118,11 @@ class Bucket:
     stop: int
     block: int
     started: bool = False
+    sent: bool = False
     combined: bool = False
+    done: bool = False
+    left: Ready = field(default=lambda: True)  # whether MPI may read what this rank contributes
+    summed: Ready | None = None  # whether MPI may read the sum of my part; None: it is sent, or not mine to send
     partials: list[tuple[int, Any]] = field(default_factory=list)  # (other rank, request)
     sums: list[tuple[int, Any]] = field(default_factory=list)
     sends: list[tuple[int, Any]] = field(default_factory=list)
@@ -144,16 +152,26 @@ def _unfinished(requests: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
 
 
 class _Bucketed(ABC):
-    """What both strategies share: buckets that start when their block is final, and the wait at the end."""
+    """What all strategies share: buckets that start when their block is final, and the wait at the end."""
 
     def __init__(
-        self, group: Group, segments: Sequence[tuple[int, int]], bucket_bytes: float, dtype: Any, overlap: bool
-    ) -> None:
+        self, group: Group, segments: Sequence[tuple[int, int]], bucket_bytes: float, dtype: Any, overlap: bool,
+        place: Place | None, transport: Transport | None,
+    ) -> None:  # fmt: skip
         self.group, self.overlap, self.dtype = group, overlap, np.dtype(dtype)
+        self.xp = (place or cpu()).xp
+        self.transport = transport or Direct()
         self.size = segments[-1][1]
         self.buckets = make_buckets(segments, max(1, int(bucket_bytes / self.dtype.itemsize)))
         self.exposed_s = 0.0
         self.first_start_s: float | None = None  # when the first bucket left: the trace proves the overlap
+
+    def begin(self) -> None:
+        """Forgets the last step."""
+        self.first_start_s = None
+        for bucket in self.buckets:
+            bucket.started = bucket.sent = bucket.combined = bucket.done = False
+            bucket.sends, bucket.partials, bucket.sums, bucket.summed = [], [], [], None
 
     def block_ready(self, block: int) -> None:
         """Gradients of this block are final on this rank; starts the buckets they complete."""
@@ -168,6 +186,7 @@ class _Bucketed(ABC):
             self.first_start_s = time.perf_counter()
         bucket.started = True
         self._start(bucket)
+        self._advance(bucket)
 
     def poll(self) -> None:
         """Lets MPI move and does what has become possible."""
@@ -191,7 +210,7 @@ class _Bucketed(ABC):
 
     @abstractmethod
     def _start(self, bucket: Bucket) -> None:
-        """Sends what this rank contributes to a bucket."""
+        """Begins what this rank contributes to a bucket."""
 
     @abstractmethod
     def _advance(self, bucket: Bucket) -> list[int] | None:
@@ -207,19 +226,24 @@ class Canonical(_Bucketed):
 
     def __init__(
         self, group: Group, lanes: int, ranges: Sequence[Node], segments: Sequence[tuple[int, int]],
-        bucket_bytes: float, dtype: Any, overlap: bool, cut: Cut, xp: Any = np,
+        bucket_bytes: float, dtype: Any, overlap: bool, cut: Cut, place: Place | None = None,
+        transport: Transport | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(group, segments, bucket_bytes, dtype, overlap)
+        super().__init__(group, segments, bucket_bytes, dtype, overlap, place, transport)
         self.cut = cut
         self.first, self.stop = ranges[group.rank]
         self.plans, self.node_buffers, count = plan_lanes(lanes, self.first, self.stop)
-        self.buffers = [xp.zeros(self.size, self.dtype) for _ in range(count)]
+        self.buffers = [self.xp.zeros(self.size, self.dtype) for _ in range(count)]
         self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
         self.root = (0, lanes)
         self.tags = max(map(len, self.nodes))
-        self.total = xp.zeros(self.size, self.dtype) if group.size > 1 else self.buffers[self.node_buffers[0]]
+        self.total = self.buffers[self.node_buffers[0]]
+        if group.size > 1:
+            self.total = self.xp.zeros(self.size, self.dtype)
+            self.sum = self.transport.mirror(self.total)
+            self.mine = [self.transport.mirror(self.buffers[number]) for number in self.node_buffers]
         self.scratch = {
-            (rank, k): xp.empty(self._owned_elements(), self.dtype)
+            (rank, k): self.transport.empty(self._owned_elements(), self.dtype)
             for rank, nodes in enumerate(self.nodes) if rank != group.rank
             for k in range(len(nodes))
         }  # fmt: skip
@@ -240,22 +264,22 @@ class Canonical(_Bucketed):
         parts = (self._part(bucket, self.group.rank) for bucket in self.buckets)
         return sum(part.stop - part.start for part in parts)
 
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.group.size) if rank != self.group.rank]
+
     def begin(self) -> None:
         """Posts every receive of the step, so that few messages arrive unexpected."""
-        me, offset = self.group.rank, 0
-        self.first_start_s = None
+        super().begin()
+        offset = 0
         for bucket in self.buckets:
-            bucket.started = bucket.combined = False
-            bucket.sends, bucket.partials, bucket.sums = [], [], []
-            mine = self._part(bucket, me)
+            mine = self._part(bucket, self.group.rank)
             length = mine.stop - mine.start
             for (rank, k), scratch in self.scratch.items():
                 view = scratch[offset : offset + length]
                 bucket.partials.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, k))))
-            for rank in range(self.group.size):
-                if rank != me:
-                    view = self.total[self._part(bucket, rank)]
-                    bucket.sums.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, self.tags))))
+            for rank in self._others():
+                view = self.sum[self._part(bucket, rank)]
+                bucket.sums.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, self.tags))))
             offset += length
 
     def _tag(self, bucket: Bucket, k: int) -> int:
@@ -275,29 +299,46 @@ class Canonical(_Bucketed):
             self.buffers[left][part] += self.buffers[right][part]
 
     def _start(self, bucket: Bucket) -> None:
-        self._merge(self.plans[-1], slice(bucket.start, bucket.stop))
-        for rank in range(self.group.size):
-            if rank != self.group.rank:
-                part = self._part(bucket, rank)
-                for k, buffer in enumerate(self.node_buffers):
-                    view = self.buffers[buffer][part]
-                    bucket.sends.append((rank, self.group.comm.Isend(view, rank, self._tag(bucket, k))))
+        part = slice(bucket.start, bucket.stop)
+        self._merge(self.plans[-1], part)
+        if self.group.size > 1:
+            held = (self.buffers[number] for number in self.node_buffers)
+            pairs = [(buffer[part], mirror[part]) for buffer, mirror in zip(held, self.mine, strict=True)]
+            bucket.left = self.transport.leave(pairs)
 
     def _advance(self, bucket: Bucket) -> list[int] | None:
+        if bucket.done or self.group.size == 1:
+            return None
+        if not bucket.sent:
+            if not bucket.left():
+                return []
+            self._send(bucket)
         if not bucket.combined:
             bucket.partials = _unfinished(bucket.partials)
             if not bucket.partials:
                 self._combine(bucket)
+        if bucket.summed is not None and bucket.summed():
+            self._send_sum(bucket)
         bucket.sums, bucket.sends = _unfinished(bucket.sums), _unfinished(bucket.sends)
         pending = bucket.partials + bucket.sums + bucket.sends
-        return [rank for rank, _ in pending] if pending else None
+        if pending or bucket.summed is not None:
+            return [rank for rank, _ in pending]
+        part = slice(bucket.start, bucket.stop)
+        self.transport.arrive(self.sum[part], self.total[part])
+        bucket.done = True
+        return None
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.sent = True
+        for rank in self._others():
+            part = self._part(bucket, rank)
+            for k, mirror in enumerate(self.mine):
+                bucket.sends.append((rank, self.group.comm.Isend(mirror[part], rank, self._tag(bucket, k))))
 
     def _combine(self, bucket: Bucket) -> None:
-        """Finishes the tree for my part of a bucket and returns the sum to everybody."""
+        """Finishes the tree for my part of a bucket."""
         bucket.combined = True
         me = self.group.rank
-        if self.group.size == 1:
-            return
         part = self._part(bucket, me)
         before = (self._part(b, me) for b in self.buckets[: bucket.number])
         offset = sum(p.stop - p.start for p in before)
@@ -305,7 +346,7 @@ class Canonical(_Bucketed):
         for rank, nodes in enumerate(self.nodes):
             for k, node in enumerate(nodes):
                 if rank == me:
-                    leaves[node] = self.buffers[self.node_buffers[k]][part]
+                    leaves[node] = self.mine[k][part]
                 else:
                     leaves[node] = self.scratch[rank, k][offset : offset + part.stop - part.start]
 
@@ -317,11 +358,15 @@ class Canonical(_Bucketed):
             left += right
             return left
 
-        self.total[part] = sum_of(self.root)
-        for rank in range(self.group.size):
-            if rank != me:
-                tag = self._tag(bucket, self.tags)
-                bucket.sends.append((rank, self.group.comm.Isend(self.total[part], rank, tag)))
+        self.sum[part] = sum_of(self.root)
+        bucket.summed = self.transport.settled()
+
+    def _send_sum(self, bucket: Bucket) -> None:
+        """Returns the sum of my part to everybody."""
+        bucket.summed = None
+        part, tag = self._part(bucket, self.group.rank), self._tag(bucket, self.tags)
+        for rank in self._others():
+            bucket.sends.append((rank, self.group.comm.Isend(self.sum[part], rank, tag)))
 
     def finish(self) -> Any:
         """The sum over all lanes, the same bits everywhere. Collective."""
@@ -329,15 +374,15 @@ class Canonical(_Bucketed):
         return self.total
 
 
-class Allreduce(_Bucketed):
-    """MPI_Iallreduce per bucket, in place, on one buffer for all lanes of a rank."""
+class _OneBuffer(_Bucketed):
+    """What the strategies share whose order of summation is a library's: one buffer for all lanes of a rank."""
 
     def __init__(
         self, group: Group, segments: Sequence[tuple[int, int]], bucket_bytes: float, dtype: Any, overlap: bool,
-        xp: Any = np,
+        place: Place | None = None, transport: Transport | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(group, segments, bucket_bytes, dtype, overlap)
-        self.buffer = xp.zeros(self.size, self.dtype)
+        super().__init__(group, segments, bucket_bytes, dtype, overlap, place, transport)
+        self.buffer = self.xp.zeros(self.size, self.dtype)
         self.opened = False
 
     def costs(self) -> dict[str, int]:
@@ -348,9 +393,8 @@ class Allreduce(_Bucketed):
 
     def begin(self) -> None:
         """Forgets the last step."""
-        self.opened, self.first_start_s = False, None
-        for bucket in self.buckets:
-            bucket.started, bucket.sends = False, []
+        super().begin()
+        self.opened = False
 
     def open_lane(self, lane: int) -> tuple[Any, bool]:
         """(the one buffer, True for the first lane of the step)."""
@@ -360,18 +404,65 @@ class Allreduce(_Bucketed):
     def close_lane(self, lane: int) -> None:
         """Nothing to do: lanes share the buffer."""
 
-    def _start(self, bucket: Bucket) -> None:
-        if self.group.size > 1:
-            from mpi4py import MPI
-
-            view = self.buffer[bucket.start : bucket.stop]
-            bucket.sends = [(self.group.rank, self.group.comm.Iallreduce(MPI.IN_PLACE, view))]
-
-    def _advance(self, bucket: Bucket) -> list[int] | None:
-        bucket.sends = _unfinished(bucket.sends)
-        return [] if bucket.sends else None
-
     def finish(self) -> Any:
         """The sum over all lanes. Collective."""
         self._finish()
         return self.buffer
+
+
+class Allreduce(_OneBuffer):
+    """MPI_Iallreduce per bucket, in place."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.mirror = self.transport.mirror(self.buffer)
+
+    def _start(self, bucket: Bucket) -> None:
+        part = slice(bucket.start, bucket.stop)
+        if self.group.size > 1:
+            bucket.left = self.transport.leave([(self.buffer[part], self.mirror[part])])
+
+    def _advance(self, bucket: Bucket) -> list[int] | None:
+        if bucket.done or self.group.size == 1:
+            return None
+        part = slice(bucket.start, bucket.stop)
+        if not bucket.sent:
+            # a collective: every rank has to begin its buckets in the same order
+            if not all(other.sent for other in self.buckets[: bucket.number]) or not bucket.left():
+                return []
+            from mpi4py import MPI
+
+            bucket.sent = True
+            bucket.sends = [(self.group.rank, self.group.comm.Iallreduce(MPI.IN_PLACE, self.mirror[part]))]
+        bucket.sends = _unfinished(bucket.sends)
+        if bucket.sends:
+            return []
+        self.transport.arrive(self.mirror[part], self.buffer[part])
+        bucket.done = True
+        return None
+
+
+class Nccl(_OneBuffer):
+    """ncclAllReduce per bucket between GPUs, in place, on a stream of its own. MPI only introduces the ranks."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        cuda = self.xp.cuda
+        self.stream = cuda.Stream(non_blocking=True)
+        identity = cuda.nccl.get_unique_id() if self.group.rank == 0 else None
+        identity = tuple(self.group.broadcast(identity, "the introduction of NCCL"))
+        self.comm = cuda.nccl.NcclCommunicator(self.group.size, identity, self.group.rank)
+
+    def _start(self, bucket: Bucket) -> None:
+        cuda, view = self.xp.cuda, self.buffer[bucket.start : bucket.stop]
+        computed = cuda.Event(disable_timing=True)
+        computed.record()
+        self.stream.wait_event(computed)
+        kind = {4: cuda.nccl.NCCL_FLOAT32, 8: cuda.nccl.NCCL_FLOAT64}[self.dtype.itemsize]
+        self.comm.allReduce(view.data.ptr, view.data.ptr, view.size, kind, cuda.nccl.NCCL_SUM, self.stream.ptr)
+        summed = cuda.Event(disable_timing=True)
+        summed.record(self.stream)
+        bucket.left = lambda: bool(summed.done)
+
+    def _advance(self, bucket: Bucket) -> list[int] | None:
+        return None if bucket.left() else []

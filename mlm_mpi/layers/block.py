@@ -7,7 +7,6 @@ from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import LayerNorm
-from mlm_mpi.ops import gelu
 from mlm_mpi.params.store import Parameter
 
 
@@ -23,14 +22,13 @@ class FeedForward:
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` (N, C) or None: what the result is added to."""
-        hidden, _ = self.up.forward(x, ctx)  # (N, F)
-        y, s_down = self.down.join(gelu.forward(hidden), residual, ctx)  # (N, C)
-        return y, (x, hidden, s_down)
+        hidden, pre = self.up.forward_gelu(x)  # (N, F)
+        y, s_down = self.down.join(hidden, residual, ctx)  # (N, C)
+        return y, (x, pre, s_down)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        x, hidden, s_down = saved
-        dhidden = self.down.backward(dy, s_down, ctx)  # (N, F)
-        return self.up.backward(gelu.backward(dhidden, hidden, out=dhidden), x, ctx)
+        x, pre, s_down = saved
+        return self.up.backward(self.down.backward(dy, s_down, ctx, pre), x, ctx)
 
 
 class Block:

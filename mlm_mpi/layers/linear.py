@@ -23,8 +23,12 @@ class Linear:
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return linear.forward(x, self.weight.data, self.bias.data), x
 
-    def backward_input(self, dy: Any) -> Any:
-        return linear.backward_input(dy, self.weight.data)
+    def forward_gelu(self, x: Any) -> tuple[Any, Any]:
+        """(gelu(pre), pre) with pre what `forward` gives."""
+        return linear.forward_gelu(x, self.weight.data, self.bias.data)
+
+    def backward_input(self, dy: Any, pre: Any = None) -> Any:
+        return linear.backward_input(dy, self.weight.data, pre)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
         linear.backward_weight(dy, saved, self.weight.grad, self.bias.grad, ctx.accumulate)
@@ -51,7 +55,9 @@ class ResidualLinear(Linear):
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return self.join(x, None, ctx)
 
-    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        """dx; the residual's gradient is dy itself."""
+    def backward(self, dy: Any, saved: Any, ctx: Context, pre: Any = None) -> Any:
+        """dx, or that of `pre` where x was gelu(pre); the residual's gradient is dy itself."""
         x, draw = saved
-        return super().backward(self.drop.backward(dy, draw, ctx), x, ctx)
+        dy = self.drop.backward(dy, draw, ctx)
+        self.backward_weight(dy, x, ctx)
+        return self.backward_input(dy, pre)

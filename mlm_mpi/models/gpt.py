@@ -4,14 +4,17 @@ Source: Radford et al. 2019. Residual projections start with std / √(2 L), as 
 """
 
 import math
+from typing import TYPE_CHECKING
 
-from mlm_mpi.config import Model
 from mlm_mpi.layers.block import Block
 from mlm_mpi.layers.embedding import Embedding
 from mlm_mpi.models.stack import Head, Stack
 
+if TYPE_CHECKING:  # at run time any object with these fields will do: a step needs no msgspec
+    from mlm_mpi.config import Model
 
-def build(model: Model, vocabulary: int, recompute: bool = False) -> Stack:
+
+def build(model: "Model", vocabulary: int, recompute: bool = False) -> Stack:
     """A GPT of this configuration over `vocabulary` tokens, with parameters not yet bound to memory."""
     out_std = model.init_std / math.sqrt(2 * model.layers)
     embedding = Embedding("embed", vocabulary, model.context, model.width, model.init_std, model.dropout)
@@ -25,7 +28,7 @@ def build(model: Model, vocabulary: int, recompute: bool = False) -> Stack:
     return Stack(embedding, blocks, Head("final", model.width, model.norm_epsilon, embedding.tokens), recompute)
 
 
-def step_flops(model: Model, vocabulary: int, tokens: int) -> float:
+def step_flops(model: "Model", vocabulary: int, tokens: int) -> float:
     """Floating-point operations of forward and backward over `tokens` positions, attention counted in full.
 
     6 per weight of a matrix product and token, and 12·C·T per layer and token for attention's scores and values

@@ -6,7 +6,7 @@ from typing import Any
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.embedding import Embedding
 from mlm_mpi.layers.norm import LayerNorm
-from mlm_mpi.ops import crossentropy
+from mlm_mpi.ops import crossentropy, matmul
 from mlm_mpi.params.store import Parameter
 
 Ready = Callable[[int], None]
@@ -23,11 +23,11 @@ class Head:
         """Its own; the token table belongs to the embedding."""
         return self.norm.parameters()
 
-    def loss(self, x: Any, targets: Any, mask: Any, ctx: Context) -> float:
+    def loss(self, x: Any, targets: Any, mask: Any, ctx: Context) -> Any:
         n, _ = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
         return crossentropy.loss(n, self.tokens.data, targets.reshape(-1), None if mask is None else mask.reshape(-1))
 
-    def loss_and_grad(self, x: Any, targets: Any, mask: Any, ctx: Context) -> tuple[float, Any]:
+    def loss_and_grad(self, x: Any, targets: Any, mask: Any, ctx: Context) -> tuple[Any, Any]:
         n, saved = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
         flat_mask = None if mask is None else mask.reshape(-1)
         loss, dn = crossentropy.loss_and_grad(
@@ -37,7 +37,7 @@ class Head:
 
     def logits(self, x: Any, ctx: Context) -> Any:
         n, _ = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
-        return (n @ self.tokens.data.T).reshape(*x.shape[:2], -1)
+        return matmul.product(n, self.tokens.data.T).reshape(*x.shape[:2], -1)
 
 
 class Stack:
@@ -60,7 +60,7 @@ class Stack:
             x, _ = block.forward(x, ctx)
         return x
 
-    def loss(self, ids: Any, targets: Any, mask: Any, ctx: Context) -> float:
+    def loss(self, ids: Any, targets: Any, mask: Any, ctx: Context) -> Any:
         """Summed loss in nats. Shapes: ids, targets (B, T), mask (B, T) or None."""
         return self.head.loss(self._hidden(ids, ctx), targets, mask, ctx)
 
@@ -71,7 +71,7 @@ class Stack:
             ctx.cache.advance(ids.shape[1])
         return logits
 
-    def loss_and_grad(self, ids: Any, targets: Any, mask: Any, ctx: Context, ready: Ready | None = None) -> float:
+    def loss_and_grad(self, ids: Any, targets: Any, mask: Any, ctx: Context, ready: Ready | None = None) -> Any:
         """Summed loss; writes or adds every gradient. `ready(i)` is called as soon as block i's are final."""
         ready = ready or (lambda block: None)
         x, saved_embedding = self.embedding.forward(ids, ctx)

@@ -8,7 +8,7 @@ count comes once, after the reduction.
 from collections.abc import Iterator
 from typing import Any
 
-from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.ops import matmul
 
@@ -21,7 +21,7 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
-    xp = module_of(logits)
+    xp, stored, logits = module_of(logits), logits, wide(logits)
     index = xp.arange(logits.shape[0])
     logits -= logits.max(axis=1, keepdims=True)
     wanted = logits[index, targets].copy()
@@ -34,6 +34,8 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     if mask is not None:
         losses[~mask] = 0.0
         logits[~mask] = 0.0
+    if stored is not logits:
+        stored[...] = logits
     return losses
 
 
@@ -43,22 +45,24 @@ def _chunks(x: Any, mask: Any) -> Iterator[tuple[slice, Any]]:
         yield part, None if mask is None else mask[part]
 
 
-def loss(x: Any, w: Any, targets: Any, mask: Any = None) -> float:
-    """Summed cross-entropy in nats, float64. Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None."""
-    total = 0.0
+def loss(x: Any, w: Any, targets: Any, mask: Any = None) -> Any:
+    """Summed cross-entropy in nats, float64; a GPU is not awaited.
+
+    Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
+    """
+    total: Any = 0.0
     for part, some in _chunks(x, mask):
-        total += float(rows(x[part] @ w.T, targets[part], some, gradient=False).sum())
+        total = total + rows(matmul.product(x[part], w.T), targets[part], some, gradient=False).sum()
     return total
 
 
-def loss_and_grad(x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool) -> tuple[float, Any]:
-    """(summed loss, dx); writes or adds dw. Shapes: as `loss`; dx (N, C). Cost: 6·N·C·V flops."""
-    xp = module_of(x)
-    dx = xp.empty_like(x)
-    total = 0.0
+def loss_and_grad(x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool) -> tuple[Any, Any]:
+    """(summed loss as in `loss`, dx); writes or adds dw. Shapes: as `loss`; dx (N, C). Cost: 6·N·C·V flops."""
+    dx = module_of(x).empty_like(x)
+    total: Any = 0.0
     for part, some in _chunks(x, mask):
-        logits = x[part] @ w.T  # (R, V)
-        total += float(rows(logits, targets[part], some, gradient=True).sum())
-        xp.matmul(logits, w, out=dx[part])
+        logits = matmul.product(x[part], w.T)  # (R, V)
+        total = total + rows(logits, targets[part], some, gradient=True).sum()
+        matmul.add(logits, w, dx[part], accumulate=False)
         matmul.add(logits.T, x[part], dw, accumulate or part.start > 0)
     return total, dx

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.rng import Key, uniform
 
@@ -23,16 +23,17 @@ class Draw(NamedTuple):
 
 
 @served
-def mask(draw: Draw, shape: tuple[int, ...], start: int, dtype: Any) -> Any:
-    """Factors 0 or 1/(1 − rate) for the elements start … start + size − 1 of the global array."""
+def mask(draw: Draw, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> Any:
+    """Factors 0 or 1/(1 − rate) for the elements start … start + size − 1 of the global array, an array of `xp`."""
     keep = uniform(draw.key, start, int(np.prod(shape)), draw.step, draw.micro_batch) >= draw.rate
-    return (keep * (1.0 / (1.0 - draw.rate))).astype(dtype).reshape(shape)
+    return xp.asarray((keep * (1.0 / (1.0 - draw.rate))).astype(dtype).reshape(shape))
 
 
 @served
 def forward(x: Any, draw: Draw, residual: Any = None) -> Any:
     """y = x · mask (+ residual). Its own adjoint: backward is the same product. Shapes: all alike."""
-    y = x * module_of(x).asarray(mask(draw, x.shape, 0, x.dtype))
+    a = wide(x)
+    y = a * mask(draw, x.shape, 0, a.dtype, module_of(x))
     if residual is not None:
-        y += residual
-    return y
+        y += wide(residual)
+    return y.astype(x.dtype, copy=False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import scatter_add
+from mlm_mpi.backend.arrays import scatter_add, wide
 from mlm_mpi.backend.kernels import served
 
 
@@ -14,5 +14,5 @@ def forward(ids: Any, table: Any) -> Any:
 
 @served
 def backward(dy: Any, ids: Any, dtable: Any) -> None:
-    """Adds to dtable. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
-    scatter_add(dtable, ids, dy)
+    """Adds to dtable, which may be wider than dy. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
+    scatter_add(dtable, ids, wide(dy))

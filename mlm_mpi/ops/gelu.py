@@ -7,7 +7,7 @@ Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; the 
 import math
 from typing import Any
 
-from mlm_mpi.backend.arrays import module_of, row_blocks
+from mlm_mpi.backend.arrays import module_of, row_blocks, wide
 from mlm_mpi.backend.kernels import served
 
 _ROOT = math.sqrt(2.0 / math.pi)
@@ -28,11 +28,14 @@ def forward(x: Any) -> Any:
     xp = module_of(x)
     y = xp.empty_like(x)
     for rows in row_blocks(x):
-        a, v = x[rows], y[rows]
+        a = wide(x[rows])
+        v = y[rows] if a.dtype == x.dtype else xp.empty_like(a)
         _tanh(xp, a, v)
         v += 1.0
         v *= a
         v *= 0.5
+        if a.dtype != x.dtype:
+            y[rows] = v
     return y
 
 
@@ -42,7 +45,7 @@ def backward(dy: Any, x: Any, out: Any = None) -> Any:
     xp = module_of(x)
     dx = xp.empty_like(x) if out is None else out
     for rows in row_blocks(x):
-        a = x[rows]
+        a = wide(x[rows])
         t, d = xp.empty_like(a), a * a
         _tanh(xp, a, t)
         d *= 3.0 * _ROOT * _CUBIC
@@ -52,5 +55,5 @@ def backward(dy: Any, x: Any, out: Any = None) -> Any:
         d += t
         d += 1.0
         d *= 0.5
-        xp.multiply(d, dy[rows], out=dx[rows])
+        xp.multiply(d, wide(dy[rows]), out=dx[rows], casting="unsafe")  # bfloat16 is rounded
     return dx

@@ -5,14 +5,18 @@ Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, module_of, row_blocks
+from mlm_mpi.backend.arrays import deposit, module_of, row_blocks, wide
 from mlm_mpi.backend.kernels import served
 
 
 @served
 def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
-    """Shapes: x (N, C), gain and bias (C,) -> y (N, C), statistics (2, N): mean and 1/deviation."""
-    xp = module_of(x)
+    """Shapes: x (N, C), gain and bias (C,) -> y (N, C), statistics (2, N): mean and 1/deviation.
+
+    y has the dtype of x; statistics are float32 where that is bfloat16.
+    """
+    xp, dtype = module_of(x), x.dtype
+    x, gain, bias = wide(x), wide(gain), wide(bias)
     y = xp.empty_like(x)
     statistics = xp.empty((2, x.shape[0]), x.dtype)
     for rows in row_blocks(x):
@@ -24,7 +28,7 @@ def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
         centred *= gain
         centred += bias
         statistics[0, rows], statistics[1, rows] = mean, inverse
-    return y, statistics
+    return y.astype(dtype, copy=False), statistics
 
 
 @served
@@ -33,9 +37,11 @@ def backward(
 ) -> Any:  # fmt: skip
     """dx, plus `add` where given; writes or adds dgain, dbias. Shapes: dy, x, add (N, C), statistics (2, N) -> (N, C).
 
+    dx has the dtype of x; dgain and dbias may be wider.
     With n = normalised x and g = dy·gain: dx = (g − mean(g) − n·mean(g·n)) / deviation.
     """
-    xp = module_of(x)
+    xp, dtype = module_of(x), x.dtype
+    dy, x, gain = wide(dy), wide(x), wide(gain)
     dx = xp.empty_like(x)
     gain_sum, bias_sum = xp.zeros_like(gain), xp.zeros_like(gain)
     for rows in row_blocks(x):
@@ -50,7 +56,7 @@ def backward(
         g -= normal
         g *= inverse
     if add is not None:
-        dx += add
+        dx += wide(add)
     deposit(gain_sum, dgain, accumulate)
     deposit(bias_sum, dbias, accumulate)
-    return dx
+    return dx.astype(dtype, copy=False)

@@ -1,11 +1,13 @@
 """Optimisers over flat buffers, schedules, clipping."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mlm_mpi.config import Optim
 from mlm_mpi.optim.adamw import AdamW
 from mlm_mpi.optim.sgd import SGD
 from mlm_mpi.params.store import FlatStore
+
+if TYPE_CHECKING:  # see models/gpt.py
+    from mlm_mpi.config import Optim
 
 
 class Optimizer(Protocol):
@@ -15,6 +17,6 @@ class Optimizer(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
-def make_optimizer(optim: Optim, store: FlatStore) -> Optimizer:
+def make_optimizer(optim: "Optim", store: FlatStore) -> Optimizer:
     """The optimiser a configuration names."""
     return AdamW(optim, store) if optim.name == "adamw" else SGD(optim, store)

@@ -4,12 +4,14 @@ Source: Kingma, Ba, arXiv:1412.6980; Loshchilov, Hutter, arXiv:1711.05101.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.backend.kernels import served
-from mlm_mpi.config import Optim
 from mlm_mpi.params.store import FlatStore
+
+if TYPE_CHECKING:  # see models/gpt.py
+    from mlm_mpi.config import Optim
 
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
 
@@ -17,11 +19,11 @@ _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a
 @served
 def update(
     p: Any, gradient: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
-    root: float, epsilon: float, rate: float, shrink: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
 ) -> None:  # fmt: skip
     """m = β₁ m + (1 − β₁) g, v = β₂ v + (1 − β₂) g², p = shrink · p − rate · m / (root √v + ε); g = scale · gradient.
 
-    Shapes: p, gradient, m, v (n,), changed in place but the gradient.
+    Shapes: p, gradient, m, v (n,), changed in place but the gradient; working (n,) becomes p in its own dtype.
     """
     xp = module_of(p)
     work = xp.empty((2, min(_BLOCK, p.size)), p.dtype)
@@ -44,12 +46,14 @@ def update(
         u *= rate
         a *= shrink
         a -= u
+        if working is not None:
+            working[part] = a
 
 
 class AdamW:
     """Moments as flat buffers; decay only on parameters that ask for it (not on norms and biases)."""
 
-    def __init__(self, optim: Optim, store: FlatStore) -> None:
+    def __init__(self, optim: "Optim", store: FlatStore) -> None:
         self.optim, self.store = optim, store
         self.moment1, self.moment2 = store.new_buffer(), store.new_buffer()
 
@@ -68,3 +72,4 @@ class AdamW:
                 self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
                 scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink,
             )  # fmt: skip
+        self.store.refresh()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import to_host
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.params.store import FlatStore
 
@@ -12,7 +13,7 @@ BLOCK_ELEMENTS = 65_536
 
 
 @served
-def squares(x: Any, block: int) -> np.ndarray:
+def squares(x: Any, block: int) -> Any:
     """Sum of squares of each block of x, float64. Shapes: (n,) -> (⌈n / block⌉,)."""
     wide = (x[start : start + block].astype("f8") for start in range(0, x.size, block))
     return np.array([float(part @ part) for part in wide])
@@ -23,9 +24,11 @@ def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
 
     float64 partial sums per fixed block of each parameter, combined in (name, block) order.
     """
+    spans = sorted(store.spans, key=lambda span: span.parameter.name)
+    partials = [squares(gradient[span.start : span.stop], BLOCK_ELEMENTS) for span in spans]  # a GPU works ahead
     total, broken = 0.0, None
-    for span in sorted(store.spans, key=lambda span: span.parameter.name):
-        for partial in squares(gradient[span.start : span.stop], BLOCK_ELEMENTS).tolist():
+    for span, some in zip(spans, partials, strict=True):
+        for partial in to_host(some).tolist():
             if broken is None and not math.isfinite(partial):
                 broken = span.parameter.name
             total += partial

@@ -3,16 +3,18 @@
 Source: Sutskever et al., ICML 2013, in the form PyTorch uses (no dampening, weight decay decoupled).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlm_mpi.config import Optim
 from mlm_mpi.params.store import FlatStore
+
+if TYPE_CHECKING:  # see models/gpt.py
+    from mlm_mpi.config import Optim
 
 
 class SGD:
     """Momentum as a flat buffer; decay only on parameters that ask for it."""
 
-    def __init__(self, optim: Optim, store: FlatStore) -> None:
+    def __init__(self, optim: "Optim", store: FlatStore) -> None:
         self.optim, self.store = optim, store
         self.momentum = store.new_buffer()
 
@@ -28,3 +30,4 @@ class SGD:
             if span.parameter.decay:
                 self.store.data[part] *= 1.0 - learning_rate * self.optim.weight_decay
             self.store.data[part] -= learning_rate * self.momentum[part]
+        self.store.refresh()

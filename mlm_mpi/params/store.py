@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import Place, cpu, fill, to_host
 from mlm_mpi.params.layout import Grid, Layout
 from mlm_mpi.rng import key_of, normal
 
@@ -43,13 +44,17 @@ class Span:
 
 
 class FlatStore:
-    """The parameters of a list of blocks in one flat buffer.
+    """The parameters of a list of blocks in one flat buffer, `data`.
 
-    `spans` are in block order; `segments[i]` is the range of block i.
+    `spans` are in block order; `segments[i]` is the range of block i. Where the place computes in a narrower
+    type than `dtype`, layers see a copy in that type, which `refresh` makes anew after every change of `data`.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Parameter]], grid: Grid, dtype: Any, xp: Any = np) -> None:
-        self.xp, self.dtype, self.grid = xp, np.dtype(dtype), grid
+    def __init__(
+        self, blocks: Sequence[Sequence[Parameter]], grid: Grid, dtype: Any, place: Place | None = None
+    ) -> None:
+        self.place = place or cpu(dtype)
+        self.xp, self.dtype, self.grid = self.place.xp, np.dtype(dtype), grid
         self.spans: list[Span] = []
         self.segments: list[tuple[int, int]] = []
         offset = 0
@@ -63,9 +68,16 @@ class FlatStore:
             self.segments.append((begin, offset))
         self.size = offset
         self.count = sum(span.stop - span.start for span in self.spans)
-        self.data = xp.zeros(offset, self.dtype)
-        for span, view in zip(self.spans, self.views(self.data), strict=True):
+        self.data = self.xp.zeros(offset, self.dtype)
+        same = self.place.compute == self.dtype
+        self.working = self.data if same else self.xp.zeros(offset, self.place.compute)
+        for span, view in zip(self.spans, self.views(self.working), strict=True):
             span.parameter.data = view
+
+    def refresh(self) -> None:
+        """Layers see what `data` holds now."""
+        if self.working is not self.data:
+            self.working[...] = self.data
 
     def new_buffer(self) -> Any:
         """A zeroed flat buffer of this layout."""
@@ -82,14 +94,14 @@ class FlatStore:
 
     def initialise(self, seed: int) -> None:
         """Draws initial values keyed by (seed, name) from the global array and takes my slice."""
-        for span in self.spans:
+        for span, view in zip(self.spans, self.views(self.data), strict=True):
             p = span.parameter
             if isinstance(p.init, str):
-                p.data[...] = {"ones": 1.0, "zeros": 0.0}[p.init]
+                view[...] = {"ones": 1.0, "zeros": 0.0}[p.init]
                 continue
             draws = normal(key_of(seed, "init", p.name), 0, int(np.prod(p.layout.shape)))
-            mine = (p.init * draws).reshape(p.layout.shape)[p.layout.slices(self.grid)]
-            p.data[...] = self.xp.asarray(mine.astype(self.dtype))
+            fill(view, (p.init * draws).reshape(p.layout.shape)[p.layout.slices(self.grid)])
+        self.refresh()
 
     def named(self, flat: Any) -> dict[str, Any]:
         """name -> view into a flat buffer."""
@@ -99,8 +111,7 @@ class FlatStore:
         """SHA-256 over sorted names, dtype, shape and little-endian values, without padding."""
         digest = hashlib.sha256()
         for name, value in sorted(self.named(self.data).items()):
-            host = np.asarray(value) if self.xp is np else value.get()
-            little = np.ascontiguousarray(host, dtype=self.dtype.newbyteorder("<"))
+            little = np.ascontiguousarray(to_host(value), dtype=self.dtype.newbyteorder("<"))
             digest.update(f"{name} {self.dtype.name} {little.shape}\n".encode())
             digest.update(little.data.cast("B"))
         return digest.hexdigest()

@@ -11,6 +11,7 @@ from mlm_mpi.tasks import language_model as lm
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
     parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
@@ -18,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    trained = lm.load(Path(args.run), Path(args.data) if args.data else None)
+    trained = lm.load(Path(args.run), Path(args.data) if args.data else None, args.device)
     quality = lm.evaluate(trained)
     numbers = {
         "step": trained.step, "loss": quality.loss, "perplexity": quality.perplexity,

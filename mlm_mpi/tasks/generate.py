@@ -14,6 +14,7 @@ from mlm_mpi.tasks import language_model as lm
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument(
         "--data", metavar="DIR", help="a prepared corpus with the same tokenizer, if data.dir has moved"
     )
@@ -32,14 +33,15 @@ def main(args: argparse.Namespace) -> int:
     if args.tokens < 1:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1")
     sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = lm.load(Path(args.run), Path(args.data) if args.data else None)
+    trained = lm.load(Path(args.run), Path(args.data) if args.data else None, args.device)
     end = trained.tokenizer.eot
     text = os.fsencode(args.prompt).decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(text)
     for token in itertools.islice(
-        lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling), args.tokens
+        lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling, place=trained.place),
+        args.tokens,
     ):
         if token == end:
             break

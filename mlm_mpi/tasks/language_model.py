@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import threadpoolctl
 
-from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.arrays import Place, cpu, keep_freed_memory, to_host, wide
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.catalog import Catalog
@@ -26,6 +26,7 @@ from mlm_mpi.params.store import FlatStore
 from mlm_mpi.rng import key_of, uniform
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.folder import open_run
+from mlm_mpi.train.replica import place_of
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,23 @@ class Trained:
     catalog: Catalog
     tokenizer: Tokenizer
     step: int
+    place: Place
 
 
-def load(run: Path, data: Path | None = None) -> Trained:
+def load(run: Path, data: Path | None = None, device: str | None = None) -> Trained:
     """The newest sound checkpoint of a run. `data`: a catalog other than the one it was trained on.
+
+    `device`: "cpu" or "gpu", by default where it was trained.
 
     A damaged one is named on stderr and the one before is tried. Raises ConfigError, CheckpointError, or
     DataError if the catalog has another tokenizer.
     """
     folder, config = open_run(run)
+    if device is not None:
+        config = msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, device=device))
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
-    kernels.select(reference=config.numerics.reference)
+    place = place_of(config)
     catalog = Catalog.open(data or Path(config.data.dir))
     tokenizer = catalog.tokenizer()
 
@@ -59,9 +65,9 @@ def load(run: Path, data: Path | None = None) -> Trained:
                 f"({manifest.tokenizer[:12]}): prepare it with --tokenizer {config.data.dir}/tokenizer.json"
             )
         stack = gpt.build(config.model, manifest.vocabulary)
-        store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype)
+        store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype, place)
         checkpoint.restore(path, manifest, store, {"weights": store.data})
-        return Trained(config, stack, catalog, tokenizer, manifest.step)
+        return Trained(config, stack, catalog, tokenizer, manifest.step, place)
 
     return checkpoint.newest_sound(folder.checkpoints, restored, lambda text: print(text, file=sys.stderr))
 
@@ -85,12 +91,13 @@ class Quality:
 
 def evaluate(trained: Trained) -> Quality:
     """Quality on every target of the held-out split."""
-    total, targets = 0.0, 0
+    total, counted = 0.0, 0
     stream = TokenStream(trained.catalog, "heldout")
     for batch in heldout_batches(stream, trained.config.model.context, trained.config.eval.rows):
-        total += trained.stack.loss(batch.ids, batch.targets, batch.mask, Context())
-        targets += batch.targets_count
-    return Quality(total / targets, targets, trained.catalog.characters("heldout"))
+        ids, targets, mask = map(trained.place.put, (batch.ids, batch.targets, batch.mask))
+        total += float(trained.stack.loss(ids, targets, mask, Context()))
+        counted += batch.targets_count
+    return Quality(total / counted, counted, trained.catalog.characters("heldout"))
 
 
 def unigram_bits_per_character(catalog: Catalog, vocabulary: int) -> float:
@@ -165,21 +172,22 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
 
 
 def continue_prompt(
-    stack: Stack, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True
-) -> Iterator[int]:
+    stack: Stack, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True,
+    place: Place | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Endless continuation of a prompt of at least one token.
 
     When the context is full, the newest half of it is read again and generation goes on from there.
     `cached=False` reads the whole window for every token: the reference for the cache.
     """
-    held = list(prompt)[-context:]
+    place, held = place or cpu(), list(prompt)[-context:]
     cache, unread, number = KeyValueCache(context), list(held), 0
     while True:
         if cached:
-            logits = stack.logits(np.array([unread], np.int32), Context(cache=cache))[0, -1]
+            logits = stack.logits(place.put(np.array([unread], np.int32)), Context(cache=cache))[0, -1]
         else:
-            logits = stack.logits(np.array([held], np.int32), Context())[0, -1]
-        token = choose(logits, sampling, number)
+            logits = stack.logits(place.put(np.array([held], np.int32)), Context())[0, -1]
+        token = choose(to_host(wide(logits)), sampling, number)
         yield token
         number += 1
         held, unread = [*held, token], [token]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import h5py
 import msgspec
 
+from mlm_mpi.backend.arrays import fill, snap, to_host
 from mlm_mpi.comm.group import Group
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
 from mlm_mpi.files import publish, sync_folder
@@ -92,7 +93,7 @@ def part_image(pieces: Pieces, rows: dict[str, tuple[int, int]]) -> bytes:
                 row_bytes = max(1, value[:1].nbytes)
                 chunk = (max(1, min(len(value), _CHUNK_BYTES // row_bytes)), *value.shape[1:])
                 dataset = file.create_dataset(
-                    f"{kind}/{name}", data=value, chunks=chunk, fletcher32=True, track_times=False
+                    f"{kind}/{name}", data=to_host(value), chunks=chunk, fletcher32=True, track_times=False
                 )
                 dataset.attrs["first_row"] = rows[name][0]
     return memory.getvalue()
@@ -160,7 +161,7 @@ class Saver:
             self._write_part(write, pieces, rows)
             return
         try:
-            snapshot = {kind: {name: value.copy() for name, value in p.items()} for kind, p in pieces.items()}
+            snapshot = {kind: {name: snap(value) for name, value in p.items()} for kind, p in pieces.items()}
         except MemoryError:
             write.error = "no memory for a snapshot: set checkpoint.background=false"
             return
@@ -294,10 +295,11 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
             for name, (start, stop) in part.rows.items():
                 covered[name] += stop - start
                 for kind in buffers:
-                    views[kind][name][start:stop] = file[f"{kind}/{name}"][...]
+                    fill(views[kind][name][start:stop], file[f"{kind}/{name}"][...])
     short = [name for name, rows in covered.items() if rows != shapes[name][0]]
     if short:
         raise DamagedCheckpoint(f"{checkpoint}: the parts do not hold all rows of {short[0]}")
+    store.refresh()
 
 
 def _verified(path: Path, part: Part) -> bytes:

@@ -15,6 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file, for example jobs/configs/tiny.toml")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, metrics, checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="the same as --set backend.device=…")
     parser.add_argument(
         "--resume", choices=("auto", "never", "must"), default="auto",
         help="auto: from the newest checkpoint if there is one (default); never: refuse if there is; must: require one",
@@ -26,7 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command on this rank."""
-    config = configuration.load(args.config, args.set)
+    device = [] if args.device is None else [f"backend.device={args.device}"]
+    config = configuration.load(args.config, args.set + device)
     if args.max_steps is not None and args.max_steps < 1:
         raise ConfigError(f"--max-steps {args.max_steps} must be at least 1")
     limit = None if args.max_time is None else seconds(args.max_time)

@@ -14,10 +14,11 @@ import threadpoolctl
 
 import mlm_mpi
 from mlm_mpi.backend import kernels
+from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
 
-def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
+def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
     """Named facts, plain data."""
     blas = [
         f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
@@ -32,14 +33,19 @@ def fingerprint(config: Config, ranks: int) -> dict[str, Any]:
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
+        "products": config.numerics.products,
         "kernels": kernels.summary(config.train.dtype),
+        "device": place.description,
         "dtype": config.train.dtype,
+        "products": config.numerics.products,
         "micro_batches": config.train.micro_batches,
         "rows": config.train.rows,
         "lanes": config.train.lanes,
         "reduction": config.comm.reduction,
     }
-    if config.comm.reduction == "allreduce":
+    if place.on_gpu:
+        facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
+    if config.comm.reduction != "canonical":
         facts["ranks"] = ranks  # its order of summation is the library's
     return facts
 

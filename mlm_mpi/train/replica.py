@@ -14,8 +14,11 @@ import msgspec
 import numpy as np
 import psutil
 
+from mlm_mpi.backend import kernels
+from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
+from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
+from mlm_mpi.comm.transport import transport
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import MicroBatch
 from mlm_mpi.errors import ConfigError, NumericsError, agreed
@@ -47,11 +50,12 @@ class StepResult:
 class Replica:
     """Model, flat store, optimiser and reduction of a rank."""
 
-    def __init__(self, config: Config, vocabulary: int, mesh: Mesh) -> None:
+    def __init__(self, config: Config, vocabulary: int, mesh: Mesh, place: Place | None = None) -> None:
         self.config, self.mesh, train = config, mesh, config.train
+        self.place = place or cpu(train.dtype)
         self.group = mesh.group("dp")
         self.stack = gpt.build(config.model, vocabulary, train.recompute)
-        self.store = FlatStore(self.stack.parameter_blocks(), mesh, train.dtype)
+        self.store = FlatStore(self.stack.parameter_blocks(), mesh, train.dtype, self.place)
         self.optimizer = make_optimizer(config.optim, self.store)
         self.assignment = Assignment(train.micro_batches, train.lanes, self.group.size)
         self.reduction = self._make_reduction()
@@ -61,10 +65,13 @@ class Replica:
         comm, train, segments = self.config.comm, self.config.train, self.store.segments
         group = self.group.duplicate()  # tags of gradients must not meet other messages
         bucket_bytes = comm.bucket_mib * 2**20
+        ways = self.place, transport(self.place, group, comm.gpu_aware)
         if comm.reduction == "allreduce":
-            return Allreduce(group, segments, bucket_bytes, train.dtype, comm.overlap)
+            return Allreduce(group, segments, bucket_bytes, train.dtype, comm.overlap, *ways)
+        if comm.reduction == "nccl":
+            return Nccl(group, segments, bucket_bytes, train.dtype, comm.overlap, *ways)
         ranges = [self.assignment.lanes_of(rank) for rank in range(group.size)]
-        return Canonical(group, train.lanes, ranges, segments, bucket_bytes, train.dtype, comm.overlap, cut)
+        return Canonical(group, train.lanes, ranges, segments, bucket_bytes, train.dtype, comm.overlap, cut, *ways)
 
     def state(self) -> dict[str, Any]:
         """Everything a step changes, as flat buffers by name."""
@@ -91,9 +98,9 @@ class Replica:
         seconds = time.perf_counter() - began
         return StepResult(loss / targets, targets, length / targets, rate, seconds, self.reduction.exposed_s, all_notes)
 
-    def _run_micro_batches(self, step: int, next_batch: NextBatch) -> tuple[list[MicroBatch], list[float]]:
+    def _run_micro_batches(self, step: int, next_batch: NextBatch) -> tuple[list[MicroBatch], list[Any]]:
         batches: list[MicroBatch] = []
-        losses: list[float] = []
+        losses: list[Any] = []  # a GPU's are not awaited here
         self.reduction.begin()
         first, stop = self.assignment.lanes_of(self.group.rank)
         for lane in range(first, stop):
@@ -109,16 +116,19 @@ class Replica:
             self.reduction.close_lane(lane)
         return batches, losses
 
-    def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> float:
+    def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> Any:
         ctx = Context(self.mesh, self.config.train.seed, batch.step, batch.index, True, accumulate)
-        return self.stack.loss_and_grad(batch.ids, batch.targets, batch.mask, ctx, ready)
+        return self.stack.loss_and_grad(*self._arrays(batch), ctx, ready)
+
+    def _arrays(self, batch: MicroBatch) -> tuple[Any, Any, Any]:
+        return self.place.put(batch.ids), self.place.put(batch.targets), self.place.put(batch.mask)
 
     def _exchange(
-        self, step: int, batches: list[MicroBatch], losses: list[float], notes: tuple[float, ...]
+        self, step: int, batches: list[MicroBatch], losses: list[Any], notes: tuple[float, ...]
     ) -> tuple[float, int, np.ndarray]:
         """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
         row = np.zeros(2 * self._most + len(notes))
-        row[: len(losses)] = losses
+        row[: len(losses)] = [float(loss) for loss in losses]
         row[self._most : self._most + len(batches)] = [batch.targets_count for batch in batches]
         row[2 * self._most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step}")
@@ -130,15 +140,15 @@ class Replica:
                 targets += float(table[rank, self._most + k])
         return loss, int(targets), table[:, 2 * self._most :]
 
-    def _blame(self, step: int, batches: list[MicroBatch], losses: list[float], broken: str | None) -> None:
+    def _blame(self, step: int, batches: list[MicroBatch], losses: list[Any], broken: str | None) -> None:
         """Runs this step's micro-batches again, one by one, and names the first that is not finite."""
         self.store.point_gradients(self.store.new_buffer())
         found = []
         for batch, loss in zip(batches, losses, strict=True):
             self._loss_and_grad(batch, False, None)
-            culprits = [s.parameter.name for s in self.store.spans if not np.isfinite(s.parameter.grad).all()]
-            if culprits or not math.isfinite(loss):
-                found.append((batch.index, culprits[0] if culprits else None, str(loss)))
+            culprits = [s.parameter.name for s in self.store.spans if not _finite(s.parameter.grad)]
+            if culprits or not math.isfinite(float(loss)):
+                found.append((batch.index, culprits[0] if culprits else None, str(float(loss))))
         reports = sorted(r for reports in self.group.allgather(found, "the culprit's name") for r in reports)
         if reports:
             index, name, text = reports[0]
@@ -154,11 +164,11 @@ class Replica:
 
     def check_weights(self, step: int) -> None:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
-        for span in self.store.spans:
-            if not np.isfinite(span.parameter.data).all():
+        for name, weights in self.store.named(self.store.data).items():
+            if not _finite(weights):
                 raise agreed(
                     NumericsError(
-                        f"weights of {span.parameter.name} are not finite after step {step}, which is not saved: "
+                        f"weights of {name} are not finite after step {step}, which is not saved: "
                         "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
                     )
                 )
@@ -174,7 +184,7 @@ class Replica:
             number = k * ranks + rank
             if number < count:
                 batch = batch_of(number)
-                row[k] = self.stack.loss(batch.ids, batch.targets, batch.mask, ctx), batch.targets_count
+                row[k] = float(self.stack.loss(*self._arrays(batch), ctx)), batch.targets_count
         table = self.group.allgather_array(row, "held-out losses")  # (R, rounds, 2)
         ordered = table.swapaxes(0, 1).reshape(-1, 2)[:count]
         loss, targets = 0.0, 0.0
@@ -183,15 +193,33 @@ class Replica:
         return loss / targets
 
 
-def check_memory(config: Config, vocabulary: int) -> None:
-    """Refuses a model whose weights, gradients and moments cannot fit one rank of this machine. Raises ConfigError."""
+def place_of(config: Config, level: str = "auto", local_rank: int = 0) -> Place:
+    """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError."""
+    numerics, backend = config.numerics, config.backend
+    if backend.device == "cpu":
+        kernels.select(level, numerics.reference, numerics.products)
+        return cpu(config.train.dtype)
+    place = gpu(config.train.dtype, numerics.products, local_rank, backend.memory_gib)
+    kernels.select(reference=numerics.reference, device="cuda")
+    return place
+
+
+def _finite(array: Any) -> bool:
+    return bool(module_of(array).isfinite(array).all())
+
+
+def check_memory(config: Config, vocabulary: int, place: Place) -> None:
+    """Refuses a model whose weights, gradients and moments cannot fit where a rank calculates. Raises ConfigError."""
     blocks = gpt.build(config.model, vocabulary).parameter_blocks()
     count = sum(math.prod(parameter.layout.shape) for block in blocks for parameter in block)
     copies = 3 + (config.optim.name == "adamw")
-    needed, present = copies * count * np.dtype(config.train.dtype).itemsize, psutil.virtual_memory().total
+    needed = copies * count * np.dtype(config.train.dtype).itemsize
+    present, where = psutil.virtual_memory().total, "this machine"
+    if place.on_gpu:
+        present, where = place.xp.cuda.Device().mem_info[1], "its GPU"
     if needed > present:
         raise ConfigError(
-            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, this machine has "
+            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, {where} has "
             f"{present / 2**30:,.1f} GiB: lower model.width, model.layers or model.context"
         )
 

@@ -31,12 +31,14 @@ from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
 from mlm_mpi.train.folder import RunFolder
-from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences
+from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences, place_of
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
 # keys that may differ on resume without another run being meant
-_FREE = ("checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute")
+_FREE = (
+    "backend.", "checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,14 @@ class Trainer:
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
+        local_rank = self.group.local_rank()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
-            kernels.select(config.numerics.level, config.numerics.reference)
+            self.place = place_of(config, config.numerics.level, local_rank)
             self._open_data()
-            check_memory(config, self.vocabulary)
-        self.replica = Replica(config, self.vocabulary, Mesh(self.group))
-        self.facts = fingerprint(config, group.size)
+            check_memory(config, self.vocabulary, self.place)
+        self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
+        self.facts = fingerprint(config, group.size, self.place)
         self.incomparable = self._compare_fingerprints()
 
     def _open_data(self) -> None:
@@ -305,11 +308,16 @@ class Trainer:
         tokens = self.catalog.tokens("train")
         epochs = train.steps * samples / windows_of(tokens, config.model.context)
         reduction = f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}"
+        if replica.place.on_gpu and config.comm.reduction != "nccl":
+            reduction += f", {replica.reduction.transport.name}"
         sent = f"sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"
         size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
+        if config.numerics.products != train.dtype:
+            size += f", products in {config.numerics.products}"
+        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} BLAS thread each"
         shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
-            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {config.numerics.threads} BLAS thread each"),
+            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
             ("model", f"{config.model.kind}: {size}"),
             ("step", f"{samples * config.model.context:,} tokens: {shape}"),
             ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {tokens:,} tokens"),
@@ -339,7 +347,9 @@ class Trainer:
                 )
             self._draw_curve()
             if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
-                self._say(f"note: the reference ran where a kernel's contract did not hold: {fallen}")
+                self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
+            if self.place.on_gpu and (refused := kernels.refusals()):
+                self._say(f"note: kernels handed work to the next variant: {refused}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(
                 f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")

@@ -6,6 +6,8 @@ from unittest import mock
 import cupy
 import numpy as np
 
+from mlm_mpi.backend import kernels
+
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # of the norm; half an ulp of bfloat16 is 2^-9 = 2e-3
 
 
@@ -37,3 +39,24 @@ def assert_close(found, wanted, dtype, factor=1.0):
     assert host.shape == wanted.shape
     error = np.linalg.norm(host - wanted) / max(np.linalg.norm(wanted), 1e-30)
     assert error <= factor * TOLERANCE[np.dtype(dtype).name], f"relative error {error:.2e}"
+
+
+def run(function, *arguments):
+    """The result of a kernel, the reference not asked, written to arrays that were full of NaN."""
+    with poisoned():
+        result = function(*arguments)
+    assert not kernels.fallbacks()
+    return result
+
+
+def same_bits(a, b):
+    """Whether two device arrays hold the same bytes."""
+    return cupy.asnumpy(a).tobytes() == cupy.asnumpy(b).tobytes()
+
+
+def shifted(array):
+    """The array in device memory one element behind an aligned address, so that no 16-byte access is possible."""
+    host = np.asarray(array)
+    flat = cupy.empty(host.size + 1, host.dtype)[1:]
+    flat.set(np.ascontiguousarray(host).reshape(-1))
+    return flat.reshape(host.shape)

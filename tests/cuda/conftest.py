@@ -21,6 +21,8 @@ if not ON_GPU:
     sys.path.insert(0, str(Path(__file__).parent / "standin"))
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
+
 import cupy  # noqa: E402  the real one or the stand-in
 
 from mlm_mpi.backend import kernels  # noqa: E402

@@ -49,7 +49,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def main() -> None:
     sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
     import torch
-    from torch_peer import PeerGPT, make_adamw
+    from torch_gpt import PeerGPT, make_adamw
 
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numerics import directional, poisoned, same_bits, strided
@@ -28,13 +29,18 @@ def _draw(b: int, h: int, t: int, s: int, d: int) -> tuple[np.ndarray, ...]:
     return tuple(r.standard_normal(n) for n in [(b, h, t, d), (b, h, s, d), (b, h, s, d), (b, t, h, d)])
 
 
-def _naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, drop: np.ndarray | None = None) -> np.ndarray:
+def _naive(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool,
+    drop: np.ndarray | None = None, lengths: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     scores = np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[3])
     if causal:
         t, s = scores.shape[2:]
         scores[:, :, np.arange(s)[None, :] > np.arange(t)[:, None] + s - t] = -np.inf
-    p = np.exp(scores - scores.max(axis=3, keepdims=True))
-    p /= p.sum(axis=3, keepdims=True)
+    if lengths is not None:
+        scores[np.arange(scores.shape[3]) >= lengths[:, None, None, None] + np.zeros_like(scores)] = -np.inf
+    p = np.exp(scores - np.maximum(scores.max(axis=3, keepdims=True), -1e300))
+    p /= np.maximum(p.sum(axis=3, keepdims=True), 1e-300)  # a row of hidden keys: 0
     return np.einsum("bhts,bhsd->bthd", p if drop is None else p * drop, v)
 
 
@@ -55,6 +61,52 @@ def test_values_and_gradients(size, causal, dropped) -> None:  # type: ignore[no
     attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw)
     for value, gradient in ((q, dq), (k, dk), (v, dv)):
         directional(lambda: float((_naive(q, k, v, causal, drop) * do).sum()), value, gradient)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("queries", [5, 140, 270])
+def test_rows_of_different_lengths(causal: bool, dropped: bool, queries: int) -> None:
+    lengths = np.array([270, 0, 1, 128, 133, 200], "i4")
+    size = (6, 2, queries, 270, 3)
+    q, k, v, do = _draw(*size)
+    draw = DRAW if dropped else None
+    drop = dropout.mask(DRAW, size[:4], 0, "f8") if dropped else None
+    o, lse = attention.forward(q, k, v, causal, draw, lengths)
+    assert np.allclose(o, _naive(q, k, v, causal, drop, lengths), rtol=1e-12, atol=1e-13)
+    assert (o[1] == 0).all() and (lse[1] == -np.inf).all() and np.isfinite(lse[[0, 2, 3, 4, 5]]).all()
+    dq, dk, dv = poisoned(*q.shape), poisoned(*k.shape), poisoned(*v.shape)
+    attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    for value, gradient in ((q, dq), (k, dk), (v, dv)):
+        directional(lambda: float((_naive(q, k, v, causal, drop, lengths) * do).sum()), value, gradient)
+    for b, length in enumerate(lengths):
+        assert not dk[b, :, length:].any() and not dv[b, :, length:].any()
+    assert not dq[1].any()
+
+
+def test_hidden_keys_are_never_read() -> None:
+    q, k, v, do = _draw(2, 2, 150, 150, 4)
+    lengths = np.array([130, 20], "i4")
+    for b, length in enumerate(lengths):
+        k[b, :, length:] = v[b, :, length:] = np.nan
+    o, lse = attention.forward(q, k, v, False, None, lengths)
+    gradients = [poisoned(*a.shape) for a in (q, k, v)]
+    attention.backward(do, q, k, v, o, lse, *gradients, False, None, lengths)
+    assert all(np.isfinite(a).all() for a in (o, lse, *gradients))
+
+
+def test_arithmetic_of_bfloat16_is_float32() -> None:
+    short = [a.astype(ml_dtypes.bfloat16) for a in _draw(2, 2, 150, 150, 8)]
+    q, k, v, do = short
+    long = [a.astype("f4") for a in short]
+    o, lse = attention.forward(q, k, v)
+    o4, lse4 = attention.forward.__wrapped__(*long[:3])
+    assert o.dtype == q.dtype and lse.dtype == np.float32
+    assert same_bits(o, o4.astype(q.dtype)) and same_bits(lse, lse4)
+    gradients, wanted = [np.empty_like(a) for a in short[:3]], [np.empty_like(a) for a in long[:3]]
+    attention.backward(do, q, k, v, o, lse, *gradients)
+    attention.backward.__wrapped__(long[3], *long[:3], o.astype("f4"), lse, *wanted)
+    assert all(same_bits(a, b.astype(q.dtype)) for a, b in zip(gradients, wanted, strict=True))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -1,4 +1,4 @@
-// What a warp's matrix instructions do: mma.sync, ldmatrix, stmatrix. Included by cuda_cpu.h.
+// What a warp's matrix instructions do: mma.sync, ldmatrix, stmatrix.
 #pragma once
 namespace cu {
 
@@ -68,7 +68,7 @@ struct MatrixLane {
 };
 
 inline unsigned char *checked_row(const void *row, const char *what) {
-    if (reinterpret_cast<uintptr_t>(row) % 16) CU_DIE("%s: the address of a row is not a multiple of 16", what);
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("%s: the address of a row is not a multiple of 16", what);
     return static_cast<unsigned char *>(const_cast<void *>(row));
 }
 
@@ -79,12 +79,13 @@ template <int COUNT, bool TRANS, class F> inline void over_matrices(Group &group
             for (int half = 0; half < 2; half++) {
                 int owner = matrix * 8 + matrix_row(lane, half, TRANS);
                 auto *row = reinterpret_cast<const MatrixLane *>(group.in[parity][owner])->row;
+                Loud loud;
                 body(lane, matrix * 2 + half, row + 2 * matrix_column(lane, half, TRANS));
             }
 }
 
 template <int COUNT, bool TRANS> inline void ldmatrix(uint32_t *r, const void *row) {
-    bool used = cur->lane < 8 * COUNT;
+    bool used = current->lane < 8 * COUNT;
     MatrixLane in{used ? checked_row(row, "ldmatrix") : nullptr, {}};
     auto *out = collective(~0u, &in, sizeof in, "ldmatrix", [](Group &group, int parity) {
         over_matrices<COUNT, TRANS>(group, parity, [&](int lane, int element, unsigned char *memory) {
@@ -109,11 +110,11 @@ inline bool elect_one() {
         int lane;
     } none{-1};
     auto *out = collective(~0u, &none, sizeof none, "elect.sync", [](Group &group, int parity) {
-        int chosen = rnd() % 32;  // hardware promises no particular lane
+        int chosen = draw() % 32;  // hardware promises no particular lane
         while (!(group.mask >> chosen & 1)) chosen = (chosen + 1) % 32;
         for (int lane = 0; lane < 32; lane++) std::memcpy(group.out[parity][lane], &chosen, sizeof chosen);
     });
-    return *reinterpret_cast<const int *>(out) == cur->lane;
+    return *reinterpret_cast<const int *>(out) == current->lane;
 }
 
 }  // namespace cu

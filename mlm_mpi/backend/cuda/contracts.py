@@ -36,3 +36,14 @@ def dense(*arrays: Any, dtype: Any = None) -> str:
 def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
     """Every array (None is left out) has that shape: nothing is broadcast."""
     return "" if all(array is None or array.shape == shape for array in arrays) else "shapes differ"
+
+
+def width(*arrays: Any, columns: int = 0) -> int:
+    """How many elements a thread moves at a time: 16 bytes of the narrowest dtype, or 1 where that cannot be.
+
+    It cannot where an array, or a row of `columns` elements, does not begin on a multiple of 16 bytes. CuPy's arrays
+    and the parameters of a FlatStore do.
+    """
+    present = [array for array in arrays if array is not None]
+    pack = 16 // min(array.itemsize for array in present)
+    return pack if columns % pack == 0 and all(array.data.ptr % 16 == 0 for array in present) else 1

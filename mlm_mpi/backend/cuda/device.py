@@ -9,14 +9,12 @@ import fcntl
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from mlm_mpi.errors import ConfigError
 
 SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
 STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
@@ -46,6 +44,13 @@ def source(stem: str, folder: Path | None = None) -> str:
     return resolve(f"{stem}.cu")
 
 
+def options(architecture: str, defines: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    """What NVRTC is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
+    # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
+    specific = (f"-arch={architecture}",) if architecture.endswith("a") else ()
+    return ("-std=c++17", *specific, *(f"-D{key}={value}" for key, value in defines))
+
+
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Ranks of a node compile one after another: the first fills the cache, the others find it full."""
@@ -63,24 +68,19 @@ class Device:
     """The current GPU. `capability` (9, 0) on Hopper; `processors`: its multiprocessors."""
 
     def __init__(self) -> None:
-        try:
-            import cupy
-        except ImportError:
-            raise ConfigError(
-                "device gpu needs CuPy: pip install 'mlm-mpi[cuda13]' (or [cuda12]), or run with --device cpu"
-            ) from None
-        try:
-            count = cupy.cuda.runtime.getDeviceCount()
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise ConfigError(f"device gpu: CUDA finds no GPU here ({error}): run with --device cpu") from None
-        if not count:
-            raise ConfigError("device gpu: CUDA finds no GPU here: run with --device cpu")
+        import cupy
+
         self.cupy = cupy
         device = cupy.cuda.Device()
-        self.number: int = device.id
         digits = device.compute_capability
         self.capability = int(digits[:-1]), int(digits[-1])
         self.processors: int = device.attributes["MultiProcessorCount"]
+
+    @property
+    def architecture(self) -> str:
+        """What NVRTC compiles for: sm_80, sm_90a, …"""
+        number = 10 * self.capability[0] + self.capability[1]
+        return f"sm_{number}a" if number in SPECIFIC else f"sm_{number}"
 
     def function(self, stem: str, name: str, shared_bytes: int = 0, **defines: Any) -> Callable[..., None]:
         """`name` of `kernels/cuda/<stem>.cu` compiled with these macros: call it with (grid, block, args, shared_mem=).
@@ -98,16 +98,10 @@ class Device:
 
     @functools.cache  # noqa: B019
     def _module(self, stem: str, defines: tuple[tuple[str, Any], ...]) -> Any:
-        macros = tuple(f"-D{key}={value}" for key, value in defines)
-        module = self.cupy.RawModule(code=source(stem), options=("-std=c++17", *self._architecture(), *macros))
+        module = self.cupy.RawModule(code=source(stem), options=options(self.architecture, defines))
         with _one_at_a_time(_cache_folder()):
             module.compile()
         return module
-
-    def _architecture(self) -> tuple[str, ...]:
-        # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
-        number = 10 * self.capability[0] + self.capability[1]
-        return (f"-arch=sm_{number}a",) if number in SPECIFIC else ()
 
     def tensor_map(self, array: Any, box: tuple[int, ...], swizzle_bytes: int = 128) -> Any:
         """A TMA descriptor of a bf16 or float32 array, passed to a kernel by value.
@@ -116,10 +110,6 @@ class Device:
         The descriptor holds the address, not the array: the caller keeps the array until the launch.
         Raises ValueError where the driver refuses (a base or pitch that is no multiple of 16 bytes).
         """
-        return self.cupy_tensor_map(array, box, swizzle_bytes)
-
-    def cupy_tensor_map(self, array: Any, box: tuple[int, ...], swizzle_bytes: int) -> Any:
-        """`tensor_map` by the driver."""
         encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
         memory = np.zeros(192, np.uint8)
         skip = -memory.ctypes.data % 64  # the driver wants 64-byte alignment

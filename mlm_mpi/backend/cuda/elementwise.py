@@ -1,23 +1,122 @@
-"""Launches of the memory-bound kernels: one read, one write, nothing kept."""
+"""Launches of the kernels without rows: one read, one write, nothing kept (`kernels/cuda/flat.cuh`)."""
 
 from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cuda.contracts import dense, element
+from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, width
 from mlm_mpi.backend.kernels import kernel
 
 THREADS = 256
 BLOCKS_PER_PROCESSOR = 8  # 2048 threads, all that fit
+PARTS = 8  # arrays that one launch of sums.tree adds
 
 
-def _grid(gpu: Any, size: int) -> tuple[int]:
-    return (max(1, min(-(-size // THREADS), BLOCKS_PER_PROCESSOR * gpu.processors)),)
+def _launch(gpu: Any, name: str, size: int, wide: int, arguments: tuple[Any, ...], **defines: Any) -> None:
+    blocks = -(-size // (THREADS * wide))
+    grid = (max(1, min(blocks, BLOCKS_PER_PROCESSOR * gpu.processors)),)
+    run = gpu.function(name.partition("_")[0], name, WIDTH=wide, **defines)
+    run(grid, (THREADS,), (*arguments, np.int64(size)))
+
+
+# ---- gelu
 
 
 @kernel("gelu.forward", dense, device="cuda")
 def _gelu_forward(gpu: Any, x: Any) -> Any:
-    y = gpu.cupy.empty_like(x)
-    run = gpu.function("gelu", "gelu_forward", ELEMENT=element(x))
-    run(_grid(gpu, x.size), (THREADS,), (x, y, np.int64(x.size)))
+    y = gpu.cupy.empty(x.shape, x.dtype)
+    _launch(gpu, "gelu_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
     return y
+
+
+@kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out), device="cuda")
+def _gelu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
+    _launch(gpu, "gelu_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
+    return dx
+
+
+# ---- dropout
+
+
+def _drawn(draw: Any) -> tuple[Any, ...]:
+    words = (*draw.key, draw.step, draw.micro_batch)
+    numbers = (draw.rate, 1.0 / (1.0 - draw.rate))
+    return *(np.uint32(word & 0xFFFFFFFF) for word in words), *map(np.float32, numbers)
+
+
+def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
+    if xp is np:
+        return "not in the GPU's memory"
+    return "" if np.dtype(dtype).name in ELEMENTS else str(np.dtype(dtype))
+
+
+@kernel("dropout.mask", _fit_mask, device="cuda")
+def _dropout_mask(gpu: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any) -> Any:
+    out = gpu.cupy.empty(shape, dtype)
+    wide = width(out) if start % 4 == 0 else 1  # a pack is whole counters of four words
+    _launch(gpu, "dropout_mask", out.size, wide, (*_drawn(draw), np.uint64(start), out), ELEMENT=element(out))
+    return out
+
+
+@kernel(
+    "dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual), device="cuda"
+)
+def _dropout_forward(gpu: Any, x: Any, draw: Any, residual: Any = None) -> Any:
+    y = gpu.cupy.empty(x.shape, x.dtype)
+    wide = width(x, residual, y)
+    _launch(gpu, "dropout_forward", x.size, wide, (*_drawn(draw), x, residual, y), ELEMENT=element(x))
+    return y
+
+
+# ---- adamw
+
+
+def _fit_adamw(
+    p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
+) -> str:  # fmt: skip
+    if working is not None and working.dtype.name != "bfloat16":
+        return f"working copy: {working.dtype}"
+    return dense(p, g, m, v, dtype=np.float32) or dense(working) or shaped(p.shape, g, m, v, working)
+
+
+@kernel("adamw.update", _fit_adamw, device="cuda")
+def _adamw_update(
+    gpu: Any, p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
+) -> None:  # fmt: skip
+    numbers = (scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2, root, epsilon, rate, shrink)
+    arrays = (p, g, m, v, working)
+    _launch(gpu, "adamw_update", p.size, width(*arrays), (*arrays, *map(np.float32, numbers)))
+
+
+# ---- sums, cast
+
+
+def _fit_tree(parts: Any, out: Any) -> str:
+    return dense(out, *parts, dtype=np.float32) or shaped(out.shape, *parts) or ("" if parts else "no parts")
+
+
+@kernel("sums.tree", _fit_tree, device="cuda")
+def _sums_tree(gpu: Any, parts: Any, out: Any) -> None:
+    """Aligned groups of PARTS leaves are whole subtrees, and the tree over their sums is the rest of the tree."""
+    while len(parts) > PARTS:
+        groups = [parts[i : i + PARTS] for i in range(0, len(parts), PARTS)]
+        parts = [_sum_of_few(gpu, group, gpu.cupy.empty(out.shape, out.dtype)) for group in groups]
+    _sum_of_few(gpu, parts, out)
+
+
+def _sum_of_few(gpu: Any, parts: Any, out: Any) -> Any:
+    pointers = (*parts, *[None] * (PARTS - len(parts)))
+    _launch(gpu, "sums_tree", out.size, width(out, *parts), (*pointers, out), COUNT=len(parts))
+    return out
+
+
+def _fit_cast(x: Any, out: Any) -> str:
+    return dense(x) or dense(out) or shaped(x.shape, out) or ("the same type" if x.dtype == out.dtype else "")
+
+
+@kernel("cast.to", _fit_cast, device="cuda")
+def _cast_to(gpu: Any, x: Any, out: Any) -> None:
+    _launch(gpu, "cast_to", x.size, width(x, out), (x, out), FROM=element(x), TO=element(out))

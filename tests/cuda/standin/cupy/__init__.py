@@ -2,13 +2,14 @@
 
 It is strict where CuPy is: an array of the "device" never turns into a NumPy array by itself, and NumPy
 refuses to compute with one. Only what the package uses exists; anything else is an AttributeError.
+Arrays lie in memory that notices who leaves it (memory.py).
 """
 
 import operator
 
 import numpy as np
 
-from . import cuda
+from . import cuda, memory
 from .emulated import RawModule, load_driver, seed
 
 __all__ = ["RawModule", "cuda", "ndarray", "seed"]
@@ -21,7 +22,7 @@ class ndarray:
     __array_ufunc__ = None  # NumPy arrays refuse to meet one in an expression
 
     def __init__(self, host):
-        self._host = host
+        self._host = memory.resident(host)
 
     # what stays the same in both worlds
     shape = property(lambda self: self._host.shape)
@@ -38,6 +39,10 @@ class ndarray:
     def data(self):
         return cuda.MemoryPointer(self._host.ctypes.data)
 
+    @property
+    def __cuda_array_interface__(self):
+        return self._host.__array_interface__ | {"version": 3, "stream": None}
+
     def __len__(self):
         return len(self._host)
 
@@ -52,16 +57,19 @@ class ndarray:
             raise TypeError("a NumPy array cannot be assigned to device memory: use .set()")
         self._host[unwrap(index)] = unwrap(value)
 
-    def get(self, out=None):
+    def get(self, stream=None, out=None, blocking=True):
         if out is None:
             return self._host.copy()
-        np.copyto(out, self._host)
+        stream = stream or cuda.get_current_stream()
+        stream.later(lambda: np.copyto(out, self._host))
+        if blocking:
+            stream.synchronize()
         return out
 
     def set(self, host, stream=None):
         if not isinstance(host, np.ndarray) or host.dtype != self.dtype or host.shape != self.shape:
             raise TypeError("set() needs a NumPy array of the same dtype and shape")
-        self._host[...] = host
+        (stream or cuda.get_current_stream()).later(lambda: np.copyto(self._host, host))
 
     def __float__(self):
         return float(self._host)
@@ -119,6 +127,10 @@ def _binary(function, swapped):
     return call
 
 
+def _unary(function):
+    return lambda self: wrap(function(self._host))
+
+
 def _in_place(function):
     def call(self, other):
         _checked([other])
@@ -137,7 +149,7 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(ndarray, f"__{_name}__", _binary(getattr(operator, _name), False))
 ndarray.__hash__ = None
 for _name in ("neg", "invert"):
-    setattr(ndarray, f"__{_name}__", lambda self, f=getattr(operator, _name): wrap(f(self._host)))
+    setattr(ndarray, f"__{_name}__", _unary(getattr(operator, _name)))
 
 
 def asarray(value, dtype=None):
@@ -146,6 +158,14 @@ def asarray(value, dtype=None):
 
 def array(value, dtype=None):
     return ndarray(np.array(unwrap(value), dtype))
+
+
+def empty(shape, dtype=float):
+    return ndarray(memory.empty(shape, dtype))
+
+
+def empty_like(prototype, dtype=None):
+    return ndarray(memory.empty_like(unwrap(prototype), dtype))
 
 
 def asnumpy(value):
@@ -164,10 +184,30 @@ def _function(name):
 
 
 for _name in (
-    "empty", "empty_like", "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
+    "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
     "subtract", "multiply", "matmul", "einsum", "triu", "isfinite", "argsort", "flatnonzero", "concatenate", "stack",
-    "maximum", "square", "copyto", "where", "ascontiguousarray",
+    "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
 ):  # fmt: skip
     globals()[_name] = _function(_name)
 inf = np.inf
+
+
+class _Pool:
+    def set_limit(self, size=None):
+        self.limit = size
+
+    def total_bytes(self):
+        return 0
+
+    def free_all_blocks(self):
+        pass
+
+
+_pool = _Pool()
+
+
+def get_default_memory_pool():
+    return _pool
+
+
 driver = load_driver()

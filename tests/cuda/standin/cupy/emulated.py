@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import memory
+
 ROOT = Path(__file__).parents[4]
 EMULATOR = ROOT / "kernels" / "cuda" / "emulator"
 CACHE = Path(os.environ.get("MLM_MPI_EMULATOR_CACHE", ROOT / "build" / "emulated"))
@@ -55,8 +57,8 @@ class RawModule:
         # not -D: the emulator's own headers come before the text
         defines = [option[2:].replace("=", " ", 1) for option in self.options if option.startswith("-D")]
         lines = [*(f"#define {define}" for define in defines), "#line 1", self.code]
-        text = "\n".join([*lines, *(f"CU_KERNEL({name}, {name})" for name in names), ""])
-        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "cuda_cpu.h", *FLAGS]
+        text = "\n".join([*lines, *(f"CU_KERNEL({name})" for name in names), ""])
+        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "emulator.h", *FLAGS]
         target = built(command, text, sorted(EMULATOR.glob("*.h")), "kernels.so")
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
@@ -88,11 +90,19 @@ class Function:
             (ctypes.c_size_t * count)(*sizes), count, ctypes.c_uint64(_state["seed"]),
         )  # fmt: skip
         if code == -2:
-            raise RuntimeError(f"{self.name}: {self.library.cu_error().decode()}")
+            raise RuntimeError(f"{self.name}: {_located(self.library.cu_error().decode())}")
         if code:
             raise TypeError(
                 f"{self.name}: " + ("wrong number of arguments" if code < 0 else f"size of argument {code - 1}")
             )
+        if damage := memory.damage():
+            raise RuntimeError(f"{self.name}: {damage}")
+
+
+def _located(error):
+    """The emulator knows addresses only: where they lie."""
+    address = re.search(r"invalid address (0x[0-9a-f]+)", error)
+    return f"{error}, {memory.nearest(int(address[1], 16))}" if address else error
 
 
 def _by_value(value):

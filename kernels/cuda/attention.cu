@@ -1,0 +1,257 @@
+// Attention without tensor cores, for any element type and any head width up to HEAD: mlm_mpi/ops/attention.py.
+//
+// A block of 16 x 16 threads holds a tile of queries (or of keys) and goes over the tiles of the other side; thread
+// (x, y) owns rows y, y + 16, … and columns x, x + 16, … of every product. Softmax is kept up to date tile by tile
+// (Dao et al., arXiv:2205.14135). Backward computes the probabilities twice, once for dq and once for dk and dv, so
+// that every sum belongs to one block and has one order.
+#include "attention.cuh"
+
+constexpr int SIDE = 16;
+constexpr int TILE = HEAD > 64 ? 32 : 64;  // queries, and keys, at a time
+constexpr int EACH = TILE / SIDE;          // rows and columns of a score tile a thread owns
+constexpr int WIDE = HEAD / SIDE;          // columns of the head it owns
+constexpr int LINE = HEAD + 4;             // floats from row to row: 16-byte reads down 8 rows then hit all 32 banks
+constexpr int SCORES = TILE + 4;
+constexpr int THREADS = SIDE * SIDE;
+
+__device__ __forceinline__ int column() { return threadIdx.x % SIDE; }
+__device__ __forceinline__ int row() { return threadIdx.x / SIDE; }
+
+// Over the 16 threads that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+#pragma unroll
+    for (int distance = SIDE / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ float row_max(float x) {
+#pragma unroll
+    for (int distance = SIDE / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+}
+
+// Rows first … first + TILE − 1 as floats; beyond `count` rows and beyond the head's width zeros.
+__device__ __forceinline__ void load_tile(
+    const ELEMENT *rows, int64_t stride, int first, int count, int width, float *tile) {
+    for (int i = threadIdx.x; i < TILE * HEAD; i += THREADS) {
+        int r = i / HEAD, c = i % HEAD;
+        bool there = first + r < count && c < width;
+        tile[r * LINE + c] = there ? to_float(rows[(first + r) * stride + c]) : 0.0f;
+    }
+}
+
+__device__ __forceinline__ void load_statistics(const Statistics *from, Statistics *to) {
+    if (threadIdx.x < TILE) to[threadIdx.x] = from[threadIdx.x];
+}
+
+// left rightᵀ of two tiles of rows
+__device__ __forceinline__ void multiply(const float *left, const float *right, float (&out)[EACH][EACH]) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int j = 0; j < EACH; j++) out[i][j] = 0.0f;
+#pragma unroll 4
+    for (int c = 0; c < HEAD; c += 4) {
+        float4 a[EACH], b[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            a[i] = *reinterpret_cast<const float4 *>(left + (row() + i * SIDE) * LINE + c);
+            b[i] = *reinterpret_cast<const float4 *>(right + (column() + i * SIDE) * LINE + c);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                out[i][j] += a[i].x * b[j].x + a[i].y * b[j].y + a[i].z * b[j].z + a[i].w * b[j].w;
+    }
+}
+
+// sum += weights rows, of a TILE x TILE matrix and a tile of rows
+__device__ __forceinline__ void accumulate(const float *weights, const float *rows, float (&sum)[EACH][WIDE]) {
+#pragma unroll 4
+    for (int k = 0; k < TILE; k++) {
+        float weight[EACH], value[WIDE];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) weight[i] = weights[(row() + i * SIDE) * SCORES + k];
+#pragma unroll
+        for (int c = 0; c < WIDE; c++) value[c] = rows[k * LINE + column() + c * SIDE];
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int c = 0; c < WIDE; c++) sum[i][c] += weight[i] * value[c];
+    }
+}
+
+__device__ __forceinline__ void store_tile(
+    const float (&sum)[EACH][WIDE], const float (&factor)[EACH], ELEMENT *rows, int64_t stride, int first, int count,
+    int width) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int r = first + row() + i * SIDE;
+#pragma unroll
+        for (int c = 0; c < WIDE; c++)
+            if (r < count && column() + c * SIDE < width)
+                rows[r * stride + column() + c * SIDE] = from_float<ELEMENT>(sum[i][c] * factor[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
+    Problem p, View q, View k, View v, View o, float *lse) {
+    DYNAMIC_SMEM(float, queries);
+    float *keys = queries + TILE * LINE, *values = keys + TILE * LINE, *weights = values + TILE * LINE;
+    const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
+    const int first = work.tile * TILE, length = p.length(work.b);
+    const int end = p.limit(min(first + TILE, p.queries) - 1, length);
+    float top[EACH], total[EACH], sum[EACH][WIDE] = {};
+#pragma unroll
+    for (int i = 0; i < EACH; i++) top[i] = -INFINITY_F, total[i] = 0.0f;
+    load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
+
+    for (int key = 0; key < end; key += TILE) {
+        load_tile(work.rows(k), k.row, key, end, p.width, keys);
+        load_tile(work.rows(v), v.row, key, end, p.width, values);
+        __syncthreads();
+        float score[EACH][EACH];
+        multiply(queries, keys, score);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int limit = p.limit(first + row() + i * SIDE, length);
+            float highest = top[i];
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                bool seen = key + column() + j * SIDE < limit;
+                score[i][j] = seen ? score[i][j] * p.scale_2() : -INFINITY_F;
+                highest = fmaxf(highest, score[i][j]);
+            }
+            highest = row_max(highest);
+            float base = highest == -INFINITY_F ? 0.0f : highest;  // −∞ − −∞ is no number
+            float change = exp2f(top[i] - base);
+            top[i] = highest;
+            total[i] *= change;
+#pragma unroll
+            for (int c = 0; c < WIDE; c++) sum[i][c] *= change;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                float weight = exp2f(score[i][j] - base);
+                total[i] += weight;
+                weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = weight;
+            }
+        }
+        __syncthreads();
+        accumulate(weights, values, sum);
+        __syncthreads();
+    }
+
+    float factor[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        float all = row_sum(total[i]);
+        int t = first + row() + i * SIDE;
+        factor[i] = end > 0 ? 1.0f / all : 0.0f;
+        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] / LOG2_E + logf(all);
+    }
+    store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
+}
+
+// Of every query, and zeros where rows are padded: a warp per query.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(
+    Problem p, View dout, View o, const float *lse, Statistics *statistics) {
+    const int rows = (p.queries + PADDED - 1) / PADDED * PADDED;
+    const int64_t i = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (i >= int64_t(p.batch) * p.heads * rows) return;
+    const int t = i % rows, head = i / rows;
+    const Work work = {head / p.heads, head % p.heads, 0};
+    Statistics of = {};
+    if (t < p.queries) {
+        const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
+        for (int c = threadIdx.x % 32; c < p.width; c += 32) of.delta += to_float(left[c]) * to_float(right[c]);
+        of = {lse[work.row(p) + t] * LOG2_E, warp_sum(of.delta)};
+    }
+    if (threadIdx.x % 32 == 0) statistics[i] = of;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
+    Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dq) {
+    DYNAMIC_SMEM(float, queries);
+    float *slopes = queries + TILE * LINE, *keys = slopes + TILE * LINE, *values = keys + TILE * LINE;
+    float *weights = values + TILE * LINE;
+    Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
+    const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
+    const int first = work.tile * TILE, length = p.length(work.b);
+    const int end = p.limit(min(first + TILE, p.queries) - 1, length);
+    float sum[EACH][WIDE] = {};
+    load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
+    load_tile(work.rows(dout), dout.row, first, p.queries, p.width, slopes);
+    load_statistics(statistics + work.padded_row(p) + first, levels);
+
+    for (int key = 0; key < end; key += TILE) {
+        load_tile(work.rows(k), k.row, key, end, p.width, keys);
+        load_tile(work.rows(v), v.row, key, end, p.width, values);
+        __syncthreads();
+        float score[EACH][EACH], slope[EACH][EACH];
+        multiply(queries, keys, score);
+        multiply(slopes, values, slope);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int r = row() + i * SIDE, limit = p.limit(first + r, length);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                bool seen = key + column() + j * SIDE < limit;
+                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
+                weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
+            }
+        }
+        __syncthreads();
+        accumulate(weights, keys, sum);
+        __syncthreads();
+    }
+    float factor[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) factor[i] = p.scale;
+    store_tile(sum, factor, work.rows(dq), dq.row, first, p.queries, p.width);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys(
+    Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dk, View dv) {
+    DYNAMIC_SMEM(float, keys);
+    float *values = keys + TILE * LINE, *queries = values + TILE * LINE, *slopes = queries + TILE * LINE;
+    float *weights = slopes + TILE * LINE, *bends = weights + TILE * SCORES;
+    Statistics *levels = reinterpret_cast<Statistics *>(bends + TILE * SCORES);
+    const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
+    const int first = work.tile * TILE, length = p.length(work.b);
+    const int begin = first < length ? p.first_query(first) / TILE * TILE : p.queries;  // hidden keys: no query
+    float dkey[EACH][WIDE] = {}, dvalue[EACH][WIDE] = {};
+    load_tile(work.rows(k), k.row, first, length, p.width, keys);
+    load_tile(work.rows(v), v.row, first, length, p.width, values);
+
+    for (int query = begin; query < p.queries; query += TILE) {
+        load_tile(work.rows(q), q.row, query, p.queries, p.width, queries);
+        load_tile(work.rows(dout), dout.row, query, p.queries, p.width, slopes);
+        load_statistics(statistics + work.padded_row(p) + query, levels);
+        __syncthreads();
+        float score[EACH][EACH], slope[EACH][EACH];  // rows are keys, columns queries
+        multiply(keys, queries, score);
+        multiply(values, slopes, slope);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int r = row() + i * SIDE;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                int t = column() + j * SIDE;
+                bool seen = first + r < p.limit(query + t, length);
+                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
+                weights[r * SCORES + t] = weight;
+                bends[r * SCORES + t] = weight * (slope[i][j] - levels[t].delta);
+            }
+        }
+        __syncthreads();
+        accumulate(weights, slopes, dvalue);
+        accumulate(bends, queries, dkey);
+        __syncthreads();
+    }
+    float factor[EACH], one[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) factor[i] = p.scale, one[i] = 1.0f;
+    store_tile(dkey, factor, work.rows(dk), dk.row, first, p.keys, p.width);
+    store_tile(dvalue, one, work.rows(dv), dv.row, first, p.keys, p.width);
+}

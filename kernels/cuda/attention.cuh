@@ -1,0 +1,57 @@
+// What the attention kernels share: where arrays lie, which keys a query sees, and in which order tiles are worked off.
+#pragma once
+#include "common.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// An array (batch, heads, rows, width) whose last dim is contiguous; strides in elements.
+struct View {
+    ELEMENT *data;
+    int64_t batch, head, row;
+};
+
+struct Problem {
+    const int *lengths;  // (batch,): how many keys a row of the batch may see, or null: all
+    int batch, heads, queries, keys, width;
+    int causal;  // the queries are the last of the positions
+    int group;   // heads whose keys and values fit into the L2 cache together
+    float scale;
+
+    __device__ int length(int b) const { return lengths ? max(0, min(lengths[b], keys)) : keys; }
+    __device__ int offset() const { return keys - queries; }
+    // scores are kept in base 2: exp2 is one instruction, exp two
+    __device__ float scale_2() const { return scale * LOG2_E; }
+    // query t sees the keys before this one
+    __device__ int limit(int t, int length) const { return causal ? min(length, t + offset() + 1) : length; }
+    // queries before this one see no key from `key` on
+    __device__ int first_query(int key) const { return causal ? max(0, key - offset()) : 0; }
+};
+
+// What backward keeps of a query: log-sum-exp of its scores in base 2, and Σ do·o.
+struct Statistics {
+    float level, delta;
+};
+
+constexpr int PADDED = 128;  // statistics come in rows of a multiple of this, zero beyond the last query
+
+// One head of one row of the batch, and a tile of its queries or keys.
+struct Work {
+    int b, h, tile;
+
+    __device__ ELEMENT *rows(const View &x) const { return x.data + b * x.batch + h * x.head; }
+    // where its numbers begin in an array (batch, heads, queries)
+    __device__ int64_t row(const Problem &p) const { return (int64_t(b) * p.heads + h) * p.queries; }
+    // and in one of statistics
+    __device__ int64_t padded_row(const Problem &p) const {
+        return (int64_t(b) * p.heads + h) * ((p.queries + PADDED - 1) / PADDED * PADDED);
+    }
+};
+
+// What this block does. Heads come in groups that share the L2 cache; within one, the tile changes slowest and the
+// longest come first (of causal queries the last, `descending`), so that short ones fill the gaps at the end.
+__device__ __forceinline__ Work work_of(const Problem &p, int tiles, bool descending) {
+    int group = blockIdx.x / (p.group * tiles), place = blockIdx.x % (p.group * tiles);
+    int heads = min(p.group, p.batch * p.heads - group * p.group);
+    int head = group * p.group + place % heads, tile = place / heads;
+    return {head / p.heads, head % p.heads, descending ? tiles - 1 - tile : tile};
+}

@@ -1,0 +1,93 @@
+// Softmax and cross-entropy of rows of logits, the gradient in their place: mlm_mpi/ops/crossentropy.py.
+//
+// A block takes a row. The first read finds maximum and sum together (Milakov, Gimelshein, arXiv:1805.02867); the
+// second goes backwards, so that it begins with what the caches saw last.
+#include "common.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int WIDTH = 16 / sizeof(ELEMENT);
+constexpr float LOWEST = -3.402823466e38f;  // instead of -inf: a logit of -inf minus it is no NaN
+
+// A row of any alignment: elements before the first 16-byte line, packs, elements behind the last pack
+struct Row {
+    ELEMENT *at;
+    int columns, head, packs, tail;
+
+    __device__ __forceinline__ Row(ELEMENT *row, int columns) : at(row), columns(columns) {
+        int before = int(-reinterpret_cast<uint64_t>(row) & 15) / int(sizeof(ELEMENT));
+        head = min(before, columns), packs = (columns - head) / WIDTH, tail = head + packs * WIDTH;
+    }
+    template <class Work> __device__ __forceinline__ void forwards(Work &work) const {
+        ends(work);
+        for (int p = threadIdx.x; p < packs; p += THREADS) work.template take<WIDTH>(at + head + p * WIDTH);
+    }
+    template <class Work> __device__ __forceinline__ void backwards(Work &work) const {
+        for (int p = packs - 1 - int(threadIdx.x); p >= 0; p -= THREADS) work.template take<WIDTH>(at + head + p * WIDTH);
+        ends(work);
+    }
+    template <class Work> __device__ __forceinline__ void ends(Work &work) const {
+        if (threadIdx.x < head) work.template take<1>(at + threadIdx.x);
+        if (tail + threadIdx.x < columns) work.template take<1>(at + tail + threadIdx.x);
+    }
+};
+
+// The largest logit so far, and the sum of exp(logit - largest)
+struct Online {
+    float largest = LOWEST, sum = 0.0f;
+
+    template <int N> __device__ __forceinline__ void take(const ELEMENT *p) {
+        auto x = load<N>(p);
+        float top = largest;
+        for (float each : x.at) top = fmaxf(top, each);
+        sum *= __expf(largest - top), largest = top;
+        for (float each : x.at) sum += __expf(each - top);
+    }
+};
+
+struct Softmax {
+    float largest, scale;
+
+    template <int N> __device__ __forceinline__ void take(ELEMENT *p) const {
+        auto x = load<N>(p);
+        for (float &each : x.at) each = __expf(each - largest) * scale;
+        store(p, x);
+    }
+};
+
+struct Zero {
+    template <int N> __device__ __forceinline__ void take(ELEMENT *p) const { store(p, Pack<float, N>{}); }
+};
+
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float parts[WARPS];
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (float part : parts) x = fmaxf(x, part);
+    return x;
+}
+
+// A masked row has loss 0 and gradient 0. A target that is no column makes the loss NaN and reads nothing.
+extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentropy_rows(
+    ELEMENT *logits, const int32_t *targets, const bool *mask, double *losses, int64_t stride, int columns, int gradient) {
+    Row row(logits + int64_t(blockIdx.x) * stride, columns);
+    if (mask && !mask[blockIdx.x]) {
+        Zero zero;
+        row.forwards(zero);
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0.0;
+        return;
+    }
+    int target = targets[blockIdx.x];
+    bool known = unsigned(target) < unsigned(columns);
+    float wanted = known ? to_float(row.at[target]) : NAN_F;
+    Online online;
+    row.forwards(online);
+    float largest = block_max(online.largest);
+    float sum = group_sum<WARPS>(online.sum * __expf(online.largest - largest));
+    if (threadIdx.x == 0) losses[blockIdx.x] = double(logf(sum)) - (double(wanted) - double(largest));
+    if (!gradient) return;
+    Softmax softmax{largest, 1.0f / sum};
+    row.backwards(softmax);  // every thread has `wanted`: group_sum waited for all
+    __syncthreads();
+    if (threadIdx.x == 0 && known) row.at[target] = from_float<ELEMENT>(__expf(wanted - largest) * softmax.scale - 1.0f);
+}

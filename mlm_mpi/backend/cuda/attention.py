@@ -1,0 +1,236 @@
+"""Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
+
+Variants, the preferred first: "hopper" (wgmma and TMA, forward only: backward has no such kernel yet), "mma" (tensor
+cores from compute capability 8.0 on), both for bfloat16, and "plain" for everything else.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
+from mlm_mpi.backend.kernels import kernel
+
+# attention.cuh: Problem, View
+PROBLEM = np.dtype(
+    [("lengths", "u8")]
+    + [(name, "i4") for name in ("batch", "heads", "queries", "keys", "width", "causal", "group")]
+    + [("scale", "f4")],
+    align=True,
+)
+VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
+
+WIDEST = 128
+PADDED = 128  # attention.cuh
+PLAIN_THREADS = 256  # attention.cu
+L2_BYTES = 16 << 20  # of keys and values of heads worked on together; an A100 has 40 MiB of L2 cache, an H100 50
+
+
+def _fit(
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, others: tuple[Any, ...] = ()
+) -> str:
+    """Why a kernel cannot take these arguments, or "". `others`: more arrays (B, rows, H, D) or (B, H, rows, D)."""
+    for x in (q, k, v, *others):
+        if not on_device(x) or x.ndim != 4:
+            return "not in the GPU's memory"
+        if x.dtype.name not in ELEMENTS or x.dtype != q.dtype:
+            return str(x.dtype)
+        if (x.shape[3] > 1 and x.strides[3] != x.itemsize) or min(x.strides) < 0:
+            return "not contiguous"
+    if 0 in q.shape or 0 in k.shape:
+        return "empty"
+    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        return "shapes differ"
+    if q.shape[3] > WIDEST:
+        return f"head width above {WIDEST}"
+    if draw is not None:
+        return "dropout"
+    if lengths is not None and (reason := dense(lengths, dtype=np.int32) or shaped(q.shape[:1], lengths)):
+        return f"lengths: {reason}"
+    return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
+
+
+def _fit_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit(q, k, v, causal, draw, lengths, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
+    batch, heads, queries, width = q.shape
+    rows = (batch, queries, heads, width)
+    return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
+
+
+def _view(x: Any) -> Any:
+    """Of an array (B, H, rows, D)."""
+    return np.array([(x.data.ptr, *(stride // x.itemsize for stride in x.strides[:3]))], VIEW)
+
+
+def _heads_first(x: Any) -> Any:
+    return x.swapaxes(1, 2)  # (B, T, H, D) -> (B, H, T, D), a view
+
+
+def _problem(q: Any, k: Any, causal: bool, lengths: Any) -> Any:
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    group = max(1, min(batch * heads, L2_BYTES // (2 * keys * width * k.itemsize)))
+    address = 0 if lengths is None else lengths.data.ptr
+    return np.array([(address, batch, heads, queries, keys, width, causal, group, 1.0 / math.sqrt(width))], PROBLEM)
+
+
+def _blocks(q: Any, rows: int, tile: int) -> tuple[int]:
+    return (q.shape[0] * q.shape[1] * -(-rows // tile),)
+
+
+def _outputs(gpu: Any, q: Any) -> tuple[Any, Any]:
+    batch, heads, queries, width = q.shape
+    o = gpu.cupy.empty((batch, queries, heads, width), q.dtype)
+    return o, gpu.cupy.empty((batch, heads, queries), np.float32)
+
+
+def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
+    """Of every query the log-sum-exp in base 2 and Σ do·o: (B, H, T rounded up, 2) float32."""
+    batch, heads, queries = lse.shape
+    statistics = gpu.cupy.empty((batch, heads, -(-queries // PADDED) * PADDED, 2), np.float32)
+    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32)
+    blocks = -(-statistics.size // 2 // (PLAIN_THREADS // 32))
+    views = map(_view, (_heads_first(do), _heads_first(o)))
+    run((blocks,), (PLAIN_THREADS,), (problem, *views, lse, statistics))
+    return statistics
+
+
+# ---- bfloat16 on tensor cores ------------------------------------------------------------------
+
+MMA_THREADS = 128
+MMA_QUERIES = 128  # of a block of attention_bf16.cu
+MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
+
+
+def _lacks_mma(gpu: Any) -> str:
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
+
+
+def _lacks_hopper(gpu: Any) -> str:
+    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
+
+
+def _aligned(*arrays: Any) -> str:
+    """Tiles move in pieces of 16 bytes."""
+    for x in arrays:
+        if x.dtype.name != "bfloat16":
+            return str(x.dtype)
+        if x.shape[3] % 8:
+            return "head width is no multiple of 8"
+        if any(n % 16 for n in (x.data.ptr, *x.strides[:3])):
+            return "not aligned to 16 bytes"
+    return ""
+
+
+def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
+    return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
+
+
+def _mma_head(width: int) -> int:
+    return 64 if width <= 64 else WIDEST
+
+
+HOPPER_THREADS = 384
+HOPPER_QUERIES, HOPPER_KEYS = 128, 128
+HOPPER_STAGES = 2
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="hopper", lacks=_lacks_hopper)
+def _hopper_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head = _mma_head(q.shape[3])
+    shared = 2 * head * (HOPPER_QUERIES + 2 * HOPPER_STAGES * HOPPER_KEYS)
+    run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
+    rows, columns = (1, 1, 64, 64), (1, 1, HOPPER_KEYS, 64)
+    boxes = ((q, rows), (k, columns), (v, columns), (_heads_first(o), rows))
+    maps = (gpu.tensor_map(x, box) for x, box in boxes)
+    arguments = (_problem(q, k, causal, lengths), *maps, lse)
+    run(_blocks(q, q.shape[2], HOPPER_QUERIES), (HOPPER_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
+def _mma_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head = _mma_head(q.shape[3])
+    keys = 64 if head == 64 else 48
+    shared = 2 * head * (MMA_QUERIES + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
+    arguments = (_problem(q, k, causal, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], MMA_QUERIES), (MMA_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+def _fit_mma_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or _aligned(do, q, k, v, dq, dk, dv)
+
+
+@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
+def _mma_backward(
+    gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: None = None, lengths: Any = None,
+) -> None:  # fmt: skip
+    problem = _problem(q, k, causal, lengths)
+    statistics = _statistics(gpu, problem, do, o, lse)
+    head = _mma_head(q.shape[3])
+    threads, streamed = (128, 64) if head == 64 else (256, 32)
+    shared = 4 * head * (MMA_OWNED + 2 * streamed) + 16 * streamed
+    inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
+    for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
+        run = gpu.function(
+            "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head
+        )  # fmt: skip
+        arguments = (*inputs, *map(_view, outputs))
+        run(_blocks(q, length, MMA_OWNED), (threads,), arguments, shared_mem=shared)
+
+
+# ---- everything else ---------------------------------------------------------------------------
+
+
+def _plain_shape(width: int) -> tuple[int, int, int, int]:
+    """HEAD and TILE of attention.cu, and the bytes of a tile of rows and of a tile of scores."""
+    head = next(head for head in (32, 64, WIDEST) if width <= head)
+    tile = 32 if head > 64 else 64
+    return head, tile, 4 * tile * (head + 4), 4 * tile * (tile + 4)
+
+
+@kernel("attention.forward", _fit, device="cuda", variant="plain")
+def _plain_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head, tile, rows, scores = _plain_shape(q.shape[3])
+    shared = 3 * rows + scores
+    run = gpu.function("attention", "attention_forward", shared, ELEMENT=element(q), HEAD=head)
+    views = map(_view, (q, k, v, _heads_first(o)))
+    arguments = (_problem(q, k, causal, lengths), *views, lse)
+    run(_blocks(q, q.shape[2], tile), (PLAIN_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+@kernel("attention.backward", _fit_backward, device="cuda", variant="plain")
+def _plain_backward(
+    gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: None = None, lengths: Any = None,
+) -> None:  # fmt: skip
+    problem = _problem(q, k, causal, lengths)
+    statistics = _statistics(gpu, problem, do, o, lse)
+    head, tile, rows, scores = _plain_shape(q.shape[3])
+    inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
+    for name, length, matrices, outputs in (("queries", q.shape[2], 1, (dq,)), ("keys", k.shape[2], 2, (dk, dv))):
+        shared = 4 * rows + matrices * scores + 8 * tile
+        run = gpu.function("attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head)
+        arguments = (*inputs, *map(_view, outputs))
+        run(_blocks(q, length, tile), (PLAIN_THREADS,), arguments, shared_mem=shared)

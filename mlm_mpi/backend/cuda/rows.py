@@ -1,0 +1,234 @@
+"""Launches of the kernels over rows and columns of matrices.
+
+Where rows are summed they are cut into parts by shape alone, never by what a GPU has, so that every GPU gives the
+same bits.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.cuda.contracts import dense, element, on_device, shaped, width
+from mlm_mpi.backend.kernels import kernel
+
+LANES = 32
+ROWS = 8  # warps of a block that share the columns, each with rows of its own
+THREADS = 2048  # that fit on a processor
+MOST_WARPS = 16  # of a row of layer normalisation
+PARTS = 256  # of the rows in layernorm.backward: two blocks on each processor of an H100
+BLOCKS = 1024  # that columns_sum aims at
+SHORT_ROW = 8192  # logits; a longer row gets more warps
+
+
+def _strips(columns: int, wide: int) -> int:
+    return max(1, -(-columns // (LANES * wide)))
+
+
+def _grid(gpu: Any, rows: int, columns: int, wide: int) -> tuple[int, int]:
+    # (strips of columns, blocks that share the rows)
+    strips = _strips(columns, wide)
+    most = max(1, gpu.processors * THREADS // (LANES * ROWS) // strips)
+    return strips, max(1, min(-(-rows // ROWS), most))
+
+
+def _cut(rows: int, parts: int) -> tuple[int, int]:
+    # (parts, rows of each but the last)
+    each = max(1, -(-rows // max(1, parts)))
+    return max(1, -(-rows // each)), each
+
+
+# ---- linear
+
+
+def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool) -> str:
+    return dense(dy) or dense(db, dtype=np.float32) or ("" if dy.ndim == 2 else "no matrix") or shaped(dy.shape[1:], db)
+
+
+@kernel("linear.bias_gradient", _fit_bias_gradient, device="cuda")
+def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool) -> None:
+    rows, columns = dy.shape
+    wide = width(dy, columns=columns)
+    strips = _strips(columns, 16 // dy.itemsize)  # whatever the address, so that the cut is the same
+    parts, each = _cut(rows, min(BLOCKS // strips, rows // (4 * ROWS)))  # four rows a warp, at the least
+    sums = db if parts == 1 else gpu.cupy.empty((parts, columns), db.dtype)
+    run = gpu.function("columns", "columns_sum", ELEMENT=element(dy), WIDTH=wide)
+    sizes = (np.int64(rows), np.int64(columns), np.int64(each))
+    run((_strips(columns, wide), parts), (LANES, ROWS), (dy, sums, *sizes, np.int32(accumulate and parts == 1)))
+    if parts > 1:
+        _add_parts(gpu, sums, (db,), accumulate)
+
+
+def _add_parts(gpu: Any, parts: Any, out: tuple[Any, ...], accumulate: bool) -> None:
+    # shapes: parts (P, len(out) · C), out (C,) each
+    columns = out[0].size
+    run = gpu.function("columns", "columns_add", ELEMENT="float", WIDTH=1)
+    first, second = (*out, None)[:2]
+    numbers = (np.int32(len(parts)), np.int64(columns), np.int32(accumulate))
+    run((_strips(columns, 1), len(out)), (LANES, ROWS), (parts, first, second, *numbers))
+
+
+# ---- layernorm
+
+
+def _layout(columns: int, wide: int, itemsize: int) -> tuple[int, int, int] | None:
+    """(packs of a thread, warps of a row, rows of a block), or None where a row is too long.
+
+    A thread of the backward keeps four numbers an element: sixteen elements of float32, or 24 of bfloat16, which it
+    holds as they are stored, fit in 128 registers.
+    """
+    warps = 1
+    while warps <= MOST_WARPS:
+        packs = -(-columns // (LANES * warps * wide))
+        if packs * wide <= (16 if itemsize == 4 else 24):
+            return max(1, packs), warps, max(1, ROWS // warps)
+        warps *= 2
+    return None
+
+
+def _fit_norm(x: Any, gain: Any, *arrays: Any) -> str:
+    if why := dense(x, *arrays) or dense(gain):
+        return why
+    if x.ndim != 2:
+        return "no matrix"
+    return "" if _layout(x.shape[1], 1, x.itemsize) else "rows too long"
+
+
+def _norm_defines(x: Any, gain: Any, wide: int) -> dict[str, Any]:
+    packs, warps, rows = _layout(x.shape[1], wide, x.itemsize)  # type: ignore[misc]
+    return {"ELEMENT": element(x), "WEIGHT": element(gain), "WIDTH": wide, "PACKS": packs, "WARPS": warps, "ROWS": rows}
+
+
+def _fit_norm_forward(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
+    return _fit_norm(x, gain) or dense(gain, bias) or shaped(x.shape[1:], gain, bias)
+
+
+@kernel("layernorm.forward", _fit_norm_forward, device="cuda")
+def _layernorm_forward(gpu: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
+    rows, columns = x.shape
+    y, statistics = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty((2, rows), np.float32)
+    defines = _norm_defines(x, gain, width(x, gain, bias, y, columns=columns))
+    block = LANES * defines["WARPS"], defines["ROWS"]
+    blocks = min(-(-rows // block[1]), gpu.processors * THREADS // (block[0] * block[1]))
+    arguments = (x, gain, bias, np.float32(epsilon), y, statistics[0], statistics[1], np.int64(rows), np.int32(columns))
+    gpu.function("layernorm", "layernorm_forward", **defines)((max(1, blocks),), block, arguments)
+    return y, statistics
+
+
+def _fit_norm_backward(
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> str:
+    return (
+        _fit_norm(x, gain, dy, add) or dense(statistics, dgain, dbias, dtype=np.float32) or shaped(x.shape, dy, add)
+        or shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics)
+    )  # fmt: skip
+
+
+@kernel("layernorm.backward", _fit_norm_backward, device="cuda")
+def _layernorm_backward(
+    gpu: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> Any:
+    rows, columns = x.shape
+    dx = gpu.cupy.empty(x.shape, x.dtype)
+    defines = _norm_defines(x, gain, width(dy, x, gain, add, dx, columns=columns))
+    parts, each = _cut(-(-rows // defines["ROWS"]), PARTS)
+    each *= defines["ROWS"]
+    sums = gpu.cupy.empty((parts, 2 * columns), np.float32)
+    arguments = (
+        dy,
+        x,
+        gain,
+        statistics[0],
+        statistics[1],
+        add,
+        dx,
+        sums,
+        np.int64(rows),
+        np.int64(each),
+        np.int32(columns),
+    )
+    block = LANES * defines["WARPS"], defines["ROWS"]
+    gpu.function("layernorm", "layernorm_backward", **defines)((parts,), block, arguments)
+    _add_parts(gpu, sums, (dgain, dbias), accumulate)
+    return dx
+
+
+# ---- crossentropy
+
+
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+    if not on_device(logits):
+        return "not in the GPU's memory"
+    if logits.ndim != 2 or logits.size == 0 or logits.strides[1] != logits.itemsize:
+        return "not contiguous"
+    if logits.strides[0] < logits.shape[1] * logits.itemsize:
+        return "rows overlap"
+    return (
+        dense(logits[:1]) or dense(targets, dtype=np.int32) or dense(mask, dtype=np.bool_)
+        or shaped(logits.shape[:1], targets, mask)
+    )  # fmt: skip
+
+
+@kernel("crossentropy.rows", _fit_rows, device="cuda")
+def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+    """A target outside the vocabulary, which only the device can see, makes its loss NaN."""
+    rows, columns = logits.shape
+    losses = gpu.cupy.empty(rows, np.float64)
+    warps = 4 if columns <= SHORT_ROW else 16
+    run = gpu.function("crossentropy", "crossentropy_rows", ELEMENT=element(logits), WARPS=warps)
+    stride = np.int64(logits.strides[0] // logits.itemsize)
+    run((rows,), (LANES * warps,), (logits, targets, mask, losses, stride, np.int32(columns), np.int32(gradient)))
+    return losses
+
+
+# ---- embedding
+
+
+def _fit_lookup(ids: Any, table: Any) -> str:
+    return dense(ids, dtype=np.int32) or dense(table) or ("" if table.ndim == 2 else "no matrix")
+
+
+@kernel("embedding.forward", _fit_lookup, device="cuda")
+def _embedding_forward(gpu: Any, ids: Any, table: Any) -> Any:
+    """An id outside the table, which only the device can see, gives a row of NaN."""
+    vocabulary, columns = table.shape
+    out = gpu.cupy.empty((*ids.shape, columns), table.dtype)
+    wide = width(table, out, columns=columns)
+    run = gpu.function("embedding", "embedding_forward", ELEMENT=element(table), WIDTH=wide)
+    sizes = (np.int64(ids.size), np.int32(vocabulary), np.int32(columns))
+    run(_grid(gpu, ids.size, columns, wide), (LANES, ROWS), (ids, table, out, *sizes))
+    return out
+
+
+CHUNK = 32  # positions that a warp of embedding_backward sums, as in embedding.cu
+
+
+def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
+    why = dense(dy) or dense(ids, dtype=np.int32) or dense(dtable, dtype=np.float32)
+    return why or ("" if dtable.ndim == 2 else "no matrix") or shaped((ids.size, dtable.shape[1]), dy)
+
+
+@kernel("embedding.backward", _fit_scatter, device="cuda")
+def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
+    """Rows of an id outside the table are left out."""
+    (count, columns), vocabulary = dy.shape, dtable.shape[0]
+    order = gpu.cupy.argsort(ids, kind="stable")
+    chunks, wide = max(1, -(-count // CHUNK)), width(dy, dtable, columns=columns)
+    parts = gpu.cupy.empty((2, chunks, columns), np.float32)
+    grid = (-(-chunks * _strips(columns, wide) // ROWS),)
+    sizes = (np.int64(count), np.int32(vocabulary), np.int32(columns))
+    defines = {"ELEMENT": element(dy), "WIDTH": wide}
+    shared = (ids, order, dtable, parts[0], parts[1], *sizes)
+    gpu.function("embedding", "embedding_backward", **defines)(grid, (LANES, ROWS), (dy, *shared))
+    gpu.function("embedding", "embedding_join", **defines)(grid, (LANES, ROWS), shared)
+
+
+# ---- clip
+
+
+@kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32), device="cuda")
+def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
+    out = gpu.cupy.empty(-(-x.size // block), np.float64)
+    run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block))
+    if out.size:
+        run((out.size,), (512,), (x, out, np.int64(x.size), np.int64(block)))
+    return out

@@ -1,0 +1,175 @@
+"""Every variant of flash attention against the reference in float64: both sides of tile borders, all kinds of masks."""
+
+import cupy
+import ml_dtypes
+import numpy as np
+import pytest
+from agreement import TOLERANCE, assert_close, device, poisoned
+
+from mlm_mpi.backend import kernels
+from mlm_mpi.ops import attention
+
+forward, backward = attention.forward.__wrapped__, attention.backward.__wrapped__
+
+# B, H, T, S, D, causal, lengths: one position; ragged; several tiles; a cache; cross; rows of different lengths
+CASES = {
+    "one": (1, 1, 1, 1, 8, True, None),
+    "ragged": (1, 2, 37, 37, 24, True, None),
+    "tiles": (2, 1, 200, 200, 64, True, None),
+    "wide": (1, 1, 150, 150, 128, True, None),
+    "full": (1, 2, 130, 130, 64, False, None),
+    "cache": (1, 2, 70, 201, 64, True, None),
+    "cross": (1, 1, 140, 75, 128, False, None),
+    "lengths": (4, 1, 70, 150, 64, False, [150, 0, 1, 129]),
+    "causal lengths": (3, 1, 150, 150, 64, True, [0, 130, 64]),
+}
+
+
+def _drawn(rng, shape, dtype, scale=1.0):
+    b, h, t, s, d = shape
+    q, k, v = (rng.normal(0, scale, n) for n in ((b, t, h, d), (b, s, h, d), (b, s, h, d)))
+    return q.astype(dtype), k.astype(dtype), v.astype(dtype), rng.normal(size=(b, t, h, d)).astype(dtype)
+
+
+def _fused(q, k, v):
+    """The three as strided device views (B, H, rows, D) of one fused buffer (B, rows, 3, H, D)."""
+    b, _, h, d = q.shape
+    rows = max(q.shape[1], k.shape[1])
+    whole = np.full((b, rows, 3, h, d), np.nan, q.dtype)
+    for i, part in enumerate((q, k, v)):
+        whole[:, : part.shape[1], i] = part
+    parts = device(whole).transpose(2, 0, 3, 1, 4)
+    return [parts[i][:, :, : part.shape[1]] for i, part in enumerate((q, k, v))]
+
+
+def _only(variant, monkeypatch):
+    """Takes the variants before this one away."""
+    chosen = kernels.selection()
+    for name in ("attention.forward", "attention.backward"):
+        known = chosen.candidates(name)
+        kept = [entry for entry in known if entry.variant == variant] or known
+        monkeypatch.setitem(chosen._candidates, name, kept)
+
+
+VARIANTS = ["hopper", "mma", "plain"]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, gpu, dtype, monkeypatch):
+    if request.param != "plain" and dtype.name != "bfloat16":
+        pytest.skip("for bfloat16")
+    _only(request.param, monkeypatch)
+    return request.param
+
+
+def _run(q, k, v, do, causal, lengths):
+    """o, lse, dq, dk, dv by the kernels, from and into strided views."""
+    dq, dk, dv = _fused(*(np.full_like(x, np.nan) for x in (q, k, v)))
+    q, k, v = _fused(q, k, v)
+    lengths = None if lengths is None else device(np.array(lengths, "i4"))
+    with poisoned():
+        o, lse = attention.forward(q, k, v, causal, lengths=lengths)
+        attention.backward(device(do), q, k, v, o, lse, dq, dk, dv, causal, lengths=lengths)
+    assert not kernels.fallbacks()
+    return o, lse, dq, dk, dv
+
+
+def _wanted(q, k, v, do, causal, lengths, o=None):
+    """The same in float64; gradients with the o that the kernels rounded."""
+    lengths = None if lengths is None else np.array(lengths, "i4")
+    q, k, v, do = (x.astype("f8") for x in (q, k, v, do))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    exact, lse = forward(q, k, v, causal, lengths=lengths)
+    gradients = [np.full_like(x, np.nan) for x in (q, k, v)]
+    backward(do, q, k, v, exact, lse, *gradients, causal, lengths=lengths)
+    return exact, lse, *gradients
+
+
+def _gradient_close(found, wanted, do):
+    """To rounding of differences of numbers of the size of do: the gradient of a lone key is exactly zero."""
+    host, dtype = cupy.asnumpy(found).astype("f8"), found.dtype.name
+    assert host.shape == wanted.shape
+    scale = max(np.linalg.norm(wanted), np.linalg.norm(do.astype("f8")))
+    assert np.linalg.norm(host - wanted) <= 2 * TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_float64(variant, dtype, name, rng):
+    *shape, causal, lengths = CASES[name]
+    inputs = _drawn(rng, shape, dtype)
+    found, wanted = _run(*inputs, causal, lengths), _wanted(*inputs, causal, lengths)
+    seen = np.isfinite(wanted[1])
+    lse = cupy.asnumpy(found[1])
+    assert found[0].dtype == dtype and lse.dtype == np.float32
+    assert np.allclose(lse[seen], wanted[1][seen], rtol=1e-5, atol=1e-5) and (lse[~seen] == -np.inf).all()
+    assert_close(found[0], wanted[0], dtype)
+    for got, exact in zip(found[2:], wanted[2:], strict=True):
+        _gradient_close(got, exact, inputs[3])
+
+
+def test_extreme_scores(variant, dtype, rng):
+    """Scores of ±100 and more: one key takes all, nothing overflows."""
+    q, k, v, do = _drawn(rng, (1, 2, 70, 70, 64), dtype, scale=6.0)
+    found, wanted = _run(q, k, v, do, False, None), _wanted(q, k, v, do, False, None)
+    assert np.abs(wanted[1]).max() > 100
+    # a score of 100 is known to 100 ulp, which is the relative error of its exponential
+    factor = 16 if dtype.name == "float32" else 2
+    assert_close(found[0], wanted[0], dtype, factor)
+    assert np.allclose(cupy.asnumpy(found[1]), wanted[1], rtol=1e-5)
+    for got, exact in zip(found[2:], wanted[2:], strict=True):
+        assert_close(got, exact, dtype, factor)
+
+
+def test_twice_gives_equal_bits(variant, dtype, rng):
+    inputs = _drawn(rng, (2, 1, 150, 150, 64), dtype)
+    runs = [[cupy.asnumpy(x).tobytes() for x in _run(*inputs, True, None)] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_shows_what_is_not_finite_in_its_row_only(variant, dtype, bad, rng):
+    q, k, v, do = _drawn(rng, (1, 1, 70, 70, 64), dtype)
+    q[0, 33, 0, 5] = bad
+    o, lse, dq, *_ = map(cupy.asnumpy, _run(q, k, v, do, True, None))
+    for rows in (o[0, :, 0], dq[0, 0]):
+        finite = np.isfinite(rows.astype("f4")).all(axis=1)
+        assert not finite[33] and finite[:33].all() and finite[34:].all()
+    assert not np.isfinite(lse[0, 0, 33]) and np.isfinite(np.delete(lse, 33)).all()
+
+
+def test_hidden_keys_do_not_count(variant, dtype, rng):
+    q, k, v, do = _drawn(rng, (2, 1, 70, 150, 64), dtype)
+    lengths = [130, 20]
+    before = [cupy.asnumpy(x).tobytes() for x in _run(q, k, v, do, False, lengths)]
+    for b, length in enumerate(lengths):
+        k[b, length:], v[b, length:] = 1000.0, -1000.0
+    after = [cupy.asnumpy(x).tobytes() for x in _run(q, k, v, do, False, lengths)]
+    assert before == after
+
+
+def test_what_does_not_fit_is_refused(gpu):
+    from mlm_mpi.backend.cuda.attention import _fit, _fit_mma
+
+    q = cupy.zeros((1, 2, 5, 16), np.float32)
+    assert _fit(q, q, q) == ""
+    assert _fit(q.get(), q, q) == "not in the GPU's memory"
+    assert _fit(q[:, :, :, ::2], q[:, :, :, ::2], q[:, :, :, ::2]) == "not contiguous"
+    assert _fit(q, q[:, :, :4], q[:, :, :4]) == "more queries than keys"
+    assert _fit(q, q[:, :1], q[:, :1]) == "shapes differ"
+    assert _fit(q, q, q, lengths=cupy.zeros(1, np.int64)) == "lengths: int64"
+    assert _fit(q, q, q, lengths=cupy.zeros(2, np.int32)) == "lengths: shapes differ"
+    assert _fit(*[cupy.zeros((1, 1, 2, 130), np.float32)] * 3) == "head width above 128"
+    assert _fit(q.astype(np.float64), q, q) == "float64"
+    assert _fit_mma(q, q, q) == "float32"
+    short = cupy.zeros((1, 2, 5, 24), ml_dtypes.bfloat16)
+    assert _fit_mma(*[short[..., :12]] * 3) == "head width is no multiple of 8"
+    assert _fit_mma(*[short[..., 4:12]] * 3) == "not aligned to 16 bytes"
+
+
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), ["plain"])],
+)
+def test_variants_by_capability(gpu, monkeypatch, capability, names):
+    monkeypatch.setattr(gpu, "capability", capability)
+    assert [entry.variant for entry in kernels.selection().candidates("attention.forward")] == names

@@ -1,0 +1,117 @@
+"""Whole programs on the stand-in's GPUs: the same promises as on the CPU."""
+
+import json
+
+import pytest
+
+pytest.importorskip("msgspec", reason="whole programs read their configuration with msgspec")
+
+from programs import Place, make_text, prepare
+
+from mlm_mpi.train.checkpoint import read_manifest
+
+GPU = "backend.device=gpu"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return prepare(make_text(folder / "text"), folder / "corpus", "--tokenizer", "bytes", "--heldout", "0.04")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, corpus):
+    return Place(tmp_path_factory.mktemp("home"), corpus)
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """Six steps on one rank and one GPU."""
+    return home.train("straight", None, GPU, "checkpoint.every=3", "checkpoint.keep=3")
+
+
+def losses(home, run):
+    lines = (home.folder / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ("comm.gpu_aware=no",)),
+        (3, ("comm.gpu_aware=no",)),
+        (3, ("comm.gpu_aware=yes",)),
+        (2, ("comm.gpu_aware=no", "comm.overlap=false")),
+    ],
+)
+def test_any_number_of_ranks_gives_the_same_bits(home, straight, ranks, options):
+    run = f"ranks{ranks}{len(options)}{options[0][-3:]}"
+    assert home.train(run, ranks, GPU, *options).weights == straight.weights
+
+
+def test_resume_on_another_number_of_ranks_gives_the_same_bits(home, straight):
+    first = home.program(*home.words("resumed", 3, GPU), "--max-steps", "3")
+    assert first.code == 0, first.err
+    assert home.train("resumed", 2, GPU).weights == straight.weights
+
+
+def test_losses_are_those_of_the_cpu(home, straight):
+    assert straight.code == 0, straight.err
+    home.train("cpu", None)
+    assert losses(home, "straight") == pytest.approx(losses(home, "cpu"), rel=1e-5)
+
+
+def test_bf16_is_close_to_float32(home, straight):
+    assert straight.code == 0, straight.err
+    ended = home.train("bf16", None, GPU, "numerics.products=bf16")
+    assert ended.code == 0, ended.err
+    assert losses(home, "bf16") == pytest.approx(losses(home, "straight"), rel=2e-2)
+
+
+def test_bf16_has_the_same_bits_on_two_ranks(home):
+    one = home.train("bf16one", None, GPU, "numerics.products=bf16")
+    assert home.train("bf16two", 2, GPU, "numerics.products=bf16").weights == one.weights
+
+
+@pytest.mark.parametrize("reduction", ["allreduce", "nccl"])
+def test_other_reductions_agree_within_rounding(home, straight, reduction):
+    assert straight.code == 0, straight.err
+    ended = home.train(reduction, 2, GPU, f"comm.reduction={reduction}", "comm.gpu_aware=no")
+    assert ended.code == 0, ended.err
+    assert losses(home, reduction) == pytest.approx(losses(home, "straight"), rel=1e-5)
+
+
+def test_a_run_that_changes_device_says_so(home):
+    first = home.program(*home.words("moved", None, GPU), "--max-steps", "3")
+    assert first.code == 0, first.err
+    ended = home.train("moved", None)
+    assert ended.code == 0, ended.err
+    assert "not comparable" in ended.out.splitlines()[-1]
+    manifest = read_manifest(home.folder / "moved" / "checkpoints" / "step-00000006")
+    assert manifest.incomparable.startswith("the run was resumed with another")
+
+
+def test_evaluate_and_generate_on_either_device(home, straight):
+    assert straight.code == 0, straight.err
+    gpu, cpu = (
+        json.loads(home.program("evaluate", "straight", "--json", "--device", device).out) for device in ("gpu", "cpu")
+    )
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-6)
+    words = ("generate", "straight", "--prompt", "ab", "--tokens", "8", "--temperature", "0", "--device")
+    assert home.program(*words, "gpu").out == home.program(*words, "cpu").out
+
+
+def test_a_model_too_large_for_the_gpu_is_refused(home):
+    ended = home.train("large", None, GPU, "model.width=4096", "model.layers=12")
+    ended.refused("parameters need", "its GPU has 1.0 GiB")
+
+
+def test_without_a_gpu_one_line_says_what_to_do(home):
+    words = home.words("none", 2, GPU)
+    home.program(*words, MLM_MPI_STANDIN_GPUS="0").refused("backend.device = gpu", "--device cpu")
+
+
+def test_without_cupy_one_line_says_what_to_install(home):
+    ended = home.program(*home.words("nocupy", None, GPU), PYTHONPATH="")
+    if "CUDA finds no GPU" not in ended.err:  # this Python has a real CuPy
+        ended.refused("pip install 'mlm-mpi[cuda13]'")

@@ -1,0 +1,46 @@
+"""A training step needs NumPy only: the machines of `make gpu-check` have no msgspec."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+STEP = """
+from types import SimpleNamespace
+
+import numpy as np
+
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.layers.base import Context
+from mlm_mpi.models import gpt
+from mlm_mpi.optim import make_optimizer
+from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.params.store import FlatStore
+
+model = SimpleNamespace(
+    layers=1, width=8, heads=2, context=4, feed_forward=32, dropout=0.0, init_std=0.02, norm_epsilon=1e-5
+)
+optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+stack = gpt.build(model, 11)
+store = FlatStore(stack.parameter_blocks(), Mesh(), "float32")
+store.initialise(0)
+optimizer, gradient = make_optimizer(optim, store), store.new_buffer()
+store.point_gradients(gradient)
+ids = np.arange(8, dtype=np.int32).reshape(2, 4)
+losses = []
+for number in range(1, 4):
+    losses.append(float(stack.loss_and_grad(ids, ids + 1, None, Context(training=True))))
+    length, broken = norm(store, gradient)
+    assert broken is None
+    optimizer.step(gradient, 1e-2, clip_factor(1.0, length / 8) / 8, number)
+assert losses[0] > losses[1] > losses[2], losses
+"""
+
+
+def test_a_step_of_gpt_needs_no_msgspec(tmp_path):
+    (tmp_path / "msgspec.py").write_text("raise ImportError('this machine has no msgspec')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ended = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
