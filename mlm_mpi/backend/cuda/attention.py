@@ -1,7 +1,7 @@
 """Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
 
-Variants, the preferred first: "hopper" (wgmma and TMA, forward only: backward has no such kernel yet), "mma" (tensor
-cores from compute capability 8.0 on), both for bfloat16, and "plain" for everything else.
+Variants, the preferred first: "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0 on) for bfloat16,
+"plain" for everything else.
 """
 
 import math
@@ -142,12 +142,18 @@ def _mma_head(width: int) -> int:
 
 
 HOPPER_THREADS = 384
-HOPPER_QUERIES, HOPPER_KEYS = 128, 128
-HOPPER_STAGES = 2
+HOPPER_ROWS = 64  # of a warpgroup that multiplies; a block has two
+HOPPER_OWNED = 128
+HOPPER_KEYS = 128
 
 
 def _fit_hopper(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
     return _fit_mma(q, k, v, causal, draw, lengths) or ("" if draw is None else "dropout")
+
+
+def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
+    """For tiles of `rows` rows, and 64 columns at a time, of an array (B, H, rows, D)."""
+    return gpu.tensor_map(x, (1, 1, rows, 64))
 
 
 @kernel("attention.forward", _fit_hopper, device="cuda", variant="hopper", lacks=_lacks_hopper)
@@ -156,13 +162,12 @@ def _hopper_forward(
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
     head = _mma_head(q.shape[3])
-    shared = 2 * head * (HOPPER_QUERIES + 2 * HOPPER_STAGES * HOPPER_KEYS)
+    stages = 4 if head == 64 else 2
+    shared = 2 * head * (HOPPER_OWNED + 2 * stages * HOPPER_KEYS)
     run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
-    rows, columns = (1, 1, 64, 64), (1, 1, HOPPER_KEYS, 64)
-    boxes = ((q, rows), (k, columns), (v, columns), (_heads_first(o), rows))
-    maps = (gpu.tensor_map(x, box) for x, box in boxes)
-    arguments = (_problem(q, k, causal, draw, lengths), *maps, lse)
-    run(_blocks(q, q.shape[2], HOPPER_QUERIES), (HOPPER_THREADS,), arguments, shared_mem=shared)
+    inputs = (_map(gpu, q), _map(gpu, k, HOPPER_KEYS), _map(gpu, v, HOPPER_KEYS))
+    arguments = (_problem(q, k, causal, draw, lengths), *inputs, _map(gpu, _heads_first(o)), lse)
+    run(_blocks(q, q.shape[2], HOPPER_OWNED), (HOPPER_THREADS,), arguments, shared_mem=shared)
     return o, lse
 
 
@@ -186,6 +191,36 @@ def _fit_mma_backward(
 ) -> str:  # fmt: skip
     reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
     return reason or _aligned(do, q, k, v, dq, dk, dv)
+
+
+def _fit_hopper_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or ("" if draw is None else "dropout")
+
+
+@kernel("attention.backward", _fit_hopper_backward, device="cuda", variant="hopper", lacks=_lacks_hopper)
+def _hopper_backward(
+    gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> None:  # fmt: skip
+    problem = _problem(q, k, causal, draw, lengths)
+    statistics = _statistics(gpu, problem, do, o, lse)
+    head, slopes, stages = _mma_head(q.shape[3]), _heads_first(do), 4
+
+    def run(name: str, rows: int, streamed: int, arguments: tuple[Any, ...]) -> None:
+        shared = 4 * head * (HOPPER_OWNED + stages * streamed) + 8 * stages * HOPPER_ROWS
+        kernel = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
+        kernel(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
+
+    keys = 128 if head == 64 else 64
+    inputs = (_map(gpu, slopes), _map(gpu, q), _map(gpu, k, keys), _map(gpu, v, keys), statistics)
+    run("attention_backward_queries", q.shape[2], keys, (*inputs, _map(gpu, dq)))
+    rows = statistics.reshape(-1, 2 * statistics.shape[2])
+    inputs = (*inputs[:2], _map(gpu, k), _map(gpu, v), gpu.tensor_map(rows, (1, 2 * HOPPER_ROWS), 0))
+    run("attention_backward_keys", k.shape[2], HOPPER_ROWS, (*inputs, _map(gpu, dk), _map(gpu, dv)))
 
 
 @kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
