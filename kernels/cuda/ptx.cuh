@@ -487,7 +487,7 @@ __device__ __forceinline__ void store_global16(void *p, uint32_t a, uint32_t b, 
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c),
                  "r"(d) : "memory");
 #else
-    if ((uintptr_t)p & 15) CU_DIE("st.global.v4: address not 16-byte aligned");
+    if ((uintptr_t)p & 15) cu::fail("st.global.v4: address not 16-byte aligned");
     uint32_t words[4] = {a, b, c, d};
     memcpy(p, words, 16);
 #endif
