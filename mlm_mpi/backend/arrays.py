@@ -103,11 +103,6 @@ def module_of(array: Any) -> ModuleType:
     return cupy
 
 
-def wide(x: Any) -> Any:
-    """x as float32 if it is bfloat16, else x itself: what a reference computes with."""
-    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
-
-
 def row_blocks(array: Any) -> Iterator[slice]:
     """Slices of dim 0 so small that element-wise passes over a block run in cache (a GPU gets one slice)."""
     rows = array.shape[0]

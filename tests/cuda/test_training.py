@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("msgspec", reason="whole programs read their configuration with msgspec")
 
-from programs import Place, make_text, prepare  # noqa: E402
+from programs import Place, make_text, prepare
 
-from mlm_mpi.train.checkpoint import read_manifest  # noqa: E402
+from mlm_mpi.train.checkpoint import read_manifest
 
 GPU = "backend.device=gpu"
 

@@ -5,6 +5,7 @@ several times whether it is done, or waits for it: whoever reads too early reads
 """
 
 import os
+import time
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Event:
         self.stream, self.asked = _current, 0
 
     def record(self, stream=None):
-        self.stream, self.asked = stream or _current, 0
+        self.stream, self.asked, self.seconds = stream or _current, 0, time.perf_counter()
 
     @property
     def done(self):
@@ -84,6 +85,10 @@ class Event:
     def synchronize(self):
         self.asked = PATIENCE + 1
         self.stream.synchronize()
+
+
+def get_elapsed_time(start, stop):
+    return 1e3 * (stop.seconds - start.seconds)
 
 
 def alloc_pinned_memory(size):
@@ -103,6 +108,10 @@ class runtime:
 
     @staticmethod
     def runtimeGetVersion():
+        return 13000
+
+    @staticmethod
+    def driverGetVersion():
         return 13000
 
     @staticmethod
