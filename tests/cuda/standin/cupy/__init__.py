@@ -116,6 +116,8 @@ def _checked(values):
     for value in values:
         if isinstance(value, np.ndarray) and value.ndim:
             raise TypeError(f"Unsupported type {type(value)}")
+        if isinstance(value, (list, tuple)):
+            _checked(value)
 
 
 def _call(function, arguments, named):
