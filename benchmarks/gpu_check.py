@@ -188,7 +188,7 @@ def test_file(path: str, environment: dict[str, str], until: float) -> dict[str,
             path,
             *seen,
         ]
-        code, text = watched(command, WORK / "logs" / f"{Path(path).stem}.log", environment, until)
+        code, text = watched(command, WORK / "logs" / f"{Path(path).stem}.log", environment, until, started=b"::")
         for name, word in OUTCOME.findall(text):
             key = {"XFAIL": "skipped", "XPASS": "passed"}.get(word, word.lower())
             if name not in outcome[key]:
@@ -327,7 +327,7 @@ def _tell_failures(check: Check, drive: Drive, known: dict[str, str]) -> None:
 def _table_row(check: Check, row: dict[str, Any]) -> None:
     variants = row["variants"]
     timed = {name: one["us"] for name, one in variants.items() if "us" in one}
-    name = next((name for name in timed if variants[name].get("ours")), None)
+    name = next((name for name in timed if variants[name].get("kind") == "ours"), None)
     others = [f"{other} {us:.1f}" for other, us in timed.items() if other != name]
     others += [f"{other}: {one['left_out']}" for other, one in variants.items() if "left_out" in one]
     start = row["function"], row["case"], row["dtype"]
@@ -452,7 +452,7 @@ def _tell_step(check: Check, model: dict[str, Any], vocabulary: int, rows: int) 
             f"{one['turns'][-1]['peak_bytes'] / 2**30:.1f}", f"{one['ready_s']:.0f}",
         )  # fmt: skip
     check.say()
-    for side, one in found.items():
+    for side, one in list(found.items()):
         if isinstance(one, dict) and side != "ours" and one.get("turns"):
             pairs = zip(found["ours"]["turns"], one["turns"], strict=False)
             ratio = statistics.median(theirs["seconds"] / mine["seconds"] for mine, theirs in pairs)

@@ -143,20 +143,26 @@ class Drive:
             self.dead[current] = "hung, was killed" if code is None else f"exit code {code}: {self.words}"
 
 
-def watched(command: list[str], log: Path, environment: dict[str, str], until: float) -> tuple[int | None, str]:
-    """(exit code, output) of a process; the code is None where it was killed: silent for too long, or time over."""
+def watched(
+    command: list[str], log: Path, environment: dict[str, str], until: float, started: bytes
+) -> tuple[int | None, str]:
+    """(exit code, output) of a process; the code is None where it was killed: silent for too long, or time over.
+
+    `started`: what it writes when its imports are behind it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-    size, spoke = 0, time.monotonic()
+    size, spoke, patience = 0, time.monotonic(), START_S
     while process.poll() is None:
         now = time.monotonic()
         if log.stat().st_size != size:
             size, spoke = log.stat().st_size, now
-        if now > until or now - spoke > (SILENCE_S if size else START_S):
+            patience = SILENCE_S if started in log.read_bytes() else START_S
+        if now > until or now - spoke > patience:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None, log.read_text(errors="replace")
