@@ -20,6 +20,7 @@ setup(
                 "-std=gnu11", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
                 "-fvisibility=hidden",
             ],
+            libraries=["m"],  # fmaf, where the base level has no instruction for it
             optional=True,
         )
     ],

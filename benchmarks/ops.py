@@ -34,6 +34,7 @@ def rows() -> list[Row]:
         return r.standard_normal(shape, dtype="f4")
 
     x, dy, wide, dwide, gain, bias = f4(n, c), f4(n, c), f4(n, f), f4(n, f), f4(c), f4(c)
+    square = f4(c, c)
     q, k, w = f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
     do, dqkv = f4(b, t, h, d), f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
     o, lse = attention.forward(q, k, w)
@@ -46,7 +47,7 @@ def rows() -> list[Row]:
     masked = draw
     return [
         ("matmul.add xᵀdy, accumulated", matmul.add, (x.T, dwide, f4(c, f), True), 0, 2.0 * n * c * f),
-        ("linear.start with residual", linear.start, (n, bias, x), 8 * n * c, 0),
+        ("linear.forward with residual", linear.forward, (x, square, bias, x), 0, 2.0 * n * c * c),
         ("linear.bias_gradient", linear.bias_gradient, (dwide, f4(f), False), 4 * n * f, 0),
         ("gelu.forward", gelu.forward, (wide,), 8 * n * f, 0),
         ("gelu.backward", gelu.backward, (dwide, wide), 12 * n * f, 0),

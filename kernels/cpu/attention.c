@@ -37,8 +37,6 @@ INLINE float *take(float **work, size floats) {
     return start;
 }
 
-INLINE float *align_line(float *p) { return (float *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
-
 /* Row r of a tile sees its first seen(r) keys. */
 INLINE size seen(size first, size keys, size r) { return most(0, least(keys, first + r)); }
 

@@ -34,8 +34,8 @@ _SIGNATURES = {
     "layernorm_backward": "nn" + 9 * "p" + "ip",
     "layernorm_forward": "nnpppfppp",
     "linear_bias_gradient": "nnppi",
-    "linear_start": "nnppp",
-    "matmul_add": "piinnnpnpnipn",
+    "matmul_float32": "pp",
+    "matmul_work": "nnn",
 }
 
 
@@ -46,9 +46,8 @@ class Library:
         for name, letters in _SIGNATURES.items():
             function = getattr(handle, f"{name}_{level}")
             function.argtypes = [_TYPES[letter] for letter in letters]
-            function.restype = ctypes.c_int64 if name == "attention_work" else None
+            function.restype = ctypes.c_int64 if name.endswith("_work") else None
             setattr(self, name, function)
-        self.gemm, self.without_gemm = _find_gemm()
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -83,21 +82,6 @@ def load(level: str) -> tuple[str, Library | None, str]:
         return chosen, Library(handle, chosen), ""
     except AttributeError as error:
         return "off", None, f"{path} is of another version ({error}): install again"
-
-
-def _find_gemm() -> tuple[int, str]:
-    """(address of the sgemm NumPy uses, "") or (0, why not): OpenBLAS with 64-bit integers, as in PyPI's wheels."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-        paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "openblas" in line and ".so" in line}
-        for path in sorted(paths):
-            handle = ctypes.CDLL(path)
-            for name in ("scipy_cblas_sgemm64_", "cblas_sgemm64_"):
-                if hasattr(handle, name):
-                    return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0, ""
-    except OSError as error:
-        return 0, str(error)
-    return 0, "NumPy's BLAS is not an OpenBLAS with 64-bit integers"
 
 
 # ---- contracts: the reason why arguments do not fit, or ""
@@ -135,43 +119,70 @@ def _at(array: Any) -> int | None:
 # ---- matmul, linear
 
 
-def _leading(x: np.ndarray) -> tuple[int, bool] | None:
-    """(stride between rows of what is stored, whether that is the transpose) of a matrix BLAS can read."""
-    (rows, columns), (down, along) = x.shape, x.strides
-    for stride, unit, length, transposed in ((down, along, columns, False), (along, down, rows, True)):
-        if unit == 4 and stride % 4 == 0 and stride >= 4 * max(1, length):
-            return stride // 4, transposed
-    return None
+class _Plane(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("row", ctypes.c_int64), ("column", ctypes.c_int64)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in "mnk"] + [
+        *((name, _Plane) for name in ("a", "b", "c", "base")), ("bias", ctypes.c_void_p)
+    ]  # fmt: skip
+
+
+def _plane(x: np.ndarray | None) -> _Plane:
+    return _Plane() if x is None else _Plane(x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
+
+
+def _multiply(lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None) -> None:
+    (m, k), n = a.shape, b.shape[1]
+    product = _Product(m, n, k, *map(_plane, (a, b, c, base)), _at(bias))
+    work = np.empty(lib.matmul_work(m, n, k), np.float32)
+    lib.matmul_float32(_pointer(product), _at(work))
+
+
+def matrices(*arrays: Any) -> str:
+    """Every array (None is left out) is a float32 matrix with something in it; any strides of whole elements."""
+    for x in arrays:
+        if x is None:
+            continue
+        if not isinstance(x, np.ndarray) or x.ndim != 2:
+            return "not matrices in the CPU's memory"
+        if x.dtype != np.float32:
+            return str(x.dtype)
+        if x.size == 0:
+            return "empty"
+        if not x.flags.aligned or any(stride % 4 for stride in x.strides):
+            return "not aligned"
+    return ""
+
+
+def rowwise(*matrices: Any) -> str:
+    """Rows of every matrix (None is left out) are contiguous and do not overlap."""
+    apart = all(x is None or (x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1]) for x in matrices)
+    return "" if apart else "not contiguous"
 
 
 def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool) -> str:
-    arrays = (a, b, out)
-    if not all(isinstance(x, np.ndarray) and x.ndim == 2 for x in arrays):
-        return "not matrices in the CPU's memory"
-    if any(x.dtype != np.float32 for x in arrays):
-        return str(next(x.dtype for x in arrays if x.dtype != np.float32))
-    if 0 in (*a.shape, *b.shape):
-        return "empty"
-    if _leading(a) is None or _leading(b) is None or (_leading(out) or (0, True))[1]:
-        return "strides BLAS cannot read"
-    return shaped((a.shape[0], b.shape[1]), out) or ("" if a.shape[1] == b.shape[0] else "shapes differ")
+    return (
+        matrices(a, b, out) or rowwise(out) or shaped((a.shape[0], b.shape[1]), out) or shaped((a.shape[1],), b[:, 0])
+    )
 
 
 @kernel("matmul.add", _fit_matmul)
 def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    if not lib.gemm:
-        product = a @ b
-        np.add(out, product, out=out) if accumulate else np.copyto(out, product)
-        return
-    (lda, ta), (ldb, tb), (ldc, _) = _leading(a), _leading(b), _leading(out)  # type: ignore[misc]
-    (m, k), n = a.shape, b.shape[1]
-    lib.matmul_add(lib.gemm, ta, tb, m, n, k, _at(a), lda, _at(b), ldb, accumulate, _at(out), ldc)
+    _multiply(lib, a, b, out, base=out if accumulate else None)
 
 
-@kernel("linear.start", lambda rows, b, residual=None: dense(b, residual) or shaped((rows, b.size), residual))
-def _linear_start(lib: Any, rows: int, b: Any, residual: Any = None) -> Any:
-    y = np.empty((rows, b.size), np.float32)
-    lib.linear_start(rows, b.size, _at(b), _at(residual), _at(y))
+def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None) -> str:
+    return matrices(x, w, residual) or rowwise(residual) or dense(b) or (
+        shaped((x.shape[0], b.size), residual) or shaped((x.shape[1], b.size), w)
+    )  # fmt: skip
+
+
+@kernel("linear.forward", _fit_linear)
+def _linear_forward(lib: Any, x: Any, w: Any, b: Any, residual: Any = None) -> Any:
+    y = np.empty((x.shape[0], b.size), np.float32)
+    _multiply(lib, x, w, y, base=residual, bias=b)
     return y
 
 

@@ -47,7 +47,8 @@ class Selection:
     reason: str = ""
     reference: frozenset[str] = frozenset()
     device: str = "cpu"
-    fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, reason) -> times
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name/variant, reason) -> times
+    fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, last reason) -> times the reference ran
     _candidates: dict[str, list[Kernel]] = field(default_factory=dict)
 
     def candidates(self, name: str) -> list[Kernel]:
@@ -142,19 +143,31 @@ def served(reference: Function) -> Function:
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
         chosen = _selection or select()
+        reason = ""
         for entry in chosen.candidates(name):
             reason = entry.contract(*arguments, **named)
             if not reason:
                 return entry.launch(chosen.library, *arguments, **named)
-            chosen.fallen[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+            chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+        if reason:
+            chosen.fallen[name, reason] += 1
         return reference(*arguments, **named)
 
     return run  # type: ignore[return-value]
 
 
 def fallbacks() -> dict[str, int]:
-    """How often a kernel's contract did not hold, by "gelu.forward: not contiguous"."""
-    return {f"{name}: {reason}": times for (name, reason), times in sorted(selection().fallen.items())}
+    """How often the reference ran because no kernel's contract held, by "gelu.forward: not contiguous"."""
+    return _by_text(selection().fallen)
+
+
+def refusals() -> dict[str, int]:
+    """How often a kernel's contract did not hold and the next one was asked, by "matmul.add/hopper: K is odd"."""
+    return _by_text(selection().refused)
+
+
+def _by_text(counted: Counter[tuple[str, str]]) -> dict[str, int]:
+    return {f"{name}: {reason}": times for (name, reason), times in sorted(counted.items())}
 
 
 def serving(dtype: str = "float32") -> dict[str, str]:
@@ -166,8 +179,6 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         why = chosen.refuses(op) if names else "no kernel"
         if not why and dtype != "float32":
             why = dtype
-        if not why and chosen.device == "cpu" and op == "matmul":
-            why = chosen.library.without_gemm
         if why:
             return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
         variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))

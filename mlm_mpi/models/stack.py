@@ -6,7 +6,7 @@ from typing import Any
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.embedding import Embedding
 from mlm_mpi.layers.norm import LayerNorm
-from mlm_mpi.ops import crossentropy
+from mlm_mpi.ops import crossentropy, matmul
 from mlm_mpi.params.store import Parameter
 
 Ready = Callable[[int], None]
@@ -37,7 +37,7 @@ class Head:
 
     def logits(self, x: Any, ctx: Context) -> Any:
         n, _ = self.norm.forward(x.reshape(-1, x.shape[2]), ctx)
-        return (n @ self.tokens.data.T).reshape(*x.shape[:2], -1)
+        return matmul.product(n, self.tokens.data.T).reshape(*x.shape[:2], -1)
 
 
 class Stack:

@@ -347,7 +347,9 @@ class Trainer:
                 )
             self._draw_curve()
             if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
-                self._say(f"note: the reference ran where a kernel's contract did not hold: {fallen}")
+                self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
+            if self.place.on_gpu and (refused := kernels.refusals()):
+                self._say(f"note: kernels handed work to the next variant: {refused}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(
                 f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")

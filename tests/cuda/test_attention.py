@@ -1,6 +1,7 @@
 """Every variant of flash attention against the reference in float64: both sides of tile borders, all kinds of masks."""
 
 import cupy
+import ml_dtypes
 import numpy as np
 import pytest
 from agreement import TOLERANCE, assert_close, device, poisoned
@@ -50,7 +51,7 @@ def _only(variant, monkeypatch):
         monkeypatch.setitem(chosen._candidates, name, kept)
 
 
-VARIANTS = ["mma", "plain"]
+VARIANTS = ["hopper", "mma", "plain"]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -104,3 +105,71 @@ def test_agrees_with_float64(variant, dtype, name, rng):
     assert_close(found[0], wanted[0], dtype)
     for got, exact in zip(found[2:], wanted[2:], strict=True):
         _gradient_close(got, exact, inputs[3])
+
+
+def test_extreme_scores(variant, dtype, rng):
+    """Scores of ±100 and more: one key takes all, nothing overflows."""
+    q, k, v, do = _drawn(rng, (1, 2, 70, 70, 64), dtype, scale=6.0)
+    found, wanted = _run(q, k, v, do, False, None), _wanted(q, k, v, do, False, None)
+    assert np.abs(wanted[1]).max() > 100
+    # a score of 100 is known to 100 ulp, which is the relative error of its exponential
+    factor = 16 if dtype.name == "float32" else 2
+    assert_close(found[0], wanted[0], dtype, factor)
+    assert np.allclose(cupy.asnumpy(found[1]), wanted[1], rtol=1e-5)
+    for got, exact in zip(found[2:], wanted[2:], strict=True):
+        assert_close(got, exact, dtype, factor)
+
+
+def test_twice_gives_equal_bits(variant, dtype, rng):
+    inputs = _drawn(rng, (2, 1, 150, 150, 64), dtype)
+    runs = [[cupy.asnumpy(x).tobytes() for x in _run(*inputs, True, None)] for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_shows_what_is_not_finite_in_its_row_only(variant, dtype, bad, rng):
+    q, k, v, do = _drawn(rng, (1, 1, 70, 70, 64), dtype)
+    q[0, 33, 0, 5] = bad
+    o, lse, dq, *_ = map(cupy.asnumpy, _run(q, k, v, do, True, None))
+    for rows in (o[0, :, 0], dq[0, 0]):
+        finite = np.isfinite(rows.astype("f4")).all(axis=1)
+        assert not finite[33] and finite[:33].all() and finite[34:].all()
+    assert not np.isfinite(lse[0, 0, 33]) and np.isfinite(np.delete(lse, 33)).all()
+
+
+def test_hidden_keys_do_not_count(variant, dtype, rng):
+    q, k, v, do = _drawn(rng, (2, 1, 70, 150, 64), dtype)
+    lengths = [130, 20]
+    before = [cupy.asnumpy(x).tobytes() for x in _run(q, k, v, do, False, lengths)]
+    for b, length in enumerate(lengths):
+        k[b, length:], v[b, length:] = 1000.0, -1000.0
+    after = [cupy.asnumpy(x).tobytes() for x in _run(q, k, v, do, False, lengths)]
+    assert before == after
+
+
+def test_what_does_not_fit_is_refused(gpu):
+    from mlm_mpi.backend.cuda.attention import _fit, _fit_mma
+
+    q = cupy.zeros((1, 2, 5, 16), np.float32)
+    assert _fit(q, q, q) == ""
+    assert _fit(q.get(), q, q) == "not in the GPU's memory"
+    assert _fit(q[:, :, :, ::2], q[:, :, :, ::2], q[:, :, :, ::2]) == "not contiguous"
+    assert _fit(q, q[:, :, :4], q[:, :, :4]) == "more queries than keys"
+    assert _fit(q, q[:, :1], q[:, :1]) == "shapes differ"
+    assert _fit(q, q, q, lengths=cupy.zeros(1, np.int64)) == "lengths: int64"
+    assert _fit(q, q, q, lengths=cupy.zeros(2, np.int32)) == "lengths: shapes differ"
+    assert _fit(*[cupy.zeros((1, 1, 2, 130), np.float32)] * 3) == "head width above 128"
+    assert _fit(q.astype(np.float64), q, q) == "float64"
+    assert _fit_mma(q, q, q) == "float32"
+    short = cupy.zeros((1, 2, 5, 24), ml_dtypes.bfloat16)
+    assert _fit_mma(*[short[..., :12]] * 3) == "head width is no multiple of 8"
+    assert _fit_mma(*[short[..., 4:12]] * 3) == "not aligned to 16 bytes"
+
+
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), ["plain"])],
+)
+def test_variants_by_capability(gpu, monkeypatch, capability, names):
+    monkeypatch.setattr(gpu, "capability", capability)
+    assert [entry.variant for entry in kernels.selection().candidates("attention.forward")] == names

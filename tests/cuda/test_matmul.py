@@ -2,13 +2,15 @@
 
 import itertools
 
+import cupy
 import ml_dtypes
 import numpy as np
 import pytest
 from agreement import assert_close, device, poisoned
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.ops import matmul
+from mlm_mpi.backend.cuda import matmul as launches
+from mlm_mpi.ops import linear, matmul
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)

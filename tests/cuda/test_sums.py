@@ -6,10 +6,9 @@ from agreement import device, run, same_bits, shifted
 from mlm_mpi.ops import sums
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 8, 9, 13, 20, 65])
-@pytest.mark.parametrize("place", [device, shifted])
-def test_tree(gpu, count, place, rng):
-    size = 333 if count < 9 else 13
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 19, 65])
+def test_tree(gpu, count, rng):
+    size, place = (333 if count < 9 else 13), (shifted if count == 5 else device)
     parts = [(rng.normal(size=size) * 10.0 ** rng.integers(-6, 6, size)).astype("f4") for _ in range(count)]
     wanted = np.empty(size, "f4")
     sums.tree.__wrapped__(parts, wanted)

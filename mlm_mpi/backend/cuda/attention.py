@@ -1,6 +1,7 @@
 """Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
 
-A function has two variants: on the tensor cores for bfloat16, and a plain one for everything else.
+Variants, the preferred first: "hopper" (wgmma and TMA, forward only: backward has no such kernel yet), "mma" (tensor
+cores from compute capability 8.0 on), both for bfloat16, and "plain" for everything else.
 """
 
 import math
@@ -109,6 +110,10 @@ def _lacks_mma(gpu: Any) -> str:
     return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
 
 
+def _lacks_hopper(gpu: Any) -> str:
+    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
+
+
 def _aligned(*arrays: Any) -> str:
     """Tiles move in pieces of 16 bytes."""
     for x in arrays:
@@ -127,6 +132,27 @@ def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, leng
 
 def _mma_head(width: int) -> int:
     return 64 if width <= 64 else WIDEST
+
+
+HOPPER_THREADS = 384
+HOPPER_QUERIES, HOPPER_KEYS = 128, 128
+HOPPER_STAGES = 2
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="hopper", lacks=_lacks_hopper)
+def _hopper_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head = _mma_head(q.shape[3])
+    shared = 2 * head * (HOPPER_QUERIES + 2 * HOPPER_STAGES * HOPPER_KEYS)
+    run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
+    rows, columns = (1, 1, 64, 64), (1, 1, HOPPER_KEYS, 64)
+    boxes = ((q, rows), (k, columns), (v, columns), (_heads_first(o), rows))
+    maps = (gpu.tensor_map(x, box) for x, box in boxes)
+    arguments = (_problem(q, k, causal, lengths), *maps, lse)
+    run(_blocks(q, q.shape[2], HOPPER_QUERIES), (HOPPER_THREADS,), arguments, shared_mem=shared)
+    return o, lse
 
 
 @kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)

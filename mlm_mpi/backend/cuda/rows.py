@@ -40,17 +40,6 @@ def _cut(rows: int, parts: int) -> tuple[int, int]:
 # ---- linear
 
 
-@kernel(
-    "linear.start", lambda rows, b, residual=None: dense(b, residual) or shaped((rows, b.size), residual), device="cuda"
-)
-def _linear_start(gpu: Any, rows: int, b: Any, residual: Any = None) -> Any:
-    y = gpu.cupy.empty((rows, b.size), b.dtype)
-    wide = width(b, residual, y, columns=b.size)
-    run = gpu.function("linear", "linear_start", ELEMENT=element(b), WIDTH=wide)
-    run(_grid(gpu, rows, b.size, wide), (LANES, ROWS), (b, residual, y, np.int64(rows), np.int64(b.size)))
-    return y
-
-
 def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool) -> str:
     return dense(dy) or dense(db, dtype=np.float32) or ("" if dy.ndim == 2 else "no matrix") or shaped(dy.shape[1:], db)
 

@@ -2,13 +2,14 @@
 
 It is strict where CuPy is: an array of the "device" never turns into a NumPy array by itself, and NumPy
 refuses to compute with one. Only what the package uses exists; anything else is an AttributeError.
+Arrays lie in memory that notices who leaves it (memory.py).
 """
 
 import operator
 
 import numpy as np
 
-from . import cuda
+from . import cuda, memory
 from .emulated import RawModule, load_driver, seed
 
 __all__ = ["RawModule", "cuda", "ndarray", "seed"]
@@ -21,7 +22,7 @@ class ndarray:
     __array_ufunc__ = None  # NumPy arrays refuse to meet one in an expression
 
     def __init__(self, host):
-        self._host = host
+        self._host = memory.resident(host)
 
     # what stays the same in both worlds
     shape = property(lambda self: self._host.shape)
@@ -159,6 +160,14 @@ def array(value, dtype=None):
     return ndarray(np.array(unwrap(value), dtype))
 
 
+def empty(shape, dtype=float):
+    return ndarray(memory.empty(shape, dtype))
+
+
+def empty_like(prototype, dtype=None):
+    return ndarray(memory.empty_like(unwrap(prototype), dtype))
+
+
 def asnumpy(value):
     return value.get() if isinstance(value, ndarray) else np.asarray(value)
 
@@ -175,7 +184,7 @@ def _function(name):
 
 
 for _name in (
-    "empty", "empty_like", "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
+    "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
     "subtract", "multiply", "matmul", "einsum", "triu", "isfinite", "argsort", "flatnonzero", "concatenate", "stack",
     "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
 ):  # fmt: skip
