@@ -197,7 +197,7 @@ def place_of(config: Config, level: str = "auto", local_rank: int = 0) -> Place:
     """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError."""
     numerics, backend = config.numerics, config.backend
     if backend.device == "cpu":
-        kernels.select(level, numerics.reference)
+        kernels.select(level, numerics.reference, numerics.products)
         return cpu(config.train.dtype)
     place = gpu(config.train.dtype, numerics.products, local_rank, backend.memory_gib)
     kernels.select(reference=numerics.reference, device="cuda")
