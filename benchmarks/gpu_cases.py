@@ -221,7 +221,6 @@ def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
         return bank.normal(n, c, dtype=dtype), x, gain, *rest
 
     yield Case(f"{n}x{c} + residual", "layernorm.backward", norm_backward, _dx_and(4, 5), 0, 4 * item * n * c)
-    yield Case(f"{n}x{c} + residual", "linear.start", make(n, normal(c), normal(n, c)), _returned, 0, 2 * item * n * c)
     yield Case(f"{n}x{f}", "linear.bias_gradient", make(normal(n, f), wide(f), False), _argument(1), 0, item * n * f)
     yield Case(
         f"{r}x{v} with gradient", "crossentropy.rows", make(normal(r, v), ids(v, r), None, True),

@@ -266,8 +266,8 @@ def kernel_job(check: Check, repeats: int, **more: Any) -> dict[str, Any]:
     return {"sizes": check.sizes, "dtypes": dtypes, "repeats": repeats, "only": check.options.only} | more
 
 
-def first_pass(check: Check, until: float) -> dict[str, str]:
-    """Compiles every kernel of the table and compares its result, untimed, by several workers; what died, and how."""
+def first_pass(check: Check, until: float) -> list[Drive]:
+    """Compiles every kernel of the table and compares its result, untimed, by several workers."""
 
     def one(part: int) -> Drive:
         return Drive(check.environment, kernel_job(check, 0, part=[part, PARTS]), f"pass{part}").run(until)
@@ -278,16 +278,17 @@ def first_pass(check: Check, until: float) -> dict[str, str]:
     for drive in drives:
         for path in drive.cache.glob("*.cubin"):
             shutil.copy2(path, WORK / "cache" / "kernels")
-    return {key: why for drive in drives for key, why in drive.dead.items()}
+    return drives
 
 
 def kernel_table(check: Check) -> None:
     """Every kernel of the registry against the device's roof, cuBLAS and PyTorch."""
     repeats = 2 if check.dry else 5 if check.options.quick else 11
-    known = check.found.pop("first_pass_dead", {})
+    known = check.found.pop("dead", {})
     drive = Drive(check.environment, kernel_job(check, repeats, skip=list(known)), "kernels")
     drive.run(time.monotonic() + check.left("kernels"))
-    check.found["kernels"] = [drive.rows[number] for number in sorted(drive.rows)]
+    rows = check.found.pop("first_pass", {}) | drive.rows
+    check.found["kernels"] = [rows[number] for number in sorted(rows)]
     check.say("## Kernels")
     check.say()
     check.say(
@@ -460,8 +461,10 @@ def _tell_step(check: Check, model: dict[str, Any], vocabulary: int, rows: int) 
             check.say(f"Ours is {ratio:.3f} × as fast as {side} (median of turns, one after the other).")
     losses = found["ours"]["losses"] + [turn["loss"] for turn in found["ours"].get("turns", [])]
     check.say(f"Our losses, twice in getting ready and at the end of turns: {', '.join(f'{x:.3f}' for x in losses)}.")
-    if fallen := (found["ours"].get("turns") or [{}])[-1].get("fallbacks"):
-        check.say("Handed to the reference: " + "; ".join(f"{what} ({times} times)" for what, times in fallen.items()))
+    last = (found["ours"].get("turns") or [{}])[-1]
+    for key, words in (("fallbacks", "Handed to the reference"), ("refusals", "Handed to the next kernel")):
+        if last.get(key):
+            check.say(f"{words}: {'; '.join(f'{what} ({times} times)' for what, times in last[key].items())}.")
     check.say()
 
 
@@ -480,7 +483,9 @@ def correctness(check: Check) -> None:
     if "c" in running:
         tell_sanitizers(check, running["c"].result())
     if "d" in running:
-        check.found["first_pass_dead"] = running["d"].result()
+        drives = running["d"].result()
+        check.found["dead"] = {key: why for drive in drives for key, why in drive.dead.items()}
+        check.found["first_pass"] = {number: row for drive in drives for number, row in drive.rows.items()}
 
 
 def run(check: Check) -> None:

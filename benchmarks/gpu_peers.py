@@ -156,7 +156,6 @@ _PEERS: dict[str, dict[str, Callable[..., Run]]] = {
     "linear.forward": {"cuBLAS": lambda x, w, b, residual=None: _bare(x, w), "torch": _forward},
     "linear.forward_gelu": {"cuBLAS": lambda x, w, b: _bare(x, w), "torch": _forward_gelu},
     "linear.backward_input": {"cuBLAS": lambda dy, w, pre=None: _bare(dy, w.T), "torch": _backward_input},
-    "linear.start": {"torch": lambda rows, b, residual: lambda: [residual + b]},
     "linear.bias_gradient": {"torch": lambda dy, db, accumulate: lambda: [dy.sum(0, dtype=torch.float32)]},
     "gelu.forward": {"torch": lambda x: lambda: [F.gelu(x, approximate="tanh")]},
     "gelu.backward": {"torch": lambda dy, x: lambda: [aten.gelu_backward(dy, x, approximate="tanh")]},

@@ -44,9 +44,9 @@ class Worker:
         assert self._process.stdout is not None
         with self._log.open("ab", buffering=0) as log:
             for line in self._process.stdout:
-                if line.startswith(b"{"):
-                    self._lines.put(json.loads(line))
-                else:
+                try:
+                    self._lines.put(dict(json.loads(line)))
+                except (ValueError, TypeError):  # somebody else's words
                     log.write(line)
         self._lines.put(None)
 
@@ -122,7 +122,7 @@ class Drive:
         job = self.job | {"rows": self.pending, "skip": skip}
         worker = Worker("gpu_kernels.py", job, self.log, self._environment, self.prefix)
         slower = 4 if self.prefix else 1  # under a sanitizer
-        current, patience = "", START_S * slower
+        current, broken, patience = "", "", START_S * slower
         while line := worker.line(min(patience, until - time.monotonic())):
             patience = SILENCE_S * slower
             if "rows" in line:
@@ -130,17 +130,19 @@ class Drive:
             elif "begin" in line:
                 current = f"{line['row']} {line['begin']}"
             elif "broken" in line:
-                self.dead[current] = line["broken"]
+                broken = line["broken"]
             elif "case" in line:
                 self.rows[line["row"]] = line
                 self.pending = [row for row in self.pending or [] if row != line["row"]]
                 current = ""
         over = time.monotonic() >= until
+        if self.pending and not current:
+            current, self.pending = f"{self.pending[0]} arguments", self.pending[1:]
         code = worker.end(10.0 if self.prefix and self.pending == [] else 0.2)  # a sanitizer sums up at its end
         self.codes.append(code)
         self.words = worker.last_words()
-        if current and current not in self.dead and not over:
-            self.dead[current] = "hung, was killed" if code is None else f"exit code {code}: {self.words}"
+        if current and not over:
+            self.dead[current] = broken or ("hung, was killed" if code is None else f"exit code {code}: {self.words}")
 
 
 def watched(
