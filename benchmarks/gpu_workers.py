@@ -23,6 +23,14 @@ SILENCE_S = 45.0  # who says nothing for so long hangs; a row compiles a few ker
 SKIPPED = "failed before"  # what a worker says of a variant that it was told to leave out
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """With all it started. One whose kernel never ends may take long to die: nobody waits for that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5.0)
+
+
 class Worker:
     """A process that writes lines of JSON, and answers them; its other output goes to a log."""
 
@@ -72,9 +80,7 @@ class Worker:
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=patience_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        kill(self._process)
         return code
 
     def last_words(self, lines: int = 3) -> str:
@@ -165,8 +171,7 @@ def watched(
             size, spoke = log.stat().st_size, now
             patience = SILENCE_S if started in log.read_bytes() else START_S
         if now > until or now - spoke > patience:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
             return None, log.read_text(errors="replace")
         time.sleep(0.1)
     return process.returncode, log.read_text(errors="replace")

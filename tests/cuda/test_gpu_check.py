@@ -112,7 +112,7 @@ def test_a_test_that_hangs_costs_itself_only(tmp_path, monkeypatch):
 
 
 SANITIZER = """#!/bin/sh
-shift 4
+while [ "${1#-}" != "$1" ]; do shift 2; done
 "$@"
 echo "========= ERROR SUMMARY: 0 errors"
 """
