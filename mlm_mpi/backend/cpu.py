@@ -40,6 +40,7 @@ _SIGNATURES = {
     "matmul_bf16": "pp",
     "matmul_float32": "pp",
     "matmul_work": "nnn",
+    "sums_tree": "nnppp",
 }
 
 
@@ -401,6 +402,28 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
     losses = np.empty(logits.shape[0])
     lib.crossentropy_rows(*logits.shape, _at(logits), _at(targets), _at(mask), gradient, _at(losses))
     return losses
+
+
+# ---- sums
+
+
+def _fit_sums(leaves: Any, merges: Any, out: Any) -> str:
+    height = highest = 0
+    for count in merges:
+        height += 1
+        highest = max(highest, height)
+        height -= count
+        if count < 0 or height < 1:
+            return "no tree"
+    if len(merges) != len(leaves) or height != 1 or highest > 32:  # HEIGHT of kernels/cpu/sums.c
+        return "no tree of at most 31 levels"
+    return dense(*leaves, out) or shaped(out.shape, *leaves)
+
+
+@kernel("sums.tree", _fit_sums)
+def _sums_tree(lib: Any, leaves: Any, merges: Any, out: Any) -> None:
+    addresses = (ctypes.c_void_p * len(leaves))(*map(_at, leaves))
+    lib.sums_tree(out.size, len(leaves), addresses, (ctypes.c_int32 * len(leaves))(*merges), _at(out))
 
 
 # ---- adamw, clip

@@ -16,7 +16,7 @@ from mlm_mpi.errors import ConfigError
 
 OPS = (
     "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout",
-    "clip", "adamw", "sgd",
+    "sums", "clip", "adamw", "sgd",
 )  # fmt: skip
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 
