@@ -101,7 +101,8 @@ class Comm(Section, frozen=True):
 
 
 class Numerics(Section, frozen=True):
-    """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
+    """What else decides bits. `threads` per rank share a matrix product, ours or BLAS's. `level`: instruction set of
+    kernels, BLAS and NumPy.
 
     `products`: "bf16" rounds the operands of matrix products to bf16 and sums in float32; all else, attention's own
     products included, stays float32. It needs a CPU with AVX512-BF16. `reference`: ops that NumPy computes instead of a

@@ -74,11 +74,11 @@ def entries() -> dict[str, Kernel]:
     return _entries
 
 
-def select(level: str = "auto", reference: str = "", products: str = "float32") -> Selection:
+def select(level: str = "auto", reference: str = "", products: str = "float32", threads: int = 1) -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
     `reference`: "gelu,attention" or "all". `products`: "float32", or "bf16" for operands of matrix products rounded
-    to bf16. Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
+    to bf16; `threads` share one. Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -86,7 +86,7 @@ def select(level: str = "auto", reference: str = "", products: str = "float32") 
     ops = frozenset(op.strip() for op in reference.split(",") if op.strip())
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
-    chosen, library, reason = cpu.load(level)
+    chosen, library, reason = cpu.load(level, threads)
     about = cpu.take_bf16(library, chosen) if products == "bf16" else ""
     _selection = Selection(chosen, library, reason, about, ops)
     return _selection

@@ -48,7 +48,7 @@ def load(run: Path, data: Path | None = None) -> Trained:
     folder, config = open_run(run)
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
-    kernels.select(reference=config.numerics.reference)
+    kernels.select(reference=config.numerics.reference, threads=config.numerics.threads)
     catalog = Catalog.open(data or Path(config.data.dir))
     tokenizer = catalog.tokenizer()
 

@@ -95,7 +95,8 @@ class Trainer:
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
         with self.group.together("opening the data"):
-            kernels.select(config.numerics.level, config.numerics.reference, config.numerics.products)
+            numerics = config.numerics
+            kernels.select(numerics.level, numerics.reference, numerics.products, numerics.threads)
             configuration.check_ranks(config, group.size)
             self._open_data()
             check_memory(config, self.vocabulary)
@@ -309,7 +310,7 @@ class Trainer:
         size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
         shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
-            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {config.numerics.threads} BLAS thread each"),
+            ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {config.numerics.threads} thread each"),
             ("model", f"{config.model.kind}: {size}"),
             ("step", f"{samples * config.model.context:,} tokens: {shape}"),
             ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {tokens:,} tokens"),

@@ -328,6 +328,19 @@ def test_products_have_the_bits_of_the_order_they_state(shape, lay, level) -> No
     assert not level.fallen
 
 
+def test_threads_share_a_product_and_change_no_bit() -> None:
+    a, b, bias, base, got = _f(401, 50), _f(50, 70), _f(70), _f(401, 70), []
+    try:
+        for threads in (1, 2, 3, 8):
+            chosen = kernels.select(threads=threads)
+            got += [linear.forward(a, b, bias, base), linear.forward(a[::-1], b, bias)[::-1], matmul.product(a[:97], b)]
+            assert not chosen.fallen
+    finally:
+        kernels.select()
+    assert all(same_bits(np.ascontiguousarray(x), np.ascontiguousarray(got[i % 3])) for i, x in enumerate(got))
+    assert same_bits(got[2], got[5]) and same_bits(matmul.product(a, b)[:97], got[2])
+
+
 def _rounded_to_bf16(x: np.ndarray) -> np.ndarray:
     """As VCVTNEPS2BF16: to nearest even, subnormal numbers to zero. No NaN."""
     bits = x.view("u4").astype("u8")
