@@ -314,7 +314,7 @@ class Trainer:
         size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
         if config.numerics.products != train.dtype:
             size += f", products in {config.numerics.products}"
-        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} BLAS thread each"
+        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} thread each"
         shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
             ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
