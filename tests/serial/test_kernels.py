@@ -575,3 +575,11 @@ def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.M
 
 def test_keep_freed_memory_is_there() -> None:
     assert isinstance(arrays.keep_freed_memory(), bool) and ctypes.sizeof(cpu._Draw) == 24
+
+
+def test_what_only_a_gpu_does_is_left_to_the_references(level: kernels.Selection) -> None:
+    case, copy = _adamw((7, 17)), np.zeros(7 * 17, "f4")
+    adamw.update(*case[0], copy)
+    assert same_bits(copy, case[0][0]), "the copy is p after the update"
+    assert "adamw.update: working copy" in kernels.fallbacks()
+    assert dropout.mask(_draw(), (3, 5), 0, "f4", np).shape == (3, 5) and len(kernels.fallbacks()) == 1
