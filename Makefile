@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize lint bench clean
+.PHONY: help install train test test-all test-sanitize test-isa lint bench gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RANKS ?= 4
 RUN ?= runs/tiny
+GPU_CHECK ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 
@@ -70,12 +71,15 @@ $(SANITIZED): $(wildcard kernels/cpu/*)
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared \
 	  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-	  kernels/cpu/level_base.c kernels/cpu/level_avx2.c kernels/cpu/level_avx512.c kernels/cpu/dispatch.c -o $@
+	  kernels/cpu/level_*.c kernels/cpu/dispatch.c -o $@ -lm
 
 test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MLM_MPI_CPU_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
 	  $(BIN)/python -m pytest -q tests/serial/test_kernels.py
+
+test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulated, and by clang: the same bits as on this CPU
+	@tests/isa/run $(BIN)/python
 
 lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 	@$(BIN)/ruff check .
@@ -86,6 +90,10 @@ lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 bench: $(VENV)/.installed  ## step and reduction benchmarks of this machine
 	@$(BIN)/python benchmarks/step.py
 	@$(BIN)/python benchmarks/allreduce.py
+
+# without an environment and without an installation: what a machine lent for ten minutes has
+gpu-check:  ## everything that needs a GPU, in one command: tests, sanitizers, every kernel and a step against PyTorch
+	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean:  ## removes what make made: environment, corpus, runs, caches
 	@rm -rf $(VENV) $(CORPUS) runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,8 @@
 /* Attention in tiles of QUERIES x KEYS; a tile of scores lives in L2 and no (T, S) matrix exists.
  * Scores are computed by register tiles, and those wholly above the diagonal are skipped.
  * Source: Dao et al., FlashAttention, arXiv:2205.14135. */
+#include "tiles.h"
+
 #ifndef QUERIES
 #define QUERIES 48
 #endif
@@ -36,8 +38,6 @@ INLINE float *take(float **work, size floats) {
     *work += floats;
     return start;
 }
-
-INLINE float *align_line(float *p) { return (float *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
 /* Row r of a tile sees its first seen(r) keys. */
 INLINE size seen(size first, size keys, size r) { return most(0, least(keys, first + r)); }

@@ -1,9 +1,10 @@
-/* What every op file uses: vectors of W floats, loads that ask no alignment, exp, the product of small tiles.
+/* What every op file uses: vectors of W floats, loads that ask no alignment, exp.
  *
  * Bits are decided by this text and not by the compiler: contraction is off (-ffp-contract=off), a fused
  * multiply-add is written FMA(), tails go through the same vector arithmetic as the rest, and sums run in
- * LANES partial sums at every level. So AVX2, AVX-512 and NEON give the same bits; the base level, which
- * has no fused multiply-add, gives others. No result depends on the address of a buffer.
+ * LANES partial sums at every level. So AVX2, AVX-512 and NEON give the same bits, by gcc and by clang
+ * (`make test-isa`); x86-64's base level, which has no fused multiply-add, gives others. Which NaN an operation
+ * makes is the CPU's affair. No result depends on the address of a buffer.
  */
 #include <stdint.h>
 #include <string.h>
@@ -28,12 +29,12 @@ typedef int64_t size;
 #define PARTS (LANES / W)
 
 /* MAX and MIN return the second operand where one is NaN. */
-#if W == 16 && defined(__AVX512F__)
+#if W == 16 && defined(__x86_64__)
 #define FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define SQRT(a) ((vf)_mm512_sqrt_ps((__m512)(a)))
-#elif W == 8 && defined(__FMA__)
+#elif W == 8 && defined(__x86_64__)
 #define FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define MAX(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define MIN(a, b) ((vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
@@ -60,9 +61,9 @@ INLINE vf sqrt_of(vf a) {
 #endif
 
 /* Products of the low halves of 64-bit lanes. */
-#if W == 16 && defined(__AVX512F__)
+#if W == 16 && defined(__x86_64__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
-#elif W == 8 && defined(__AVX2__)
+#elif W == 8 && defined(__x86_64__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #elif W == 4 && defined(__SSE2__)
 #define WIDE_PRODUCT(a, b) ((vl)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
@@ -77,6 +78,7 @@ INLINE void store(float *p, vf v) { *(vf_any *)p = v; }
 INLINE size least(size a, size b) { return a < b ? a : b; }
 INLINE size most(size a, size b) { return a > b ? a : b; }
 INLINE size round_up(size n, size to) { return (n + to - 1) / to * to; }
+INLINE float *align_line(float *p) { return (float *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
 /* The first n of W elements, the others `fill`. */
 INLINE vf load_some(const float *p, size n, float fill) {
@@ -146,64 +148,4 @@ INLINE double log_of(double x) {
     return 2.0 * s * sum + (double)e * 0.6931471805599453;
 }
 
-/* ---- small matrix products -------------------------------------------------------------------------- */
-
-#define ROWS 6        /* rows of a register tile: 6 x 2 vectors of sums fill 12 of 16 registers */
-#define PANEL (2 * W) /* its columns, and the width of a packed panel of the right factor */
-
-/* c (rows, PANEL) = or += a (rows, k) times a packed panel b (k, PANEL); a has strides ra, ca.
- * Every element is one chain of multiply-adds over k: its bits do not depend on how the tiles lie. */
-INLINE void tile(const int rows, size k, const float *a, size ra, size ca, const float *b, float *c, size rc, int add) {
-    vf sum[ROWS][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        sum[r][0] = add ? load(c + r * rc) : splat(0);
-        sum[r][1] = add ? load(c + r * rc + W) : splat(0);
-    }
-    for (size i = 0; i < k; i++, a += ca, b += PANEL) {
-        vf b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            vf x = splat(a[r * ra]);
-            sum[r][0] = FMA(x, b0, sum[r][0]);
-            sum[r][1] = FMA(x, b1, sum[r][1]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        store(c + r * rc, sum[r][0]);
-        store(c + r * rc + W, sum[r][1]);
-    }
-}
-
-static void multiply(size rows, size k, const float *a, size ra, size ca, const float *b, float *c, size rc, int add) {
-    switch (rows) {
-    case 1: tile(1, k, a, ra, ca, b, c, rc, add); break;
-    case 2: tile(2, k, a, ra, ca, b, c, rc, add); break;
-    case 3: tile(3, k, a, ra, ca, b, c, rc, add); break;
-    case 4: tile(4, k, a, ra, ca, b, c, rc, add); break;
-    case 5: tile(5, k, a, ra, ca, b, c, rc, add); break;
-    default: tile(6, k, a, ra, ca, b, c, rc, add); break;
-    }
-}
-
-/* Panels of x (n, d): panel p is (n, PANEL), columns p*PANEL…; missing columns are zero. */
-static void pack(size n, size d, const float *x, size stride, float scale, float *panels) {
-    for (size p = 0; p < d; p += PANEL)
-        for (size i = 0; i < n; i++, panels += PANEL) {
-            store(panels, load_some(x + i * stride + p, most(0, least(W, d - p)), 0) * scale);
-            store(panels + W, load_some(x + i * stride + p + W, most(0, least(W, d - p - W)), 0) * scale);
-        }
-}
-
-/* Panels of x transposed, x (n, d): panel p is (d, PANEL), its columns are rows p*PANEL… of x. */
-static void pack_transposed(size n, size d, const float *x, size stride, float *panels) {
-    for (size p = 0; p < n; p += PANEL) {
-        for (size j = 0; j < PANEL; j++)
-            if (p + j < n)
-                for (size i = 0; i < d; i++) panels[i * PANEL + j] = x[(p + j) * stride + i];
-            else
-                for (size i = 0; i < d; i++) panels[i * PANEL + j] = 0;
-        panels += d * PANEL;
-    }
-}
+#define PANEL (2 * W) /* columns of a register tile, and the width of a packed panel of the right factor */

@@ -1,17 +1,4 @@
-/* What surrounds a matrix product: the bias (and a residual) it adds to, and the bias gradient. */
-
-/* y (n, f) = bias in every row, plus residual where given: the product is then added to it, by BLAS, in the
- * pass in which it would otherwise have written zeros. */
-void EXPORT(linear_start)(size n, size f, const float *bias, const float *residual, float *y) {
-    for (size r = 0; r < n; r++, y += f) {
-        if (residual) {
-            for (size i = 0; i < f; i += W)
-                store_some(y + i, f - i, load_some(bias + i, f - i, 0) + load_some(residual + i, f - i, 0));
-            residual += f;
-        } else
-            memcpy(y, bias, (size_t)f * sizeof *y);
-    }
-}
+/* What a matrix product leaves over: the bias gradient. */
 
 /* db (f) = or += column sums of dy (n, f), eight rows at a time. */
 void EXPORT(linear_bias_gradient)(size n, size f, const float *dy, float *db, int accumulate) {

@@ -2,8 +2,6 @@
 // end of layernorm.backward. A block has 32 x WARPS threads; its warps share the rows, its lanes the columns.
 #include "common.cuh"
 
-constexpr int WARPS = 8;
-
 // out[b, :] = sum of rows b each … (b + 1) each - 1, added to what is there with `accumulate`; b is blockIdx.y
 extern "C" __global__ void __launch_bounds__(32 * WARPS) columns_sum(
     const ELEMENT *x, float *out, int64_t rows, int64_t columns, int64_t each, int accumulate) {
@@ -38,7 +36,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) columns_add(
     float sum = 0.0f;
     if (column < columns) {
 #pragma unroll 8
-        for (int b = threadIdx.y * each; b < end; b++) sum += parts[(int64_t(b) * gridDim.y + blockIdx.y) * columns + column];
+        for (int b = threadIdx.y * each; b < end; b++) {
+            sum += parts[(int64_t(b) * gridDim.y + blockIdx.y) * columns + column];
+        }
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

@@ -7,6 +7,7 @@ meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_a
 import ctypes
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from mlm_mpi.backend.kernels import LEVELS, kernel
 from mlm_mpi.errors import ConfigError
 
 LIBRARY_VARIABLE = "MLM_MPI_CPU_LIBRARY"  # another build of the library, for example with sanitizers
+BF16_VARIABLE = "MLM_MPI_BF16"  # "portable": bf16 products in plain C, for tests: the same bits, far slower
+BF16_LEVEL = "avx512bf16"  # has products and nothing else
 
+_FLOAT32 = np.dtype(np.float32)
 _TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SIGNATURES = {
     "adamw_update": "npppp" + 9 * "f",
@@ -34,24 +38,34 @@ _SIGNATURES = {
     "layernorm_backward": "nn" + 9 * "p" + "ip",
     "layernorm_forward": "nnpppfppp",
     "linear_bias_gradient": "nnppi",
-    "linear_start": "nnppp",
-    "matmul_add": "piinnnpnpnipn",
+    "matmul_bf16": "pp",
+    "matmul_float32": "pp",
+    "matmul_work": "nnn",
+    "sums_tree": "nnppp",
 }
 
 
 class Library:
     """The functions of one dispatch level as attributes; arguments are numbers and addresses."""
 
-    def __init__(self, handle: ctypes.CDLL, level: str) -> None:
-        for name, letters in _SIGNATURES.items():
-            function = getattr(handle, f"{name}_{level}")
-            function.argtypes = [_TYPES[letter] for letter in letters]
-            function.restype = ctypes.c_int64 if name == "attention_work" else None
-            setattr(self, name, function)
-        self.gemm, self.without_gemm = _find_gemm()
+    def __init__(self, handle: ctypes.CDLL, level: str, threads: int) -> None:
+        self.handle = handle
+        for name in _SIGNATURES:
+            setattr(self, name, _function(handle, name, level))
+        self.multiply = self.matmul_float32
+        self.multiply_work = self.matmul_work
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads, "products") if threads > 1 else None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+
+def _function(handle: ctypes.CDLL, name: str, level: str) -> Any:
+    function = getattr(handle, f"{name}_{level}")
+    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    function.restype = ctypes.c_int64 if name.endswith("_work") else None
+    return function
 
 
 def _library_path() -> str | None:
@@ -64,7 +78,7 @@ def runs(level: str) -> bool:
     return path is not None and bool(ctypes.CDLL(path).level_available(level.encode()))
 
 
-def load(level: str) -> tuple[str, Library | None, str]:
+def load(level: str, threads: int = 1) -> tuple[str, Library | None, str]:
     """(level, library, "") or ("off", None, why not). Raises ConfigError for a level this CPU lacks."""
     if level == "off":
         return "off", None, "kernels are switched off"
@@ -80,24 +94,27 @@ def load(level: str) -> tuple[str, Library | None, str]:
         raise ConfigError(f"numerics.level = {level!r} is not among what this CPU runs: {', '.join(available)}, auto")
     chosen = available[-1] if level == "auto" else level
     try:
-        return chosen, Library(handle, chosen), ""
+        return chosen, Library(handle, chosen, threads), ""
     except AttributeError as error:
         return "off", None, f"{path} is of another version ({error}): install again"
 
 
-def _find_gemm() -> tuple[int, str]:
-    """(address of the sgemm NumPy uses, "") or (0, why not): OpenBLAS with 64-bit integers, as in PyPI's wheels."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-        paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "openblas" in line and ".so" in line}
-        for path in sorted(paths):
-            handle = ctypes.CDLL(path)
-            for name in ("scipy_cblas_sgemm64_", "cblas_sgemm64_"):
-                if hasattr(handle, name):
-                    return ctypes.cast(getattr(handle, name), ctypes.c_void_p).value or 0, ""
-    except OSError as error:
-        return 0, str(error)
-    return 0, "NumPy's BLAS is not an OpenBLAS with 64-bit integers"
+def take_bf16(library: Library | None, level: str) -> str:
+    """Lets the library's products round their operands to bf16; says how. Raises ConfigError where nothing can."""
+    wanted = 'numerics.products = "bf16"'
+    if library is None:
+        raise ConfigError(f'{wanted} needs the C kernels, and there are none here: set numerics.products = "float32"')
+    if os.environ.get(BF16_VARIABLE) == "portable":
+        library.multiply = library.matmul_bf16
+        return f"bf16 products in plain C, {BF16_VARIABLE}=portable"
+    if not library.handle.level_available(BF16_LEVEL.encode()):
+        raise ConfigError(
+            f"{wanted} needs a CPU with AVX512-BF16 (Cooper Lake, Sapphire Rapids, Zen 4 or later), and this one has "
+            'none: set numerics.products = "float32"'
+        )
+    library.multiply = _function(library.handle, "matmul_bf16", BF16_LEVEL)
+    library.multiply_work = _function(library.handle, "matmul_work", BF16_LEVEL)
+    return f"bf16 products by {BF16_LEVEL}"
 
 
 # ---- contracts: the reason why arguments do not fit, or ""
@@ -135,43 +152,84 @@ def _at(array: Any) -> int | None:
 # ---- matmul, linear
 
 
-def _leading(x: np.ndarray) -> tuple[int, bool] | None:
-    """(stride between rows of what is stored, whether that is the transpose) of a matrix BLAS can read."""
-    (rows, columns), (down, along) = x.shape, x.strides
-    for stride, unit, length, transposed in ((down, along, columns, False), (along, down, rows, True)):
-        if unit == 4 and stride % 4 == 0 and stride >= 4 * max(1, length):
-            return stride // 4, transposed
-    return None
+_Product = ctypes.c_int64 * 16  # struct product of kernels/cpu/product.h, flat
+
+
+def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
+
+
+def _multiply(lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None) -> None:
+    """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
+    parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
+    edges = [a.shape[0] * part // parts for part in range(parts + 1)]
+
+    def multiply(first: int, stop: int) -> None:
+        rows = slice(first, stop)
+        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias)
+
+    if parts == 1:
+        _multiply_rows(lib, a, b, c, base, bias)
+    else:
+        list(lib.pool.map(multiply, edges[:-1], edges[1:]))
+
+
+def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any) -> None:
+    (m, k), n = a.shape, b.shape[1]
+    product = _Product(m, n, k, *_plane(a), *_plane(b), *_plane(c), *_plane(base), _at(bias) or 0)
+    work = np.empty(lib.multiply_work(m, n, k), np.float32)
+    lib.multiply(product, _at(work))
+
+
+LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
+ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
+
+
+def matrices(*arrays: Any) -> str:
+    """Every array (None is left out) is a float32 matrix with something in it; any strides of whole elements."""
+    for x in arrays:
+        if x is None:
+            continue
+        if not isinstance(x, np.ndarray) or x.ndim != 2:
+            return "not matrices in the CPU's memory"
+        if x.dtype != _FLOAT32:
+            return str(x.dtype)
+        if x.size == 0:
+            return "empty"
+        if (x.strides[0] | x.strides[1] | x.ctypes.data) % 4:
+            return "not aligned"
+    return ""
+
+
+def rowwise(x: Any) -> str:
+    """Rows of a matrix, or None, are contiguous and do not overlap."""
+    return "" if x is None or (x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1]) else "not contiguous"
+
+
+def chained(a: Any, b: Any) -> str:
+    """A product a b exists, and is not one of a single row."""
+    return ONE_ROW if a.shape[0] == 1 else shaped(b.shape[:1], a[0])
 
 
 def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool) -> str:
-    arrays = (a, b, out)
-    if not all(isinstance(x, np.ndarray) and x.ndim == 2 for x in arrays):
-        return "not matrices in the CPU's memory"
-    if any(x.dtype != np.float32 for x in arrays):
-        return str(next(x.dtype for x in arrays if x.dtype != np.float32))
-    if 0 in (*a.shape, *b.shape):
-        return "empty"
-    if _leading(a) is None or _leading(b) is None or (_leading(out) or (0, True))[1]:
-        return "strides BLAS cannot read"
-    return shaped((a.shape[0], b.shape[1]), out) or ("" if a.shape[1] == b.shape[0] else "shapes differ")
+    return matrices(a, b, out) or rowwise(out) or chained(a, b) or shaped((a.shape[0], b.shape[1]), out)
 
 
 @kernel("matmul.add", _fit_matmul)
 def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    if not lib.gemm:
-        product = a @ b
-        np.add(out, product, out=out) if accumulate else np.copyto(out, product)
-        return
-    (lda, ta), (ldb, tb), (ldc, _) = _leading(a), _leading(b), _leading(out)  # type: ignore[misc]
-    (m, k), n = a.shape, b.shape[1]
-    lib.matmul_add(lib.gemm, ta, tb, m, n, k, _at(a), lda, _at(b), ldb, accumulate, _at(out), ldc)
+    _multiply(lib, a, b, out, base=out if accumulate else None)
 
 
-@kernel("linear.start", lambda rows, b, residual=None: dense(b, residual) or shaped((rows, b.size), residual))
-def _linear_start(lib: Any, rows: int, b: Any, residual: Any = None) -> Any:
-    y = np.empty((rows, b.size), np.float32)
-    lib.linear_start(rows, b.size, _at(b), _at(residual), _at(y))
+def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None) -> str:
+    return matrices(x, w, residual) or rowwise(residual) or dense(b) or (
+        chained(x, w) or shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b)
+    )  # fmt: skip
+
+
+@kernel("linear.forward", _fit_linear)
+def _linear_forward(lib: Any, x: Any, w: Any, b: Any, residual: Any = None) -> Any:
+    y = np.empty((x.shape[0], b.size), np.float32)
+    _multiply(lib, x, w, y, base=residual, bias=b)
     return y
 
 
@@ -376,6 +434,28 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
     losses = np.empty(logits.shape[0])
     lib.crossentropy_rows(*logits.shape, _at(logits), _at(targets), _at(mask), gradient, _at(losses))
     return losses
+
+
+# ---- sums
+
+
+def _fit_sums(leaves: Any, merges: Any, out: Any) -> str:
+    height = highest = 0
+    for count in merges:
+        height += 1
+        highest = max(highest, height)
+        height -= count
+        if count < 0 or height < 1:
+            return "no tree"
+    if len(merges) != len(leaves) or height != 1 or highest > 32:  # HEIGHT of kernels/cpu/sums.c
+        return "no tree of at most 31 levels"
+    return dense(*leaves, out) or shaped(out.shape, *leaves)
+
+
+@kernel("sums.tree", _fit_sums)
+def _sums_tree(lib: Any, leaves: Any, merges: Any, out: Any) -> None:
+    addresses = (ctypes.c_void_p * len(leaves))(*map(_at, leaves))
+    lib.sums_tree(out.size, len(leaves), addresses, (ctypes.c_int32 * len(leaves))(*merges), _at(out))
 
 
 # ---- adamw, clip

@@ -19,6 +19,9 @@ CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows c
 def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
 
+    Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
+    CPU; the CUDA kernel makes its loss NaN.
+
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
     xp, stored, logits = module_of(logits), logits, wide(logits)
@@ -52,18 +55,17 @@ def loss(x: Any, w: Any, targets: Any, mask: Any = None) -> Any:
     """
     total: Any = 0.0
     for part, some in _chunks(x, mask):
-        total = total + rows(x[part] @ w.T, targets[part], some, gradient=False).sum()
+        total = total + rows(matmul.product(x[part], w.T), targets[part], some, gradient=False).sum()
     return total
 
 
 def loss_and_grad(x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool) -> tuple[Any, Any]:
     """(summed loss as in `loss`, dx); writes or adds dw. Shapes: as `loss`; dx (N, C). Cost: 6·N·C·V flops."""
-    xp = module_of(x)
-    dx = xp.empty_like(x)
+    dx = module_of(x).empty_like(x)
     total: Any = 0.0
     for part, some in _chunks(x, mask):
-        logits = x[part] @ w.T  # (R, V)
+        logits = matmul.product(x[part], w.T)  # (R, V)
         total = total + rows(logits, targets[part], some, gradient=True).sum()
-        xp.matmul(logits, w, out=dx[part])
+        matmul.add(logits, w, dx[part], accumulate=False)
         matmul.add(logits.T, x[part], dw, accumulate or part.start > 0)
     return total, dx

@@ -2,29 +2,19 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, module_of, wide
+from mlm_mpi.backend.arrays import deposit, wide
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.ops import gelu, matmul
 
 
 @served
-def start(rows: int, b: Any, residual: Any = None) -> Any:
-    """What a product is added to: b (+ residual) in every row. Shapes: b (F,), residual (N, F) -> (N, F)."""
-    xp = module_of(b)
-    y = xp.empty((rows, b.shape[0]), b.dtype)
-    if residual is None:
-        y[...] = b
-    else:
-        xp.add(residual, b, out=y)
-    return y
-
-
-@served
 def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
     """Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops."""
-    y = start(x.shape[0], b, residual)
-    matmul.add(x, w, y, accumulate=True)
-    return y
+    y = wide(x) @ wide(w)
+    y += wide(b)
+    if residual is not None:
+        y += wide(residual)
+    return y.astype(x.dtype, copy=False)
 
 
 @served
@@ -40,7 +30,7 @@ def backward_input(dy: Any, w: Any, pre: Any = None) -> Any:
 
     Cost: 2·N·K·F flops.
     """
-    dx = dy @ w.T
+    dx = matmul.product(dy, w.T)
     return dx if pre is None else gelu.backward(dx, pre, out=dx)
 
 

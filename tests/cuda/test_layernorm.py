@@ -5,7 +5,7 @@ from agreement import assert_close, device, run, same_bits, shifted
 from mlm_mpi.backend import kernels
 from mlm_mpi.ops import layernorm
 
-SHAPES = [(1, 1), (19, 7), (9, 768), (3, 1000), (2, 5000)]  # a warp, two and more to a row
+SHAPES = [(19, 7), (9, 768), (3, 1000), (2, 5000)]  # a warp, two and more to a row; few, because each is a compilation
 EPSILON = 1e-5
 
 
@@ -25,11 +25,9 @@ def statistics_of(x):
     return np.stack([x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + EPSILON)]).astype("f4")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weight", ["same", "float32"])
-def test_forward(gpu, dtype, shape, weight, rng):
+@pytest.mark.parametrize("shape", [(1, 1), *SHAPES])
+def test_forward(gpu, dtype, shape, rng):
     _, x, _, gain, bias = drawn(rng, shape, dtype)
-    gain, bias = (a.astype(dtype if weight == "same" else "f4") for a in (gain, bias))
     y, statistics = run(layernorm.forward, *map(device, (x, gain, bias)), EPSILON)
     exact, exact_statistics = layernorm.forward.__wrapped__(*wide(x, gain, bias), EPSILON)
     assert y.dtype == dtype and statistics.dtype == np.float32
@@ -50,15 +48,26 @@ def test_backward(gpu, dtype, shape, accumulate, added, rng):
     dx = run(layernorm.backward, *arguments, *found, accumulate, device(add) if added else None)
     wanted = layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics), *exact, accumulate, *wide(add))
     assert dx.dtype == dtype
-    assert_close(dx, wanted, dtype, 3 if shape[1] > 1 else 1e3)  # of one column dx is what rounding leaves
+    assert_close(dx, wanted, dtype, 3)
     for got, want in zip(found, exact, strict=True):
         assert_close(got, want, "f4", 2)
 
 
+def test_float32_weights(gpu, dtype, rng):
+    dy, x, add, gain, bias = drawn(rng, (9, 768), dtype)
+    gain, bias = gain.astype("f4"), bias.astype("f4")
+    y, statistics = run(layernorm.forward, *map(device, (x, gain, bias)), EPSILON)
+    assert_close(y, layernorm.forward.__wrapped__(*wide(x, gain, bias), EPSILON)[0], dtype, 2)
+    found, exact = [device(np.full(768, np.nan, "f4")) for _ in range(2)], [np.zeros(768) for _ in range(2)]
+    dx = run(layernorm.backward, *map(device, (dy, x, gain)), statistics, *found, False, device(add))
+    wanted = layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics.get()), *exact, False, *wide(add))
+    assert_close(dx, wanted, dtype, 3)
+
+
 def test_rows_in_many_parts(gpu, dtype, rng):
-    dy, x, _, gain, _ = drawn(rng, (2600, 8), dtype)  # more rows than one round of 256 parts of 8
+    dy, x, _, gain, _ = drawn(rng, (2600, 7), dtype)  # more rows than one round of 256 parts of 8
     statistics = statistics_of(x)
-    found, exact = [device(np.full(8, np.nan, "f4")) for _ in range(2)], [np.zeros(8) for _ in range(2)]
+    found, exact = [device(np.full(7, np.nan, "f4")) for _ in range(2)], [np.zeros(7) for _ in range(2)]
     dx = run(layernorm.backward, *map(device, (dy, x, gain, statistics)), *found, False)
     assert_close(dx, layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics), *exact, False), dtype, 3)
     for got, want in zip(found, exact, strict=True):
@@ -66,10 +75,10 @@ def test_rows_in_many_parts(gpu, dtype, rng):
 
 
 def test_any_address(gpu, dtype, rng):
-    dy, x, add, gain, bias = drawn(rng, (5, 64), dtype)
+    dy, x, add, gain, bias = drawn(rng, (5, 8), dtype)
     y, statistics = run(layernorm.forward, *map(shifted, (x, gain, bias)), EPSILON)
     assert_close(y, layernorm.forward.__wrapped__(*wide(x, gain, bias), EPSILON)[0], dtype, 2)
-    found, exact = [shifted(np.full(64, np.nan, "f4")) for _ in range(2)], [np.zeros(64) for _ in range(2)]
+    found, exact = [shifted(np.full(8, np.nan, "f4")) for _ in range(2)], [np.zeros(8) for _ in range(2)]
     dx = run(layernorm.backward, *map(shifted, (dy, x, gain)), statistics, *found, False, shifted(add))
     wanted = layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics.get()), *exact, False, *wide(add))
     assert_close(dx, wanted, dtype, 3)
@@ -78,11 +87,11 @@ def test_any_address(gpu, dtype, rng):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row(gpu, dtype, bad, rng):
-    dy, x, _, gain, bias = drawn(rng, (11, 40), dtype)
+    dy, x, _, gain, bias = drawn(rng, (11, 768), dtype)
     statistics = device(statistics_of(x))
     x[4, 3] = bad
     y, seen = run(layernorm.forward, *map(device, (x, gain, bias)), EPSILON)
-    sums = [device(np.zeros(40, "f4")) for _ in range(2)]
+    sums = [device(np.zeros(768, "f4")) for _ in range(2)]
     dx = run(layernorm.backward, *map(device, (dy, x, gain)), statistics, *sums, False)
     for found in (y.get(), dx.get(), seen.get().T):
         finite = np.isfinite(found.astype("f8")).all(axis=1)
@@ -91,11 +100,11 @@ def test_what_is_not_finite_stays_in_its_row(gpu, dtype, bad, rng):
 
 
 def test_twice_the_same_bits(gpu, dtype, rng):
-    dy, x, add, gain, bias = map(device, drawn(rng, (70, 333), dtype))
+    dy, x, add, gain, bias = map(device, drawn(rng, (70, 768), dtype))
     results = []
     for _ in range(2):
         y, statistics = run(layernorm.forward, x, gain, bias, EPSILON)
-        sums = [device(np.zeros(333, "f4")) for _ in range(2)]
+        sums = [device(np.zeros(768, "f4")) for _ in range(2)]
         results.append((y, statistics, run(layernorm.backward, dy, x, gain, statistics, *sums, True, add), *sums))
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 

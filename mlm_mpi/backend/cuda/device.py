@@ -9,7 +9,7 @@ import fcntl
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,13 @@ def source(stem: str, folder: Path | None = None) -> str:
         return _INCLUDE.sub(lambda match: resolve(match[1]), text)
 
     return resolve(f"{stem}.cu")
+
+
+def options(architecture: str, defines: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    """What NVRTC is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
+    # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
+    specific = (f"-arch={architecture}",) if architecture.endswith("a") else ()
+    return ("-std=c++17", *specific, *(f"-D{key}={value}" for key, value in defines))
 
 
 @contextmanager
@@ -91,10 +98,7 @@ class Device:
 
     @functools.cache  # noqa: B019
     def _module(self, stem: str, defines: tuple[tuple[str, Any], ...]) -> Any:
-        macros = tuple(f"-D{key}={value}" for key, value in defines)
-        # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
-        specific = (f"-arch={self.architecture}",) if self.architecture.endswith("a") else ()
-        module = self.cupy.RawModule(code=source(stem), options=("-std=c++17", *specific, *macros))
+        module = self.cupy.RawModule(code=source(stem), options=options(self.architecture, defines))
         with _one_at_a_time(_cache_folder()):
             module.compile()
         return module

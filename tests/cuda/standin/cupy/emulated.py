@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import graph, memory
+
 ROOT = Path(__file__).parents[4]
 EMULATOR = ROOT / "kernels" / "cuda" / "emulator"
 CACHE = Path(os.environ.get("MLM_MPI_EMULATOR_CACHE", ROOT / "build" / "emulated"))
@@ -74,6 +76,9 @@ class Function:
         self.library, self.name, self.launch = library, name, getattr(library, f"cu_launch_{name}")
 
     def __call__(self, grid, block, args, shared_mem=0):
+        graph.change(lambda: self._run(grid, block, args, shared_mem))
+
+    def _run(self, grid, block, args, shared_mem):
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError(f"{self.name}: {shared_mem} bytes of shared memory were not asked for")
         sizes, values = [], []
@@ -88,11 +93,19 @@ class Function:
             (ctypes.c_size_t * count)(*sizes), count, ctypes.c_uint64(_state["seed"]),
         )  # fmt: skip
         if code == -2:
-            raise RuntimeError(f"{self.name}: {self.library.cu_error().decode()}")
+            raise RuntimeError(f"{self.name}: {_located(self.library.cu_error().decode())}")
         if code:
             raise TypeError(
                 f"{self.name}: " + ("wrong number of arguments" if code < 0 else f"size of argument {code - 1}")
             )
+        if damage := memory.damage():
+            raise RuntimeError(f"{self.name}: {damage}")
+
+
+def _located(error):
+    """The emulator knows addresses only: where they lie."""
+    address = re.search(r"invalid address (0x[0-9a-f]+)", error)
+    return f"{error}, {memory.nearest(int(address[1], 16))}" if address else error
 
 
 def _by_value(value):

@@ -1,0 +1,48 @@
+/* bf16 as VCVTNEPS2BF16 and VDPBF16PS of Intel's manual (volume 2) define it, in plain C or by the instruction.
+ *
+ * A word holds two steps of k: the even one in its low half, the odd one in its high half. */
+
+/* Nearest, ties to even; what is subnormal becomes a zero of its sign, a NaN stays one. */
+INLINE uint32_t round_to_bf16(uint32_t x) {
+    const uint32_t size_of = x & 0x7FFFFFFFu;
+    const uint32_t nearest = (x + 0x7FFFu + (x >> 16 & 1u)) >> 16;
+    if (size_of > 0x7F800000u) return x >> 16 | 0x40u;
+    return size_of < 0x00800000u ? x >> 31 << 15 : nearest;
+}
+
+/* A packed strip (steps, width) of floats becomes one of words, in its own place; an odd step out is paired with 0. */
+INLINE void pair_steps(size steps, const int width, float *strip) {
+    for (size i = 0; i < steps; i += 2) {
+        uint32_t even[PANEL], odd[PANEL] = {0};
+        const size bytes = (size_t)width * sizeof *strip;
+        memcpy(even, strip + i * width, bytes);
+        if (i + 1 < steps) memcpy(odd, strip + (i + 1) * width, bytes);
+        for (int lane = 0; lane < width; lane++) even[lane] = round_to_bf16(even[lane]) | round_to_bf16(odd[lane]) << 16;
+        memcpy(strip + i / 2 * width, even, bytes);
+    }
+}
+
+#ifdef BF16_INSTRUCTION
+INLINE vf dot2(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+INLINE vf fused(vf a, vf b, vf c) {
+#if W == 4 && defined(__SSE2__)
+    for (int i = 0; i < W; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return FMA(a, b, c);
+#endif
+}
+
+INLINE vf flush(vf x) {
+    vi exponent = (vi)x & 0x7F800000, sign = (vi)x & (int32_t)0x80000000;
+    return pick(exponent == 0, (vf)sign, x);
+}
+
+/* sum + a b: two multiply-adds, the odd step first, each rounded to nearest even and flushed where subnormal. */
+INLINE vf dot2(vf sum, vi a, vi b) {
+    const vi odd = (vi){0} + (int32_t)0xFFFF0000;
+    sum = flush(fused((vf)(a & odd), (vf)(b & odd), sum));
+    return flush(fused((vf)(a << 16), (vf)(b << 16), sum));
+}
+#endif

@@ -1,0 +1,90 @@
+"""Whole training steps of a GPT through the CUDA kernels equal NumPy's in float64; a kernel serves every op."""
+
+import cupy
+import numpy as np
+import pytest
+
+from mlm_mpi import config as configuration
+from mlm_mpi.backend import kernels
+from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
+from mlm_mpi.backend.arrays import gpu as gpu_place
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.layers.base import Context
+from mlm_mpi.models import gpt
+from mlm_mpi.optim import make_optimizer
+from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.params.store import FlatStore
+
+VOCABULARY = 129
+HEAD = 64  # what the bf16 attention kernels are made for
+
+
+def model(dropout=0.0):
+    return configuration.Model(
+        layers=2, width=2 * HEAD, heads=2, context=48, feed_forward=4 * 2 * HEAD, dropout=dropout
+    )
+
+
+def step(place, dtype, rng, dropout=0.0, updates=2):
+    """(losses, norms, gradients of the first update, weights after the last), two micro-batches an update."""
+    optim = configuration.Optim(learning_rate=1e-2, clip=0.5)
+    stack = gpt.build(model(dropout), VOCABULARY)
+    store = FlatStore(stack.parameter_blocks(), Mesh(), dtype, place)
+    store.initialise(7)
+    optimizer, gradient = make_optimizer(optim, store), store.new_buffer()
+    store.point_gradients(gradient)
+    losses, norms, first = [], [], None
+    for number in range(updates):
+        for micro_batch in range(2):
+            ids = rng.integers(0, VOCABULARY, (3, 49)).astype(np.int32)
+            mask = rng.random((3, 48)) < 0.9
+            ctx = Context(Mesh(), 1, number, micro_batch, True, micro_batch > 0)
+            inputs = map(place.put, (np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), mask))
+            losses.append(float(stack.loss_and_grad(*inputs, ctx)))
+        first = first or {name: to_host(view).copy() for name, view in store.named(gradient).items()}
+        length, broken = norm(store, gradient)
+        assert broken is None
+        norms.append(length)
+        targets = 3 * 48
+        optimizer.step(gradient, 1e-2, clip_factor(0.5, length / targets) / targets, number + 1)
+    return losses, norms, first, {name: to_host(view) for name, view in store.named(store.data).items()}
+
+
+# relative errors of losses, norms, each parameter's gradient, and of its weights after two updates: Adam divides a
+# gradient by its own size, so that rounding to bfloat16 decides the sign of a small one's update
+BOUNDS = {"float32": (1e-5, 1e-5, 1e-4, 1e-3), "bf16": (1e-3, 1e-2, 3e-2, None)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+def test_step_equals_numpy(gpu, products, dropout):
+    place = gpu_place(np.float32, products, 0)
+    assert place.compute == (bfloat16() if products == "bf16" else np.float32)
+    losses, norms, gradients, weights = step(place, np.float32, np.random.default_rng(3), dropout)
+    served, fallen = kernels.serving(), kernels.fallbacks()
+    kernels.select("off")
+    exact = step(cpu("f8"), "f8", np.random.default_rng(3), dropout)
+    of_loss, of_norm, of_gradient, of_weights = BOUNDS[products]
+    assert losses == pytest.approx(exact[0], rel=of_loss)
+    assert norms == pytest.approx(exact[1], rel=of_norm)
+    errors = {name: error(gradients[name], value) for name, value in exact[2].items()}
+    assert max(errors.values()) < of_gradient, errors
+    if of_weights is not None:
+        errors = {name: error(weights[name], value) for name, value in exact[3].items()}
+        assert max(errors.values()) < of_weights, errors
+    assert not fallen
+    assert all(by.startswith("CUDA kernel") for op, by in served.items() if op != "sgd"), served
+
+
+def error(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+def test_step_has_the_same_bits_in_any_order_of_threads(gpu):
+    bits = set()
+    for order in range(3):
+        if hasattr(cupy, "seed"):
+            cupy.seed(order)
+        *_, weights = step(gpu_place(np.float32, "bf16", 0), np.float32, np.random.default_rng(3), updates=1)
+        bits.add(b"".join(value.tobytes() for value in weights.values()))
+    assert len(bits) == 1

@@ -1,0 +1,218 @@
+"""Records what the kernels of this CPU compute, so that `replay.c` can compare another instruction set with it.
+
+The cases are those of tests/serial/test_kernels.py. Every C function they reach is written down with its arguments, the
+memory it is given and the memory it leaves. All of that memory lies in an arena at one address, which the replaying
+program maps too: a recorded pointer, also one inside a structure, needs no translation.
+
+    python tests/isa/record.py build/isa        writes build/isa/calls.bin and build/isa/functions.h
+"""
+
+import ctypes
+import mmap
+import platform
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "serial"))
+import test_kernels
+
+from mlm_mpi.backend import cpu, kernels
+
+ARENA = (64 << 30) + (256 << 20)  # free in a process, and where bochs/rom.S maps it
+ARENA_BYTES = 64 << 20
+POISON = 0xFF  # a NaN: what is read without having been written shows
+EXTREMES = {"finite": (-0.0, 1e-42, -3e-39, 1e30, -1e30), "not finite": (np.nan, np.inf, -np.inf)}
+
+NOT_RECORDED = {"matmul_add"}  # products of the BLAS that NumPy brings are none of ours
+ROOM = 4  # work space, which is a level's own affair, grows at most so much from AVX2: twice the padding in two dims
+
+SECTOR = 512  # the file is the disk of an emulated machine
+HEAD = struct.Struct("=qq")  # calls, bytes
+LABEL_BYTES, MAX_ARGUMENTS = 64, 16
+CALL = struct.Struct(f"={LABEL_BYTES}sqqq{8 * MAX_ARGUMENTS}s")  # label, function, arena bytes, chunks, arguments
+CHUNK = struct.Struct("=qqqq")  # address, bytes, bytes of a float or 1, whether the call changes it
+
+
+class Arena:
+    """Memory at a fixed address, handed out from its start; every piece lies 8 bytes behind a 64-byte line, so that
+    a kernel that counts on more alignment than floats have is found out."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if libc.mmap(ARENA, ARENA_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != ARENA:
+            sys.exit(f"no memory can be had at {ARENA:#x}")
+        self.memory = np.frombuffer((ctypes.c_ubyte * ARENA_BYTES).from_address(ARENA), np.uint8)
+        self.used, self.pieces = 0, {}
+
+    def clear(self) -> None:
+        self.memory[: self.used] = POISON
+        self.used, self.pieces = 0, {}  # address -> (bytes, element)
+
+    def take(self, size: int, dtype: Any) -> int:
+        """Offset of a new piece of `size` bytes."""
+        offset = (self.used + 63) // 64 * 64 + 8
+        self.used = offset + size
+        assert self.used <= ARENA_BYTES, "the arena is too small"
+        dtype = np.dtype(dtype)
+        self.pieces[ARENA + offset] = size, dtype.itemsize if dtype.kind == "f" else 1
+        return offset
+
+    def empty(self, shape: Any, dtype: Any = "f8") -> np.ndarray:
+        """What np.empty gives, in the arena."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ndarray(shape, dtype, self.memory, self.take(size, dtype))
+
+    def like(self, x: np.ndarray) -> np.ndarray:
+        return self.empty(x.shape, x.dtype)
+
+    def copy(self, x: np.ndarray, copied: dict[int, int]) -> np.ndarray:
+        """A copy with the same strides; views of one array stay views of one array (`copied`: its id -> offset)."""
+        root = x
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        if id(root) not in copied:
+            flat = root.ravel("K")
+            copied[id(root)] = self.take(root.nbytes, x.dtype)
+            np.ndarray(flat.shape, flat.dtype, self.memory, copied[id(root)])[...] = flat
+        offset = copied[id(root)] + x.ctypes.data - root.ctypes.data
+        return np.ndarray(x.shape, x.dtype, self.memory, offset, x.strides)
+
+    def pointer(self, structure: Any) -> int | None:
+        """The address of a copy of a ctypes structure."""
+        if structure is None:
+            return None
+        data = bytes(structure)
+        offset = self.take(len(data), np.uint8)
+        self.memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        return ARENA + offset
+
+    def contents(self) -> dict[int, bytes]:
+        return {at: self.memory[at - ARENA :][:size].tobytes() for at, (size, _) in self.pieces.items()}
+
+
+class Recorder:
+    """A library of kernels that notes every call it passes on: name, arguments, memory before, memory after."""
+
+    gemm = 0  # NumPy's BLAS is not to be called
+
+    def __init__(self, library: Any, arena: Arena) -> None:
+        self._library, self._arena = library, arena
+        self.calls: list[tuple[str, tuple[Any, ...], dict[int, bytes], dict[int, bytes]]] = []
+        self.seen: set[str] = set()  # names of all functions called
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+
+        def call(*arguments: Any) -> Any:
+            if function.restype is not None:  # floats of work space
+                return ROOM * function(*arguments)
+            self.seen.add(name)
+            for letter, value in zip(cpu._SIGNATURES[name], arguments, strict=True):
+                inside = letter != "p" or value is None or 0 <= value - ARENA < self._arena.used
+                assert inside, f"{name} is given memory outside the arena"
+            before = self._arena.contents()
+            function(*arguments)
+            self.calls.append((name, arguments, before, self._arena.contents()))
+
+        return call
+
+
+def record(name: str, case: Any, label: str, recorder: Recorder, arena: Arena) -> list[bytes]:
+    """The calls that one case of a registered kernel leads to, as `replay.c` reads them."""
+    arena.clear()
+    copied: dict[int, int] = {}
+    arguments = [arena.copy(x, copied) if isinstance(x, np.ndarray) else x for x in case[0]]
+    given, entry = set(arena.pieces), kernels.entries()[name]
+    reason = entry.contract(*arguments)
+    assert not reason, f"{label}: {reason}"
+    with (
+        mock.patch.multiple(np, empty=arena.empty, empty_like=arena.like),
+        mock.patch.object(cpu, "_pointer", arena.pointer),
+    ):
+        result = entry.launch(recorder, *arguments)
+    returned = [x.ctypes.data for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+
+    def counts(at: int) -> bool:
+        """Whether a piece is more than work space: given, returned, or a structure."""
+        size, element = arena.pieces[at]
+        return at in given or element == 1 or any(at <= address < at + size for address in returned)
+
+    calls = []
+    for function, values, before, after in recorder.calls:
+        chunks = [chunk(at, arena.pieces[at][1], data, after[at]) for at, data in before.items() if counts(at)]
+        numbers = b"".join(map(argument, cpu._SIGNATURES[function], values))
+        place = sorted(cpu._SIGNATURES).index(function)
+        calls.append(CALL.pack(label.encode(), place, arena.used, len(chunks), numbers) + b"".join(chunks))
+    recorder.calls.clear()
+    return calls
+
+
+def argument(letter: str, value: Any) -> bytes:
+    """One argument in 8 bytes, as the union in replay.c."""
+    return struct.pack({"n": "=q", "i": "=i4x", "f": "=f4x", "p": "=q"}[letter], value or 0)
+
+
+def chunk(at: int, element: int, before: bytes, after: bytes) -> bytes:
+    changed = before != after
+    fill = bytes(-len(before) % 8)
+    return CHUNK.pack(at, len(before), element, changed) + before + fill + (after + fill if changed else b"")
+
+
+def spoiled(case: Any, values: tuple[float, ...], random: np.random.Generator) -> Any:
+    """The case with one in 50 of its floats (at least one of each array) replaced by one of these values."""
+    for x in case[0]:
+        if isinstance(x, np.ndarray) and x.dtype == "f4":
+            where = random.random(x.shape) < 0.02
+            where.flat[random.integers(x.size)] = True
+            x[where] = random.choice(values, int(where.sum()))
+    return case
+
+
+def functions() -> str:
+    """The C functions for `replay.c`: FUNCTION(name, parameters, arguments taken from a[])."""
+    types = {"n": "int64_t", "i": "int", "f": "float", "p": "void *"}
+    constants = ("ARENA", "ARENA_BYTES", "LABEL_BYTES", "MAX_ARGUMENTS", "POISON")
+    lines = [f"#define {name} {globals()[name]:#x}" for name in constants] + ["#define FUNCTIONS \\"]
+    for name, letters in sorted(cpu._SIGNATURES.items()):
+        parameters = ", ".join(types[letter] for letter in letters)
+        arguments = ", ".join(f"a[{i}].{letter}" for i, letter in enumerate(letters))
+        lines.append(f"    FUNCTION({name}, ({parameters}), ({arguments})) \\")
+    return "\n".join(lines) + "\n\n"
+
+
+def main(folder: Path) -> None:
+    level = "avx2" if cpu.runs("avx2") else kernels.select().level
+    if level == "off" or (level == "base" and platform.machine() == "x86_64"):
+        sys.exit("this CPU runs no level with a fused multiply-add: there is nothing to compare with")
+    arena, random = Arena(), np.random.default_rng(test_kernels.SEED)
+    recorder = Recorder(kernels.select(level).library, arena)
+    calls = []
+    with np.errstate(all="ignore"):
+        for name, (makers, _) in test_kernels.CASES.items():
+            for number, make in enumerate(makers):
+                for size in test_kernels.SIZES:
+                    calls += record(name, make(size), f"{name}[{number}]{size}", recorder, arena)
+                for kind, values in EXTREMES.items():
+                    case = spoiled(make((49, 33)), values, random)
+                    calls += record(name, case, f"{name}[{number}](49, 33) {kind}", recorder, arena)
+    ours = {name for name in cpu._SIGNATURES if not name.endswith("_work")}
+    if missing := ours - recorder.seen - NOT_RECORDED:
+        sys.exit(f"no case of tests/serial/test_kernels.py reaches {', '.join(sorted(missing))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "functions.h").write_text(functions())
+    data = b"".join(calls)
+    data = HEAD.pack(len(calls), HEAD.size + len(data)) + data
+    (folder / "calls.bin").write_bytes(data + bytes(-len(data) % SECTOR))
+    print(f"recorded at level {level}: {len(calls)} calls of {', '.join(sorted(recorder.seen))}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
