@@ -13,7 +13,7 @@ setup(
     ext_modules=[
         Extension(
             "mlm_mpi.backend._cpu",
-            sources=[str(CPU / f"{name}.c") for name in ("level_base", "level_avx2", "level_avx512", "dispatch")],
+            sources=[*map(str, sorted(CPU.glob("level_*.c"))), str(CPU / "dispatch.c")],
             depends=[str(path) for path in sorted(CPU.glob("*"))],
             # bits are what the sources say: no contraction, no reordering (kernels/cpu/common.h)
             extra_compile_args=[

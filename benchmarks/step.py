@@ -70,7 +70,7 @@ def work(job: dict[str, Any]) -> None:
 
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
-    kernels.select(c.numerics.level, c.numerics.reference)
+    kernels.select(c.numerics.level, c.numerics.reference, c.numerics.products)
     replica = Replica(c, size["vocabulary"], Mesh(group))
     replica.store.initialise(0)
     random = np.random.default_rng(group.rank)

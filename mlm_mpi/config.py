@@ -105,17 +105,22 @@ class Comm(Section, frozen=True):
 
 
 class Backend(Section, frozen=True):
-    """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit)."""
+    """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit).
+
+    `graphs`: a GPU replays forward and backward as CUDA graphs; off until a GPU has run them (LOG.md, 2026-11-23).
+    """
 
     device: Literal["cpu", "gpu"] = "cpu"
     memory_gib: float = 0.0
+    graphs: bool = False
 
 
 class Numerics(Section, frozen=True):
     """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
 
-    `products = "bf16"`: matrix products multiply bfloat16 and add in float32; a GPU keeps activations in it too.
-    `reference`: ops that NumPy (CuPy) computes instead of a kernel, "gelu,attention" or "all": who spoils a loss?
+    `products`: "bf16" rounds the operands of matrix products to bf16 and sums in float32. On a CPU, which needs
+    AVX512-BF16, all else stays float32; a GPU keeps activations in bf16 too. `reference`: ops that NumPy (CuPy)
+    computes instead of a kernel, "gelu,attention" or "all", to find who spoils a loss.
     """
 
     threads: int = 1
@@ -287,7 +292,18 @@ def check(config: Config) -> None:
     )
     _require(
         config.numerics.products == "float32" or train.dtype == "float32",
-        f"numerics.products = {config.numerics.products} adds in float32, train.dtype = {train.dtype}: use float32",
+        f'numerics.products = "bf16" needs train.dtype = "float32", not "{train.dtype}": set one of them to "float32"',
+    )
+    handed_back = {op.strip() for op in config.numerics.reference.split(",")} & {"matmul", "linear", "all"}
+    _require(
+        config.numerics.products == "float32" or not handed_back or config.backend.device == "gpu",
+        f'numerics.products = "bf16" and numerics.reference = "{config.numerics.reference}": NumPy has no bf16 '
+        'products; set numerics.products = "float32"',
+    )
+    _require(
+        not config.backend.graphs or (config.backend.device == "gpu" and model.dropout == 0.0),
+        f"backend.graphs needs a GPU and no dropout: backend.device = {config.backend.device}, "
+        f"model.dropout = {model.dropout}: set backend.graphs = false",
     )
     _require(
         config.comm.reduction != "nccl" or config.backend.device == "gpu",

@@ -293,8 +293,13 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
+    from mlm_mpi.backend import cpu
     from mlm_mpi.backend.kernels import serving
 
+    bf16 = f"possible ({cpu.BF16_LEVEL})" if cpu.runs(cpu.BF16_LEVEL) else "not possible: no AVX512-BF16"
+    portable = os.environ.get(cpu.BF16_VARIABLE) == "portable"
+    slow = f"{cpu.BF16_VARIABLE}=portable computes bf16 products in plain C, for tests: unset it" if portable else ""
+    yield Finding("ops", "bf16 products", bf16, slow)
     for op, implementation in serving().items():
         yield Finding("ops", op, implementation)
 

@@ -1,6 +1,8 @@
 /* Attention in tiles of QUERIES x KEYS; a tile of scores lives in L2 and no (T, S) matrix exists.
  * Scores are computed by register tiles, and those wholly above the diagonal are skipped.
  * Source: Dao et al., FlashAttention, arXiv:2205.14135. */
+#include "tiles.h"
+
 #ifndef QUERIES
 #define QUERIES 48
 #endif

@@ -6,9 +6,10 @@ __attribute__((visibility("default"))) int level_available(const char *level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (!strcmp(level, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!strcmp(level, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(level, "avx512")) return avx512;
+    if (!strcmp(level, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     return 0;
 }

@@ -70,11 +70,13 @@ INLINE void gather(size steps, size lanes, const float *from, size step, size la
 INLINE void turn_strip(size steps, const float *from, size lane, const int width, float *to) {
     const size whole = steps - steps % 4;
     for (int j = 0; j + 2 <= width; j += j + 4 <= width ? 4 : 2)
-        for (size i = 0; i < whole; i += 4)
+        for (size i = 0; i < whole; i += 4) {
+            __builtin_prefetch(from + (width + j + i / 4 % 4) * lane + i); /* the next strip, in 16 steps all its lines */
             if (j + 4 <= width)
                 turn(from + j * lane + i, lane, width, to + i * width + j);
             else
                 turn_pair(from + j * lane + i, lane, width, to + i * width + j);
+        }
     gather(steps - whole, width, from + whole, 1, lane, width, to + whole * width);
 }
 
@@ -184,27 +186,41 @@ struct block {
     size i, j, k, rows, columns, steps;
 };
 
-/* A tile, whole or at an edge, where sums go to a whole one first. */
+/* The part of c that a block is, and what it starts from: the bias, and base or what earlier steps have left in c. */
+struct start {
+    float *c;
+    const float *bias, *base;
+    size base_row;
+};
+
+INLINE struct start start_of(const struct product *p, const struct block *b) {
+    const struct plane *base = b->k ? &p->c : &p->base;
+    return (struct start){
+        p->c.x + b->i * p->c.row + b->j, p->bias && b->k == 0 ? p->bias + b->j : 0,
+        base->x ? base->x + b->i * base->row + b->j : 0, base->row};
+}
+
+/* A tile, whole or at an edge, where the sums go to a whole one first. */
 INLINE void put_tile(
-    const int pairs, const struct product *p, const struct block *at, const float *a, const float *b,
+    const int pairs, const struct product *p, const struct block *b, const float *left, const float *right,
     struct ahead ahead) {
     static const float zeros[PANEL];
-    const float *bias = p->bias && at->k == 0 ? p->bias + at->j : 0;
-    const struct plane *base = at->k ? &p->c : &p->base;
-    const float *from = base->x ? base->x + at->i * base->row + at->j : 0;
-    float *c = p->c.x + at->i * p->c.row + at->j, edge[TALL * PANEL];
-    const int whole = at->rows == TALL && at->columns == PANEL;
-    const size words = pairs ? (at->steps + 1) / 2 : at->steps;
-    (pairs ? bf16_tile : float_tile)(
-        words, a, b, ahead, whole && bias ? bias : zeros, whole ? from : 0, base->row, whole ? c : edge,
-        whole ? p->c.row : PANEL);
-    if (whole) return;
-    for (size r = 0; r < at->rows; r++)
-        for (size j = 0; j < at->columns; j++) {
-            float start = bias ? bias[j] : 0.0f;
-            if (from) start += from[r * base->row + j];
-            c[r * p->c.row + j] = start + edge[r * PANEL + j];
-        }
+    const size words = pairs ? (b->steps + 1) / 2 : b->steps;
+    const struct start start = start_of(p, b);
+    float edge[TALL * PANEL];
+    if (b->rows == TALL && b->columns == PANEL) {
+        const float *bias = start.bias ? start.bias : zeros;
+        (pairs ? bf16_tile : float_tile)(
+            words, left, right, ahead, bias, start.base, start.base_row, start.c, p->c.row);
+    } else {
+        (pairs ? bf16_tile : float_tile)(words, left, right, ahead, zeros, 0, 0, edge, PANEL);
+        for (size r = 0; r < b->rows; r++)
+            for (size j = 0; j < b->columns; j++) {
+                float first = start.bias ? start.bias[j] : 0.0f;
+                if (start.base) first += start.base[r * start.base_row + j];
+                start.c[r * p->c.row + j] = first + edge[r * PANEL + j];
+            }
+    }
 }
 
 INLINE void pack_words(

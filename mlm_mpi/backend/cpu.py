@@ -16,7 +16,10 @@ from mlm_mpi.backend.kernels import LEVELS, kernel
 from mlm_mpi.errors import ConfigError
 
 LIBRARY_VARIABLE = "MLM_MPI_CPU_LIBRARY"  # another build of the library, for example with sanitizers
+BF16_VARIABLE = "MLM_MPI_BF16"  # "portable": bf16 products in plain C, for tests: the same bits, far slower
+BF16_LEVEL = "avx512bf16"  # has products and nothing else
 
+_FLOAT32 = np.dtype(np.float32)
 _TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SIGNATURES = {
     "adamw_update": "npppp" + 9 * "f",
@@ -34,6 +37,7 @@ _SIGNATURES = {
     "layernorm_backward": "nn" + 9 * "p" + "ip",
     "layernorm_forward": "nnpppfppp",
     "linear_bias_gradient": "nnppi",
+    "matmul_bf16": "pp",
     "matmul_float32": "pp",
     "matmul_work": "nnn",
 }
@@ -43,14 +47,21 @@ class Library:
     """The functions of one dispatch level as attributes; arguments are numbers and addresses."""
 
     def __init__(self, handle: ctypes.CDLL, level: str) -> None:
-        for name, letters in _SIGNATURES.items():
-            function = getattr(handle, f"{name}_{level}")
-            function.argtypes = [_TYPES[letter] for letter in letters]
-            function.restype = ctypes.c_int64 if name.endswith("_work") else None
-            setattr(self, name, function)
+        self.handle = handle
+        for name in _SIGNATURES:
+            setattr(self, name, _function(handle, name, level))
+        self.multiply = self.matmul_float32
+        self.multiply_work = self.matmul_work
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+
+def _function(handle: ctypes.CDLL, name: str, level: str) -> Any:
+    function = getattr(handle, f"{name}_{level}")
+    function.argtypes = [_TYPES[letter] for letter in _SIGNATURES[name]]
+    function.restype = ctypes.c_int64 if name.endswith("_work") else None
+    return function
 
 
 def _library_path() -> str | None:
@@ -82,6 +93,24 @@ def load(level: str) -> tuple[str, Library | None, str]:
         return chosen, Library(handle, chosen), ""
     except AttributeError as error:
         return "off", None, f"{path} is of another version ({error}): install again"
+
+
+def take_bf16(library: Library | None, level: str) -> str:
+    """Lets the library's products round their operands to bf16; says how. Raises ConfigError where nothing can."""
+    wanted = 'numerics.products = "bf16"'
+    if library is None:
+        raise ConfigError(f'{wanted} needs the C kernels, and there are none here: set numerics.products = "float32"')
+    if os.environ.get(BF16_VARIABLE) == "portable":
+        library.multiply = library.matmul_bf16
+        return f"bf16 products in plain C, {BF16_VARIABLE}=portable"
+    if not library.handle.level_available(BF16_LEVEL.encode()):
+        raise ConfigError(
+            f"{wanted} needs a CPU with AVX512-BF16 (Cooper Lake, Sapphire Rapids, Zen 4 or later), and this one has "
+            'none: set numerics.products = "float32"'
+        )
+    library.multiply = _function(library.handle, "matmul_bf16", BF16_LEVEL)
+    library.multiply_work = _function(library.handle, "matmul_work", BF16_LEVEL)
+    return f"bf16 products by {BF16_LEVEL}"
 
 
 # ---- contracts: the reason why arguments do not fit, or ""
@@ -119,25 +148,21 @@ def _at(array: Any) -> int | None:
 # ---- matmul, linear
 
 
-class _Plane(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("row", ctypes.c_int64), ("column", ctypes.c_int64)]
+_Product = ctypes.c_int64 * 16  # struct product of kernels/cpu/product.h, flat
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in "mnk"] + [
-        *((name, _Plane) for name in ("a", "b", "c", "base")), ("bias", ctypes.c_void_p)
-    ]  # fmt: skip
-
-
-def _plane(x: np.ndarray | None) -> _Plane:
-    return _Plane() if x is None else _Plane(x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
+def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
 
 
 def _multiply(lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None) -> None:
     (m, k), n = a.shape, b.shape[1]
-    product = _Product(m, n, k, *map(_plane, (a, b, c, base)), _at(bias))
-    work = np.empty(lib.matmul_work(m, n, k), np.float32)
-    lib.matmul_float32(_pointer(product), _at(work))
+    product = _Product(m, n, k, *_plane(a), *_plane(b), *_plane(c), *_plane(base), _at(bias) or 0)
+    work = np.empty(lib.multiply_work(m, n, k), np.float32)
+    lib.multiply(product, _at(work))
+
+
+ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
 
 def matrices(*arrays: Any) -> str:
@@ -147,25 +172,27 @@ def matrices(*arrays: Any) -> str:
             continue
         if not isinstance(x, np.ndarray) or x.ndim != 2:
             return "not matrices in the CPU's memory"
-        if x.dtype != np.float32:
+        if x.dtype != _FLOAT32:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
-        if not x.flags.aligned or any(stride % 4 for stride in x.strides):
+        if (x.strides[0] | x.strides[1] | x.ctypes.data) % 4:
             return "not aligned"
     return ""
 
 
-def rowwise(*matrices: Any) -> str:
-    """Rows of every matrix (None is left out) are contiguous and do not overlap."""
-    apart = all(x is None or (x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1]) for x in matrices)
-    return "" if apart else "not contiguous"
+def rowwise(x: Any) -> str:
+    """Rows of a matrix, or None, are contiguous and do not overlap."""
+    return "" if x is None or (x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1]) else "not contiguous"
+
+
+def chained(a: Any, b: Any) -> str:
+    """A product a b exists, and is not one of a single row."""
+    return ONE_ROW if a.shape[0] == 1 else shaped(b.shape[:1], a[0])
 
 
 def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool) -> str:
-    return (
-        matrices(a, b, out) or rowwise(out) or shaped((a.shape[0], b.shape[1]), out) or shaped((a.shape[1],), b[:, 0])
-    )
+    return matrices(a, b, out) or rowwise(out) or chained(a, b) or shaped((a.shape[0], b.shape[1]), out)
 
 
 @kernel("matmul.add", _fit_matmul)
@@ -175,7 +202,7 @@ def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
 
 def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None) -> str:
     return matrices(x, w, residual) or rowwise(residual) or dense(b) or (
-        shaped((x.shape[0], b.size), residual) or shaped((x.shape[1], b.size), w)
+        chained(x, w) or shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b)
     )  # fmt: skip
 
 

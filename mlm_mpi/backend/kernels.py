@@ -45,6 +45,7 @@ class Selection:
     level: str = "off"
     library: Any = None
     reason: str = ""
+    products: str = ""  # how matrix products differ from float32 ones of `level`
     reference: frozenset[str] = frozenset()
     device: str = "cpu"
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name/variant, reason) -> times
@@ -106,11 +107,12 @@ def entries(device: str = "cpu") -> dict[str, Kernel]:
     }  # fmt: skip
 
 
-def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Selection:
+def select(level: str = "auto", reference: str = "", products: str = "float32", device: str = "cpu") -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
-    `reference`: "gelu,attention" or "all"; `device`: "cpu" or "cuda", where `level` is "off" or ignored.
-    Raises ConfigError where an op is unknown, this CPU lacks the level, or there is no GPU.
+    `reference`: "gelu,attention" or "all". `products`: "float32", or "bf16" for operands of matrix products rounded
+    to bf16; a GPU goes by the arrays' dtype. `device`: "cpu" or "cuda", which knows no level but "off".
+    Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -120,14 +122,16 @@ def select(level: str = "auto", reference: str = "", device: str = "cpu") -> Sel
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
     _load_entries(device)
     if device == "cpu":
-        _selection = Selection(*cpu.load(level), ops)
+        chosen, library, reason = cpu.load(level)
+        about = cpu.take_bf16(library, chosen) if products == "bf16" else ""
+        _selection = Selection(chosen, library, reason, about, ops)
     elif level == "off":
         _selection = Selection(reason="kernels are switched off", reference=ops, device=device)
     else:
         from mlm_mpi.backend.cuda.device import Device
 
         gpu = Device()
-        _selection = Selection(gpu.architecture, gpu, "", ops, device)
+        _selection = Selection(gpu.architecture, gpu, reference=ops, device=device)
     return _selection
 
 
@@ -182,7 +186,8 @@ def serving(dtype: str = "float32") -> dict[str, str]:
         if why:
             return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
         variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))
-        shown = ", ".join([*filter(None, variants), chosen.level])
+        products = chosen.products if op in ("matmul", "linear") else ""
+        shown = ", ".join(filter(None, [*variants, chosen.level, products]))
         return f"{'C' if chosen.device == 'cpu' else 'CUDA'} kernel ({shown})"
 
     return {op: of(op) for op in OPS}

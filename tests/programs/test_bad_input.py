@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from programs import Place, ended, make_text, prepare, seen
 
+from mlm_mpi.backend import cpu
+
 slow = pytest.mark.slow
 SEVERAL = pytest.mark.parametrize("ranks", [None, 3])
 # one rank always, three where `make test-all` runs: they fail by the same mechanism as another test here
@@ -38,6 +40,11 @@ SETTINGS = {
         ("train.rows=1000",),
         ("windows, one step takes train.micro_batches * train.rows = 16000: prepare more",),
     ),
+    "bf16 in float64": (
+        ("numerics.products=bf16", "train.dtype=float64"),
+        ('numerics.products = "bf16" needs train.dtype = "float32"',),
+    ),
+    "bf16 by NumPy": (("numerics.products=bf16", "numerics.reference=all"), ("NumPy has no bf16 products",)),
     "nowhere": (("data.dir=nowhere",), ("no corpus at nowhere", "run mlm-mpi prepare, or set data.dir")),
     "time": (("--max-time", "soon"), ("--max-time 'soon' is no time: write 90s",)),
     "steps": (("--max-steps", "0"), ("--max-steps 0 must be at least 1",)),
@@ -48,6 +55,14 @@ SETTINGS = {
 def test_a_setting_that_cannot_work(place, what):
     words, said = SETTINGS[what]
     place.train("run", None, *words).refused(*said)
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.skipif(cpu.runs(cpu.BF16_LEVEL), reason="this CPU has AVX512-BF16")
+def test_bf16_products_on_a_cpu_without_them(place):
+    place.train("run", None, "numerics.products=bf16").refused(
+        'numerics.products = "bf16" needs a CPU with AVX512-BF16', 'set numerics.products = "float32"'
+    )
     assert not (place.folder / "run").exists()
 
 
