@@ -91,11 +91,12 @@ struct Sums {
 
     __device__ __forceinline__ void finish(const Result &result, int2 origin) const {
 #pragma unroll
-        for (int i = 0; i < RUNS_M * RUN; i++)
-#pragma unroll
-            for (int j = 0; j < RUNS_N; j++)
-                result.finish(origin.x + row + i / RUN * RUN * LANES_M + i % RUN, origin.y + column + j * RUN * LANES_N,
-                              at[i][j]);
+        for (int i = 0; i < RUNS_M; i++) {
+            int2 first = make_int2(origin.x + row + i * RUN * LANES_M, origin.y + column);
+            result.finish<RUN, RUN * RUNS_N>(
+                [&](int n) { return make_int2(first.x + n / RUNS_N, first.y + n % RUNS_N * RUN * LANES_N); },
+                [&](int n) { return at[i * RUN + n / RUNS_N][n % RUNS_N]; });
+        }
     }
 };
 

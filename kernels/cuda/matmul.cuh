@@ -31,22 +31,34 @@ struct Shares {
     int tiles, steps, count;
 
     __device__ __forceinline__ bool cut_tiles() const { return count != tiles; }
-    __device__ __forceinline__ int64_t begin(int share) const { return int64_t(tiles) * steps * share / count; }
     __device__ __forceinline__ int slot(int share, int tile) const { return share + tile; }  // of no other piece
 
+    // of shares that cut tiles: `plan` leaves no more than 2^31 steps to them, and the first few have one more
+    __device__ __forceinline__ int each() const { return tiles * steps / count; }
+    __device__ __forceinline__ int longer() const { return tiles * steps % count; }
+    __device__ __forceinline__ int begin(int share) const { return share * each() + min(share, longer()); }
+
     // the share that holds a step
-    __device__ __forceinline__ int holder(int64_t step) const {
-        return int(((step + 1) * count - 1) / (int64_t(tiles) * steps));
+    __device__ __forceinline__ int holder(int step) const {
+        int in_longer = longer() * (each() + 1);
+        return step < in_longer ? step / (each() + 1) : longer() + (step - in_longer) / each();
     }
 
     template <class F> __device__ __forceinline__ void over_pieces(F body) const {
         for (int share = blockIdx.x; share < count; share += gridDim.x) {
-            int64_t at = begin(share), end = begin(share + 1);
-            while (at < end) {
-                int tile = int(at / steps), first = int(at - int64_t(tile) * steps);
-                int last = int(min(int64_t(steps), first + (end - at)));
+            int tile = share, first = 0, left = steps;
+            if (cut_tiles()) {
+                int at = begin(share);
+                left = begin(share + 1) - at;
+                tile = at / steps;
+                first = at % steps;
+            }
+            while (left > 0) {
+                int last = min(steps, first + left);
                 body(Piece{tile, first, last, cut_tiles() ? slot(share, tile) : -1});
-                at += last - first;
+                left -= last - first;
+                first = 0;
+                tile++;
             }
         }
     }
@@ -71,28 +83,52 @@ __device__ __forceinline__ int tiles_of(int size, int tile) { return (size + til
 
 // ---- what becomes of a sum
 
-// `other`: the residual, the input of the GELU, or what is in `out` already.
+// `other`: the residual (RESIDUAL), the input of the GELU (SLOPE), or what STORE adds to.
 __device__ __forceinline__ float finished(float sum, float bias, float other) {
     if constexpr (EPILOGUE == SLOPE) return sum * slope(other);
-    return other + (sum + bias);
+    if constexpr (EPILOGUE == RESIDUAL) return other + (sum + bias);
+    if constexpr (EPILOGUE == STORE) return other + sum;
+    return sum + bias;
 }
 
-__device__ __forceinline__ float gelu(float pre) { return pre * gate(pre); }
-
-// COUNT neighbours of a row, moved at once where addresses are multiples of its size (VECTOR)
-template <class T, int COUNT> struct __align__(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Run {
-    T at[COUNT];
+// COUNT neighbours of a row
+template <int COUNT> struct __align__(COUNT < 4 ? COUNT * 4 : 16) Floats {
+    float at[COUNT];
 };
 
-template <int COUNT> using Floats = Run<float, COUNT>;
+// and as they are stored: bfloat16 in pairs, which one instruction rounds
+template <class T, int COUNT> struct __align__(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Packed {
+    uint32_t word[COUNT * sizeof(T) / 4];
+};
 
-// Zero past the end of a row, `valid` elements away.
+template <class T, int COUNT> __device__ __forceinline__ Packed<T, COUNT> packed(const Floats<COUNT> &x) {
+    Packed<T, COUNT> y;
+    constexpr int EACH = 4 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < COUNT; i += EACH)
+        if constexpr (EACH == 2)
+            y.word[i / 2] = pack_bf16(x.at[i], x.at[i + 1]);
+        else
+            y.word[i] = __float_as_int(x.at[i]);
+    return y;
+}
+
+template <class T, int COUNT> __device__ __forceinline__ Floats<COUNT> unpacked(const Packed<T, COUNT> &x) {
+    Floats<COUNT> y;
+    constexpr int EACH = 4 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        uint32_t word = x.word[i / EACH];
+        y.at[i] = __int_as_float(EACH == 1 ? word : i % 2 ? word & 0xffff0000 : word << 16);
+    }
+    return y;
+}
+
+// Zero past the end of a row, `valid` elements away. All at once where addresses are multiples of 16 bytes (VECTOR).
 template <int COUNT, class T> __device__ __forceinline__ Floats<COUNT> read_run(const T *from, int valid) {
     Floats<COUNT> x;
     if (VECTOR && valid >= COUNT) {
-        Run<T, COUNT> run = *reinterpret_cast<const Run<T, COUNT> *>(from);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) x.at[i] = to_float(run.at[i]);
+        x = unpacked<T>(*reinterpret_cast<const Packed<T, COUNT> *>(from));
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) x.at[i] = i < valid ? to_float(from[i]) : 0.0f;
@@ -102,15 +138,23 @@ template <int COUNT, class T> __device__ __forceinline__ Floats<COUNT> read_run(
 
 template <int COUNT, class T> __device__ __forceinline__ void write_run(T *to, int valid, const Floats<COUNT> &x) {
     if (VECTOR && valid >= COUNT) {
-        Run<T, COUNT> run;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) run.at[i] = from_float<T>(x.at[i]);
-        *reinterpret_cast<Run<T, COUNT> *>(to) = run;
+        *reinterpret_cast<Packed<T, COUNT> *>(to) = packed<T>(x);
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
             if (i < valid) to[i] = from_float<T>(x.at[i]);
     }
+}
+
+// of the input as it is kept, so that backward finds the slope of the same number
+template <int COUNT> __device__ __forceinline__ Floats<COUNT> gelu(const Floats<COUNT> &pre) {
+    Floats<COUNT> y;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        float kept = to_float(from_float<ELEMENT>(pre.at[i]));
+        y.at[i] = kept * gate(kept);
+    }
+    return y;
 }
 
 // The result and all that goes into it besides the sums; rows of every matrix are `pitch` elements apart.
@@ -121,22 +165,37 @@ struct Result {
     ELEMENT *pre;          // written by GELU
     int pitch, rows, columns, accumulate;
 
-    // out[row][column ...] from its sums
-    template <int COUNT> __device__ __forceinline__ void finish(int row, int column, const Floats<COUNT> &sum) const {
-        int valid = min(COUNT, columns - column);
-        if (row >= rows || valid <= 0) return;
-        int64_t at = int64_t(row) * pitch + column;
-        Floats<COUNT> added = {}, old = {}, y;
-        if constexpr (BIASED) added = read_run<COUNT>(bias + column, valid);
-        if constexpr (EPILOGUE == RESIDUAL || EPILOGUE == SLOPE) old = read_run<COUNT>(other + at, valid);
-        if (EPILOGUE == STORE && accumulate) old = read_run<COUNT>(out + at, valid);
+    // N runs of COUNT neighbours: the sums sum(i) of out[row][column ...] at where(i) = (row, column). All is read before
+    // anything is written: a store would have to wait for each load before it, and the next load for the store.
+    template <int COUNT, int N, class Where, class Sum> __device__ __forceinline__ void finish(Where where, Sum sum) const {
+        Floats<COUNT> added[N] = {}, old[N] = {};
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) y.at[i] = finished(sum.at[i], added.at[i], old.at[i]);
-        if constexpr (EPILOGUE == GELU) {
-            write_run(pre + at, valid, y);
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) y.at[i] = gelu(to_float(from_float<ELEMENT>(y.at[i])));  // of what is kept
+        for (int i = 0; i < N; i++) {
+            int2 at = where(i);
+            int valid = valid_at<COUNT>(at);
+            if constexpr (BIASED) added[i] = read_run<COUNT>(bias + at.y, valid);
+            if constexpr (EPILOGUE == RESIDUAL || EPILOGUE == SLOPE) old[i] = read_run<COUNT>(other + offset(at), valid);
+            if (EPILOGUE == STORE && accumulate) old[i] = read_run<COUNT>(out + offset(at), valid);
         }
-        write_run(out + at, valid, y);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int2 at = where(i);
+            int valid = valid_at<COUNT>(at);
+            Floats<COUNT> y = sum(i);
+#pragma unroll
+            for (int e = 0; e < COUNT; e++) y.at[e] = finished(y.at[e], added[i].at[e], old[i].at[e]);
+            if constexpr (EPILOGUE == GELU) {
+                write_run(pre + offset(at), valid, y);
+                y = gelu(y);
+            }
+            write_run(out + offset(at), valid, y);
+        }
+    }
+
+    __device__ __forceinline__ int64_t offset(int2 at) const { return int64_t(at.x) * pitch + at.y; }
+
+    // how many of COUNT neighbours lie inside
+    template <int COUNT> __device__ __forceinline__ int valid_at(int2 at) const {
+        return at.x < rows ? max(0, min(COUNT, columns - at.y)) : 0;
     }
 };

@@ -93,13 +93,14 @@ struct Sums {
 };
 
 __device__ __forceinline__ void finish(const Result &result, int2 origin, const float *sums) {
-    constexpr int RUNS = TILE_N / UNIT;
-#pragma unroll 4
-    for (int run = threadIdx.x; run < TILE_M * RUNS; run += THREADS) {
-        int row = run / RUNS, column = run % RUNS * UNIT;
-        result.finish(origin.x + row, origin.y + column,
-                      *reinterpret_cast<const Floats<UNIT> *>(sums + row * Sums::PITCH + column));
-    }
+    constexpr int RUNS = TILE_N / UNIT, BATCH = 4, ROWS = THREADS / RUNS;  // the block finishes ROWS rows at a time
+    int row = threadIdx.x / RUNS, column = threadIdx.x % RUNS * UNIT;
+    for (; row < TILE_M; row += BATCH * ROWS)
+        result.finish<UNIT, BATCH>(
+            [&](int i) { return make_int2(origin.x + row + i * ROWS, origin.y + column); },
+            [&](int i) {
+                return *reinterpret_cast<const Floats<UNIT> *>(sums + (row + i * ROWS) * Sums::PITCH + column);
+            });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) matmul_bf16(

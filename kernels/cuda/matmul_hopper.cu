@@ -63,7 +63,7 @@ struct Turn {
 struct Shared {
     unsigned char operands[STAGES][STAGE_BYTES];
     unsigned char chunks[2][BUFFERS][CHUNK_BYTES];
-    bf16 bias[2][TILE_N];
+    __align__(16) bf16 bias[2][TILE_N];
     uint64_t full[STAGES], empty[STAGES], read[2];
 
     __device__ __forceinline__ void init() {
@@ -74,16 +74,6 @@ struct Shared {
         mbar_init(&read[0], 1);
         mbar_init(&read[1], 1);
         mbar_fence_init();
-    }
-};
-
-// Two neighbours as they lie in a chunk: `row` of 64, `pair` of the row. The swizzle is TMA's.
-template <class T> struct __align__(2 * sizeof(T)) Pair {
-    T at[2];
-
-    __device__ __forceinline__ static Pair *of(unsigned char *chunk, int row, int pair) {
-        int byte = pair * int(sizeof(Pair));
-        return reinterpret_cast<Pair *>(chunk + row * 128 + (byte ^ row % 8 * 16));
     }
 };
 
@@ -128,11 +118,49 @@ struct Consumer {
         if (thread == 0) mbar_arrive(&shared.empty[before]);
     }
 
-    // A thread's neighbours in a chunk, as wgmma leaves them: two in each of two rows, eight apart, every eight columns.
-    template <class F> __device__ __forceinline__ void over_pairs(F body) const {
-        int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+    // Where two neighbours lie that a thread has in a chunk, of the eight columns `unit`; the swizzle is TMA's. As wgmma
+    // leaves the sums, another two lie eight rows below.
+    template <class T> __device__ __forceinline__ Packed<T, 2> *pair_at(unsigned char *chunk, int unit) const {
+        int row = thread / 32 * 16 + thread % 32 / 4, byte = (unit * 8 + thread % 4 * 2) * sizeof(T);
+        return reinterpret_cast<Packed<T, 2> *>(chunk + row * 128 + (byte ^ row % 8 * 16));
+    }
+
+    // The sums of a chunk, finished, into its place in shared memory; all is read before anything is written.
+    __device__ __forceinline__ void finish_chunk(const float *d, unsigned char *place, const bf16 *bias) const {
+        constexpr int UNITS = WIDTH / 8, BELOW = 8 * 128 / sizeof(Packed<RESULT, 2>);
+        Packed<bf16, 2> added[UNITS] = {}, other[UNITS][2] = {};
 #pragma unroll
-        for (int i = 0; i < WIDTH / 2; i += 2) body(i, row + i / 2 % 2 * 8, i / 4 * 4 + lane % 4);
+        for (int unit = 0; unit < UNITS; unit++) {
+            if constexpr (BIASED) added[unit] = *reinterpret_cast<const Packed<bf16, 2> *>(bias + unit * 8 + thread % 4 * 2);
+            if constexpr (READS) {
+                other[unit][0] = pair_at<bf16>(place, unit)[0];
+                other[unit][1] = pair_at<bf16>(place, unit)[BELOW];
+            }
+        }
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                Floats<2> b = unpacked(added[unit]), x = unpacked(other[unit][half]), y;
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float sum = d[unit * 4 + half * 2 + e];
+                    y.at[e] = EPILOGUE == STORE ? sum : finished(sum, b.at[e], x.at[e]);
+                }
+                pair_at<RESULT>(place, unit)[half * BELOW] = packed<RESULT>(y);
+                if constexpr (EPILOGUE == GELU)
+                    pair_at<RESULT>(place + CHUNK_BYTES, unit)[half * BELOW] = packed<RESULT>(gelu(y));
+            }
+    }
+
+    __device__ __forceinline__ void store(const unsigned char *place, const CUtensorMap *out, const CUtensorMap *pre, int x,
+                                          int y, int accumulate) const {
+        if constexpr (EPILOGUE == GELU) tma_store_2d(pre, place, x, y);
+        if (EPILOGUE == STORE && sizeof(RESULT) == sizeof(float) && accumulate)
+            tma_add_2d(out, place, x, y);
+        else
+            tma_store_2d(out, place + (OUTPUTS - 1) * CHUNK_BYTES, x, y);
+        tma_store_commit();
     }
 
     __device__ __forceinline__ void finish(const float *d, const CUtensorMap *out, const CUtensorMap *pre, int2 origin,
@@ -143,33 +171,10 @@ struct Consumer {
             unsigned char *place = shared.chunks[number][chunk * OUTPUTS % BUFFERS];
             if (!READS && thread == 0) tma_store_wait_read<BUFFERS / OUTPUTS - 1>();
             together();
-            over_pairs([&](int i, int row, int pair) {
-                const float *sum = d + chunk * WIDTH / 2 + i;
-                Pair<RESULT> y, *to = Pair<RESULT>::of(place, row, pair);
-                Pair<bf16> bias = {}, other = {};
-                if constexpr (BIASED) bias = *reinterpret_cast<Pair<bf16> *>(&shared.bias[number][chunk * WIDTH + pair * 2]);
-                if constexpr (READS) other = *Pair<bf16>::of(place, row, pair);
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    y.at[e] = from_float<RESULT>(finished(sum[e], to_float(bias.at[e]), to_float(other.at[e])));
-                *to = y;
-                if constexpr (EPILOGUE == GELU) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) y.at[e] = from_float<RESULT>(gelu(to_float(y.at[e])));
-                    *Pair<RESULT>::of(place + CHUNK_BYTES, row, pair) = y;
-                }
-            });
+            finish_chunk(d + chunk * WIDTH / 2, place, shared.bias[number] + chunk * WIDTH);
             fence_proxy_async();
             together();
-            if (thread == 0) {
-                int x = origin.y + chunk * WIDTH;
-                if constexpr (EPILOGUE == GELU) tma_store_2d(pre, place, x, origin.x);
-                if (EPILOGUE == STORE && sizeof(RESULT) == sizeof(float) && accumulate)
-                    tma_add_2d(out, place, x, origin.x);
-                else
-                    tma_store_2d(out, place + (OUTPUTS - 1) * CHUNK_BYTES, x, origin.x);
-                tma_store_commit();
-            }
+            if (thread == 0) store(place, out, pre, origin.y + chunk * WIDTH, origin.x, accumulate);
         }
     }
 };

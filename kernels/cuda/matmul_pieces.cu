@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) matmul_pieces(
     const ELEMENT *bias, const ELEMENT *other, ELEMENT *pre) {
     int tiles_m = tiles_of(m, TILE_M), tiles_n = tiles_of(n, TILE_N), tile = blockIdx.x;
     Shares shares{tiles_m * tiles_n, steps, count};
-    int first = shares.holder(int64_t(tile) * steps), last = shares.holder(int64_t(tile + 1) * steps - 1);
+    int first = shares.holder(tile * steps), last = shares.holder((tile + 1) * steps - 1);
     int element = (blockIdx.y * THREADS + threadIdx.x) * COUNT;
 
     Floats<COUNT> sum = {};
@@ -22,5 +22,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) matmul_pieces(
     }
     int2 where = place(tile, tiles_m, tiles_n);
     Result result{out, bias, other, pre, pitch, m, n, accumulate};
-    result.finish(where.x * TILE_M + element / TILE_N, where.y * TILE_N + element % TILE_N, sum);
+    int2 at = make_int2(where.x * TILE_M + element / TILE_N, where.y * TILE_N + element % TILE_N);
+    result.finish<COUNT, 1>([&](int) { return at; }, [&](int) { return sum; });
 }

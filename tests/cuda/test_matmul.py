@@ -1,6 +1,7 @@
 """Matrix products: every kernel by itself, in every layout and with every epilogue."""
 
 import itertools
+from unittest import mock
 
 import cupy
 import ml_dtypes
@@ -85,54 +86,78 @@ def layer(rng, n, k, f, dtype):
     return [(rng.normal(size=shape) / (k**0.5 if shape == (k, f) else 1)).astype(dtype) for shape in shapes]
 
 
-def linear_agrees(gpu, variant, sizes, dtype, rng):
+def calls(rng, sizes, dtype):
+    """function -> (arguments, float64 arguments), by a name for each of its epilogues."""
     arrays = layer(rng, *sizes, dtype)
-    x, w, b, residual, dy, pre = (array.astype("f8") for array in arrays)
-    on_x, on_w, on_b, on_residual, on_dy, on_pre = map(device, arrays)
-    y = linear.forward.__wrapped__(x, w, b)
-    assert_close(run(gpu, variant, "linear.forward", on_x, on_w, on_b), y, dtype)
-    assert_close(run(gpu, variant, "linear.forward", on_x, on_w, on_b, on_residual), y + residual, dtype)
-    found, found_pre = run(gpu, variant, "linear.forward_gelu", on_x, on_w, on_b)
-    wanted, wanted_pre = linear.forward_gelu.__wrapped__(x, w, b)
-    assert_close(found_pre, wanted_pre, dtype)
-    assert_close(found, wanted, dtype, factor=2)
-    dx = run(gpu, variant, "linear.backward_input", on_dy, on_w)
-    assert_close(dx, linear.backward_input.__wrapped__(dy, w), dtype)
-    dx = run(gpu, variant, "linear.backward_input", on_dy, on_w, pre=on_pre)
-    assert_close(dx, linear.backward_input.__wrapped__(dy, w, pre), dtype)
+    x, w, b, residual, dy, pre = zip(map(device, arrays), (array.astype("f8") for array in arrays), strict=True)
+    known = {
+        "bias": (linear.forward, (x, w, b)), "residual": (linear.forward, (x, w, b, residual)),
+        "gelu": (linear.forward_gelu, (x, w, b)), "store": (linear.backward_input, (dy, w)),
+        "slope": (linear.backward_input, (dy, w, pre)),
+    }  # fmt: skip
+    return {key: (function, *zip(*arguments, strict=True)) for key, (function, arguments) in known.items()}
 
 
-def test_plain_linear(gpu, dtype, rng):
-    linear_agrees(gpu, "plain", (37, 20, 67), dtype, rng)
-    if dtype == F32:
-        linear_agrees(gpu, "plain", (37, 20, 68), dtype, rng)
+EPILOGUES = ("bias", "residual", "gelu", "store", "slope")
 
 
-@pytest.mark.parametrize("variant", ["mma", "hopper"])
-def test_tensor_core_linear(gpu, variant, rng):
-    linear_agrees(gpu, variant, (75, 104, 136), BF16, rng)
+def linear_agrees(gpu, variant, sizes, dtype, rng, epilogues=EPILOGUES):
+    """x (N, K), w (K, F): sizes N, K, F."""
+    known = calls(rng, sizes, dtype)
+    for key in epilogues:
+        function, arguments, exact = known[key]
+        found = run(gpu, variant, f"linear.{function.__name__}", *arguments)
+        wanted = function.__wrapped__(*exact)
+        for one, other in zip(found, wanted, strict=True) if key == "gelu" else [(found, wanted)]:
+            assert_close(one, other, dtype, factor=2)
 
 
-@pytest.mark.parametrize("sizes", [(130, 72, 264), (130, 264, 72)], ids=str)
-@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
-def test_widest_tiles(gpu, variant, sizes, rng, monkeypatch):
-    """The tiles that `plan` takes for large shapes, several to a block where blocks stay."""
-    kernel = variant.upper()
-    monkeypatch.setattr(launches, f"{kernel}_TILES", getattr(launches, f"{kernel}_TILES")[:1])
-    linear_agrees(gpu, variant, sizes, F32 if variant == "plain" else BF16, rng)
+def test_plain_linear(gpu, rng):
+    linear_agrees(gpu, "plain", (37, 20, 67), F32, rng)
+    linear_agrees(gpu, "plain", (37, 20, 68), F32, rng, ("residual", "gelu"))  # in runs of 16 bytes
+    linear_agrees(gpu, "plain", (37, 20, 67), BF16, rng, ("residual", "gelu"))
+
+
+def test_mma_linear(gpu, rng):
+    linear_agrees(gpu, "mma", (75, 104, 136), BF16, rng)
+
+
+@pytest.fixture
+def widest(monkeypatch):
+    """Only the tiles that `plan` takes for large shapes."""
+    for name in ("PLAIN_TILES", "MMA_TILES", "HOPPER_TILES"):
+        monkeypatch.setattr(launches, name, getattr(launches, name)[:1])
+
+
+def test_hopper_linear(gpu, widest, rng):
+    linear_agrees(gpu, "hopper", (130, 72, 264), BF16, rng)  # four tiles
+    linear_agrees(gpu, "hopper", (650, 136, 264), BF16, rng, ("gelu", "residual"))  # twelve: three to each block
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma"])
+def test_widest_tiles(gpu, variant, widest, rng):
+    linear_agrees(gpu, variant, (130, 72, 136), F32 if variant == "plain" else BF16, rng, ("residual",))
 
 
 @pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
 def test_pieces(gpu, variant, rng, monkeypatch):
-    """Tiles that several blocks sum: the same bits each time, every epilogue, added to what is there."""
+    """Tiles that several blocks sum: every layout's shares, added to what is there, the same bits each time."""
     monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
     dtype = F32 if variant == "plain" else BF16
-    linear_agrees(gpu, variant, (75, 200, 136), dtype, rng)
     (a, on_a), (b, on_b) = matrix(rng, 40, 330, dtype, False, 8), matrix(rng, 330, 24, dtype, True, 8)
     out, on_out = matrix(rng, 40, 24, F32, align=4)
-    run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
+    with mock.patch.object(launches, "_in_pieces", side_effect=launches._in_pieces) as in_pieces:
+        run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
+        assert in_pieces.called
     assert_close(on_out, out + a @ b, F32, factor=4)
     again = [device(np.zeros((40, 24), "f4")) for _ in range(2)]
     for one in again:
         run(gpu, variant, "matmul.add", on_a, on_b, one, False)
     assert cupy.asnumpy(again[0]).tobytes() == cupy.asnumpy(again[1]).tobytes()
+
+
+def test_pieces_of_several_tiles(gpu, rng, monkeypatch):
+    """More tiles than blocks: a share begins in one tile, covers others, ends in another; then the epilogues."""
+    monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
+    monkeypatch.setattr(launches, "HOPPER_TILES", launches.HOPPER_TILES[1:])
+    linear_agrees(gpu, "hopper", (300, 200, 520), BF16, rng, ("gelu", "residual", "slope"))

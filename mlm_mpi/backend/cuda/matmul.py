@@ -147,7 +147,7 @@ def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) 
         count, steps, blocks = tile.count(m, n), -(-k // tile.k), tile.blocks * processors
         step_cost = tile.m * tile.n * tile.k / tile.rate
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
-        if count % blocks and count * steps >= blocks:
+        if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
             best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost, tile, blocks))
     return min(best, key=lambda entry: entry[0])[1:]
 
