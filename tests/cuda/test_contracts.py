@@ -67,7 +67,7 @@ def on_host(x):
 def places(arguments):
     """(position, position inside a list or None) of every array."""
     for i, value in enumerate(arguments):
-        if isinstance(value, list):
+        if isinstance(value, list) and isinstance(value[0], cupy.ndarray):
             yield from ((i, k) for k in range(len(value)))
         elif isinstance(value, cupy.ndarray):
             yield i, None
