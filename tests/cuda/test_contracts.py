@@ -7,7 +7,6 @@ import pytest
 from agreement import device
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.backend.cuda.matmul import FUNCTIONS
 from mlm_mpi.rng import key_of
 
 DRAW = (0.3, key_of(1, "test"), 2, 3)
