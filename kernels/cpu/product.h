@@ -22,6 +22,12 @@
 
 typedef float quad __attribute__((vector_size(16)));
 typedef quad quad_any __attribute__((aligned(4), may_alias));
+#if defined(__clang__)
+#define PICK_FOUR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else /* gcc has that name only since 12 */
+typedef int32_t four __attribute__((vector_size(16)));
+#define PICK_FOUR(a, b, ...) __builtin_shuffle(a, b, (four){__VA_ARGS__})
+#endif
 
 struct plane {
     float *x;
@@ -43,18 +49,18 @@ INLINE const float *at(const struct plane *p, size row, size column) { return p-
 INLINE void turn(const float *from, size lane, const int width, float *to) {
     quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
     quad c = *(const quad_any *)(from + 2 * lane), d = *(const quad_any *)(from + 3 * lane);
-    quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    *(quad_any *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad_any *)(to + width) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(quad_any *)(to + 2 * width) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad_any *)(to + 3 * width) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    quad ab = PICK_FOUR(a, b, 0, 4, 1, 5), cd = PICK_FOUR(c, d, 0, 4, 1, 5);
+    *(quad_any *)to = PICK_FOUR(ab, cd, 0, 1, 4, 5);
+    *(quad_any *)(to + width) = PICK_FOUR(ab, cd, 2, 3, 6, 7);
+    ab = PICK_FOUR(a, b, 2, 6, 3, 7), cd = PICK_FOUR(c, d, 2, 6, 3, 7);
+    *(quad_any *)(to + 2 * width) = PICK_FOUR(ab, cd, 0, 1, 4, 5);
+    *(quad_any *)(to + 3 * width) = PICK_FOUR(ab, cd, 2, 3, 6, 7);
 }
 
 /* Two lanes of four steps: what six lanes leave over. */
 INLINE void turn_pair(const float *from, size lane, const int width, float *to) {
     quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
-    quad low = __builtin_shufflevector(a, b, 0, 4, 1, 5), high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    quad low = PICK_FOUR(a, b, 0, 4, 1, 5), high = PICK_FOUR(a, b, 2, 6, 3, 7);
     memcpy(to, &low, 8);
     memcpy(to + width, (float *)&low + 2, 8);
     memcpy(to + 2 * width, &high, 8);
