@@ -102,14 +102,13 @@ class Check:
 
     def environment(self, **more: str) -> dict[str, str]:
         """Of a worker: the checkout first, after the stand-in where that is asked for."""
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(ROOT)]))
-        cache = {"CUPY_CACHE_DIR": str(WORK / "cache" / "kernels")}
-        return (
-            os.environ
-            | cache
-            | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
-            | more
-        )
+        own = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(ROOT)])),
+            "PYTHONUNBUFFERED": "1",
+            "CUPY_CACHE_DIR": str(WORK / "cache" / "kernels"),
+            "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
+        }
+        return os.environ | own | more
 
     def worker(self, script: str, job: Any, log: str) -> Worker:
         """One of the workers beside this file."""
@@ -188,7 +187,7 @@ def test_file(path: str, environment: dict[str, str], until: float) -> dict[str,
             path,
             *seen,
         ]
-        code, text = watched(command, WORK / "logs" / f"{Path(path).stem}.log", environment, until)
+        code, text = watched(command, WORK / "logs" / f"{Path(path).stem}.log", environment, until, started=b"::")
         for name, word in OUTCOME.findall(text):
             key = {"XFAIL": "skipped", "XPASS": "passed"}.get(word, word.lower())
             if name not in outcome[key]:
@@ -223,7 +222,8 @@ def tell_tests(check: Check, outcomes: dict[str, dict[str, list[str]]]) -> None:
 
 # ---- c. sanitizers
 
-TOOLS = ("memcheck", "racecheck")
+# tool -> its options; CuPy tries calls that it expects to fail, which are no errors of kernels
+TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
 
 def run_sanitizers(check: Check, until: float) -> dict[str, Drive]:
@@ -232,7 +232,7 @@ def run_sanitizers(check: Check, until: float) -> dict[str, Drive]:
 
     def one(name: str) -> Drive:
         job = kernel_job(check, 0, sizes="small", ours_only=True)
-        prefix = [str(tool), "--tool", name, "--error-exitcode", str(FOUND_ERRORS)]
+        prefix = [str(tool), "--tool", name, *TOOLS[name], "--error-exitcode", str(FOUND_ERRORS)]
         return Drive(check.environment, job, name, prefix).run(until)
 
     with ThreadPoolExecutor(len(TOOLS)) as pool:
@@ -251,7 +251,7 @@ def tell_sanitizers(check: Check, drives: dict[str, Drive]) -> None:
         check.found.setdefault("sanitizers", {})[name] = {"summary": summary, "errors": errors[:20], "dead": drive.dead}
         said = summary[-1] if summary else "no summary"
         check.say(f"- {name}: {len(drive.rows)} rows, {len(drive.pending or [])} not reached: {said}")
-        if FOUND_ERRORS in drive.codes or drive.dead:
+        if FOUND_ERRORS in drive.codes or drive.dead or errors:
             check.fail(f"{name}: {'; '.join(errors[:3]) or drive.dead or said}")
         elif not drive.rows:
             check.fail(f"{name} reached no row: {drive.words}")
@@ -266,8 +266,8 @@ def kernel_job(check: Check, repeats: int, **more: Any) -> dict[str, Any]:
     return {"sizes": check.sizes, "dtypes": dtypes, "repeats": repeats, "only": check.options.only} | more
 
 
-def first_pass(check: Check, until: float) -> dict[str, str]:
-    """Compiles every kernel of the table and compares its result, untimed, by several workers; what died, and how."""
+def first_pass(check: Check, until: float) -> list[Drive]:
+    """Compiles every kernel of the table and compares its result, untimed, by several workers."""
 
     def one(part: int) -> Drive:
         return Drive(check.environment, kernel_job(check, 0, part=[part, PARTS]), f"pass{part}").run(until)
@@ -278,16 +278,17 @@ def first_pass(check: Check, until: float) -> dict[str, str]:
     for drive in drives:
         for path in drive.cache.glob("*.cubin"):
             shutil.copy2(path, WORK / "cache" / "kernels")
-    return {key: why for drive in drives for key, why in drive.dead.items()}
+    return drives
 
 
 def kernel_table(check: Check) -> None:
     """Every kernel of the registry against the device's roof, cuBLAS and PyTorch."""
     repeats = 2 if check.dry else 5 if check.options.quick else 11
-    known = check.found.pop("first_pass_dead", {})
+    known = check.found.pop("dead", {})
     drive = Drive(check.environment, kernel_job(check, repeats, skip=list(known)), "kernels")
     drive.run(time.monotonic() + check.left("kernels"))
-    check.found["kernels"] = [drive.rows[number] for number in sorted(drive.rows)]
+    rows = check.found.pop("first_pass", {}) | drive.rows
+    check.found["kernels"] = [rows[number] for number in sorted(rows)]
     check.say("## Kernels")
     check.say()
     check.say(
@@ -327,7 +328,7 @@ def _tell_failures(check: Check, drive: Drive, known: dict[str, str]) -> None:
 def _table_row(check: Check, row: dict[str, Any]) -> None:
     variants = row["variants"]
     timed = {name: one["us"] for name, one in variants.items() if "us" in one}
-    name = next((name for name in timed if variants[name].get("ours")), None)
+    name = next((name for name in timed if variants[name].get("kind") == "ours"), None)
     others = [f"{other} {us:.1f}" for other, us in timed.items() if other != name]
     others += [f"{other}: {one['left_out']}" for other, one in variants.items() if "left_out" in one]
     start = row["function"], row["case"], row["dtype"]
@@ -452,7 +453,7 @@ def _tell_step(check: Check, model: dict[str, Any], vocabulary: int, rows: int) 
             f"{one['turns'][-1]['peak_bytes'] / 2**30:.1f}", f"{one['ready_s']:.0f}",
         )  # fmt: skip
     check.say()
-    for side, one in found.items():
+    for side, one in list(found.items()):
         if isinstance(one, dict) and side != "ours" and one.get("turns"):
             pairs = zip(found["ours"]["turns"], one["turns"], strict=False)
             ratio = statistics.median(theirs["seconds"] / mine["seconds"] for mine, theirs in pairs)
@@ -460,8 +461,10 @@ def _tell_step(check: Check, model: dict[str, Any], vocabulary: int, rows: int) 
             check.say(f"Ours is {ratio:.3f} × as fast as {side} (median of turns, one after the other).")
     losses = found["ours"]["losses"] + [turn["loss"] for turn in found["ours"].get("turns", [])]
     check.say(f"Our losses, twice in getting ready and at the end of turns: {', '.join(f'{x:.3f}' for x in losses)}.")
-    if fallen := (found["ours"].get("turns") or [{}])[-1].get("fallbacks"):
-        check.say("Handed to the reference: " + "; ".join(f"{what} ({times} times)" for what, times in fallen.items()))
+    last = (found["ours"].get("turns") or [{}])[-1]
+    for key, words in (("fallbacks", "Handed to the reference"), ("refusals", "Handed to the next kernel")):
+        if last.get(key):
+            check.say(f"{words}: {'; '.join(f'{what} ({times} times)' for what, times in last[key].items())}.")
     check.say()
 
 
@@ -480,7 +483,9 @@ def correctness(check: Check) -> None:
     if "c" in running:
         tell_sanitizers(check, running["c"].result())
     if "d" in running:
-        check.found["first_pass_dead"] = running["d"].result()
+        drives = running["d"].result()
+        check.found["dead"] = {key: why for drive in drives for key, why in drive.dead.items()}
+        check.found["first_pass"] = {number: row for drive in drives for number, row in drive.rows.items()}
 
 
 def run(check: Check) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 SAMPLE_MS = 3.0  # of device time in a sample; a call that takes longer is a sample of its own
 MOST_CALLS = 40
-SLOW_MS = (100.0, 1000.0)  # a slower variant is sampled three times; a still slower one is timed once
+SLOW_MS = (100.0, 1000.0)  # a slower variant is sampled a few times; a still slower one is timed once
+FEW = 3
 LEAD_BYTES = 256 << 20
 
 
@@ -40,8 +41,13 @@ class Clock:
         stop.synchronize()
         return float(self._xp.cuda.get_elapsed_time(start, stop)) / calls
 
-    def compare(self, variants: Mapping[str, Sequence[Callable[[], Any]]], repeats: int) -> dict[str, list[float]]:
-        """Name -> milliseconds a call, one number a sample. A variant is one call for each set of inputs."""
+    def compare(
+        self, variants: Mapping[str, Sequence[Callable[[], Any]]], repeats: int, rarely: Sequence[str] = ()
+    ) -> dict[str, list[float]]:
+        """Name -> milliseconds a call, one number a sample. A variant is one call for each set of inputs.
+
+        `rarely`: variants that are worth a few samples only.
+        """
         times: dict[str, list[float]] = {}
         plans = {}
         for name, runs in variants.items():
@@ -57,7 +63,7 @@ class Clock:
                 runs[number % len(runs)]()
             lead_ms = 1.2e3 * (time.perf_counter() - began)
             times[name] = []
-            plans[name] = runs, calls, lead_ms, min(repeats, 3) if first > SLOW_MS[0] else repeats
+            plans[name] = runs, calls, lead_ms, FEW if first > SLOW_MS[0] or name in rarely else repeats
         for number in range(repeats):
             for name, (runs, calls, lead_ms, most) in plans.items():
                 if number < most:

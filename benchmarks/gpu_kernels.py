@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import ml_dtypes
 import numpy as np
 from gpu_cases import FULL, SMALL, Bank, Case, cases
 from gpu_clock import LEAD_BYTES, Clock, microseconds
+from gpu_workers import SKIPPED
 
 from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import wide
@@ -33,7 +35,8 @@ try:
 except ImportError:
     torch = None
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # ‖ours − theirs‖ / ‖theirs‖; both round, and sum in other orders
+# ‖ours − judge‖ / ‖judge‖ by the type of a result; rounding to bfloat16 alone costs 2e-3
+TOLERANCE = {"float32": 1e-4, "float64": 1e-4, "bfloat16": 1e-2}
 DISTINCT_BYTES = 128 << 20  # of inputs, gone through in turn: more than any L2 cache
 MOST_SETS = 8
 SEED = 1
@@ -77,107 +80,138 @@ def distance(found: Any, wanted: Any) -> float:
     return float((difference * difference).sum()) ** 0.5 / max(float((wanted * wanted).sum()) ** 0.5, 1e-30)
 
 
+def in_float32(value: Any) -> Any:
+    """An argument with bfloat16 arrays made float32."""
+    if isinstance(value, list):
+        return [in_float32(one) for one in value]
+    return wide(value) if isinstance(value, cupy.ndarray) else value
+
+
 # ---- a row
+
+Prepare = Callable[[tuple[Any, ...]], Callable[[], Any]]  # arguments -> what is timed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a function. `kind`: "ours", "reference" or "peer"."""
+
+    name: str
+    kind: str
+    prepare: Prepare
+
+    def results(self, case: Case, arguments: tuple[Any, ...]) -> list[Any]:
+        """Runs it once, waits, and returns device arrays; a peer may have fewer than the function, or none."""
+        returned = self.prepare(arguments)()
+        cupy.cuda.Device().synchronize()
+        if self.kind == "peer":
+            return [cupy.asarray(tensor.detach().float().contiguous()) for tensor in returned]
+        return [cupy.asarray(array) for array in case.results(arguments, returned)]
+
+
+def peer_variants(function: str, dtype_name: str) -> list[Variant]:
+    """PyTorch's."""
+    found = peers(function, dtype_name) if torch else {}
+    return [
+        Variant(name, "peer", lambda arguments, peer=peer: peer(*map(to_tensor, arguments)))
+        for name, peer in found.items()
+    ]  # fmt: skip
 
 
 class Comparison:
-    """One row: its variants run once and are compared, then timed."""
+    """One row: its variants run once and are compared, then timed. A function's results in float32 are the judge."""
 
-    def __init__(self, number: int, row: Row, gpu: Any, skip: set[str], ours_only: bool) -> None:
+    def __init__(self, number: int, row: Row, gpu: Any, skip: set[str]) -> None:
         self.number, (self.case, self.dtype), self.gpu, self.skip = number, row, gpu, skip
-        self.ours_only = ours_only
-        self.wanted: list[Any] | None = None
-        self.judge = ""
-        self.variants: dict[str, dict[str, Any]] = {}
-        self.working: dict[str, Callable[[tuple[Any, ...]], Callable[[], Any]]] = {}
+        self.judge, self.wanted = "", list[Any]()
+        self.found: dict[str, dict[str, Any]] = {}
+        self.working: list[Variant] = []
 
     def arguments(self, seed: int = SEED) -> tuple[Any, ...]:
         return self.case.make(Bank(cupy, seed))
-
-    def _peer(self, peer: Any) -> Callable[[tuple[Any, ...]], Callable[[], Any]]:
-        return lambda arguments: peer(*map(to_tensor, arguments))
-
-    def _entry(self, entry: Any) -> Callable[[tuple[Any, ...]], Callable[[], Any]]:
-        return lambda arguments: lambda: entry.launch(self.gpu, *arguments)
-
-    def _reference(self, arguments: tuple[Any, ...]) -> Callable[[], Any]:
-        return lambda: reference(self.case.function)(*arguments)
-
-    def run(self, repeats: int, clock: Clock | None) -> dict[str, Any]:
-        """Everything about this row."""
-        entries = [entry for entry in kernels.entries("cuda").values() if entry.name == self.case.function]
-        if self.ours_only:
-            for entry in entries:
-                self._offer(entry)
-            return self.facts()
-        for name, peer in (peers(self.case.function, self.dtype.name) if torch else {}).items():
-            self._try(name, self._peer(peer), foreign=True)
-        if self.wanted is None or not entries:
-            self._try("reference", self._reference, judge=True)
-        for entry in entries:
-            self._offer(entry)
-        if "reference" not in self.variants:
-            self._try("reference", self._reference)
-        if clock and repeats:
-            self._time(repeats, clock)
-        return self.facts()
 
     def facts(self) -> dict[str, Any]:
         """What is known of this row."""
         case = self.case
         return {
             "case": case.name, "function": case.function, "dtype": self.dtype.name, "flops": case.flops,
-            "bytes": case.bytes, "shape": case.shape, "judge": self.judge, "variants": self.variants,
+            "bytes": case.bytes, "shape": case.shape, "judge": self.judge, "variants": self.found,
         }  # fmt: skip
+
+    def run(self) -> None:
+        """All variants once."""
+        self._ask_judge()
+        self.run_ours()
+        for variant in (*peer_variants(self.case.function, self.dtype.name), self._reference()):
+            self._try(variant)
+
+    def run_ours(self) -> None:
+        """Our kernels once."""
+        for entry in kernels.entries("cuda").values():
+            if entry.name == self.case.function:
+                self._offer(entry)
+
+    def _reference(self) -> Variant:
+        return Variant("reference", "reference", lambda arguments: lambda: reference(self.case.function)(*arguments))
 
     def _offer(self, entry: Any) -> None:
         name = entry.variant or "kernel"
         if lacks := entry.lacks(self.gpu):
-            self.variants[name] = {"left_out": lacks}
+            self.found[name] = {"left_out": lacks}
         elif refused := entry.contract(*self.arguments()):
-            self.variants[name] = {"left_out": f"contract: {refused}"}
+            self.found[name] = {"left_out": f"contract: {refused}"}
         else:
-            self._try(name, self._entry(entry), ours=True)
+            self._try(Variant(name, "ours", lambda arguments: lambda: entry.launch(self.gpu, *arguments)))
 
-    def _try(self, name: str, prepare: Any, ours: bool = False, foreign: bool = False, judge: bool = False) -> None:
-        """Runs a variant once and compares it with the first that had all results."""
-        facts = self.variants[name] = {"ours": ours}
-        if f"{self.number} {name}" in self.skip:
-            facts["failed"] = "failed before"
-            return
-        say({"row": self.number, "begin": name})
+    def _ask_judge(self) -> None:
+        arguments = [in_float32(value) for value in self.arguments()]
+        for variant in (*peer_variants(self.case.function, "float32"), self._reference()):
+            results, _ = self._once(variant, f"judge {variant.name}", tuple(arguments))
+            if results:
+                self.judge, self.wanted = variant.name, results
+                return
+
+    def _once(self, variant: Variant, title: str, arguments: tuple[Any, ...]) -> tuple[list[Any] | None, str]:
+        """(results, "") or (None, what went wrong)."""
+        if f"{self.number} {title}" in self.skip:
+            return None, SKIPPED
+        say({"row": self.number, "begin": title})
         try:
-            arguments = self.arguments()
-            returned = prepare(arguments)()
-            if foreign:
-                results = [cupy.asarray(tensor.detach().float().contiguous()) for tensor in returned]
-            else:
-                results = self.case.results(arguments, returned)
-            cupy.cuda.Device().synchronize()
+            return variant.results(self.case, arguments), ""
         except Exception as error:
-            facts["failed"] = described(error)
             leave_if_broken(error)
-            return
-        self.working[name] = prepare
-        if not results or self.ours_only:
-            return
-        if self.wanted is None and (foreign or judge):
-            self.wanted, self.judge = [wide(x).astype(np.float32) for x in results], name
-            return
-        pairs = zip(results, self.wanted or [], strict=False)  # PyTorch does not return statistics
-        facts["error"] = max(distance(a, b) for a, b in pairs)
-        if not facts["error"] <= TOLERANCE[self.dtype.name]:
-            facts["failed"] = f"differs from {self.judge} by {facts['error']:.1e}"
+            return None, described(error)
 
-    def _time(self, repeats: int, clock: Clock) -> None:
-        self.wanted = None
+    def _try(self, variant: Variant) -> None:
+        facts = self.found[variant.name] = {"kind": variant.kind}
+        results, wrong = self._once(variant, variant.name, self.arguments())
+        if results and self.wanted:
+            # PyTorch does not return statistics
+            errors = [(distance(a, b), a.dtype.name) for a, b in zip(results, self.wanted, strict=False)]
+            facts["error"] = max(error for error, _ in errors)
+            if variant.kind != "peer" and not all(error <= TOLERANCE[kind] for error, kind in errors):
+                wrong = f"differs from {self.judge} in float32 by {facts['error']:.1e}"
+        if wrong:
+            facts["left_out" if variant.kind == "peer" else "failed"] = wrong
+        else:
+            self.working.append(variant)
+
+    def time(self, repeats: int, clock: Clock) -> None:
+        """Those that computed the right thing."""
+        if f"{self.number} timing" in self.skip:
+            return
+        say({"row": self.number, "begin": "timing"})
+        self.wanted = []
         held = sum(x.nbytes for x in self.arguments() if isinstance(x, cupy.ndarray))
         count = max(1, min(MOST_SETS, -(-DISTINCT_BYTES // max(1, held))))
         sets = [self.arguments(SEED + number) for number in range(count)]
-        timed = {name: prepare for name, prepare in self.working.items() if "failed" not in self.variants[name]}
-        runs = {name: [prepare(arguments) for arguments in sets] for name, prepare in timed.items()}
-        for name, samples in clock.compare(runs, repeats).items():
-            self.variants[name] |= {"us": microseconds(samples), "samples_ms": samples}
+        rarely = [variant.name for variant in self.working if variant.kind == "reference"]
+        runs = {
+            variant.name: [variant.prepare(arguments) for arguments in (sets[:1] if variant.name in rarely else sets)]
+            for variant in self.working
+        }
+        for name, samples in clock.compare(runs, repeats, rarely).items():
+            self.found[name] |= {"us": microseconds(samples), "samples_ms": samples}
 
 
 def reference(function: str) -> Callable[..., Any]:
@@ -213,6 +247,8 @@ def main() -> None:
     job = {"sizes": "full", "dtypes": ["bfloat16", "float32"], "repeats": 11, "only": [], "skip": [], "rows": None}
     job |= {"part": [0, 1], "ours_only": False}
     job |= json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+    if job["ours_only"]:
+        cupy.cuda.set_allocator(None)  # every array by itself: a sanitizer does not look inside a pool
     # a reference computes everything itself; kernels are launched by their entries
     kernels.select(reference="all", device="cuda")
     gpu, rows = kernels.selection().library, table(job["sizes"], job["dtypes"])
@@ -223,17 +259,22 @@ def main() -> None:
     if job["rows"] is None:
         part, parts = job["part"]
         chosen = chosen[part::parts]
-    say({"rows": chosen, "without_case": sorted(served - {case.function for case, _ in rows})})
+    cased = {case.function for case, _ in table(job["sizes"], ["bfloat16", "float32"])}
+    say({"rows": chosen, "without_case": sorted(served - cased)})
     lead = LEAD_BYTES if job["sizes"] == "full" else 1 << 12
     clock = Clock(cupy, lead) if job["repeats"] else None
     for number in chosen:
-        row = Comparison(number, rows[number], gpu, set(job["skip"]), job["ours_only"])
+        row = Comparison(number, rows[number], gpu, set(job["skip"]))
+        failed = {}
         try:
-            facts = row.run(job["repeats"], clock)
+            row.run_ours() if job["ours_only"] else row.run()
+            if clock:
+                row.time(job["repeats"], clock)
         except Exception as error:  # of the case itself, or out of memory
-            facts = row.facts() | {"failed": described(error)}
             leave_if_broken(error)
-        say({"row": number} | facts)
+            failed = {"failed": described(error)}
+        say({"row": number} | row.facts() | failed)
+        del row
         cupy.get_default_memory_pool().free_all_blocks()
         if torch:
             torch.cuda.empty_cache()

@@ -68,7 +68,8 @@ def ours(job: dict[str, Any], model: Any) -> Side:
         return loss / targets.size
 
     def facts() -> dict[str, Any]:
-        return {"peak_bytes": cupy.get_default_memory_pool().total_bytes(), "fallbacks": kernels.fallbacks()}
+        held = cupy.get_default_memory_pool().total_bytes()
+        return {"peak_bytes": held, "fallbacks": kernels.fallbacks(), "refusals": kernels.refusals()}
 
     return step, cupy.cuda.Device().synchronize, facts
 

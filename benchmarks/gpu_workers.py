@@ -23,6 +23,14 @@ SILENCE_S = 45.0  # who says nothing for so long hangs; a row compiles a few ker
 SKIPPED = "failed before"  # what a worker says of a variant that it was told to leave out
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """With all it started. One whose kernel never ends may take long to die: nobody waits for that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5.0)
+
+
 class Worker:
     """A process that writes lines of JSON, and answers them; its other output goes to a log."""
 
@@ -44,9 +52,9 @@ class Worker:
         assert self._process.stdout is not None
         with self._log.open("ab", buffering=0) as log:
             for line in self._process.stdout:
-                if line.startswith(b"{"):
-                    self._lines.put(json.loads(line))
-                else:
+                try:
+                    self._lines.put(dict(json.loads(line)))
+                except (ValueError, TypeError):  # somebody else's words
                     log.write(line)
         self._lines.put(None)
 
@@ -72,9 +80,7 @@ class Worker:
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=patience_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        kill(self._process)
         return code
 
     def last_words(self, lines: int = 3) -> str:
@@ -122,7 +128,7 @@ class Drive:
         job = self.job | {"rows": self.pending, "skip": skip}
         worker = Worker("gpu_kernels.py", job, self.log, self._environment, self.prefix)
         slower = 4 if self.prefix else 1  # under a sanitizer
-        current, patience = "", START_S * slower
+        current, broken, patience = "", "", START_S * slower
         while line := worker.line(min(patience, until - time.monotonic())):
             patience = SILENCE_S * slower
             if "rows" in line:
@@ -130,35 +136,42 @@ class Drive:
             elif "begin" in line:
                 current = f"{line['row']} {line['begin']}"
             elif "broken" in line:
-                self.dead[current] = line["broken"]
+                broken = line["broken"]
             elif "case" in line:
                 self.rows[line["row"]] = line
                 self.pending = [row for row in self.pending or [] if row != line["row"]]
                 current = ""
         over = time.monotonic() >= until
+        if self.pending and not current:
+            current, self.pending = f"{self.pending[0]} arguments", self.pending[1:]
         code = worker.end(10.0 if self.prefix and self.pending == [] else 0.2)  # a sanitizer sums up at its end
         self.codes.append(code)
         self.words = worker.last_words()
-        if current and current not in self.dead and not over:
-            self.dead[current] = "hung, was killed" if code is None else f"exit code {code}: {self.words}"
+        if current and not over:
+            self.dead[current] = broken or ("hung, was killed" if code is None else f"exit code {code}: {self.words}")
 
 
-def watched(command: list[str], log: Path, environment: dict[str, str], until: float) -> tuple[int | None, str]:
-    """(exit code, output) of a process; the code is None where it was killed: silent for too long, or time over."""
+def watched(
+    command: list[str], log: Path, environment: dict[str, str], until: float, started: bytes
+) -> tuple[int | None, str]:
+    """(exit code, output) of a process; the code is None where it was killed: silent for too long, or time over.
+
+    `started`: what it writes when its imports are behind it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-    size, spoke = 0, time.monotonic()
+    size, spoke, patience = 0, time.monotonic(), START_S
     while process.poll() is None:
         now = time.monotonic()
         if log.stat().st_size != size:
             size, spoke = log.stat().st_size, now
-        if now > until or now - spoke > (SILENCE_S if size else START_S):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            patience = SILENCE_S if started in log.read_bytes() else START_S
+        if now > until or now - spoke > patience:
+            kill(process)
             return None, log.read_text(errors="replace")
         time.sleep(0.1)
     return process.returncode, log.read_text(errors="replace")

@@ -105,10 +105,14 @@ class Comm(Section, frozen=True):
 
 
 class Backend(Section, frozen=True):
-    """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit)."""
+    """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit).
+
+    `graphs`: a GPU replays forward and backward as CUDA graphs; off until a GPU has run them (LOG.md, 2026-11-23).
+    """
 
     device: Literal["cpu", "gpu"] = "cpu"
     memory_gib: float = 0.0
+    graphs: bool = False
 
 
 class Numerics(Section, frozen=True):
@@ -295,6 +299,11 @@ def check(config: Config) -> None:
         config.numerics.products == "float32" or not handed_back or config.backend.device == "gpu",
         f'numerics.products = "bf16" and numerics.reference = "{config.numerics.reference}": NumPy has no bf16 '
         'products; set numerics.products = "float32"',
+    )
+    _require(
+        not config.backend.graphs or (config.backend.device == "gpu" and model.dropout == 0.0),
+        f"backend.graphs needs a GPU and no dropout: backend.device = {config.backend.device}, "
+        f"model.dropout = {model.dropout}: set backend.graphs = false",
     )
     _require(
         config.comm.reduction != "nccl" or config.backend.device == "gpu",

@@ -95,6 +95,10 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+__device__ __forceinline__ float factor_of(const Problem &p, const Work &work, int t, int key) {
+    return work.kept(p, t, key) ? p.draw.factor : 0.0f;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     Problem p, View q, View k, View v, View o, float *lse) {
     DYNAMIC_SMEM(float, queries);
@@ -134,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
             for (int j = 0; j < EACH; j++) {
                 float weight = exp2f(score[i][j] - base);
                 total[i] += weight;
+                if (DROPOUT) weight *= factor_of(p, work, first + row() + i * SIDE, key + column() + j * SIDE);
                 weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = weight;
             }
         }
@@ -198,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
             for (int j = 0; j < EACH; j++) {
                 bool seen = key + column() + j * SIDE < limit;
                 float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
+                if (DROPOUT) slope[i][j] *= factor_of(p, work, first + r, key + column() + j * SIDE);
                 weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
             }
         }
@@ -240,8 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
                 int t = column() + j * SIDE;
                 bool seen = first + r < p.limit(query + t, length);
                 float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
-                weights[r * SCORES + t] = weight;
-                bends[r * SCORES + t] = weight * (slope[i][j] - levels[t].delta);
+                float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
+                weights[r * SCORES + t] = weight * kept;
+                bends[r * SCORES + t] = weight * (slope[i][j] * kept - levels[t].delta);
             }
         }
         __syncthreads();

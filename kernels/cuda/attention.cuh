@@ -1,6 +1,6 @@
 // What the attention kernels share: where arrays lie, which keys a query sees, and in which order tiles are worked off.
 #pragma once
-#include "common.cuh"
+#include "philox.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -16,6 +16,7 @@ struct Problem {
     int causal;  // the queries are the last of the positions
     int group;   // heads whose keys and values fit into the L2 cache together
     float scale;
+    Draw draw;  // of dropped weights, where a source is compiled with DROPOUT
 
     __device__ int length(int b) const { return lengths ? max(0, min(lengths[b], keys)) : keys; }
     __device__ int offset() const { return keys - queries; }
@@ -44,6 +45,10 @@ struct Work {
     // and in one of statistics
     __device__ int64_t padded_row(const Problem &p) const {
         return (int64_t(b) * p.heads + h) * ((p.queries + PADDED - 1) / PADDED * PADDED);
+    }
+    // whether dropout keeps a weight; a call of Philox for each, so it costs more than all else
+    __device__ bool kept(const Problem &p, int t, int key) const {
+        return dropout_factors<1>(p.draw, uint64_t(row(p) + t) * p.keys + key).at[0] > 0.0f;
     }
 };
 

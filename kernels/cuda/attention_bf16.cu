@@ -7,7 +7,7 @@
 #include "attention_mma.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int BANDS = 2;
+constexpr int BANDS = DROPOUT ? 1 : 2;  // beside Philox there is room for one
 constexpr int QUERIES = WARPS * BANDS * 16;
 constexpr int KEYS = HEAD == 64 ? 64 : 48;  // as many as leave the registers of a thread unspilled
 constexpr int BLOCKS = KEYS / 8;
@@ -79,6 +79,15 @@ __device__ __forceinline__ void hide(
         }
 }
 
+__device__ __forceinline__ void drop(uint64_t kept, float factor, float (&weight)[BANDS][BLOCKS][4]) {
+#pragma unroll
+    for (int m = 0; m < BANDS; m++)
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) weight[m][n][e] *= is_kept<BLOCKS>(kept, m, n, e) ? factor : 0.0f;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     Problem p, View q, View k, View v, View o, float *lse) {
     DYNAMIC_SMEM(bf16, queries);
@@ -111,6 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
         __syncthreads();  // the keys are here, and the values of the tile before are read
         load_rows<KEYS, THREADS>(work.rows(v), v.row, key, end, p.width, values);
         cp_async_commit();
+        const uint64_t kept = kept_bits<BANDS, BLOCKS>(
+            [&](int row, int column) { return work.kept(p, first + own + row, key + column); });
         float score[BANDS][BLOCKS][4];
         multiply<KEEP ? STEPS : 4>(fragments, keys, 0, score);
         cp_async_wait<0>();
@@ -120,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
         if (key >= some) continue;
         if (key + KEYS > all) hide(p, first + own, key, length, score);
         softmax.update(score, p.scale_2(), sum);
+        if (DROPOUT) drop(kept, p.draw.factor, score);
         auto weights = [&](int k, uint32_t(&a)[BANDS][4]) {
 #pragma unroll
             for (int m = 0; m < BANDS; m++)

@@ -37,6 +37,15 @@ struct Pairs {
 __device__ __forceinline__ float low_half(uint32_t pair) { return __int_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(uint32_t pair) { return __int_as_float(pair & 0xffff0000); }
 
+__device__ __forceinline__ float factor_of(const Problem &p, uint64_t kept, int m, int n, int e) {
+    return !DROPOUT ? 1.0f : is_kept<BLOCKS>(kept, m, n, e) ? p.draw.factor : 0.0f;
+}
+
+// Ones over the halves of a pair, elements e and e + 1, that are kept.
+__device__ __forceinline__ uint32_t pair_mask(uint64_t kept, int m, int n, int e) {
+    return (is_kept<BLOCKS>(kept, m, n, e) ? 0xffffu : 0u) | (is_kept<BLOCKS>(kept, m, n, e + 1) ? 0xffff0000u : 0u);
+}
+
 // One 16-byte piece holds the statistics (attention.cu) of two queries.
 __device__ __forceinline__ void load_statistics(const Statistics *from, Statistics *to) {
     if (threadIdx.x < STREAMED / 2) cp_async16(to + threadIdx.x * 2, from + threadIdx.x * 2);
@@ -76,6 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
         if (key + STREAMED < end) load(key + STREAMED, stages + (turn ^ 1) * 2 * STREAMED * HEAD);
 #pragma unroll 1
         for (int chunk = 0; chunk < STREAMED && key + chunk < some; chunk += CHUNK) {
+            const uint64_t kept = kept_bits<BANDS, BLOCKS>(
+                [&](int row, int column) { return work.kept(p, first + own + row, key + chunk + column); });
             float score[BANDS][BLOCKS][4], slope[BANDS][BLOCKS][4];
             scores_of(queries, keys, chunk, score);
             scores_of(slopes, values, chunk, slope);
@@ -89,14 +100,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
                     int limit = p.limit(first + own + m * 16 + half * 8 + lane() / 4, length);
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
-                        float bend[2];
+                        float bent[2];
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
                             bool seen = whole || key + chunk + n * 8 + lane() % 4 * 2 + e < limit;
                             float weight = exp2_approx(score[m][n][half * 2 + e] * p.scale_2() - of.level);
-                            bend[e] = seen ? weight * (slope[m][n][half * 2 + e] - of.delta) : 0.0f;
+                            float given = slope[m][n][half * 2 + e] * factor_of(p, kept, m, n, half * 2 + e);
+                            bent[e] = seen ? weight * (given - of.delta) : 0.0f;
                         }
-                        bends.at(m, n, half) = pack_bf16(bend[0], bend[1]);
+                        bends.at(m, n, half) = pack_bf16(bent[0], bent[1]);
                     }
                 }
             accumulate<CHUNK>(bends, keys, chunk, sum);
@@ -144,6 +156,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
             const bool whole = first + own + BANDS * 16 <= p.limit(query + chunk, length);
             // pairs of bfloat16 from the start: as floats the weights would not fit beside the slopes and the sums
             Pairs weights, bends;
+            const uint64_t kept = kept_bits<BANDS, BLOCKS>(
+                [&](int row, int column) { return work.kept(p, query + chunk + column, first + own + row); });
             float score[BANDS][BLOCKS][4];  // rows are keys, columns queries
             scores_of(keys, queries, chunk, score);
 #pragma unroll
@@ -165,8 +179,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
                         weights.at(m, n, half) = pack_bf16(weight[0], weight[1]);
                     }
             }
-            accumulate<CHUNK>(weights, slopes, chunk, dvalue);
+            auto kept_weights = [&](int k, uint32_t(&a)[BANDS][4]) {
+                weights(k, a);
+                if (DROPOUT)
+#pragma unroll
+                    for (int m = 0; m < BANDS; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) a[m][i] &= pair_mask(kept, m, k / 8 + i / 2, i % 2 * 2);
+            };
+            accumulate<CHUNK>(kept_weights, slopes, chunk, dvalue);
             scores_of(values, slopes, chunk, score);
+            auto given = [&](int m, int n, int e) { return score[m][n][e] * factor_of(p, kept, m, n, e); };
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++) {
                 const int t = chunk + n * 8 + lane() % 4 * 2;
@@ -176,17 +199,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
 #pragma unroll
                     for (int half = 0; half < 2; half++)
                         bends.at(m, n, half) = pack_bf16(
-                            low_half(weights.at(m, n, half)) * (score[m][n][half * 2] - delta[0]),
-                            high_half(weights.at(m, n, half)) * (score[m][n][half * 2 + 1] - delta[1]));
+                            low_half(weights.at(m, n, half)) * (given(m, n, half * 2) - delta[0]),
+                            high_half(weights.at(m, n, half)) * (given(m, n, half * 2 + 1) - delta[1]));
             }
             accumulate<CHUNK>(bends, queries, chunk, dkey);
         }
     }
     cp_async_wait<0>();
     __syncthreads();
-    float factor[BANDS][2], one[BANDS][2];
+    const float value_scale = DROPOUT ? p.draw.factor : 1.0f;
+    float factor[BANDS][2], value_factor[BANDS][2];
 #pragma unroll
-    for (int m = 0; m < BANDS; m++) factor[m][0] = factor[m][1] = p.scale, one[m][0] = one[m][1] = 1.0f;
+    for (int m = 0; m < BANDS; m++)
+        factor[m][0] = factor[m][1] = p.scale, value_factor[m][0] = value_factor[m][1] = value_scale;
     store_rows(dkey, factor, keys, own, work.rows(dk), dk.row, first, p.keys, p.width);
-    store_rows(dvalue, one, values, own, work.rows(dv), dv.row, first, p.keys, p.width);
+    store_rows(dvalue, value_factor, values, own, work.rows(dv), dv.row, first, p.keys, p.width);
 }

@@ -85,6 +85,24 @@ __device__ __forceinline__ void accumulate(Left left, bf16 *rows, int first, flo
     }
 }
 
+// Which weights of such a product dropout keeps, a bit for each in the order of out[M][N][4]; `kept(row, column)` says
+// it of the warp's rows and the product's columns. A loop of its own: unrolled among the products, Philox would cost
+// registers that there are not.
+template <int M, int N, class Kept> __device__ __forceinline__ uint64_t kept_bits(Kept kept) {
+    if (!DROPOUT) return ~0ull;
+    uint64_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < M * N * 4; i++) {
+        int row = i / (N * 4) * 16 + i % 4 / 2 * 8 + lane() / 4, column = i / 4 % N * 8 + lane() % 4 * 2 + i % 2;
+        bits |= uint64_t(kept(row, column)) << i;
+    }
+    return bits;
+}
+
+template <int N> __device__ __forceinline__ bool is_kept(uint64_t bits, int m, int n, int e) {
+    return bits >> ((m * N + n) * 4 + e) & 1;
+}
+
 // The warp's bands times a factor per row to memory, by way of its own rows of a tile, which nobody else reads any
 // more: 16 bytes a lane. `first` is the warp's first row in the tile, `row` the number of the tile's first row.
 template <int M>

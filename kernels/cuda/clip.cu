@@ -1,7 +1,6 @@
 // Sums of squares in float64, one per block of elements: mlm_mpi/optim/clip.py. A thread block takes one.
 #include "common.cuh"
 
-constexpr int WARPS = 16;
 constexpr int THREADS = 32 * WARPS;
 
 extern "C" __global__ void __launch_bounds__(THREADS) clip_squares(

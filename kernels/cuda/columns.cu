@@ -2,8 +2,6 @@
 // end of layernorm.backward. A block has 32 x WARPS threads; its warps share the rows, its lanes the columns.
 #include "common.cuh"
 
-constexpr int WARPS = 8;
-
 // out[b, :] = sum of rows b each … (b + 1) each - 1, added to what is there with `accumulate`; b is blockIdx.y
 extern "C" __global__ void __launch_bounds__(32 * WARPS) columns_sum(
     const ELEMENT *x, float *out, int64_t rows, int64_t columns, int64_t each, int accumulate) {

@@ -1,11 +1,11 @@
-// Arrays without rows: every thread takes WIDTH elements at a time, and what is left at the end one by one.
+// Arrays without rows: a thread takes WIDTH elements, and the first threads one each of what is left at the end.
 #pragma once
 #include "common.cuh"
 
-// work.at<N>(i) for the elements i … i + N - 1, until all are done
+// work.at<N>(i) for the elements i … i + N - 1
 template <class Work> __device__ __forceinline__ void over_elements(int64_t size, Work work) {
-    int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
-    int64_t packs = size / WIDTH;
-    for (int64_t i = first; i < packs; i += step) work.template at<WIDTH>(i * WIDTH);
-    for (int64_t i = packs * WIDTH + first; i < size; i += step) work.template at<1>(i);
+    int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, packs = size / WIDTH;
+    int64_t left = packs * WIDTH + thread;
+    if (thread < packs) work.template at<WIDTH>(thread * WIDTH);
+    if (left < size) work.template at<1>(left);
 }

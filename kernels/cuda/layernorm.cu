@@ -4,8 +4,8 @@
 // elements of a row. WEIGHT is the type of gain and bias.
 #include "common.cuh"
 
-constexpr int LINE = 32 * WARPS;      // threads of a row
-constexpr int BLOCK = LINE * ROWS;    // threads of a block
+constexpr int LINE = 32 * WARPS;            // threads of a row
+constexpr int BLOCK = LINE * ROWS;          // threads of a block
 constexpr int SPAN = PACKS * WIDTH * LINE;  // columns that fit
 
 // body(p, column): pack p of this thread holds the columns column … column + WIDTH - 1
@@ -19,31 +19,28 @@ template <class F> __device__ __forceinline__ void over_packs(int columns, F bod
 
 __device__ __forceinline__ float row_sum(float x) { return group_sum<WARPS, ROWS>(x); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) layernorm_forward(
+extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK) layernorm_forward(
     const ELEMENT *x, const WEIGHT *gain, const WEIGHT *bias, float epsilon, ELEMENT *y, float *means, float *inverses,
     int64_t rows, int columns) {
-    int64_t step = int64_t(gridDim.x) * ROWS;
-    for (int64_t first = int64_t(blockIdx.x) * ROWS; first < rows; first += step) {
-        int64_t row = first + threadIdx.y;
-        int mine = row < rows ? columns : 0;  // behind the last row a warp only takes part in sums
-        Pack<float, WIDTH> held[PACKS];
-        float sum = 0.0f, squares = 0.0f;
-        over_packs(mine, [&](int p, int column) { held[p] = load<WIDTH>(x + row * columns + column); });
-        over_packs(mine, [&](int p, int) {
-            for (float each : held[p].at) sum += each;
-        });
-        float mean = row_sum(sum) / columns;
-        over_packs(mine, [&](int p, int) {
-            for (float each : held[p].at) squares += (each - mean) * (each - mean);
-        });
-        float inverse = 1.0f / sqrtf(row_sum(squares) / columns + epsilon);
-        over_packs(mine, [&](int p, int column) {
-            auto scale = load<WIDTH>(gain + column), shift = load<WIDTH>(bias + column);
-            for (int i = 0; i < WIDTH; i++) held[p].at[i] = (held[p].at[i] - mean) * inverse * scale.at[i] + shift.at[i];
-            store(y + row * columns + column, held[p]);
-        });
-        if (mine && threadIdx.x == 0) means[row] = mean, inverses[row] = inverse;
-    }
+    int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.y;
+    int mine = row < rows ? columns : 0;  // behind the last row a thread only takes part in sums
+    Pack<float, WIDTH> held[PACKS];
+    float sum = 0.0f, squares = 0.0f;
+    over_packs(mine, [&](int p, int column) { held[p] = load<WIDTH>(x + row * columns + column); });
+    over_packs(mine, [&](int p, int) {
+        for (float each : held[p].at) sum += each;
+    });
+    float mean = row_sum(sum) / columns;
+    over_packs(mine, [&](int p, int) {
+        for (float each : held[p].at) squares += (each - mean) * (each - mean);
+    });
+    float inverse = 1.0f / sqrtf(row_sum(squares) / columns + epsilon);
+    over_packs(mine, [&](int p, int column) {
+        auto scale = load<WIDTH>(gain + column), shift = load<WIDTH>(bias + column);
+        for (int i = 0; i < WIDTH; i++) held[p].at[i] = (held[p].at[i] - mean) * inverse * scale.at[i] + shift.at[i];
+        store(y + row * columns + column, held[p]);
+    });
+    if (mine && threadIdx.x == 0) means[row] = mean, inverses[row] = inverse;
 }
 
 // Sums over the block's rows of what each row has summed per column, in order, into out[0 … columns - 1].

@@ -74,6 +74,16 @@ class Stack:
     def loss_and_grad(self, ids: Any, targets: Any, mask: Any, ctx: Context, ready: Ready | None = None) -> Any:
         """Summed loss; writes or adds every gradient. `ready(i)` is called as soon as block i's are final."""
         ready = ready or (lambda block: None)
+        loss, dx, saved = self.down_to_embedding(ids, targets, mask, ctx, ready)
+        self.embedding.backward(dx, saved, ctx)
+        ready(0)
+        return loss
+
+    def down_to_embedding(self, ids: Any, targets: Any, mask: Any, ctx: Context, ready: Ready) -> tuple[Any, Any, Any]:
+        """`loss_and_grad` but for the embedding's own gradients: (loss, their dx, what they need).
+
+        All of it is work of one shape that waits for nothing; the embedding sorts ids.
+        """
         x, saved_embedding = self.embedding.forward(ids, ctx)
         saved_blocks = []
         for block in self.blocks:
@@ -88,6 +98,4 @@ class Stack:
                 _, saved = block.forward(saved, ctx)
             dx = block.backward(dx, saved, ctx)
             ready(number)
-        self.embedding.backward(dx, saved_embedding, ctx)
-        ready(0)
-        return loss
+        return loss, dx, saved_embedding

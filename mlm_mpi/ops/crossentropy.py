@@ -19,6 +19,9 @@ CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows c
 def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
 
+    Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
+    CPU; the CUDA kernel makes its loss NaN.
+
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
     xp, stored, logits = module_of(logits), logits, wide(logits)

@@ -8,7 +8,11 @@ from mlm_mpi.backend.kernels import served
 
 @served
 def forward(ids: Any, table: Any) -> Any:
-    """Shapes: ids (…), table (V, C) -> (…, C)."""
+    """Shapes: ids (…), table (V, C) -> (…, C).
+
+    An id outside the table raises IndexError on the CPU; on a GPU, where looking would cost a synchronisation, the
+    kernel gives a row of NaN, which the loss shows, and `backward` leaves the id out.
+    """
     return table[ids]
 
 

@@ -50,8 +50,11 @@ def load(run: Path, data: Path | None = None, device: str | None = None) -> Trai
     DataError if the catalog has another tokenizer.
     """
     folder, config = open_run(run)
+    replace = msgspec.structs.replace
     if device is not None:
-        config = msgspec.structs.replace(config, backend=msgspec.structs.replace(config.backend, device=device))
+        config = replace(config, backend=replace(config.backend, device=device))
+    if config.backend.device == "cpu":  # any CPU may read what a GPU or a CPU with bf16 has trained
+        config = replace(config, numerics=replace(config.numerics, products="float32"))
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
     place = place_of(config)

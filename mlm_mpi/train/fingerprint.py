@@ -33,7 +33,6 @@ def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
-        "products": config.numerics.products,
         "kernels": kernels.summary(config.train.dtype),
         "device": place.description,
         "dtype": config.train.dtype,

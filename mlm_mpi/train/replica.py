@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of
+from mlm_mpi.backend.arrays import Place, cpu, fill, gpu, module_of
+from mlm_mpi.backend.cuda.graphs import Graphs
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
 from mlm_mpi.comm.transport import transport
@@ -24,6 +25,7 @@ from mlm_mpi.data.loader import MicroBatch
 from mlm_mpi.errors import ConfigError, NumericsError, agreed
 from mlm_mpi.layers.base import Context
 from mlm_mpi.models import gpt
+from mlm_mpi.models.stack import Stack
 from mlm_mpi.optim import make_optimizer
 from mlm_mpi.optim.clip import clip_factor, norm
 from mlm_mpi.optim.schedule import learning_rate
@@ -47,6 +49,33 @@ class StepResult:
     notes: np.ndarray
 
 
+class Captured:
+    """Forward and backward of a micro-batch as CUDA graphs, one for each gradient buffer and way to add to it."""
+
+    def __init__(self, stack: Stack, store: FlatStore) -> None:
+        self.stack, self.store = stack, store
+        self.graphs = Graphs(store.xp)
+        self.inputs: tuple[Any, ...] | None = None  # the arrays that graphs read
+
+    def loss_and_grad(self, batch: MicroBatch, ctx: Context) -> Any:
+        """As `Stack.loss_and_grad`, for micro-batches of one shape and without dropout."""
+        hosts = (batch.ids, batch.targets, batch.mask)
+        if self.inputs is None:
+            self.inputs = tuple(map(self.store.place.put, hosts))
+        else:
+            for array, host in zip(self.inputs, hosts, strict=True):
+                if host is not None:
+                    fill(array, host)
+        ids, targets, mask = self.inputs
+        gradient = self.store.spans[0].parameter.grad
+        loss, dx, saved = self.graphs.run(
+            (gradient.data.ptr, ctx.accumulate),
+            lambda: self.stack.down_to_embedding(ids, targets, mask, ctx, lambda block: None),
+        )
+        self.stack.embedding.backward(dx, saved, ctx)
+        return loss.copy()  # the next replay writes over it
+
+
 class Replica:
     """Model, flat store, optimiser and reduction of a rank."""
 
@@ -59,6 +88,7 @@ class Replica:
         self.optimizer = make_optimizer(config.optim, self.store)
         self.assignment = Assignment(train.micro_batches, train.lanes, self.group.size)
         self.reduction = self._make_reduction()
+        self.captured = Captured(self.stack, self.store) if config.backend.graphs else None
         self._most = max(len(self.assignment.of_rank(rank)) for rank in range(self.group.size))
 
     def _make_reduction(self) -> Reduction:
@@ -109,7 +139,7 @@ class Replica:
             members = self.assignment.micro_batches_of(lane)
             for index in members:
                 batch = next_batch()
-                last = lane == stop - 1 and index == members[-1]
+                last = lane == stop - 1 and index == members[-1] and self.group.size > 1
                 losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
                 batches.append(batch)
                 fresh = False
@@ -118,6 +148,8 @@ class Replica:
 
     def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> Any:
         ctx = Context(self.mesh, self.config.train.seed, batch.step, batch.index, True, accumulate)
+        if self.captured is not None and ready is None:
+            return self.captured.loss_and_grad(batch, ctx)
         return self.stack.loss_and_grad(*self._arrays(batch), ctx, ready)
 
     def _arrays(self, batch: MicroBatch) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""One whole training step of a GPT through the CUDA kernels: equal to NumPy's in float64, every op served by a kernel."""
+"""Whole training steps of a GPT through the CUDA kernels equal NumPy's in float64; a kernel serves every op."""
 
 import cupy
 import numpy as np
@@ -26,7 +26,7 @@ def model(dropout=0.0):
 
 
 def step(place, dtype, rng, dropout=0.0, updates=2):
-    """(losses, norms, gradients of the first update and weights after the last one, by name); two micro-batches each."""
+    """(losses, norms, gradients of the first update, weights after the last), two micro-batches an update."""
     optim = configuration.Optim(learning_rate=1e-2, clip=0.5)
     stack = gpt.build(model(dropout), VOCABULARY)
     store = FlatStore(stack.parameter_blocks(), Mesh(), dtype, place)

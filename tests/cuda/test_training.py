@@ -73,6 +73,14 @@ def test_bf16_has_the_same_bits_on_two_ranks(home):
     assert home.train("bf16two", 2, GPU, "numerics.products=bf16").weights == one.weights
 
 
+def test_a_bf16_run_can_be_evaluated_on_any_cpu(home):
+    home.train("bf16eval", None, GPU, "numerics.products=bf16")
+    gpu, cpu = (
+        json.loads(home.program("evaluate", "bf16eval", "--json", "--device", device).out) for device in ("gpu", "cpu")
+    )
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-2)
+
+
 @pytest.mark.parametrize("reduction", ["allreduce", "nccl"])
 def test_other_reductions_agree_within_rounding(home, straight, reduction):
     assert straight.code == 0, straight.err
@@ -115,3 +123,15 @@ def test_without_cupy_one_line_says_what_to_install(home):
     ended = home.program(*home.words("nocupy", None, GPU), PYTHONPATH="")
     if "CUDA finds no GPU" not in ended.err:  # this Python has a real CuPy
         ended.refused("pip install 'mlm-mpi[cuda13]'")
+
+
+def test_graphs_give_the_same_bits(home):
+    """Lanes of two micro-batches: a buffer is written first and added to then, which are two graphs."""
+    plain = home.train("plain", None, GPU, "model.dropout=0.0")
+    for ranks in (None, 2):
+        graphs = home.train(f"graphs{ranks}", ranks, GPU, "model.dropout=0.0", "backend.graphs=true")
+        assert graphs.weights == plain.weights
+
+
+def test_graphs_are_refused_with_dropout(home):
+    home.train("graphs", None, GPU, "backend.graphs=true").refused("backend.graphs", "model.dropout = 0.1")

@@ -1,7 +1,7 @@
 """Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
 
-Variants, the preferred first: "hopper" (wgmma and TMA, forward only: backward has no such kernel yet), "mma" (tensor
-cores from compute capability 8.0 on), both for bfloat16, and "plain" for everything else.
+Variants, the preferred first: "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0 on) for bfloat16,
+"plain" for everything else.
 """
 
 import math
@@ -16,7 +16,9 @@ from mlm_mpi.backend.kernels import kernel
 PROBLEM = np.dtype(
     [("lengths", "u8")]
     + [(name, "i4") for name in ("batch", "heads", "queries", "keys", "width", "causal", "group")]
-    + [("scale", "f4")],
+    + [("scale", "f4")]
+    + [(name, "u4") for name in ("key0", "key1", "step", "micro_batch")]
+    + [("rate", "f4"), ("factor", "f4")],
     align=True,
 )
 VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
@@ -44,8 +46,6 @@ def _fit(
         return "shapes differ"
     if q.shape[3] > WIDEST:
         return f"head width above {WIDEST}"
-    if draw is not None:
-        return "dropout"
     if lengths is not None and (reason := dense(lengths, dtype=np.int32) or shaped(q.shape[:1], lengths)):
         return f"lengths: {reason}"
     return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
@@ -70,12 +70,20 @@ def _heads_first(x: Any) -> Any:
     return x.swapaxes(1, 2)  # (B, T, H, D) -> (B, H, T, D), a view
 
 
-def _problem(q: Any, k: Any, causal: bool, lengths: Any) -> Any:
+def _problem(q: Any, k: Any, causal: bool, draw: Any, lengths: Any) -> Any:
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     group = max(1, min(batch * heads, L2_BYTES // (2 * keys * width * k.itemsize)))
     address = 0 if lengths is None else lengths.data.ptr
-    return np.array([(address, batch, heads, queries, keys, width, causal, group, 1.0 / math.sqrt(width))], PROBLEM)
+    numbers = (address, batch, heads, queries, keys, width, causal, group, 1.0 / math.sqrt(width))
+    return np.array([(*numbers, *_drawn(draw))], PROBLEM)
+
+
+def _drawn(draw: Any) -> tuple[Any, ...]:
+    if draw is None:
+        return 0, 0, 0, 0, 0.0, 1.0
+    words = (*draw.key, draw.step, draw.micro_batch)
+    return *(word & 0xFFFFFFFF for word in words), draw.rate, 1.0 / (1.0 - draw.rate)
 
 
 def _blocks(q: Any, rows: int, tile: int) -> tuple[int]:
@@ -92,7 +100,7 @@ def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
     """Of every query the log-sum-exp in base 2 and Σ do·o: (B, H, T rounded up, 2) float32."""
     batch, heads, queries = lse.shape
     statistics = gpu.cupy.empty((batch, heads, -(-queries // PADDED) * PADDED, 2), np.float32)
-    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32)
+    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32, DROPOUT=0)
     blocks = -(-statistics.size // 2 // (PLAIN_THREADS // 32))
     views = map(_view, (_heads_first(do), _heads_first(o)))
     run((blocks,), (PLAIN_THREADS,), (problem, *views, lse, statistics))
@@ -102,7 +110,6 @@ def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
 # ---- bfloat16 on tensor cores ------------------------------------------------------------------
 
 MMA_THREADS = 128
-MMA_QUERIES = 128  # of a block of attention_bf16.cu
 MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
 
 
@@ -135,37 +142,46 @@ def _mma_head(width: int) -> int:
 
 
 HOPPER_THREADS = 384
-HOPPER_QUERIES, HOPPER_KEYS = 128, 128
-HOPPER_STAGES = 2
+HOPPER_ROWS = 64  # of a warpgroup that multiplies; a block has two
+HOPPER_OWNED = 128
+HOPPER_KEYS = 128
 
 
-@kernel("attention.forward", _fit_mma, device="cuda", variant="hopper", lacks=_lacks_hopper)
+def _fit_hopper(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
+    return _fit_mma(q, k, v, causal, draw, lengths) or ("" if draw is None else "dropout")
+
+
+def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
+    """For tiles of `rows` rows, and 64 columns at a time, of an array (B, H, rows, D)."""
+    return gpu.tensor_map(x, (1, 1, rows, 64))
+
+
+@kernel("attention.forward", _fit_hopper, device="cuda", variant="hopper", lacks=_lacks_hopper)
 def _hopper_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
     head = _mma_head(q.shape[3])
-    shared = 2 * head * (HOPPER_QUERIES + 2 * HOPPER_STAGES * HOPPER_KEYS)
+    stages = 4 if head == 64 else 2
+    shared = 2 * head * (HOPPER_OWNED + 2 * stages * HOPPER_KEYS)
     run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
-    rows, columns = (1, 1, 64, 64), (1, 1, HOPPER_KEYS, 64)
-    boxes = ((q, rows), (k, columns), (v, columns), (_heads_first(o), rows))
-    maps = (gpu.tensor_map(x, box) for x, box in boxes)
-    arguments = (_problem(q, k, causal, lengths), *maps, lse)
-    run(_blocks(q, q.shape[2], HOPPER_QUERIES), (HOPPER_THREADS,), arguments, shared_mem=shared)
+    inputs = (_map(gpu, q), _map(gpu, k, HOPPER_KEYS), _map(gpu, v, HOPPER_KEYS))
+    arguments = (_problem(q, k, causal, draw, lengths), *inputs, _map(gpu, _heads_first(o)), lse)
+    run(_blocks(q, q.shape[2], HOPPER_OWNED), (HOPPER_THREADS,), arguments, shared_mem=shared)
     return o, lse
 
 
 @kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
 def _mma_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
-    head = _mma_head(q.shape[3])
-    keys = 64 if head == 64 else 48
-    shared = 2 * head * (MMA_QUERIES + 2 * keys)
-    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
-    arguments = (_problem(q, k, causal, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
-    run(_blocks(q, q.shape[2], MMA_QUERIES), (MMA_THREADS,), arguments, shared_mem=shared)
+    head, dropped = _mma_head(q.shape[3]), int(draw is not None)
+    queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
+    shared = 2 * head * (queries + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head, DROPOUT=dropped)
+    arguments = (_problem(q, k, causal, draw, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], queries), (MMA_THREADS,), arguments, shared_mem=shared)
     return o, lse
 
 
@@ -177,12 +193,42 @@ def _fit_mma_backward(
     return reason or _aligned(do, q, k, v, dq, dk, dv)
 
 
+def _fit_hopper_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or ("" if draw is None else "dropout")
+
+
+@kernel("attention.backward", _fit_hopper_backward, device="cuda", variant="hopper", lacks=_lacks_hopper)
+def _hopper_backward(
+    gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> None:  # fmt: skip
+    problem = _problem(q, k, causal, draw, lengths)
+    statistics = _statistics(gpu, problem, do, o, lse)
+    head, slopes, stages = _mma_head(q.shape[3]), _heads_first(do), 4
+
+    def run(name: str, rows: int, streamed: int, arguments: tuple[Any, ...]) -> None:
+        shared = 4 * head * (HOPPER_OWNED + stages * streamed) + 8 * stages * HOPPER_ROWS
+        kernel = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
+        kernel(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
+
+    keys = 128 if head == 64 else 64
+    inputs = (_map(gpu, slopes), _map(gpu, q), _map(gpu, k, keys), _map(gpu, v, keys), statistics)
+    run("attention_backward_queries", q.shape[2], keys, (*inputs, _map(gpu, dq)))
+    rows = statistics.reshape(-1, 2 * statistics.shape[2])
+    inputs = (*inputs[:2], _map(gpu, k), _map(gpu, v), gpu.tensor_map(rows, (1, 2 * HOPPER_ROWS), 0))
+    run("attention_backward_keys", k.shape[2], HOPPER_ROWS, (*inputs, _map(gpu, dk), _map(gpu, dv)))
+
+
 @kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: None = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
 ) -> None:  # fmt: skip
-    problem = _problem(q, k, causal, lengths)
+    problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
     head = _mma_head(q.shape[3])
     threads, streamed = (128, 64) if head == 64 else (256, 32)
@@ -190,7 +236,8 @@ def _mma_backward(
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
     for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
-            "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head
+            "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head,
+            DROPOUT=int(draw is not None),
         )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, MMA_OWNED), (threads,), arguments, shared_mem=shared)
@@ -208,14 +255,16 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
 
 @kernel("attention.forward", _fit, device="cuda", variant="plain")
 def _plain_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: None = None, lengths: Any = None
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     shared = 3 * rows + scores
-    run = gpu.function("attention", "attention_forward", shared, ELEMENT=element(q), HEAD=head)
+    run = gpu.function(
+        "attention", "attention_forward", shared, ELEMENT=element(q), HEAD=head, DROPOUT=int(draw is not None)
+    )
     views = map(_view, (q, k, v, _heads_first(o)))
-    arguments = (_problem(q, k, causal, lengths), *views, lse)
+    arguments = (_problem(q, k, causal, draw, lengths), *views, lse)
     run(_blocks(q, q.shape[2], tile), (PLAIN_THREADS,), arguments, shared_mem=shared)
     return o, lse
 
@@ -223,14 +272,21 @@ def _plain_forward(
 @kernel("attention.backward", _fit_backward, device="cuda", variant="plain")
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: None = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
 ) -> None:  # fmt: skip
-    problem = _problem(q, k, causal, lengths)
+    problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
     for name, length, matrices, outputs in (("queries", q.shape[2], 1, (dq,)), ("keys", k.shape[2], 2, (dk, dv))):
         shared = 4 * rows + matrices * scores + 8 * tile
-        run = gpu.function("attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head)
+        run = gpu.function(
+            "attention",
+            f"attention_backward_{name}",
+            shared,
+            ELEMENT=element(q),
+            HEAD=head,
+            DROPOUT=int(draw is not None),
+        )
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, tile), (PLAIN_THREADS,), arguments, shared_mem=shared)

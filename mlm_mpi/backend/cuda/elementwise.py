@@ -8,15 +8,12 @@ from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, wid
 from mlm_mpi.backend.kernels import kernel
 
 THREADS = 256
-BLOCKS_PER_PROCESSOR = 8  # 2048 threads, all that fit
 PARTS = 8  # arrays that one launch of sums.tree adds
 
 
 def _launch(gpu: Any, name: str, size: int, wide: int, arguments: tuple[Any, ...], **defines: Any) -> None:
-    blocks = -(-size // (THREADS * wide))
-    grid = (max(1, min(blocks, BLOCKS_PER_PROCESSOR * gpu.processors)),)
     run = gpu.function(name.partition("_")[0], name, WIDTH=wide, **defines)
-    run(grid, (THREADS,), (*arguments, np.int64(size)))
+    run((max(1, -(-size // (THREADS * wide))),), (THREADS,), (*arguments, np.int64(size)))
 
 
 # ---- gelu

@@ -14,10 +14,11 @@ from mlm_mpi.backend.kernels import kernel
 LANES = 32
 ROWS = 8  # warps of a block that share the columns, each with rows of its own
 THREADS = 2048  # that fit on a processor
-MOST_WARPS = 16  # of a row of layer normalisation
 PARTS = 256  # of the rows in layernorm.backward: two blocks on each processor of an H100
-BLOCKS = 1024  # that columns_sum aims at
+BLOCKS = 768  # of columns_sum: 6 on each processor of an H100
 SHORT_ROW = 8192  # logits; a longer row gets more warps
+CHUNK = 32  # positions that a warp of embedding_backward sums: as many as it has lanes
+CLIP_WARPS = 16  # of a block of elements
 
 
 def _strips(columns: int, wide: int) -> int:
@@ -51,7 +52,7 @@ def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool) -> None:
     strips = _strips(columns, 16 // dy.itemsize)  # whatever the address, so that the cut is the same
     parts, each = _cut(rows, min(BLOCKS // strips, rows // (4 * ROWS)))  # four rows a warp, at the least
     sums = db if parts == 1 else gpu.cupy.empty((parts, columns), db.dtype)
-    run = gpu.function("columns", "columns_sum", ELEMENT=element(dy), WIDTH=wide)
+    run = gpu.function("columns", "columns_sum", ELEMENT=element(dy), WIDTH=wide, WARPS=ROWS)
     sizes = (np.int64(rows), np.int64(columns), np.int64(each))
     run((_strips(columns, wide), parts), (LANES, ROWS), (dy, sums, *sizes, np.int32(accumulate and parts == 1)))
     if parts > 1:
@@ -61,7 +62,7 @@ def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool) -> None:
 def _add_parts(gpu: Any, parts: Any, out: tuple[Any, ...], accumulate: bool) -> None:
     # shapes: parts (P, len(out) · C), out (C,) each
     columns = out[0].size
-    run = gpu.function("columns", "columns_add", ELEMENT="float", WIDTH=1)
+    run = gpu.function("columns", "columns_add", ELEMENT="float", WIDTH=1, WARPS=ROWS)
     first, second = (*out, None)[:2]
     numbers = (np.int32(len(parts)), np.int64(columns), np.int32(accumulate))
     run((_strips(columns, 1), len(out)), (LANES, ROWS), (parts, first, second, *numbers))
@@ -70,47 +71,44 @@ def _add_parts(gpu: Any, parts: Any, out: tuple[Any, ...], accumulate: bool) -> 
 # ---- layernorm
 
 
-def _layout(columns: int, wide: int, itemsize: int) -> tuple[int, int, int] | None:
-    """(packs of a thread, warps of a row, rows of a block), or None where a row is too long.
+def _layout(x: Any, gain: Any, *arrays: Any) -> dict[str, Any]:
+    """How kernels/cuda/layernorm.cu is compiled for rows of x, or {} where a row is too long.
 
-    A thread of the backward keeps four numbers an element: sixteen elements of float32, or 24 of bfloat16, which it
-    holds as they are stored, fit in 128 registers.
+    A thread of the backward keeps four numbers an element: 16 elements of float32, 24 of bfloat16, which it holds as
+    they are stored, or 12 that are loaded one by one need no more than 128 registers (NVRTC 13.0, no spills).
     """
-    warps = 1
-    while warps <= MOST_WARPS:
-        packs = -(-columns // (LANES * warps * wide))
-        if packs * wide <= (16 if itemsize == 4 else 24):
-            return max(1, packs), warps, max(1, ROWS // warps)
-        warps *= 2
-    return None
+    columns = x.shape[1]
+    wide = width(x, gain, *arrays, columns=columns)
+    most = 12 if wide == 1 else 16 if x.itemsize == 4 else 24
+    for warps in (1, 2, 4, 8, 16):
+        packs = max(1, -(-columns // (LANES * warps * wide)))
+        if packs * wide <= most:
+            shape = {"WIDTH": wide, "PACKS": packs, "WARPS": warps, "ROWS": max(1, ROWS // warps)}
+            return {"ELEMENT": element(x), "WEIGHT": element(gain), **shape}
+    return {}
 
 
-def _fit_norm(x: Any, gain: Any, *arrays: Any) -> str:
-    if why := dense(x, *arrays) or dense(gain):
+def _fit_norm(x: Any, weights: tuple[Any, ...], *arrays: Any) -> str:
+    if why := dense(x, *arrays) or dense(*weights) or shaped(x.shape[1:], *weights):
         return why
     if x.ndim != 2:
         return "no matrix"
-    return "" if _layout(x.shape[1], 1, x.itemsize) else "rows too long"
-
-
-def _norm_defines(x: Any, gain: Any, wide: int) -> dict[str, Any]:
-    packs, warps, rows = _layout(x.shape[1], wide, x.itemsize)  # type: ignore[misc]
-    return {"ELEMENT": element(x), "WEIGHT": element(gain), "WIDTH": wide, "PACKS": packs, "WARPS": warps, "ROWS": rows}
+    return "" if _layout(x, *weights, *arrays) else "rows too long"
 
 
 def _fit_norm_forward(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
-    return _fit_norm(x, gain) or dense(gain, bias) or shaped(x.shape[1:], gain, bias)
+    return _fit_norm(x, (gain, bias))
 
 
 @kernel("layernorm.forward", _fit_norm_forward, device="cuda")
 def _layernorm_forward(gpu: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
     rows, columns = x.shape
     y, statistics = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty((2, rows), np.float32)
-    defines = _norm_defines(x, gain, width(x, gain, bias, y, columns=columns))
+    defines = _layout(x, gain, bias)
     block = LANES * defines["WARPS"], defines["ROWS"]
-    blocks = min(-(-rows // block[1]), gpu.processors * THREADS // (block[0] * block[1]))
+    grid = (max(1, -(-rows // block[1])),)
     arguments = (x, gain, bias, np.float32(epsilon), y, statistics[0], statistics[1], np.int64(rows), np.int32(columns))
-    gpu.function("layernorm", "layernorm_forward", **defines)((max(1, blocks),), block, arguments)
+    gpu.function("layernorm", "layernorm_forward", **defines)(grid, block, arguments)
     return y, statistics
 
 
@@ -118,8 +116,8 @@ def _fit_norm_backward(
     dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
 ) -> str:
     return (
-        _fit_norm(x, gain, dy, add) or dense(statistics, dgain, dbias, dtype=np.float32) or shaped(x.shape, dy, add)
-        or shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics)
+        _fit_norm(x, (gain,), dy, add) or dense(statistics, dgain, dbias, dtype=np.float32) or shaped(x.shape, dy, add)
+        or shaped(x.shape[1:], dgain, dbias) or shaped((2, x.shape[0]), statistics)
     )  # fmt: skip
 
 
@@ -129,23 +127,12 @@ def _layernorm_backward(
 ) -> Any:
     rows, columns = x.shape
     dx = gpu.cupy.empty(x.shape, x.dtype)
-    defines = _norm_defines(x, gain, width(dy, x, gain, add, dx, columns=columns))
+    defines = _layout(x, gain, dy, add)
     parts, each = _cut(-(-rows // defines["ROWS"]), PARTS)
     each *= defines["ROWS"]
     sums = gpu.cupy.empty((parts, 2 * columns), np.float32)
-    arguments = (
-        dy,
-        x,
-        gain,
-        statistics[0],
-        statistics[1],
-        add,
-        dx,
-        sums,
-        np.int64(rows),
-        np.int64(each),
-        np.int32(columns),
-    )
+    sizes = (np.int64(rows), np.int64(each), np.int32(columns))
+    arguments = (dy, x, gain, statistics[0], statistics[1], add, dx, sums, *sizes)
     block = LANES * defines["WARPS"], defines["ROWS"]
     gpu.function("layernorm", "layernorm_backward", **defines)((parts,), block, arguments)
     _add_parts(gpu, sums, (dgain, dbias), accumulate)
@@ -199,12 +186,10 @@ def _embedding_forward(gpu: Any, ids: Any, table: Any) -> Any:
     return out
 
 
-CHUNK = 32  # positions that a warp of embedding_backward sums, as in embedding.cu
-
-
 def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
     why = dense(dy) or dense(ids, dtype=np.int32) or dense(dtable, dtype=np.float32)
-    return why or ("" if dtable.ndim == 2 else "no matrix") or shaped((ids.size, dtable.shape[1]), dy)
+    dims = "" if (ids.ndim, dtable.ndim) == (1, 2) else "dimensions differ"
+    return why or dims or shaped((ids.size, dtable.shape[1]), dy)
 
 
 @kernel("embedding.backward", _fit_scatter, device="cuda")
@@ -228,7 +213,7 @@ def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
 @kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32), device="cuda")
 def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
     out = gpu.cupy.empty(-(-x.size // block), np.float64)
-    run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block))
+    run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block), WARPS=CLIP_WARPS)
     if out.size:
-        run((out.size,), (512,), (x, out, np.int64(x.size), np.int64(block)))
+        run((out.size,), (LANES * CLIP_WARPS,), (x, out, np.int64(x.size), np.int64(block)))
     return out

@@ -9,7 +9,7 @@ import operator
 
 import numpy as np
 
-from . import cuda, memory
+from . import cuda, graph, memory
 from .emulated import RawModule, load_driver, seed
 
 __all__ = ["RawModule", "cuda", "ndarray", "seed"]
@@ -50,14 +50,15 @@ class ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed: use .get()")
 
     def __getitem__(self, index):
-        return wrap(self._host[unwrap(index)])
+        return _made(lambda: self._host[unwrap(index)])
 
     def __setitem__(self, index, value):
         if isinstance(value, np.ndarray) and value.ndim:
             raise TypeError("a NumPy array cannot be assigned to device memory: use .set()")
-        self._host[unwrap(index)] = unwrap(value)
+        graph.change(lambda: operator.setitem(self._host, unwrap(index), unwrap(value)))
 
     def get(self, stream=None, out=None, blocking=True):
+        graph.forbid_waiting()
         if out is None:
             return self._host.copy()
         stream = stream or cuda.get_current_stream()
@@ -67,17 +68,21 @@ class ndarray:
         return out
 
     def set(self, host, stream=None):
+        graph.forbid_waiting()
         if not isinstance(host, np.ndarray) or host.dtype != self.dtype or host.shape != self.shape:
             raise TypeError("set() needs a NumPy array of the same dtype and shape")
         (stream or cuda.get_current_stream()).later(lambda: np.copyto(self._host, host))
 
     def __float__(self):
+        graph.forbid_waiting()
         return float(self._host)
 
     def __int__(self):
+        graph.forbid_waiting()
         return int(self._host)
 
     def __bool__(self):
+        graph.forbid_waiting()
         return bool(self._host)
 
 
@@ -95,18 +100,42 @@ def unwrap(value):
     return value
 
 
+def _made(compute):
+    """The arrays that `compute` gives; a graph under capture computes them into the same memory in every replay."""
+    result = wrap(compute())
+    graph.again(lambda: _refresh(result, wrap(compute())))
+    return result
+
+
+def _refresh(old, new):
+    if isinstance(old, ndarray):
+        np.copyto(old._host, new._host)
+
+
 def _checked(values):
     for value in values:
         if isinstance(value, np.ndarray) and value.ndim:
             raise TypeError(f"Unsupported type {type(value)}")
+        if isinstance(value, (list, tuple)):
+            _checked(value)
+
+
+def _call(function, arguments, named):
+    """function(...), or with `out` a change of it."""
+
+    def compute():
+        return function(*map(unwrap, arguments), **{key: unwrap(value) for key, value in named.items()})
+
+    if "out" not in named and function is not np.copyto and function.__name__ != "fill":
+        return _made(compute)
+    graph.change(compute)
+    return named.get("out")
 
 
 def _method(name):
     def call(self, *arguments, **named):
         _checked(arguments)
-        out = named.get("out")
-        result = getattr(self._host, name)(*map(unwrap, arguments), **{k: unwrap(v) for k, v in named.items()})
-        return out if out is not None else wrap(result)
+        return _call(getattr(self._host, name), arguments, named)
 
     return call
 
@@ -122,19 +151,19 @@ def _binary(function, swapped):
     def call(self, other):
         _checked([other])
         left, right = (other, self) if swapped else (self, other)
-        return wrap(function(unwrap(left), unwrap(right)))
+        return _made(lambda: function(unwrap(left), unwrap(right)))
 
     return call
 
 
 def _unary(function):
-    return lambda self: wrap(function(self._host))
+    return lambda self: _made(lambda: function(self._host))
 
 
 def _in_place(function):
     def call(self, other):
         _checked([other])
-        function(self._host, unwrap(other))
+        graph.change(lambda: function(self._host, unwrap(other)))
         return self
 
     return call
@@ -175,9 +204,9 @@ def asnumpy(value):
 def _function(name):
     def call(*arguments, **named):
         _checked(arguments)
-        out = named.get("out")
-        result = getattr(np, name)(*map(unwrap, arguments), **{k: unwrap(v) for k, v in named.items()})
-        return out if out is not None else wrap(result)
+        if name in WAITING:
+            graph.forbid_waiting()
+        return _call(getattr(np, name), arguments, named)
 
     call.__name__ = name
     return call
@@ -190,20 +219,10 @@ for _name in (
 ):  # fmt: skip
     globals()[_name] = _function(_name)
 inf = np.inf
+WAITING = ("argsort", "flatnonzero")  # CuPy's wait for the device in between
 
 
-class _Pool:
-    def set_limit(self, size=None):
-        self.limit = size
-
-    def total_bytes(self):
-        return 0
-
-    def free_all_blocks(self):
-        pass
-
-
-_pool = _Pool()
+_pool = cuda.MemoryPool()
 
 
 def get_default_memory_pool():

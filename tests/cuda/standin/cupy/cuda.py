@@ -4,12 +4,13 @@ Work on the current stream happens at once. A copy on another stream happens onl
 several times whether it is done, or waits for it: whoever reads too early reads old numbers.
 """
 
+import contextlib
 import os
 import time
 
 import numpy as np
 
-from . import nccl
+from . import graph, nccl
 
 __all__ = ["nccl"]
 
@@ -47,6 +48,18 @@ class Stream:
 
     def later(self, work):
         self.queue.append(work)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def begin_capture(self, mode=None):
+        graph.begin()
+
+    def end_capture(self):
+        return graph.end()
 
     def wait_event(self, event):
         self.later(event.synchronize)
@@ -87,8 +100,31 @@ class Event:
         self.stream.synchronize()
 
 
+def set_allocator(allocator):
+    pass
+
+
 def get_elapsed_time(start, stop):
     return 1e3 * (stop.seconds - start.seconds)
+
+
+class MemoryPool:
+    def malloc(self, size):
+        raise NotImplementedError("the stand-in's arrays do not ask a pool for memory")
+
+    def set_limit(self, size=None):
+        self.limit = size
+
+    def total_bytes(self):
+        return 0
+
+    def free_all_blocks(self):
+        pass
+
+
+@contextlib.contextmanager
+def using_allocator(allocator):
+    yield
 
 
 def alloc_pinned_memory(size):

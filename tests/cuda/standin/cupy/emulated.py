@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import memory
+from . import graph, memory
 
 ROOT = Path(__file__).parents[4]
 EMULATOR = ROOT / "kernels" / "cuda" / "emulator"
@@ -76,6 +76,9 @@ class Function:
         self.library, self.name, self.launch = library, name, getattr(library, f"cu_launch_{name}")
 
     def __call__(self, grid, block, args, shared_mem=0):
+        graph.change(lambda: self._run(grid, block, args, shared_mem))
+
+    def _run(self, grid, block, args, shared_mem):
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError(f"{self.name}: {shared_mem} bytes of shared memory were not asked for")
         sizes, values = [], []

@@ -1,0 +1,72 @@
+"""The references in bfloat16: arithmetic in float32, results rounded once; on arrays of either module."""
+
+import cupy
+import ml_dtypes
+import numpy as np
+import pytest
+from agreement import device
+
+from mlm_mpi.ops import crossentropy, dropout, embedding, gelu, layernorm, linear
+from mlm_mpi.rng import key_of
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DRAW = dropout.Draw(0.3, key_of(5, "test"), 7, 3)
+
+
+def cases(rng):
+    """name -> (function, arguments, positions of those written)"""
+    x, dy, add = rng.normal(size=(3, 9, 40))
+    gain, bias = rng.normal(size=(2, 40))
+    statistics = np.stack([x.mean(axis=1), 1 / x.std(axis=1)]).astype("f4")
+    sums = [np.ones(40, "f4") for _ in range(2)]
+    targets, mask = rng.integers(0, 40, 9), rng.random(9) < 0.5
+    return {
+        "gelu.forward": (gelu.forward, [x], ()),
+        "gelu.backward": (gelu.backward, [dy, x], ()),
+        "gelu.backward in place": (gelu.backward, [dy, x, np.zeros_like(x)], (2,)),
+        "layernorm.forward": (layernorm.forward, [x, gain, bias, 1e-5], ()),
+        "layernorm.backward": (layernorm.backward, [dy, x, gain, statistics, *sums, True, add], (4, 5)),
+        "linear.bias_gradient": (linear.bias_gradient, [dy, sums[0], False], (1,)),
+        "dropout.forward": (dropout.forward, [x, DRAW, add], ()),
+        "embedding.backward": (embedding.backward, [dy, targets % 5, np.ones((5, 40), "f4")], (2,)),
+        "crossentropy.rows": (crossentropy.rows, [x, targets, mask, True], (0,)),
+    }
+
+
+def call(case, convert):
+    function, arguments, written = case
+    arguments = [convert(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    result = function.__wrapped__(*arguments)
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    return [*results, *(arguments[i] for i in written)]
+
+
+def narrow(a):
+    return a.astype(BF16) if a.dtype == np.float64 else a.copy()
+
+
+def widened(a):
+    return narrow(a).astype("f4") if a.dtype == np.float64 else a.copy()
+
+
+NAMES = list(cases(np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_float32_rounded_once(name, rng):
+    case = cases(rng)[name]
+    for found, exact in zip(call(case, narrow), call(case, widened), strict=True):
+        # what was float32 in is float32 out, what was bfloat16 is bfloat16, losses are float64
+        assert found.dtype == (exact.dtype if found.dtype != BF16 else BF16)
+        assert np.array_equal(found, exact.astype(found.dtype))
+    assert any(a.dtype == BF16 for a in call(case, narrow)) == (
+        name not in ("linear.bias_gradient", "embedding.backward")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "embedding.backward"])
+def test_on_the_device_as_on_the_host(gpu, name, rng):
+    case = cases(rng)[name]
+    for found, exact in zip(call(case, lambda a: device(narrow(a))), call(case, narrow), strict=True):
+        assert isinstance(found, cupy.ndarray) and found.dtype == exact.dtype
+        assert np.allclose(found.get().astype("f8"), exact.astype("f8"), rtol=1e-2, atol=1e-6)
