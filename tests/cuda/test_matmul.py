@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from unittest import mock
 
 import cupy
@@ -157,11 +158,17 @@ def test_pieces(gpu, variant, rng, monkeypatch):
     assert cupy.asnumpy(again[0]).tobytes() == cupy.asnumpy(again[1]).tobytes()
 
 
-def test_pieces_of_several_tiles(gpu, rng, monkeypatch):
+@pytest.mark.parametrize(
+    "variant, epilogues", [("plain", ["bias"]), ("mma", ["residual"]), ("hopper", ["gelu", "residual", "slope"])]
+)
+def test_pieces_of_several_tiles(gpu, variant, epilogues, rng, monkeypatch):
     """More tiles than blocks: a share begins in one tile, covers others, ends in another; then the epilogues."""
     monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
-    monkeypatch.setattr(launches, "HOPPER_TILES", launches.HOPPER_TILES[1:])
-    linear_agrees(gpu, "hopper", (300, 200, 520), BF16, rng, ("gelu", "residual", "slope"))
+    name = f"{variant.upper()}_TILES"
+    narrow = replace(getattr(launches, name)[-1], blocks=1)  # four blocks in all
+    monkeypatch.setattr(launches, name, (narrow,))
+    dtype = F32 if variant == "plain" else BF16
+    linear_agrees(gpu, variant, (3 * narrow.m - 10, 136, 3 * narrow.n - 24), dtype, rng, epilogues)
 
 
 # ---- who serves, and what is refused
