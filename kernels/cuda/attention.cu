@@ -221,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dk, View dv) {
     DYNAMIC_SMEM(float, keys);
     float *values = keys + TILE * LINE, *queries = values + TILE * LINE, *slopes = queries + TILE * LINE;
-    float *weights = slopes + TILE * LINE, *bends = weights + TILE * SCORES;
-    Statistics *levels = reinterpret_cast<Statistics *>(bends + TILE * SCORES);
+    float *weights = slopes + TILE * LINE;  // then what bends the scores: 99 KiB are all that some chips have
+    Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
     const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int begin = first < length ? p.first_query(first) / TILE * TILE : p.queries;  // hidden keys: no query
@@ -248,12 +248,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
                 float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
                 float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
                 weights[r * SCORES + t] = weight * kept;
-                bends[r * SCORES + t] = weight * (slope[i][j] * kept - levels[t].delta);
+                slope[i][j] = weight * (slope[i][j] * kept - levels[t].delta);
             }
         }
         __syncthreads();
         accumulate(weights, slopes, dvalue);
-        accumulate(bends, queries, dkey);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < EACH; j++) weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = slope[i][j];
+        __syncthreads();
+        accumulate(weights, queries, dkey);
         __syncthreads();
     }
     float factor[EACH], one[EACH];

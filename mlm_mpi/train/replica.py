@@ -111,7 +111,7 @@ class Replica:
             members = self.assignment.micro_batches_of(lane)
             for index in members:
                 batch = next_batch()
-                last = lane == stop - 1 and index == members[-1] and self.group.size > 1
+                last = lane == stop - 1 and index == members[-1]
                 losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
                 batches.append(batch)
                 fresh = False
@@ -120,7 +120,7 @@ class Replica:
 
     def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> Any:
         ctx = Context(self.mesh, self.config.train.seed, batch.step, batch.index, True, accumulate)
-        if self.captured is not None and ready is None:
+        if self.captured is not None and (ready is None or self.group.size == 1):
             return self.captured.loss_and_grad(batch, ctx)
         return self.stack.loss_and_grad(*self._arrays(batch), ctx, ready)
 
@@ -201,10 +201,10 @@ def place_of(config: Config, level: str = "auto", local_rank: int = 0) -> Place:
     """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError."""
     numerics, backend = config.numerics, config.backend
     if backend.device == "cpu":
-        kernels.select(level, numerics.reference, numerics.products)
+        kernels.select(level, numerics.reference, numerics.products, numerics.threads)
         return cpu(config.train.dtype)
     place = gpu(config.train.dtype, numerics.products, local_rank, backend.memory_gib)
-    kernels.select(reference=numerics.reference, device="cuda")
+    kernels.select(reference=numerics.reference, threads=numerics.threads, device="cuda")
     return place
 
 

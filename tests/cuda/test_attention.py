@@ -11,6 +11,7 @@ from mlm_mpi.ops import attention
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 forward, backward = attention.forward.__wrapped__, attention.backward.__wrapped__
 
 # B, H, T, S, D, causal, lengths: one position; ragged; several tiles; a cache; cross; rows of different lengths
@@ -55,15 +56,24 @@ def _only(variant, monkeypatch):
         monkeypatch.setitem(chosen._candidates, name, kept)
 
 
-VARIANTS = ["hopper", "mma", "plain"]
+SERVED = [("hopper", BF16), ("mma", BF16), ("plain", np.dtype("f4")), ("plain", BF16)]
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request, gpu, dtype, monkeypatch):
-    if request.param != "plain" and dtype.name != "bfloat16":
-        pytest.skip("for bfloat16")
-    _only(request.param, monkeypatch)
+@pytest.fixture(params=SERVED, ids=lambda pair: f"{pair[0]}-{pair[1].name}")
+def pair(request):
     return request.param
+
+
+@pytest.fixture
+def dtype(pair):
+    return pair[1]
+
+
+@pytest.fixture
+def variant(pair, gpu, monkeypatch):
+    """The only one that may run."""
+    _only(pair[0], monkeypatch)
+    return pair[0]
 
 
 def _run(q, k, v, do, causal, lengths, draw=None):
@@ -107,7 +117,7 @@ def test_agrees_with_float64(variant, dtype, name, rng):
 def test_dropout(variant, dtype, name, rng):
     """The mask is that of the reference: a function of the element's index, wherever the element is computed."""
     if variant == "hopper":
-        pytest.skip("refused, so that the next variant runs")
+        pytest.skip("handed on to the next variant")
     *shape, causal, lengths = CASES[name]
     _agrees(_drawn(rng, shape, dtype), dtype, causal, lengths, DRAW)
 
@@ -177,16 +187,16 @@ def test_what_does_not_fit_is_refused(gpu):
     assert _fit(*[cupy.zeros((1, 1, 2, 130), np.float32)] * 3) == "head width above 128"
     assert _fit(q.astype(np.float64), q, q) == "float64"
     assert _fit_mma(q, q, q) == "float32"
-    tensor_cores = [cupy.zeros((1, 2, 5, 16), ml_dtypes.bfloat16)] * 3
+    tensor_cores = [cupy.zeros((1, 2, 5, 16), BF16)] * 3
     assert _fit_hopper(*tensor_cores) == "" and _fit_hopper(*tensor_cores, draw=DRAW) == "dropout"
-    short = cupy.zeros((1, 2, 5, 24), ml_dtypes.bfloat16)
+    short = cupy.zeros((1, 2, 5, 24), BF16)
     assert _fit_mma(*[short[..., :12]] * 3) == "head width is no multiple of 8"
     assert _fit_mma(*[short[..., 4:12]] * 3) == "not aligned to 16 bytes"
 
 
 @pytest.mark.parametrize(
     ("capability", "names"),
-    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), ["plain"])],
+    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), [])],
 )
 def test_variants_by_capability(gpu, monkeypatch, capability, names):
     monkeypatch.setattr(gpu, "capability", capability)

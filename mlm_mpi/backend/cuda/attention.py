@@ -1,7 +1,7 @@
 """Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
 
-Variants, the preferred first: "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0 on) for bfloat16,
-"plain" for everything else.
+Variants, the preferred first: for bfloat16 "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0
+on), for everything else "plain".
 """
 
 import math
@@ -27,6 +27,11 @@ WIDEST = 128
 PADDED = 128  # attention.cuh
 PLAIN_THREADS = 256  # attention.cu
 L2_BYTES = 16 << 20  # of keys and values of heads worked on together; an A100 has 40 MiB of L2 cache, an H100 50
+
+
+def _lacks(gpu: Any) -> str:
+    """mma.sync of bfloat16 and cp.async for the one, up to 97 KiB of shared memory a block for the others."""
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
 
 
 def _fit(
@@ -107,18 +112,7 @@ def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
     return statistics
 
 
-# ---- bfloat16 on tensor cores ------------------------------------------------------------------
-
-MMA_THREADS = 128
-MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
-
-
-def _lacks_mma(gpu: Any) -> str:
-    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
-
-
-def _lacks_hopper(gpu: Any) -> str:
-    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
+# ---- tensor cores: what both variants ask for
 
 
 def _aligned(*arrays: Any) -> str:
@@ -137,9 +131,19 @@ def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, leng
     return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
 
 
-def _mma_head(width: int) -> int:
+def _fit_mma_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or _aligned(do, q, k, v, dq, dk, dv)
+
+
+def _head(width: int) -> int:
     return 64 if width <= 64 else WIDEST
 
+
+# ---- Hopper
 
 HOPPER_THREADS = 384
 HOPPER_ROWS = 64  # of a warpgroup that multiplies; a block has two
@@ -147,8 +151,20 @@ HOPPER_OWNED = 128
 HOPPER_KEYS = 128
 
 
+def _lacks_hopper(gpu: Any) -> str:
+    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
+
+
 def _fit_hopper(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
     return _fit_mma(q, k, v, causal, draw, lengths) or ("" if draw is None else "dropout")
+
+
+def _fit_hopper_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or ("" if draw is None else "dropout")
 
 
 def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
@@ -161,7 +177,7 @@ def _hopper_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
-    head = _mma_head(q.shape[3])
+    head = _head(q.shape[3])
     stages = 4 if head == 64 else 2
     shared = 2 * head * (HOPPER_OWNED + 2 * stages * HOPPER_KEYS)
     run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
@@ -171,36 +187,6 @@ def _hopper_forward(
     return o, lse
 
 
-@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
-def _mma_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
-) -> tuple[Any, Any]:
-    o, lse = _outputs(gpu, q)
-    head, dropped = _mma_head(q.shape[3]), int(draw is not None)
-    queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
-    shared = 2 * head * (queries + 2 * keys)
-    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head, DROPOUT=dropped)
-    arguments = (_problem(q, k, causal, draw, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
-    run(_blocks(q, q.shape[2], queries), (MMA_THREADS,), arguments, shared_mem=shared)
-    return o, lse
-
-
-def _fit_mma_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
-) -> str:  # fmt: skip
-    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or _aligned(do, q, k, v, dq, dk, dv)
-
-
-def _fit_hopper_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
-) -> str:  # fmt: skip
-    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or ("" if draw is None else "dropout")
-
-
 @kernel("attention.backward", _fit_hopper_backward, device="cuda", variant="hopper", lacks=_lacks_hopper)
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
@@ -208,12 +194,12 @@ def _hopper_backward(
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
-    head, slopes, stages = _mma_head(q.shape[3]), _heads_first(do), 4
+    head, slopes, stages = _head(q.shape[3]), _heads_first(do), 4
 
     def run(name: str, rows: int, streamed: int, arguments: tuple[Any, ...]) -> None:
         shared = 4 * head * (HOPPER_OWNED + stages * streamed) + 8 * stages * HOPPER_ROWS
-        kernel = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
-        kernel(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
+        launch = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
+        launch(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
 
     keys = 128 if head == 64 else 64
     inputs = (_map(gpu, slopes), _map(gpu, q), _map(gpu, k, keys), _map(gpu, v, keys), statistics)
@@ -223,27 +209,47 @@ def _hopper_backward(
     run("attention_backward_keys", k.shape[2], HOPPER_ROWS, (*inputs, _map(gpu, dk), _map(gpu, dv)))
 
 
-@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
+# ---- mma.sync
+
+MMA_THREADS = 128  # attention_bf16.cu
+MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks)
+def _mma_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head, dropped = _head(q.shape[3]), int(draw is not None)
+    queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
+    shared = 2 * head * (queries + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head, DROPOUT=dropped)
+    arguments = (_problem(q, k, causal, draw, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], queries), (MMA_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks)
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
-    head = _mma_head(q.shape[3])
-    threads, streamed = (128, 64) if head == 64 else (256, 32)
+    head, dropped = _head(q.shape[3]), int(draw is not None)
+    threads, streamed = 256 if dropped or head > 64 else 128, 64 if head == 64 else 32
     shared = 4 * head * (MMA_OWNED + 2 * streamed) + 16 * streamed
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
     for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
             "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head,
-            DROPOUT=int(draw is not None),
+            DROPOUT=dropped,
         )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, MMA_OWNED), (threads,), arguments, shared_mem=shared)
 
 
-# ---- everything else ---------------------------------------------------------------------------
+# ---- everything else
 
 
 def _plain_shape(width: int) -> tuple[int, int, int, int]:
@@ -253,7 +259,7 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
     return head, tile, 4 * tile * (head + 4), 4 * tile * (tile + 4)
 
 
-@kernel("attention.forward", _fit, device="cuda", variant="plain")
+@kernel("attention.forward", _fit, device="cuda", variant="plain", lacks=_lacks)
 def _plain_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
@@ -269,7 +275,7 @@ def _plain_forward(
     return o, lse
 
 
-@kernel("attention.backward", _fit_backward, device="cuda", variant="plain")
+@kernel("attention.backward", _fit_backward, device="cuda", variant="plain", lacks=_lacks)
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
@@ -278,15 +284,11 @@ def _plain_backward(
     statistics = _statistics(gpu, problem, do, o, lse)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
-    for name, length, matrices, outputs in (("queries", q.shape[2], 1, (dq,)), ("keys", k.shape[2], 2, (dk, dv))):
-        shared = 4 * rows + matrices * scores + 8 * tile
+    shared = 4 * rows + scores + 8 * tile
+    for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
-            "attention",
-            f"attention_backward_{name}",
-            shared,
-            ELEMENT=element(q),
-            HEAD=head,
+            "attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head,
             DROPOUT=int(draw is not None),
-        )
+        )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, tile), (PLAIN_THREADS,), arguments, shared_mem=shared)
