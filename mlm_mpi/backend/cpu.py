@@ -178,7 +178,7 @@ def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any) -> No
     (m, k), n = a.shape, b.shape[1]
     product = _Product(m, n, k, *_plane(a), *_plane(b), *_plane(c), *_plane(base), _at(bias) or 0)
     work = np.empty(lib.multiply_work(m, n, k), np.float32)
-    lib.multiply(product, _at(work))
+    lib.multiply(_pointer(product), _at(work))
 
 
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
@@ -454,8 +454,8 @@ def _fit_sums(leaves: Any, merges: Any, out: Any) -> str:
 
 @kernel("sums.tree", _fit_sums)
 def _sums_tree(lib: Any, leaves: Any, merges: Any, out: Any) -> None:
-    addresses = (ctypes.c_void_p * len(leaves))(*map(_at, leaves))
-    lib.sums_tree(out.size, len(leaves), addresses, (ctypes.c_int32 * len(leaves))(*merges), _at(out))
+    addresses, counts = (ctypes.c_void_p * len(leaves))(*map(_at, leaves)), (ctypes.c_int32 * len(leaves))(*merges)
+    lib.sums_tree(out.size, len(leaves), _pointer(addresses), _pointer(counts), _at(out))
 
 
 # ---- adamw, clip

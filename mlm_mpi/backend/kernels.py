@@ -156,14 +156,16 @@ def served(reference: Function) -> Function:
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
         chosen = _selection or select()
-        reason = ""
+        why = ""
         for entry in chosen.candidates(name):
             reason = entry.contract(*arguments, **named)
             if not reason:
                 return entry.launch(chosen.library_of(entry), *arguments, **named)
-            chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
-        if reason:
-            chosen.fallen[name, reason] += 1
+            if entry.device == chosen.device:
+                why = reason
+                chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+        if why:
+            chosen.fallen[name, why] += 1
         return reference(*arguments, **named)
 
     return run  # type: ignore[return-value]

@@ -348,7 +348,8 @@ class Trainer:
             self._draw_curve()
             if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
                 self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
-            if self.place.on_gpu and (refused := kernels.refusals()):
+            refused = {text: times for text, times in kernels.refusals().items() if not text.endswith("memory")}
+            if self.place.on_gpu and refused:  # sums on their way through host memory are no news
                 self._say(f"note: kernels handed work to the next variant: {refused}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from sanitizers import findings
 
 
 def _real_gpu() -> bool:
@@ -37,6 +38,16 @@ def gpu(request):
         cupy.seed(request.param)
     yield kernels.select(device="cuda").library
     kernels.select()
+
+
+@pytest.fixture(autouse=True)
+def sanitizer():
+    """Under `sanitizers.py`: what it found in a test is the test's failure."""
+    logs = os.environ.get("MLM_MPI_SANITIZER_LOGS")
+    before = len(findings(logs)) if logs else 0
+    yield
+    if logs and (found := findings(logs)[before:]):
+        pytest.fail(found[:4000], pytrace=False)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

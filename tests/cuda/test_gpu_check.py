@@ -141,5 +141,5 @@ def test_all_stages_run_dry_on_a_bare_machine(tmp_path):
     }  # fmt: skip
     assert found["tests"]["tests/cuda/test_gelu.py"]["passed"]
     assert found["sanitizers"]["racecheck"]["summary"] == ["ERROR SUMMARY: 0 errors"]
-    assert found["step"]["ours"]["tokens_per_s"] > 0
+    assert min(found["step"]["sides"][side]["tokens_per_s"] for side in ("ours", "ours, graphs")) > 0
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before

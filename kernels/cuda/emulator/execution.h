@@ -52,8 +52,12 @@ inline Block block;
 inline Fiber *current = nullptr, host;
 inline std::function<void()> body;  // the kernel with its arguments
 
-inline Fiber *running() {  // read by kernels, outside any Quiet
+inline Fiber *running() {  // as kernels ask, outside any Quiet
+#if defined(__SANITIZE_THREAD__)
     return __atomic_load_n(&current, __ATOMIC_RELAXED);
+#else
+    return current;
+#endif
 }
 
 // ---- the seed ---------------------------------------------------------------------------------
@@ -73,7 +77,10 @@ inline uint32_t draw() {  // Marsaglia's xorshift
 }
 
 // Whether something asynchronous happens now, or as late as its wait allows; always late under seed 0.
-inline bool early() { return seed && draw() & 1; }
+inline bool early() {
+    Quiet quiet;
+    return seed && draw() & 1;
+}
 
 inline std::vector<int> shuffled(int n) {  // in order under seed 0
     std::vector<int> order(n);

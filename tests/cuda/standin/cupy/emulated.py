@@ -58,7 +58,7 @@ class RawModule:
         defines = [option[2:].replace("=", " ", 1) for option in self.options if option.startswith("-D")]
         lines = [*(f"#define {define}" for define in defines), "#line 1", self.code]
         text = "\n".join([*lines, *(f"CU_KERNEL({name})" for name in names), ""])
-        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "emulator.h", *FLAGS]
+        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-Wno-psabi", "-include", "emulator.h", *FLAGS]
         target = built(command, text, sorted(EMULATOR.glob("*.h")), "kernels.so")
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
