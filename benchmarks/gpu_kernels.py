@@ -8,6 +8,7 @@ never came back; {"row": number, ...} with the numbers ends a row. `rows`: which
 `ours_only`: our kernels run once, compared with nothing.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -216,11 +217,9 @@ class Comparison:
 
 def reference(function: str) -> Callable[..., Any]:
     """The reference of a registry's name, in CuPy."""
-    import importlib
-
     stem, _, name = function.partition(".")
-    package = "optim" if stem in ("adamw", "clip", "sgd") else "ops"
-    return getattr(importlib.import_module(f"mlm_mpi.{package}.{stem}"), name)
+    rooms = (f"mlm_mpi.{room}.{stem}" for room in ("ops", "optim", "backend"))
+    return getattr(importlib.import_module(next(filter(importlib.util.find_spec, rooms))), name)
 
 
 def described(error: Exception) -> str:
