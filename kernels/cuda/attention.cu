@@ -158,23 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
 }
 
-// Of every query, and zeros where rows are padded: a warp per query.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(
-    Problem p, View dout, View o, const float *lse, Statistics *statistics) {
-    const int rows = (p.queries + PADDED - 1) / PADDED * PADDED;
-    const int64_t i = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-    if (i >= int64_t(p.batch) * p.heads * rows) return;
-    const int t = i % rows, head = i / rows;
-    const Work work = {head / p.heads, head % p.heads, 0};
-    Statistics of = {};
-    if (t < p.queries) {
-        const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
-        for (int c = threadIdx.x % 32; c < p.width; c += 32) of.delta += to_float(left[c]) * to_float(right[c]);
-        of = {lse[work.row(p) + t] * LOG2_E, warp_sum(of.delta)};
-    }
-    if (threadIdx.x % 32 == 0) statistics[i] = of;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
     Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dq) {
     DYNAMIC_SMEM(float, queries);

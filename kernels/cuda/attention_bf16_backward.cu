@@ -127,7 +127,7 @@ __device__ __forceinline__ void bend_keys(
     }
 }
 
-// One 16-byte piece holds the statistics (attention.cu) of two queries.
+// One 16-byte piece holds the statistics of two queries.
 __device__ __forceinline__ void load_statistics(const Statistics *from, Statistics *to) {
     if (threadIdx.x < STREAMED / 2) cp_async16(to + threadIdx.x * 2, from + threadIdx.x * 2);
 }

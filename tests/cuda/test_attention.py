@@ -122,6 +122,13 @@ def test_dropout(variant, dtype, name, rng):
     _agrees(_drawn(rng, shape, dtype), dtype, causal, lengths, DRAW)
 
 
+@pytest.mark.parametrize("width", [1, 5, 100])
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), BF16], ids=str)
+def test_any_width(gpu, dtype, width, monkeypatch, rng):
+    _only("plain", monkeypatch)
+    _agrees(_drawn(rng, (2, 3, 9, 11, width), dtype), dtype, True, None)
+
+
 def _agrees(inputs, dtype, *how):
     found, wanted = _run(*inputs, *how), _wanted(*inputs, *how)
     seen = np.isfinite(wanted[1])
@@ -173,6 +180,9 @@ def test_hidden_keys_do_not_count(variant, dtype, rng):
     assert before == after
 
 
+PIECES = "rows are not in whole pieces of 16 bytes"
+
+
 def test_what_does_not_fit_is_refused(gpu):
     from mlm_mpi.backend.cuda.attention import _fit, _fit_hopper, _fit_mma
 
@@ -190,8 +200,8 @@ def test_what_does_not_fit_is_refused(gpu):
     tensor_cores = [cupy.zeros((1, 2, 5, 16), BF16)] * 3
     assert _fit_hopper(*tensor_cores) == "" and _fit_hopper(*tensor_cores, draw=DRAW) == "dropout"
     short = cupy.zeros((1, 2, 5, 24), BF16)
-    assert _fit_mma(*[short[..., :12]] * 3) == "head width is no multiple of 8"
-    assert _fit_mma(*[short[..., 4:12]] * 3) == "not aligned to 16 bytes"
+    assert _fit_mma(*[short[..., :12]] * 3) == PIECES
+    assert _fit_mma(*[short[..., 4:12]] * 3) == PIECES
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ FITTING = {
     "gelu.backward": lambda: [matrix(), matrix(), matrix()],
     "dropout.forward": lambda: [matrix(), DRAW, matrix()],
     "dropout.mask": lambda: [DRAW, (3, 4), 5, "f4", cupy],
-    "linear.start": lambda: [6, vector(), matrix()],
     "linear.bias_gradient": lambda: [matrix(), vector(), False],
     "layernorm.forward": lambda: [matrix(), vector(), vector(), 1e-5],
     "layernorm.backward": lambda: [

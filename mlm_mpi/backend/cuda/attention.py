@@ -25,7 +25,7 @@ VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")]
 
 WIDEST = 128
 PADDED = 128  # attention.cuh
-PLAIN_THREADS = 256  # attention.cu
+STATISTICS_THREADS, STATISTICS_QUERIES = 256, 32  # attention_statistics.cu, a block's
 L2_BYTES = 16 << 20  # of keys and values of heads worked on together; an A100 has 40 MiB of L2 cache, an H100 50
 
 
@@ -101,34 +101,37 @@ def _outputs(gpu: Any, q: Any) -> tuple[Any, Any]:
     return o, gpu.cupy.empty((batch, heads, queries), np.float32)
 
 
+def _in_pieces(x: Any) -> bool:
+    """Whether the rows of (B, H, rows, D) are whole pieces of 16 bytes, at addresses that are multiples of 16."""
+    return x.shape[3] * x.itemsize % 16 == 0 and not any(n % 16 for n in (x.data.ptr, *x.strides[:3]))
+
+
 def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
     """Of every query the log-sum-exp in base 2 and Σ do·o: (B, H, T rounded up, 2) float32."""
     batch, heads, queries = lse.shape
     statistics = gpu.cupy.empty((batch, heads, -(-queries // PADDED) * PADDED, 2), np.float32)
-    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32, DROPOUT=0)
-    blocks = -(-statistics.size // 2 // (PLAIN_THREADS // 32))
-    views = map(_view, (_heads_first(do), _heads_first(o)))
-    run((blocks,), (PLAIN_THREADS,), (problem, *views, lse, statistics))
+    do, o = _heads_first(do), _heads_first(o)
+    pack = 16 // do.itemsize if _in_pieces(do) and _in_pieces(o) else 1
+    run = gpu.function("attention_statistics", "attention_statistics", ELEMENT=element(do), PACK=pack)
+    blocks = statistics.size // 2 // STATISTICS_QUERIES
+    run((blocks,), (STATISTICS_THREADS,), (problem, _view(do), _view(o), lse, statistics))
     return statistics
 
 
 # ---- tensor cores: what both variants ask for
 
 
-def _aligned(*arrays: Any) -> str:
-    """Tiles move in pieces of 16 bytes."""
+def _fit_tiles(*arrays: Any) -> str:
     for x in arrays:
         if x.dtype.name != "bfloat16":
             return str(x.dtype)
-        if x.shape[3] % 8:
-            return "head width is no multiple of 8"
-        if any(n % 16 for n in (x.data.ptr, *x.strides[:3])):
-            return "not aligned to 16 bytes"
+        if not _in_pieces(x):
+            return "rows are not in whole pieces of 16 bytes"
     return ""
 
 
 def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
-    return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
+    return _fit(q, k, v, causal, draw, lengths) or _fit_tiles(q, k, v)
 
 
 def _fit_mma_backward(
@@ -136,7 +139,7 @@ def _fit_mma_backward(
     causal: bool = True, draw: Any = None, lengths: Any = None,
 ) -> str:  # fmt: skip
     reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or _aligned(do, q, k, v, dq, dk, dv)
+    return reason or _fit_tiles(do, q, k, v, dq, dk, dv)
 
 
 def _head(width: int) -> int:
@@ -250,6 +253,8 @@ def _mma_backward(
 
 
 # ---- everything else
+
+PLAIN_THREADS = 256
 
 
 def _plain_shape(width: int) -> tuple[int, int, int, int]:
