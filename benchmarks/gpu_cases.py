@@ -17,6 +17,7 @@ from mlm_mpi.ops.dropout import Draw
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
 EPSILON = 1e-5
+MERGES = [0, 1, 0, 2, 0, 1, 0, 3]  # the balanced tree over eight leaves
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,6 @@ def _flat(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
     part = n // 8
     yield Case(
         f"8 of {part}", "sums.tree",
-        lambda bank: ([bank.normal(part) for _ in range(8)], bank.xp.empty(part, np.float32)), _argument(1), 0,
+        lambda bank: ([bank.normal(part) for _ in range(8)], MERGES, bank.xp.empty(part, np.float32)), _argument(2), 0,
         36 * part,
     )  # fmt: skip

@@ -304,8 +304,18 @@ def kernel_table(check: Check) -> None:
     for row in check.found["kernels"]:
         _table_row(check, row)
     check.say()
+    faster = sorted(filter(None, map(_faster_by_cublas, check.found["kernels"])))
+    check.found["cublas"] = {"architecture": drive.architecture, "faster": faster}  # for backend/cuda/cublas.json
+    check.say(f"Bare products that cuBLAS does faster: {', '.join(faster) or 'none'}.")
     _tell_failures(check, drive, known)
     check.say()
+
+
+def _faster_by_cublas(row: dict[str, Any]) -> str:
+    """The case of `backend/cuda/cublas.json` if cuBLAS takes less time for it than every kernel of ours, else ""."""
+    times = {name: one["us"] for name, one in row["variants"].items() if "us" in one}
+    mine = [us for name, us in times.items() if row["variants"][name]["kind"] == "ours" and name != "cublas"]
+    return row["cublas_case"] if mine and times.get("cuBLAS", min(mine)) < min(mine) else ""
 
 
 def _tell_failures(check: Check, drive: Drive, known: dict[str, str]) -> None:
