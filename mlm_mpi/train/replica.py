@@ -197,15 +197,31 @@ class Replica:
         return loss / targets
 
 
-def place_of(config: Config, level: str = "auto", local_rank: int = 0) -> Place:
-    """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError."""
+def place_of(config: "Config", level: str = "auto", on_node: tuple[int, int] = (0, 1)) -> Place:
+    """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError.
+
+    `on_node`: this rank's number among the ranks of its node, and how many they are.
+    """
     numerics, backend = config.numerics, config.backend
     if backend.device == "cpu":
         kernels.select(level, numerics.reference, numerics.products, numerics.threads)
         return cpu(config.train.dtype)
-    place = gpu(config.train.dtype, numerics.products, local_rank, backend.memory_gib)
+    place = gpu(config.train.dtype, numerics.products, on_node[0], backend.memory_gib)
+    if config.comm.reduction == "nccl":
+        _check_nccl(place, on_node[1])
     kernels.select(reference=numerics.reference, threads=numerics.threads, device="cuda")
     return place
+
+
+def _check_nccl(place: Place, ranks: int) -> None:
+    gpus = place.xp.cuda.runtime.getDeviceCount()
+    if not place.xp.cuda.nccl.available:
+        raise ConfigError("comm.reduction = nccl: CuPy finds no NCCL: pip install nvidia-nccl-cu13, or use canonical")
+    if ranks > gpus:
+        raise ConfigError(
+            f"comm.reduction = nccl needs a GPU for each rank of a node, {ranks} ranks share {gpus}: "
+            "start fewer ranks, or use canonical or allreduce"
+        )
 
 
 def _finite(array: Any) -> bool:

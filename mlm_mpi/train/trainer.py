@@ -96,10 +96,10 @@ class Trainer:
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
-        local_rank = self.group.local_rank()
+        on_node = self.group.on_node()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
-            self.place = place_of(config, config.numerics.level, local_rank)
+            self.place = place_of(config, config.numerics.level, on_node)
             self._open_data()
             check_memory(config, self.vocabulary, self.place)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
