@@ -91,59 +91,48 @@ __device__ __forceinline__ float finished(float sum, float bias, float other) {
     return sum + bias;
 }
 
-// COUNT neighbours of a row
-template <int COUNT> struct __align__(COUNT < 4 ? COUNT * 4 : 16) Floats {
-    float at[COUNT];
-};
+__device__ __forceinline__ float low_half(uint32_t word) { return __int_as_float(word << 16); }
+__device__ __forceinline__ float high_half(uint32_t word) { return __int_as_float(word & 0xffff0000); }
 
-// and as they are stored: bfloat16 in pairs, which one instruction rounds
-template <class T, int COUNT> struct __align__(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Packed {
-    uint32_t word[COUNT * sizeof(T) / 4];
-};
-
-template <class T, int COUNT> __device__ __forceinline__ Packed<T, COUNT> packed(const Floats<COUNT> &x) {
-    Packed<T, COUNT> y;
-    constexpr int EACH = 4 / sizeof(T);
+// COUNT elements at a multiple of 16 bytes, or of 8 for four bfloat16
+template <int COUNT> __device__ __forceinline__ Pack<float, COUNT> load_global(const float *from) {
+    Pack<float, COUNT> x;
 #pragma unroll
-    for (int i = 0; i < COUNT; i += EACH)
-        if constexpr (EACH == 2)
-            y.word[i / 2] = pack_bf16(x.at[i], x.at[i + 1]);
-        else
-            y.word[i] = __float_as_int(x.at[i]);
-    return y;
-}
-
-template <class T, int COUNT> __device__ __forceinline__ Floats<COUNT> unpacked(const Packed<T, COUNT> &x) {
-    Floats<COUNT> y;
-    constexpr int EACH = 4 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        uint32_t word = x.word[i / EACH];
-        y.at[i] = __int_as_float(EACH == 1 ? word : i % 2 ? word & 0xffff0000 : word << 16);
+    for (int i = 0; i < COUNT; i += 4) {
+        uint4 words = *reinterpret_cast<const uint4 *>(from + i);
+        x.at[i] = __int_as_float(words.x), x.at[i + 1] = __int_as_float(words.y);
+        x.at[i + 2] = __int_as_float(words.z), x.at[i + 3] = __int_as_float(words.w);
     }
-    return y;
+    return x;
 }
+template <int COUNT> __device__ __forceinline__ Pack<float, COUNT> load_global(const bf16 *from) {
+    if constexpr (COUNT == 4) {
+        uint2 words = *reinterpret_cast<const uint2 *>(from);
+        return {low_half(words.x), high_half(words.x), low_half(words.y), high_half(words.y)};
+    } else {
+        static_assert(COUNT == 8, "16 bytes");
+        uint4 words = *reinterpret_cast<const uint4 *>(from);
+        return {low_half(words.x), high_half(words.x), low_half(words.y), high_half(words.y),
+                low_half(words.z), high_half(words.z), low_half(words.w), high_half(words.w)};
+    }
+}
+
+template <int COUNT> using Floats = Pack<float, COUNT>;  // neighbours of a row
 
 // Zero past the end of a row, `valid` elements away. All at once where addresses are multiples of 16 bytes (VECTOR).
 template <int COUNT, class T> __device__ __forceinline__ Floats<COUNT> read_run(const T *from, int valid) {
+    if (VECTOR && valid >= COUNT) return load_global<COUNT>(from);
     Floats<COUNT> x;
-    if (VECTOR && valid >= COUNT) {
-        x = unpacked<T>(*reinterpret_cast<const Packed<T, COUNT> *>(from));
-    } else {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) x.at[i] = i < valid ? to_float(from[i]) : 0.0f;
-    }
+    for (int i = 0; i < COUNT; i++) x.at[i] = i < valid ? to_float(from[i]) : 0.0f;
     return x;
 }
 
 template <int COUNT, class T> __device__ __forceinline__ void write_run(T *to, int valid, const Floats<COUNT> &x) {
-    if (VECTOR && valid >= COUNT) {
-        *reinterpret_cast<Packed<T, COUNT> *>(to) = packed<T>(x);
-    } else {
+    if (VECTOR && valid >= COUNT) return store(to, x);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (i < valid) to[i] = from_float<T>(x.at[i]);
-    }
+    for (int i = 0; i < COUNT; i++)
+        if (i < valid) to[i] = from_float<T>(x.at[i]);
 }
 
 // of the input as it is kept, so that backward finds the slope of the same number

@@ -15,6 +15,7 @@ constexpr int MMA_M = 16, MMA_N = 8, MMA_K = 16;
 template <int SIZE, bool ALONG_K> struct Operand {
     static constexpr int BYTES = SIZE * TILE_K * sizeof(bf16);
     static constexpr int ROW = (ALONG_K ? TILE_K : SIZE) / UNIT;  // units of a row in shared memory
+    static constexpr int ROUNDS = SIZE * TILE_K / UNIT / THREADS;  // in which the block copies a tile
 
     const bf16 *from;
     int pitch, extent, depth;  // extent of i, depth of k: units are whole inside and outside of both
@@ -28,8 +29,8 @@ template <int SIZE, bool ALONG_K> struct Operand {
     __device__ __forceinline__ void load(bf16 *tile, int first_i, int first_k) const {
         const bf16 *start = from + (ALONG_K ? int64_t(first_i) * pitch + first_k : int64_t(first_k) * pitch + first_i);
 #pragma unroll
-        for (int unit = threadIdx.x; unit < SIZE * TILE_K / UNIT; unit += THREADS) {
-            int across = unit / ROW, along = unit % ROW;
+        for (int round = 0; round < ROUNDS; round++) {
+            int unit = round * THREADS + threadIdx.x, across = unit / ROW, along = unit % ROW;
             int i = first_i + (ALONG_K ? across : along * UNIT), k = first_k + (ALONG_K ? along * UNIT : across);
             bool inside = i < extent && k < depth;
             cp_async16(tile + place_of(across, along), inside ? start + across * pitch + along * UNIT : from, inside);
@@ -87,7 +88,7 @@ struct Sums {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     int r = row() + i * MMA_M + half * 8 + lane / 4, c = column() + j * MMA_N + lane % 4 * 2;
-                    *reinterpret_cast<Floats<2> *>(tile + r * PITCH + c) = {at[i][j][2 * half], at[i][j][2 * half + 1]};
+                    *reinterpret_cast<Floats<2> *>(tile + r * PITCH + c) = {{at[i][j][2 * half], at[i][j][2 * half + 1]}};
                 }
     }
 };

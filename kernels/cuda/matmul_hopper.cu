@@ -120,18 +120,25 @@ struct Consumer {
 
     // Where two neighbours lie that a thread has in a chunk, of the eight columns `unit`; the swizzle is TMA's. As wgmma
     // leaves the sums, another two lie eight rows below.
-    template <class T> __device__ __forceinline__ Packed<T, 2> *pair_at(unsigned char *chunk, int unit) const {
+    template <class T> __device__ __forceinline__ uint32_t *pair_at(unsigned char *chunk, int unit) const {
         int row = thread / 32 * 16 + thread % 32 / 4, byte = (unit * 8 + thread % 4 * 2) * sizeof(T);
-        return reinterpret_cast<Packed<T, 2> *>(chunk + row * 128 + (byte ^ row % 8 * 16));
+        return reinterpret_cast<uint32_t *>(chunk + row * 128 + (byte ^ row % 8 * 16));
+    }
+
+    __device__ __forceinline__ static void put(uint32_t *to, const Floats<2> &x) {
+        if constexpr (sizeof(RESULT) == sizeof(float))
+            *reinterpret_cast<Floats<2> *>(to) = x;
+        else
+            *to = pack_bf16(x.at[0], x.at[1]);
     }
 
     // The sums of a chunk, finished, into its place in shared memory; all is read before anything is written.
     __device__ __forceinline__ void finish_chunk(const float *d, unsigned char *place, const bf16 *bias) const {
-        constexpr int UNITS = WIDTH / 8, BELOW = 8 * 128 / sizeof(Packed<RESULT, 2>);
-        Packed<bf16, 2> added[UNITS] = {}, other[UNITS][2] = {};
+        constexpr int UNITS = WIDTH / 8, BELOW = 8 * 128 / sizeof(uint32_t);
+        uint32_t added[UNITS] = {}, other[UNITS][2] = {};  // pairs of bfloat16
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit++) {
-            if constexpr (BIASED) added[unit] = *reinterpret_cast<const Packed<bf16, 2> *>(bias + unit * 8 + thread % 4 * 2);
+            if constexpr (BIASED) added[unit] = *reinterpret_cast<const uint32_t *>(bias + unit * 8 + thread % 4 * 2);
             if constexpr (READS) {
                 other[unit][0] = pair_at<bf16>(place, unit)[0];
                 other[unit][1] = pair_at<bf16>(place, unit)[BELOW];
@@ -141,15 +148,13 @@ struct Consumer {
         for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                Floats<2> b = unpacked(added[unit]), x = unpacked(other[unit][half]), y;
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float sum = d[unit * 4 + half * 2 + e];
-                    y.at[e] = EPILOGUE == STORE ? sum : finished(sum, b.at[e], x.at[e]);
-                }
-                pair_at<RESULT>(place, unit)[half * BELOW] = packed<RESULT>(y);
-                if constexpr (EPILOGUE == GELU)
-                    pair_at<RESULT>(place + CHUNK_BYTES, unit)[half * BELOW] = packed<RESULT>(gelu(y));
+                const float *sum = d + unit * 4 + half * 2;
+                uint32_t b = added[unit], x = other[unit][half];
+                Floats<2> y = {sum[0], sum[1]};
+                if constexpr (EPILOGUE != STORE)
+                    y = {finished(sum[0], low_half(b), low_half(x)), finished(sum[1], high_half(b), high_half(x))};
+                put(pair_at<RESULT>(place, unit) + half * BELOW, y);
+                if constexpr (EPILOGUE == GELU) put(pair_at<RESULT>(place + CHUNK_BYTES, unit) + half * BELOW, gelu(y));
             }
     }
 

@@ -1,4 +1,4 @@
-"""Runs Python with the emulated kernels built by a sanitizer: `python sanitizers.py thread|address arguments of python …`.
+"""Runs Python with the emulated kernels built by a sanitizer: `sanitizers.py thread|address arguments of python …`.
 
 Findings go to files in $MLM_MPI_SANITIZER_LOGS, where conftest.py finds those of a test and fails it.
 """

@@ -1,6 +1,8 @@
 """Matrix products: every kernel by itself, in every layout and with every epilogue."""
 
 import itertools
+import json
+from dataclasses import replace
 from unittest import mock
 
 import cupy
@@ -26,7 +28,7 @@ def run(gpu, variant, name, *arguments, **named):
 
 
 def matrix(rng, rows, columns, dtype, by_rows=True, align=1):
-    """(host, device): in device memory contiguous by rows or by columns, NaN between two, starts `align` elements apart."""
+    """(host, device): in device memory contiguous by rows or columns, each at a multiple of `align`, NaN in between."""
     host = rng.normal(size=(rows, columns)).astype(dtype)
     stored = host if by_rows else host.T
     room = np.full((stored.shape[0], (stored.shape[1] // align + 1) * align), np.nan, dtype)
@@ -72,7 +74,7 @@ def test_tensor_core_add(gpu, variant, by_rows, rng):
 def test_add_into_bfloat16(gpu, variant, rng):
     m, n, k = 40, 72, 80
     (a, on_a), (b, on_b) = matrix(rng, m, k, BF16, align=8), matrix(rng, k, n, BF16, align=8)
-    out, on_out = matrix(rng, m, n, BF16, align=8)
+    _, on_out = matrix(rng, m, n, BF16, align=8)
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, False)
     assert_close(on_out, a @ b, BF16)
     if variant != "hopper":
@@ -156,8 +158,130 @@ def test_pieces(gpu, variant, rng, monkeypatch):
     assert cupy.asnumpy(again[0]).tobytes() == cupy.asnumpy(again[1]).tobytes()
 
 
-def test_pieces_of_several_tiles(gpu, rng, monkeypatch):
+@pytest.mark.parametrize(
+    "variant, epilogues", [("plain", ["bias"]), ("mma", ["residual"]), ("hopper", ["gelu", "residual", "slope"])]
+)
+def test_pieces_of_several_tiles(gpu, variant, epilogues, rng, monkeypatch):
     """More tiles than blocks: a share begins in one tile, covers others, ends in another; then the epilogues."""
     monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
-    monkeypatch.setattr(launches, "HOPPER_TILES", launches.HOPPER_TILES[1:])
-    linear_agrees(gpu, "hopper", (300, 200, 520), BF16, rng, ("gelu", "residual", "slope"))
+    name = f"{variant.upper()}_TILES"
+    narrow = replace(getattr(launches, name)[-1], blocks=1)  # four blocks in all
+    monkeypatch.setattr(launches, name, (narrow,))
+    dtype = F32 if variant == "plain" else BF16
+    linear_agrees(gpu, variant, (3 * narrow.m - 10, 136, 3 * narrow.n - 24), dtype, rng, epilogues)
+
+
+# ---- who serves, and what is refused
+
+
+def chosen(function, *arguments):
+    """The variant that serves a call."""
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    for entry in kernels.selection().candidates(name):
+        if not entry.contract(*arguments):
+            return entry.variant
+    return "reference"
+
+
+def ones(*shape, dtype=BF16):
+    return device(np.ones(shape, dtype))
+
+
+def test_the_fastest_kernel_that_fits_serves(gpu):
+    x, w, out = ones(8, 16), ones(16, 24), ones(8, 24, dtype=F32)
+    assert chosen(matmul.add, x, w, out, False) == "hopper"
+    assert chosen(matmul.add, x, w, ones(8, 24), True) == "mma"  # adds to bfloat16
+    assert chosen(matmul.add, ones(8, 16, dtype=F32), ones(16, 24, dtype=F32), out, False) == "plain"
+    assert chosen(linear.forward, x, ones(16, 23), ones(23)) == "plain"  # rows of 46 bytes
+    padded = ones(8, 24)[:, :19]
+    assert chosen(matmul.add, x, ones(16, 24)[:, :19], padded, False) == "hopper"  # ragged, but rows begin aligned
+    assert chosen(matmul.add, ones(8, 24)[:, 1:17], w, out, False) == "plain"
+
+
+def test_every_variant_is_reached_through_the_ops(gpu):
+    x, w, b = ones(8, 16), ones(16, 24), ones(24)
+    y, pre = linear.forward_gelu(x, w, b)
+    linear.backward_input(y, w, ones(8, 16))
+    linear.backward_weight(y, x, ones(16, 24, dtype=F32), ones(24, dtype=F32), accumulate=True)
+    assert not kernels.fallbacks()
+    assert_close(pre, np.full((8, 24), 17.0), BF16)
+
+
+@pytest.mark.parametrize(
+    "reason, call",
+    [
+        ("matrices", lambda: (ones(8, 8).get(), ones(8, 8), ones(8, 8), False)),
+        ("matrices", lambda: (ones(8), ones(8, 8), ones(8, 8), False)),
+        ("float64", lambda: (ones(8, 8, dtype="f8"), ones(8, 8, dtype="f8"), ones(8, 8, dtype="f8"), False)),
+        ("float32 and bfloat16", lambda: (ones(8, 8, dtype=F32), ones(8, 8), ones(8, 8, dtype=F32), False)),
+        ("result", lambda: (ones(8, 8), ones(8, 8), ones(8, 8, dtype="f8"), False)),
+        ("empty", lambda: (ones(8, 0), ones(0, 8), ones(8, 8), False)),
+        ("shapes", lambda: (ones(8, 8), ones(9, 8), ones(8, 8), False)),
+        ("shapes", lambda: (ones(8, 8), ones(8, 8), ones(8, 9), False)),
+        ("contiguous", lambda: (ones(8, 16)[:, ::2], ones(8, 8), ones(8, 8), False)),
+        ("contiguous", lambda: (ones(8, 8), ones(8, 8), ones(8, 8).T, False)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_kernel_takes(reason, call):
+    for variant in ("plain", "mma", "hopper"):
+        assert reason in kernels.entries(device="cuda")[f"matmul.add/{variant}"].contract(*call())
+
+
+def test_a_bias_of_another_shape_or_dtype_is_refused():
+    x, w = ones(8, 16), ones(16, 24)
+    contract = kernels.entries(device="cuda")["linear.forward/hopper"].contract
+    assert contract(x, w, ones(24)) == ""
+    assert contract(x, w, ones(16)) and contract(x, w, ones(24, dtype=F32)) and contract(x, w, ones(48)[::2])
+    assert contract(x, w, ones(24), ones(8, 16)) and contract(x, w, ones(24), ones(24, 8).T)
+
+
+def test_what_is_not_finite_stays_so(gpu):
+    for variant, dtype in (("plain", F32), ("mma", BF16), ("hopper", BF16)):
+        x, w = np.ones((16, 16)), np.ones((16, 24))
+        x[3, 5], x[4, 5], w[7, 9] = np.nan, np.inf, -np.inf
+        y = run(gpu, variant, "linear.forward", *(device(a.astype(dtype)) for a in (x, w, np.ones(24))))
+        with np.errstate(invalid="ignore"):
+            wanted = x @ w + 1
+        assert np.array_equal(cupy.asnumpy(y).astype("f8"), wanted, equal_nan=True)
+
+
+# ---- the plan
+
+
+def test_plan_takes_wide_tiles_where_they_fill_the_gpu():
+    wide, narrow = launches.HOPPER_TILES
+    assert launches.plan((32768, 3072, 768), launches.HOPPER_TILES, 132) == (wide, 3072)
+    assert launches.plan((128, 128, 64), launches.HOPPER_TILES, 132) == (narrow, 1)
+
+
+def test_plan_cuts_few_tiles_of_a_long_sum():
+    """A weight's gradient of GPT-2 124M: 18 tiles for 132 multiprocessors."""
+    tile, shares = launches.plan((768, 768, 32768), launches.HOPPER_TILES, 132)
+    assert shares == 132 > tile.count(768, 768)
+    tile, shares = launches.plan((768, 768, 256), launches.HOPPER_TILES, 132)
+    assert shares == tile.count(768, 768)  # too short to be worth a second kernel
+
+
+@pytest.mark.parametrize("kernel", ["PLAIN", "MMA", "HOPPER"])
+def test_plan_never_cuts_finer_than_a_step(kernel, rng):
+    for _ in range(200):
+        sizes = tuple(int(2**exponent) for exponent in rng.uniform(0, 14, 3))
+        tile, shares = launches.plan(sizes, getattr(launches, f"{kernel}_TILES"), 132)
+        tiles, steps = tile.count(*sizes[:2]), -(-sizes[2] // tile.k)
+        assert shares == tiles or (shares == tile.blocks * 132 and shares <= tiles * steps)
+
+
+def test_cublas_serves_what_was_measured(gpu, tmp_path, monkeypatch):
+    a, b = ones(8, 16, dtype=F32), ones(16, 24, dtype=F32)
+    out = ones(8, 24, dtype=F32)
+    assert chosen(matmul.add, a, b, out, False) == "plain"
+    table = tmp_path / "cublas.json"
+    table.write_text(json.dumps({"architecture": gpu.architecture, "faster": ["float32 8x24x16 nn"]}))
+    monkeypatch.setattr(launches, "MEASURED", table)
+    kernels.select(device="cuda")
+    assert chosen(matmul.add, a, b, out, False) == "cublas"
+    assert chosen(matmul.add, a, b, out, True) == "plain"
+    assert chosen(matmul.add, b.T, a.T, ones(24, 8, dtype=F32), False) == "plain"
+    matmul.add(a, b, out, False)
+    assert_close(out, np.full((8, 24), 16.0), F32)

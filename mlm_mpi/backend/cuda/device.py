@@ -21,7 +21,7 @@ SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XX
 STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
 
 Defines = tuple[tuple[str, Any], ...]  # (macro, value) in the order of their names
-
+_NULL = np.uint64(0)  # CuPy hands None to the driver as an argument that is missing, not as a null pointer
 _INCLUDE = re.compile(r'^#include "([^"]+)"[^\n]*\n', re.MULTILINE)
 
 
@@ -104,7 +104,11 @@ class Device:
         function = self._module(stem, defines).get_function(name)
         if shared_bytes > STATIC_SHARED_BYTES:
             function.max_dynamic_shared_size_bytes = shared_bytes
-        return function
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
+            function(grid, block, tuple(_NULL if a is None else a for a in args), shared_mem=shared_mem)
+
+        return launch
 
     @functools.cache  # noqa: B019
     def _module(self, stem: str, defines: Defines) -> Any:

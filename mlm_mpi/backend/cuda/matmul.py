@@ -1,5 +1,6 @@
 """Launches of the matrix products: the four functions are one product with an epilogue; three kernels can run it.
 
+    cublas   only what is measured to be faster so (`prefers_cublas`)
     hopper   bfloat16, wgmma fed by TMA: addresses and pitches in multiples of 16 bytes
     mma      bfloat16, mma.sync fed by cp.async: also rows in multiples of 16 bytes
     plain    float32 or bfloat16, any size, address and pitch
@@ -8,8 +9,11 @@ A kernel sums tiles of the result. Which tile, and whether a tile is summed in p
 matmul.cuh), is `plan`: a function of the shape and the number of multiprocessors alone, and so are the bits.
 """
 
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +81,10 @@ def layout(x: Any) -> tuple[int, bool] | None:
     return None
 
 
+def _pitch(x: Any) -> int:
+    return layout(x)[0]  # type: ignore[index]  # contracts have looked
+
+
 def _fits(product: Product) -> str:
     """What all three kernels ask for."""
     a, b, out = product.a, product.b, product.out
@@ -106,7 +114,7 @@ def _fits(product: Product) -> str:
 
 def _aligned(x: Any) -> bool:
     """Whether the array and each of its stored rows start at a multiple of 16 bytes."""
-    pitches = () if x.ndim == 1 else (layout(x)[0] * x.itemsize,)  # type: ignore[index]
+    pitches = () if x.ndim == 1 else (_pitch(x) * x.itemsize,)
     return all(number % 16 == 0 for number in (x.data.ptr, *pitches))
 
 
@@ -149,7 +157,8 @@ def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) 
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
         if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
             best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost, tile, blocks))
-    return min(best, key=lambda entry: entry[0])[1:]
+    _, tile, shares = min(best, key=lambda entry: entry[0])
+    return tile, shares
 
 
 # ---- launches
@@ -206,7 +215,7 @@ def _multiply(gpu: Any, product: Product, tiles: tuple[Tile, ...], start: Start)
 
 
 def _in_pieces(gpu: Any, whole: Launch, start: Start) -> None:
-    """The partial sums first, into a column of tiles, one for each slot of `Shares`; then their sum and the epilogue."""
+    """The partial sums first, into a column of tiles, one for each slot of `Shares`; then what becomes of them."""
     product, tile, count = whole.product, whole.tile, whole.tile.count(*whole.product.sizes[:2])
     partial = gpu.cupy.empty(((whole.shares + count) * tile.m, tile.n), np.float32)
     start(gpu, replace(whole, product=Product("STORE", product.a, product.b), out=partial, pre=None))
@@ -215,7 +224,7 @@ def _in_pieces(gpu: Any, whole: Launch, start: Start) -> None:
         (count, tile.m * tile.n // (PIECE_THREADS * PIECE_RUN)),
         (PIECE_THREADS,),
         (partial, *map(np.int32, (*product.sizes[:2], whole.steps, whole.shares)), whole.out,
-         *map(np.int32, (layout(whole.out)[0], product.accumulate)), product.bias, product.other, whole.pre),
+         *map(np.int32, (_pitch(whole.out), product.accumulate)), product.bias, product.other, whole.pre),
     )  # fmt: skip
 
 
@@ -223,7 +232,7 @@ def _by_blocks(gpu: Any, launch: Launch, stem: str, threads: int, shared_bytes: 
     """Starts `matmul.cu` or `matmul_bf16.cu`, which take the same arguments: a block for every share."""
     product, out = launch.product, launch.out
     run = launch.function(gpu, stem, shared_bytes, VECTOR=int(vector), **launch.along_k)
-    pitches = [layout(x)[0] for x in (product.a, product.b, out)]  # type: ignore[index]
+    pitches = [_pitch(x) for x in (product.a, product.b, out)]
     run(
         (launch.shares,),
         (threads,),
@@ -313,7 +322,7 @@ def _hopper_ring(tile: Tile, epilogue: str) -> tuple[dict[str, int], int]:
 
 
 def _operand_map(gpu: Any, x: Any, size: int, depth: int, along_k: int) -> Any:
-    """The map of an operand (i, k): boxes of a tile's `size` rows, or of 64 columns of `depth` where i is contiguous."""
+    """The map of an operand (i, k): boxes of `size` rows of 64, or of `depth` rows of 64 where i is contiguous."""
     return gpu.tensor_map(x, (size, BOX)) if along_k else gpu.tensor_map(x.T, (depth, BOX))
 
 
@@ -346,6 +355,40 @@ def _lacks_hopper(gpu: Any) -> str:
     return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
 
 
+# ---- cuBLAS through CuPy
+
+MEASURED = Path(__file__).with_name("cublas.json")
+
+
+@functools.cache
+def _measured(table: Path) -> dict[str, Any]:
+    """{"architecture": "sm_90a", "faster": [a `case_of`, ...]}, written by gpu-check; nothing where none has been."""
+    return json.loads(table.read_text()) if table.exists() else {"architecture": "", "faster": []}
+
+
+def case_of(product: Product) -> str:
+    """ "bfloat16 4096x768x3072 nt": what a measurement is of."""
+    along = "".join("nt"[not layout(x)[1]] for x in (product.a, product.b))  # type: ignore[index]
+    return f"{product.a.dtype.name} {'x'.join(map(str, product.sizes))} {along}"
+
+
+def prefers_cublas(product: Product) -> str:
+    """Why a product, plain and without anything to add to, is not given to cuBLAS; "" where that is faster."""
+    if reason := _fits(product):
+        return reason
+    if product.accumulate or product.out.dtype != product.a.dtype:
+        return "adds, or widens"
+    return "" if case_of(product) in _measured(MEASURED)["faster"] else "not measured to be faster"
+
+
+def _cublas(gpu: Any, product: Product) -> None:
+    gpu.cupy.matmul(product.a, product.b, out=product.out)
+
+
+def _lacks_cublas(gpu: Any) -> str:
+    return "" if _measured(MEASURED)["architecture"] == gpu.architecture else "no shape was measured on this GPU"
+
+
 # ---- the registry: every function by every kernel, the fastest first
 
 FUNCTIONS: dict[str, Callable[..., Product]] = {
@@ -356,17 +399,20 @@ FUNCTIONS: dict[str, Callable[..., Product]] = {
 }
 
 
-def _register(variant: str, contract: Callable[[Product], str], run: Callable[[Any, Product], Any], lacks: Any) -> None:
-    for name, product in FUNCTIONS.items():
-        kernel(
-            name,
-            lambda *a, _product=product, **k: contract(_product(*a, **k)),
-            device="cuda",
-            variant=variant,
-            lacks=lacks,
-        )(lambda gpu, *a, _product=product, **k: run(gpu, _product(*a, **k)))
+def _register(
+    name: str, variant: str, contract: Callable[[Product], str], run: Callable[[Any, Product], Any], lacks: Any
+) -> None:
+    def fits(*arguments: Any, **named: Any) -> str:
+        return contract(FUNCTIONS[name](*arguments, **named))
+
+    def launch(gpu: Any, *arguments: Any, **named: Any) -> Any:
+        return run(gpu, FUNCTIONS[name](*arguments, **named))
+
+    kernel(name, fits, device="cuda", variant=variant, lacks=lacks)(launch)
 
 
-_register("hopper", _hopper_fits, _hopper, _lacks_hopper)
-_register("mma", _mma_fits, _mma, _lacks_mma)
-_register("plain", _fits, _plain, lambda gpu: "")
+_register("matmul.add", "cublas", prefers_cublas, _cublas, _lacks_cublas)
+for _name in FUNCTIONS:
+    _register(_name, "hopper", _hopper_fits, _hopper, _lacks_hopper)
+    _register(_name, "mma", _mma_fits, _mma, _lacks_mma)
+    _register(_name, "plain", _fits, _plain, lambda gpu: "")
