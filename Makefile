@@ -92,7 +92,7 @@ test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: execu
 test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer, then AddressSanitizer, in the emulated kernels
 	@command -v g++ >/dev/null || { echo "test-cuda-sanitize skipped: no g++"; exit 0; }; \
 	for kind in thread address; do \
-	  $(BIN)/python tests/cuda/sanitizers.py $$kind -m pytest -q -m sanitize -k 'not order0 and not order2 and not order3' tests/cuda || exit 1; \
+	  $(BIN)/python tests/cuda/sanitizers.py $$kind -m pytest -q @tests/cuda/sanitized.txt || exit 1; \
 	done
 
 kernels: $(VENV)/.installed-test  ## CUDA kernels compiled beforehand for ARCH (sm_80, sm_90a, ...), found before any is compiled
