@@ -30,7 +30,7 @@ def test_nothing_spills(stem, architecture):
     for _, defines in [build for build in BUILDS if build[0] == stem]:
         cubin, log = nvrtc.compile_cubin(stem, architecture, defines)
         assert cubin[:4] == b"\x7fELF"
-        assert "warning" not in log.lower(), log
+        assert "warning" not in log.lower() and "(C75" not in log, log  # C75xx: wgmma serialised, setmaxnreg ignored
         kernels = nvrtc.resources(log)
         assert kernels
         for name, needs in kernels.items():
