@@ -55,7 +55,7 @@ def options(architecture: str, defines: Defines) -> tuple[str, ...]:
 
 
 def cubin_path(stem: str, architecture: str, defines: Defines) -> Path:
-    """Where a build made beforehand (`make kernels`) is looked for: its name changes with the source and the options."""
+    """Where `make kernels` puts a build and `function` looks first: the name changes with source and options."""
     text = "\0".join((source(stem), *options(architecture, defines)))
     return sources() / "cubin" / f"{stem}-{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
