@@ -58,8 +58,9 @@ struct SanitizedStack {
     }
     void enter(SanitizedStack &) {}
     void leave(SanitizedStack &to, bool for_ever) {
+        void *next = to.fiber;
         if (for_ever) end_quiet();
-        __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+        __tsan_switch_to_fiber(next, __tsan_switch_to_fiber_no_sync);
     }
     void arrive() {}
 #elif defined(__SANITIZE_ADDRESS__)

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def builds() -> list[tuple[str, Defines]]:
     ]
 
 
+def record(asked: Iterable[tuple[str, Defines]]) -> None:
+    """Adds builds to `kernels/cuda/builds.txt`."""
+    path = sources() / "builds.txt"
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    lines = {" ".join([stem, *(f"{key}={value}" for key, value in defines)]) for stem, defines in {*builds(), *asked}}
+    path.write_text("\n".join([*head, *sorted(lines), ""]))
+
+
 def runs_on(stem: str, architecture: str) -> bool:
     """Whether a source may be compiled for `architecture`: wgmma is sm_90a's alone."""
     return architecture == "sm_90a" or "hopper" not in stem
@@ -43,7 +52,7 @@ def runs_on(stem: str, architecture: str) -> bool:
 
 @functools.cache
 def _library() -> Any:
-    """libnvrtc of the nvidia-cuda-nvrtc wheel, or of a toolkit that the loader finds. Raises ConfigError without one."""
+    """libnvrtc of the nvidia-cuda-nvrtc wheel, or of a toolkit that the loader finds. Raises ConfigError if none."""
     found = importlib.util.find_spec("nvidia")
     for root in found.submodule_search_locations or () if found else ():
         for library in sorted(Path(root).glob("c*/lib/libnvrtc.so.*")):
