@@ -476,12 +476,9 @@ __device__ __forceinline__ void wgmma(float *d, const uint32_t *a, uint64_t b, b
 #endif
 }
 
-// wgmma's name before it was a template
-__device__ __forceinline__ void wgmma_m64n128k16(float *d, uint64_t a, uint64_t b) { wgmma<128>(d, a, b); }
-
 // ---- stores -----------------------------------------------------------------------------------
 // 16 bytes to global memory by one instruction. NVRTC 13.0 splits the store of a 16-byte structure, float4 included,
-// into four wherever the row of a matrix is a loop variable (seen in PTX for sm_80, sm_90a, sm_100).
+// into four wherever the row of a matrix is a loop variable (seen in PTX for compute_90a).
 __device__ __forceinline__ void store_global16(void *p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #ifndef CU_CPU
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(a), "r"(b), "r"(c),
