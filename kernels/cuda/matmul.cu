@@ -90,12 +90,13 @@ struct Sums {
     }
 
     __device__ __forceinline__ void finish(const Result &result, int2 origin) const {
+        constexpr int ROWS = 2;  // at a time: with four the scalar builds for sm_80 spill
 #pragma unroll
-        for (int i = 0; i < RUNS_M; i++) {
-            int2 first = make_int2(origin.x + row + i * RUN * LANES_M, origin.y + column);
-            result.finish<RUN, RUN * RUNS_N>(
+        for (int i = 0; i < RUNS_M * RUN; i += ROWS) {
+            int2 first = make_int2(origin.x + row + i / RUN * RUN * LANES_M + i % RUN, origin.y + column);
+            result.finish<RUN, ROWS * RUNS_N>(
                 [&](int n) { return make_int2(first.x + n / RUNS_N, first.y + n % RUNS_N * RUN * LANES_N); },
-                [&](int n) { return at[i * RUN + n / RUNS_N][n % RUNS_N]; });
+                [&](int n) { return at[i + n / RUNS_N][n % RUNS_N]; });
         }
     }
 };
