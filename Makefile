@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-isa lint bench gpu-check clean
+.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa lint bench gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +12,7 @@ RUN ?= runs/tiny
 GPU_CHECK ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
+ARCH ?= sm_90a
 
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
@@ -80,6 +81,22 @@ test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with th
 
 test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulated, and by clang: the same bits as on this CPU
 	@tests/isa/run $(BIN)/python
+
+# the kernels run on the CPU (kernels/cuda/emulator) while NVRTC compiles every build of them
+test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100
+	@command -v g++ >/dev/null || { echo "test-cuda-cpu skipped: no g++, which runs the kernels on the CPU"; exit 0; }; mkdir -p build; \
+	$(BIN)/python -m pytest -q tests/cuda/test_nvrtc.py >build/nvrtc.log 2>&1 & compiled=$$!; \
+	$(BIN)/python -m pytest -q tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
+	wait $$compiled || { cat build/nvrtc.log; exit 1; }; tail -1 build/nvrtc.log
+
+test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer, then AddressSanitizer, in the emulated kernels
+	@command -v g++ >/dev/null || { echo "test-cuda-sanitize skipped: no g++"; exit 0; }; \
+	for kind in thread address; do \
+	  $(BIN)/python tests/cuda/sanitizers.py $$kind -m pytest -q @tests/cuda/sanitized.txt || exit 1; \
+	done
+
+kernels: $(VENV)/.installed-test  ## CUDA kernels compiled beforehand for ARCH (sm_80, sm_90a, ...), found before any is compiled
+	@$(BIN)/python -m mlm_mpi.backend.cuda.nvrtc $(ARCH)
 
 lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 	@$(BIN)/ruff check .

@@ -9,7 +9,7 @@ CPU = Path("kernels/cpu")
 setup(
     packages=[*find_packages(include=["mlm_mpi*"]), "mlm_mpi.kernels"],
     package_dir={"mlm_mpi.kernels": "kernels"},
-    package_data={"mlm_mpi.kernels": ["README.md", "cpu/*"]},
+    package_data={"mlm_mpi.kernels": ["README.md", "cpu/*", "cuda/*.cu", "cuda/*.cuh"]},
     ext_modules=[
         Extension(
             "mlm_mpi.backend._cpu",

@@ -17,17 +17,18 @@ from mlm_mpi.ops.dropout import Draw
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
 EPSILON = 1e-5
+MERGES = [0, 1, 0, 2, 0, 1, 0, 3]  # the balanced tree over eight leaves
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows` of a step, `head_rows` of a chunk of logits; `squares`: M = N = K; `attention`: (B, H, T, D)."""
+    """`rows` of a step, `head_rows` of chunks of logits; `squares`: M = N = K; `attention`: (B, H, T, D)."""
 
     rows: int
     width: int
     hidden: int
     vocabulary: int
-    head_rows: int
+    head_rows: tuple[int, ...]
     dropout_rows: int
     squares: tuple[int, ...]
     attention: tuple[tuple[int, int, int, int], ...]
@@ -36,13 +37,14 @@ class Sizes:
 
 
 FULL = Sizes(
-    rows=32 * 1024, width=768, hidden=3072, vocabulary=50304, head_rows=8192, dropout_rows=8192, squares=(4096, 8192),
-    attention=((32, 12, 1024, 64), (32, 6, 1024, 128), (1, 12, 16384, 64), (2, 12, 16384, 64)),
+    rows=32 * 1024, width=768, hidden=3072, vocabulary=50304, head_rows=(512, 8192), dropout_rows=8192,
+    squares=(4096, 8192),
+    attention=((32, 12, 1024, 64), (32, 6, 1024, 128), (1, 12, 16384, 64)),
     flat=1900 * 65536, block=65536,
 )  # fmt: skip
 # for the emulator and under compute-sanitizer: more than one tile of everything, ragged where kernels take it
 SMALL = Sizes(
-    rows=136, width=72, hidden=160, vocabulary=328, head_rows=40, dropout_rows=24, squares=(136,),
+    rows=136, width=72, hidden=160, vocabulary=328, head_rows=(40,), dropout_rows=24, squares=(136,),
     attention=((1, 2, 136, 64), (1, 1, 72, 128)), flat=3 * 1024, block=1024,
 )  # fmt: skip
 
@@ -108,7 +110,7 @@ def cases(sizes: Sizes, dtype: np.dtype) -> list[Case]:
 
 
 def _products(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
-    n, c, f, v, r, item = s.rows, s.width, s.hidden, s.vocabulary, s.head_rows, dtype.itemsize
+    n, c, f, v, item = s.rows, s.width, s.hidden, s.vocabulary, dtype.itemsize
 
     def case(name: str, function: str, mnk: tuple[int, int, int], make: Any, results: Any, written: float) -> Case:
         m, n, k = mnk
@@ -165,9 +167,10 @@ def _products(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
     yield gradient("wgrad qkv, added", n, c, 3 * c)
     yield gradient("wgrad up, added", n, c, f)
     yield gradient("wgrad down, added", n, f, c)
-    yield plain("logits", (r, v, c), lambda bank: (bank.normal(r, c, dtype=dtype), weight(bank, v, c).T))
-    yield plain("dgrad head", (r, c, v), lambda bank: (bank.normal(r, v, dtype=dtype), weight(bank, v, c)))
-    yield gradient("wgrad head, added", r, v, c)
+    for r in s.head_rows:
+        yield plain("logits", (r, v, c), lambda bank, r=r: (bank.normal(r, c, dtype=dtype), weight(bank, v, c).T))
+        yield plain("dgrad head", (r, c, v), lambda bank, r=r: (bank.normal(r, v, dtype=dtype), weight(bank, v, c)))
+        yield gradient("wgrad head, added", r, v, c)
 
 
 def _attention(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
@@ -195,7 +198,7 @@ def _attention(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
 
 
 def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
-    n, c, f, v, r, item = s.rows, s.width, s.hidden, s.vocabulary, s.head_rows, dtype.itemsize
+    n, c, f, v, item = s.rows, s.width, s.hidden, s.vocabulary, dtype.itemsize
 
     def normal(*shape: int) -> Callable[[Bank], Any]:
         return lambda bank: bank.normal(*shape, dtype=dtype)
@@ -222,10 +225,11 @@ def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
 
     yield Case(f"{n}x{c} + residual", "layernorm.backward", norm_backward, _dx_and(4, 5), 0, 4 * item * n * c)
     yield Case(f"{n}x{f}", "linear.bias_gradient", make(normal(n, f), wide(f), False), _argument(1), 0, item * n * f)
-    yield Case(
-        f"{r}x{v} with gradient", "crossentropy.rows", make(normal(r, v), ids(v, r), None, True),
-        lambda arguments, returned: [returned, arguments[0]], 0, 2 * item * r * v,
-    )  # fmt: skip
+    for r in s.head_rows:
+        yield Case(
+            f"{r}x{v} with gradient", "crossentropy.rows", make(normal(r, v), ids(v, r), None, True),
+            lambda arguments, returned: [returned, arguments[0]], 0, 2 * item * r * v,
+        )  # fmt: skip
     yield Case(
         f"{n} of {v}x{c}", "embedding.forward", make(ids(v, n // 8, 8), normal(v, c)), _returned, 0, 2 * item * n * c
     )
@@ -278,6 +282,6 @@ def _flat(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
     part = n // 8
     yield Case(
         f"8 of {part}", "sums.tree",
-        lambda bank: ([bank.normal(part) for _ in range(8)], bank.xp.empty(part, np.float32)), _argument(1), 0,
+        lambda bank: ([bank.normal(part) for _ in range(8)], MERGES, bank.xp.empty(part, np.float32)), _argument(2), 0,
         36 * part,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 SAMPLE_MS = 3.0  # of device time in a sample; a call that takes longer is a sample of its own
 MOST_CALLS = 40
-SLOW_MS = (100.0, 1000.0)  # a slower variant is sampled a few times; a still slower one is timed once
+SLOW_MS = (20.0, 1000.0)  # a slower variant is sampled a few times; a still slower one is timed once
 FEW = 3
 LEAD_BYTES = 256 << 20
 

@@ -8,6 +8,7 @@ never came back; {"row": number, ...} with the numbers ends a row. `rows`: which
 `ours_only`: our kernels run once, compared with nothing.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from gpu_workers import SKIPPED
 
 from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import wide
+from mlm_mpi.backend.cuda import matmul as products
 
 try:
     import torch
@@ -136,7 +138,15 @@ class Comparison:
         return {
             "case": case.name, "function": case.function, "dtype": self.dtype.name, "flops": case.flops,
             "bytes": case.bytes, "shape": case.shape, "judge": self.judge, "variants": self.found,
+            "cublas_case": self._cublas_case(),
         }  # fmt: skip
+
+    def _cublas_case(self) -> str:
+        """What `backend/cuda/cublas.json` calls a bare product; "" of anything else."""
+        if self.case.function != "matmul.add":
+            return ""
+        a, b, out, accumulate = self.arguments()
+        return "" if accumulate else products.case_of(products.Product("STORE", a, b, out=out))
 
     def run(self) -> None:
         """All variants once."""
@@ -216,11 +226,9 @@ class Comparison:
 
 def reference(function: str) -> Callable[..., Any]:
     """The reference of a registry's name, in CuPy."""
-    import importlib
-
     stem, _, name = function.partition(".")
-    package = "optim" if stem in ("adamw", "clip", "sgd") else "ops"
-    return getattr(importlib.import_module(f"mlm_mpi.{package}.{stem}"), name)
+    rooms = (f"mlm_mpi.{room}.{stem}" for room in ("ops", "optim", "backend"))
+    return getattr(importlib.import_module(next(filter(importlib.util.find_spec, rooms))), name)
 
 
 def described(error: Exception) -> str:
@@ -260,7 +268,7 @@ def main() -> None:
         part, parts = job["part"]
         chosen = chosen[part::parts]
     cased = {case.function for case, _ in table(job["sizes"], ["bfloat16", "float32"])}
-    say({"rows": chosen, "without_case": sorted(served - cased)})
+    say({"rows": chosen, "without_case": sorted(served - cased), "architecture": gpu.architecture})
     lead = LEAD_BYTES if job["sizes"] == "full" else 1 << 12
     clock = Clock(cupy, lead) if job["repeats"] else None
     for number in chosen:

@@ -167,6 +167,6 @@ _PEERS: dict[str, dict[str, Callable[..., Run]]] = {
     "dropout.forward": {"torch": _dropout},
     "adamw.update": {"torch": _adamw},
     "clip.squares": {"torch": _squares},
-    "sums.tree": {"torch": lambda parts, out: lambda: [sum(parts[1:], parts[0])]},
+    "sums.tree": {"torch": lambda leaves, merges, out: lambda: [sum(leaves[1:], leaves[0])]},
     "cast.to": {"torch": lambda x, out: lambda: [out.copy_(x)]},
 }

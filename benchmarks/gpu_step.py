@@ -3,7 +3,8 @@
     echo '{"steps": 2}' | python benchmarks/gpu_step.py '{"side": "ours", "model": {…}, "vocabulary": 64, "rows": 2}'
 
 Both: bfloat16 activations and products, float32 master weights, gradients and moments, forward, backward, clipping and
-AdamW, fresh tokens each step. Ours is what `train/replica.py` does on one rank with one micro-batch.
+AdamW, fresh tokens each step. Ours is what `train/replica.py` does on one rank with one micro-batch; with `graphs` it
+replays CUDA graphs; PyTorch's goes through torch.compile with `compile`.
 """
 
 import json
@@ -40,6 +41,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     from mlm_mpi.optim import make_optimizer
     from mlm_mpi.optim.clip import clip_factor, norm
     from mlm_mpi.params.store import FlatStore
+    from mlm_mpi.train.captured import Captured
 
     place = gpu("float32", job["products"], 0)
     kernels.select(reference=job["reference"], device="cuda")
@@ -53,12 +55,17 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     store.refresh()
     optimizer, gradient = make_optimizer(OPTIM, store), store.new_buffer()
     store.point_gradients(gradient)
+    captured = Captured(stack, store) if job["graphs"] else None
     done = 0
 
     def step(tokens: np.ndarray) -> Any:
         nonlocal done
-        ids, targets = (place.put(np.ascontiguousarray(part)) for part in (tokens[:, :-1], tokens[:, 1:]))
-        loss = stack.loss_and_grad(ids, targets, None, Context(step=done, training=True))
+        ids, targets = (np.ascontiguousarray(part) for part in (tokens[:, :-1], tokens[:, 1:]))
+        ctx = Context(step=done, training=True)
+        if captured is None:
+            loss = stack.loss_and_grad(place.put(ids), place.put(targets), None, ctx)
+        else:
+            loss = captured.loss_and_grad(SimpleNamespace(ids=ids, targets=targets, mask=None), ctx)
         length, broken = norm(store, gradient)
         if broken is not None:
             raise ArithmeticError(f"step {done}: the gradient of {broken} is not finite")
@@ -69,6 +76,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
 
     def facts() -> dict[str, Any]:
         held = cupy.get_default_memory_pool().total_bytes()
+        held += captured.graphs.pool.total_bytes() if captured else 0
         return {"peak_bytes": held, "fallbacks": kernels.fallbacks(), "refusals": kernels.refusals()}
 
     return step, cupy.cuda.Device().synchronize, facts
@@ -106,7 +114,7 @@ def theirs(job: dict[str, Any], model: Any) -> Side:
 
 
 def main() -> None:
-    job = {"products": "bf16", "reference": "", "compile": False} | json.loads(sys.argv[1])
+    job = {"products": "bf16", "reference": "", "compile": False, "graphs": False} | json.loads(sys.argv[1])
     model, rows = SimpleNamespace(**job["model"]), job["rows"]
     random = np.random.default_rng(1)
     batches = [
@@ -119,7 +127,7 @@ def main() -> None:
     began = time.perf_counter()
     try:
         step, wait, facts = {"ours": ours, "torch": theirs}[job["side"]](job, model)
-        losses = [float(step(batches[number])) for number in range(2)]  # compiles, allocates
+        losses = [float(step(batches[number])) for number in range(3)]  # compiles, allocates, captures
         wait()
     except Exception as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)

@@ -111,7 +111,7 @@ class Drive:
         self.pending: list[int] | None = None
         self.without_case: list[str] = []
         self.codes: list[int | None] = []
-        self.words = ""
+        self.words, self.architecture = "", ""
 
     def run(self, until: float) -> "Drive":
         """Until all rows are done, time is over, or a worker gets nowhere."""
@@ -133,6 +133,7 @@ class Drive:
             patience = SILENCE_S * slower
             if "rows" in line:
                 self.pending, self.without_case = line["rows"], line["without_case"]
+                self.architecture = line["architecture"]
             elif "begin" in line:
                 current = f"{line['row']} {line['begin']}"
             elif "broken" in line:

@@ -1,6 +1,7 @@
 """Time of a training step: tokens/s, GFLOP/s, share of the sgemm peak, page faults, memory; against PyTorch.
 
     python benchmarks/step.py --peer torch --kernels off       # 1 rank: PyTorch, and NumPy in place of our kernels
+    python benchmarks/step.py --products bf16 --peer torch --peers bf16   # bf16 products, bf16 autocast
     python benchmarks/step.py --ranks 1,2 --peer torch         # 2 ranks: DDP over gloo; what a second rank gains
     python benchmarks/step.py --ranks 2,4 --reductions canonical,allreduce
     python benchmarks/step.py --size gpt2-124m --peer torch --peers eager,kept --pairs 3 --steps 1
@@ -24,7 +25,7 @@ import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import cpu, kernels
 from mlm_mpi.backend.arrays import keep_freed_memory
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
@@ -70,7 +71,8 @@ def work(job: dict[str, Any]) -> None:
 
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
-    kernels.select(c.numerics.level, c.numerics.reference, c.numerics.products)
+    numerics = c.numerics
+    kernels.select(numerics.level, numerics.reference, numerics.products, numerics.threads)
     replica = Replica(c, size["vocabulary"], Mesh(group))
     replica.store.initialise(0)
     random = np.random.default_rng(group.rank)
@@ -126,7 +128,7 @@ class Variant:
         return statistics.median(value for turn in self.turns for value in turn[what])
 
 
-def start_ours(args: argparse.Namespace, ranks: int) -> list[Variant]:
+def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Variant]:
     """The first one is what the others are compared with."""
     reductions = args.reductions.split(",")[: None if ranks > 1 else 1]
     wanted = {name: [f"comm.reduction={name}"] for name in reductions}
@@ -134,6 +136,10 @@ def start_ours(args: argparse.Namespace, ranks: int) -> list[Variant]:
         wanted[f"{reductions[0]}, kernels off"] = [*wanted[reductions[0]], "numerics.reference=all"]
     if args.recompute:
         wanted[f"{reductions[0]}, recompute"] = [*wanted[reductions[0]], "train.recompute=true"]
+    if args.products == "bf16" and not cpu.runs(cpu.BF16_LEVEL):
+        report.say(f"{reductions[0]}, bf16 products is left out: this CPU has no AVX512-BF16")
+    elif args.products == "bf16":
+        wanted[f"{reductions[0]}, bf16 products"] = [*wanted[reductions[0]], "numerics.products=bf16"]
     job = {"size": SIZES[args.size], "threads": args.threads}
     return [
         Variant(name, ranks, start_ranks("step.py", job | {"settings": settings}, ranks, args.threads))
@@ -220,6 +226,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--reductions", default="canonical", help="compared on more than one rank: canonical,allreduce")
     parser.add_argument("--kernels", choices=["off"], help="also ours with NumPy in place of the kernels")
+    parser.add_argument("--products", choices=["bf16"], help="also ours with numerics.products=bf16")
     parser.add_argument("--recompute", action="store_true", help="also ours with train.recompute")
     parser.add_argument("--peer", choices=["torch"], help="compare with PyTorch; DDP over gloo on several ranks")
     parser.add_argument("--peers", default=",".join(PEERS), help="of PyTorch (default: %(default)s)")
@@ -233,7 +240,7 @@ def main() -> None:
     job = {"settings": None}
     roofs = {ranks: start_ranks("step.py", job, ranks, args.threads) for ranks in counts}
     rates: dict[int, list[float]] = {ranks: [] for ranks in counts}
-    variants = [v for ranks in counts for v in [*start_ours(args, ranks), *start_peers(args, ranks, report)]]
+    variants = [v for ranks in counts for v in [*start_ours(args, ranks, report), *start_peers(args, ranks, report)]]
     for v in variants:
         v.worker.ask(steps=2)  # page faults, first touches
     for number in range(args.pairs):

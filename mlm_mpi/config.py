@@ -116,7 +116,8 @@ class Backend(Section, frozen=True):
 
 
 class Numerics(Section, frozen=True):
-    """What else decides bits. `threads`: BLAS threads per rank; `level`: instruction set of kernels, BLAS and NumPy.
+    """What else decides bits. `threads` per rank share a matrix product, ours or BLAS's. `level`: instruction set of
+    kernels, BLAS and NumPy.
 
     `products`: "bf16" rounds the operands of matrix products to bf16 and sums in float32. On a CPU, which needs
     AVX512-BF16, all else stays float32; a GPU keeps activations in bf16 too. `reference`: ops that NumPy (CuPy)

@@ -13,7 +13,7 @@ INLINE uint32_t round_to_bf16(uint32_t x) {
 /* A packed strip (steps, width) of floats becomes one of words, in its own place; an odd step out is paired with 0. */
 INLINE void pair_steps(size steps, const int width, float *strip) {
     for (size i = 0; i < steps; i += 2) {
-        uint32_t even[PANEL], odd[PANEL] = {0};
+        uint32_t even[2 * LANES], odd[2 * LANES] = {0}; /* no strip is wider at any level */
         const size bytes = (size_t)width * sizeof *strip;
         memcpy(even, strip + i * width, bytes);
         if (i + 1 < steps) memcpy(odd, strip + (i + 1) * width, bytes);

@@ -9,7 +9,9 @@ __attribute__((visibility("default"))) int level_available(const char *level) {
     const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(level, "avx512")) return avx512;
+#if defined(__clang__) || __GNUC__ >= 11 /* older compilers do not know the instruction */
     if (!strcmp(level, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
     return 0;
 }

@@ -12,3 +12,4 @@
 #include "layernorm.c"
 #include "linear.c"
 #include "matmul.c"
+#include "sums.c"

@@ -3,12 +3,12 @@
  * Three blocks as in GotoBLAS: a panel of b (DEPTH x PANEL) stays in L1, a band of a (BAND x DEPTH) in L2, the
  * panels of a strip (DEPTH x STRIP) in L3; both operands are packed in the order in which a tile reads them.
  * Sources: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee, van de Geijn,
- * "BLIS", 2015. Sizes were measured on Zen 3 (LOG.md); 12 x 32 and 384 are also what BLIS takes for AVX-512.
+ * "BLIS", 2015. Sizes were measured on Zen 3 (LOG.md); the tile for AVX-512, 12 x 32, is that of BLIS, unmeasured.
  *
  * The order of additions is that of this text: for each DEPTH of k a chain of multiply-adds over ascending k that
  * starts at zero; the chains are added, in order, to start = (bias + base), or to zero. Tiles, bands, strips and
- * the number of rows do not enter, so that every level with a fused multiply-add gives the same bits, and a row
- * gives the same bits alone as among others. */
+ * the other rows do not enter, so that every level with a fused multiply-add gives the same bits, on any number of
+ * threads. c overlaps neither a nor b. */
 #if W == 16 || defined(__aarch64__)
 #define TALL 12 /* rows of a tile: 24 vectors of sums in 32 registers */
 #else
@@ -22,6 +22,12 @@
 
 typedef float quad __attribute__((vector_size(16)));
 typedef quad quad_any __attribute__((aligned(4), may_alias));
+#if defined(__clang__)
+#define PICK_FOUR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else /* gcc has that name only since 12 */
+typedef int32_t four __attribute__((vector_size(16)));
+#define PICK_FOUR(a, b, ...) __builtin_shuffle(a, b, (four){__VA_ARGS__})
+#endif
 
 struct plane {
     float *x;
@@ -43,18 +49,18 @@ INLINE const float *at(const struct plane *p, size row, size column) { return p-
 INLINE void turn(const float *from, size lane, const int width, float *to) {
     quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
     quad c = *(const quad_any *)(from + 2 * lane), d = *(const quad_any *)(from + 3 * lane);
-    quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    *(quad_any *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad_any *)(to + width) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(quad_any *)(to + 2 * width) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    *(quad_any *)(to + 3 * width) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    quad ab = PICK_FOUR(a, b, 0, 4, 1, 5), cd = PICK_FOUR(c, d, 0, 4, 1, 5);
+    *(quad_any *)to = PICK_FOUR(ab, cd, 0, 1, 4, 5);
+    *(quad_any *)(to + width) = PICK_FOUR(ab, cd, 2, 3, 6, 7);
+    ab = PICK_FOUR(a, b, 2, 6, 3, 7), cd = PICK_FOUR(c, d, 2, 6, 3, 7);
+    *(quad_any *)(to + 2 * width) = PICK_FOUR(ab, cd, 0, 1, 4, 5);
+    *(quad_any *)(to + 3 * width) = PICK_FOUR(ab, cd, 2, 3, 6, 7);
 }
 
 /* Two lanes of four steps: what six lanes leave over. */
 INLINE void turn_pair(const float *from, size lane, const int width, float *to) {
     quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
-    quad low = __builtin_shufflevector(a, b, 0, 4, 1, 5), high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    quad low = PICK_FOUR(a, b, 0, 4, 1, 5), high = PICK_FOUR(a, b, 2, 6, 3, 7);
     memcpy(to, &low, 8);
     memcpy(to + width, (float *)&low + 2, 8);
     memcpy(to + 2 * width, &high, 8);
@@ -84,8 +90,11 @@ INLINE void pack_strips(size steps, size lanes, const float *from, size step, si
     const size whole = lanes - lanes % width;
     if (lane == 1) /* a step of all strips at once: it lies in one piece, and steps may be far apart */
         for (size i = 0; i < steps; i++)
-            for (size j = 0; j < whole; j += width)
-                memcpy(to + j * steps + i * width, from + i * step + j, (size_t)width * sizeof *to);
+            for (size j = 0; j < whole; j += width) {
+                float *strip = to + j * steps + i * width;
+                __builtin_prefetch(strip + 24, 1); /* its next line: stores that miss L1 wait for one another */
+                memcpy(strip, from + i * step + j, (size_t)width * sizeof *to);
+            }
     else
         for (size j = 0; j < whole; j += width)
             if (step == 1)
@@ -229,33 +238,39 @@ INLINE void pack_words(
     for (size j = 0; pairs && j < lanes; j += width) pair_steps(steps, width, to + j * steps);
 }
 
-/* Floats of work space. With one band a panel is used at once, so that all take turns in one place. */
+/* Columns of b that are packed at a time: all of a strip, or, where one band of a is all there is, one panel, which is
+ * used at once and gives way to the next. */
+static size packed_columns(size m, size n) { return m <= BAND ? PANEL : round_up(least(n, STRIP), PANEL); }
+
+/* Floats of work space. */
 static size product_work(size m, size n, size k) {
-    const size columns = m <= BAND ? PANEL : round_up(least(n, STRIP), PANEL);
-    return 16 + least(k, DEPTH) * (columns + round_up(least(m, BAND), TALL));
+    return 16 + least(k, DEPTH) * (packed_columns(m, n) + round_up(least(m, BAND), TALL));
+}
+
+/* What a band of a, from row i, adds to a strip of c, from column j, by the steps from k. Its first band packs b. */
+INLINE void multiply_band(
+    const int pairs, const struct product *p, size i, size j, size k, float *panels, float *band) {
+    const struct plane *a = &p->a, *b = &p->b;
+    const size steps = least(DEPTH, p->k - k), rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);
+    pack_words(pairs, steps, rows, at(a, i, k), a->column, a->row, TALL, band);
+    size turn = 0;
+    for (size across = 0; across < columns; across += PANEL) {
+        const size wide = least(PANEL, columns - across), column = j + across;
+        float *panel = p->m <= BAND ? panels : panels + across * steps;
+        if (i == 0) pack_words(pairs, steps, wide, at(b, k, column), b->row, b->column, PANEL, panel);
+        for (size down = 0; down < rows; down += TALL, turn++) {
+            const struct block block = {i + down, column, k, least(TALL, rows - down), wide, steps};
+            const struct ahead ahead = i == 0
+                ? lines(at(b, k, column + PANEL), b->row, b->column, down / TALL)
+                : lines(at(a, i + BAND, k), a->column, a->row, least(turn, BAND - 1));
+            put_tile(pairs, p, &block, band + down * steps, panel, ahead);
+        }
+    }
 }
 
 INLINE void product(const int pairs, const struct product *p, float *work) {
-    const struct plane *a = &p->a, *b = &p->b;
-    const size deepest = least(p->k, DEPTH), columns = p->m <= BAND ? PANEL : round_up(least(p->n, STRIP), PANEL);
-    float *panels = align_line(work), *band = panels + deepest * columns;
-    for (size j0 = 0; j0 < p->n; j0 += STRIP)
+    float *panels = align_line(work), *band = panels + least(p->k, DEPTH) * packed_columns(p->m, p->n);
+    for (size j = 0; j < p->n; j += STRIP)
         for (size k = 0; k < p->k; k += DEPTH)
-            for (size i0 = 0; i0 < p->m; i0 += BAND) {
-                const size steps = least(DEPTH, p->k - k), rows = least(BAND, p->m - i0), stop = least(p->n, j0 + STRIP);
-                pack_words(pairs, steps, rows, at(a, i0, k), a->column, a->row, TALL, band);
-                size turn = 0;
-                for (size j = j0; j < stop; j += PANEL) {
-                    const size wide = least(PANEL, stop - j);
-                    float *panel = p->m <= BAND ? panels : panels + (j - j0) * steps;
-                    if (i0 == 0) pack_words(pairs, steps, wide, at(b, k, j), b->row, b->column, PANEL, panel);
-                    for (size i = 0; i < rows; i += TALL, turn++) {
-                        struct block block = {i0 + i, j, k, least(TALL, rows - i), wide, steps};
-                        struct ahead ahead =
-                            i0 == 0 ? lines(at(b, k, j + PANEL), b->row, b->column, i / TALL)
-                                    : lines(at(a, i0 + BAND, k), a->column, a->row, least(turn, BAND - 1));
-                        put_tile(pairs, p, &block, band + i * steps, panel, ahead);
-                    }
-                }
-            }
+            for (size i = 0; i < p->m; i += BAND) multiply_band(pairs, p, i, j, k, panels, band);
 }

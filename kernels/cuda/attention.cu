@@ -158,23 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
 }
 
-// Of every query, and zeros where rows are padded: a warp per query.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(
-    Problem p, View dout, View o, const float *lse, Statistics *statistics) {
-    const int rows = (p.queries + PADDED - 1) / PADDED * PADDED;
-    const int64_t i = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
-    if (i >= int64_t(p.batch) * p.heads * rows) return;
-    const int t = i % rows, head = i / rows;
-    const Work work = {head / p.heads, head % p.heads, 0};
-    Statistics of = {};
-    if (t < p.queries) {
-        const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
-        for (int c = threadIdx.x % 32; c < p.width; c += 32) of.delta += to_float(left[c]) * to_float(right[c]);
-        of = {lse[work.row(p) + t] * LOG2_E, warp_sum(of.delta)};
-    }
-    if (threadIdx.x % 32 == 0) statistics[i] = of;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
     Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dq) {
     DYNAMIC_SMEM(float, queries);
@@ -221,8 +204,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dk, View dv) {
     DYNAMIC_SMEM(float, keys);
     float *values = keys + TILE * LINE, *queries = values + TILE * LINE, *slopes = queries + TILE * LINE;
-    float *weights = slopes + TILE * LINE, *bends = weights + TILE * SCORES;
-    Statistics *levels = reinterpret_cast<Statistics *>(bends + TILE * SCORES);
+    float *weights = slopes + TILE * LINE;  // then what bends the scores: 99 KiB are all that some chips have
+    Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
     const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int begin = first < length ? p.first_query(first) / TILE * TILE : p.queries;  // hidden keys: no query
@@ -248,12 +231,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
                 float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
                 float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
                 weights[r * SCORES + t] = weight * kept;
-                bends[r * SCORES + t] = weight * (slope[i][j] * kept - levels[t].delta);
+                slope[i][j] = weight * (slope[i][j] * kept - levels[t].delta);
             }
         }
         __syncthreads();
         accumulate(weights, slopes, dvalue);
-        accumulate(bends, queries, dkey);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < EACH; j++) weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = slope[i][j];
+        __syncthreads();
+        accumulate(weights, queries, dkey);
         __syncthreads();
     }
     float factor[EACH], one[EACH];

@@ -36,7 +36,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) columns_add(
     float sum = 0.0f;
     if (column < columns) {
 #pragma unroll 8
-        for (int b = threadIdx.y * each; b < end; b++) sum += parts[(int64_t(b) * gridDim.y + blockIdx.y) * columns + column];
+        for (int b = threadIdx.y * each; b < end; b++) {
+            sum += parts[(int64_t(b) * gridDim.y + blockIdx.y) * columns + column];
+        }
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

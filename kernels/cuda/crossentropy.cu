@@ -19,10 +19,14 @@ struct Row {
     }
     template <class Work> __device__ __forceinline__ void forwards(Work &work) const {
         ends(work);
-        for (int p = threadIdx.x; p < packs; p += THREADS) work.template take<WIDTH>(at + head + p * WIDTH);
+        for (int p = threadIdx.x; p < packs; p += THREADS) {
+            work.template take<WIDTH>(at + head + p * WIDTH);
+        }
     }
     template <class Work> __device__ __forceinline__ void backwards(Work &work) const {
-        for (int p = packs - 1 - int(threadIdx.x); p >= 0; p -= THREADS) work.template take<WIDTH>(at + head + p * WIDTH);
+        for (int p = packs - 1 - int(threadIdx.x); p >= 0; p -= THREADS) {
+            work.template take<WIDTH>(at + head + p * WIDTH);
+        }
         ends(work);
     }
     template <class Work> __device__ __forceinline__ void ends(Work &work) const {
@@ -69,7 +73,8 @@ __device__ __forceinline__ float block_max(float x) {
 
 // A masked row has loss 0 and gradient 0. A target that is no column makes the loss NaN and reads nothing.
 extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentropy_rows(
-    ELEMENT *logits, const int32_t *targets, const bool *mask, double *losses, int64_t stride, int columns, int gradient) {
+    ELEMENT *logits, const int32_t *targets, const bool *mask, double *losses, int64_t stride, int columns,
+    int gradient) {
     Row row(logits + int64_t(blockIdx.x) * stride, columns);
     if (mask && !mask[blockIdx.x]) {
         Zero zero;
@@ -89,5 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentro
     Softmax softmax{largest, 1.0f / sum};
     row.backwards(softmax);  // every thread has `wanted`: group_sum waited for all
     __syncthreads();
-    if (threadIdx.x == 0 && known) row.at[target] = from_float<ELEMENT>(__expf(wanted - largest) * softmax.scale - 1.0f);
+    if (threadIdx.x == 0 && known) {
+        row.at[target] = from_float<ELEMENT>(__expf(wanted - largest) * softmax.scale - 1.0f);
+    }
 }

@@ -49,8 +49,8 @@ __device__ __forceinline__ void add_to(float *p, const Pack<float, WIDTH> &x) {
 }
 
 extern "C" __global__ void embedding_backward(
-    const ELEMENT *dy, const int32_t *ids, const int64_t *order, float *table, float *heads, float *tails, int64_t count,
-    int vocabulary, int columns) {
+    const ELEMENT *dy, const int32_t *ids, const int64_t *order, float *table, float *heads, float *tails,
+    int64_t count, int vocabulary, int columns) {
     Place place(count, columns);
     if (place.here == 0) return;
     int lane = threadIdx.x;

@@ -7,6 +7,7 @@ meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_a
 import ctypes
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,21 @@ _SIGNATURES = {
     "matmul_bf16": "pp",
     "matmul_float32": "pp",
     "matmul_work": "nnn",
+    "sums_tree": "nnppp",
 }
 
 
 class Library:
     """The functions of one dispatch level as attributes; arguments are numbers and addresses."""
 
-    def __init__(self, handle: ctypes.CDLL, level: str) -> None:
+    def __init__(self, handle: ctypes.CDLL, level: str, threads: int) -> None:
         self.handle = handle
         for name in _SIGNATURES:
             setattr(self, name, _function(handle, name, level))
         self.multiply = self.matmul_float32
         self.multiply_work = self.matmul_work
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads, "products") if threads > 1 else None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -74,7 +78,7 @@ def runs(level: str) -> bool:
     return path is not None and bool(ctypes.CDLL(path).level_available(level.encode()))
 
 
-def load(level: str) -> tuple[str, Library | None, str]:
+def load(level: str, threads: int = 1) -> tuple[str, Library | None, str]:
     """(level, library, "") or ("off", None, why not). Raises ConfigError for a level this CPU lacks."""
     if level == "off":
         return "off", None, "kernels are switched off"
@@ -90,7 +94,7 @@ def load(level: str) -> tuple[str, Library | None, str]:
         raise ConfigError(f"numerics.level = {level!r} is not among what this CPU runs: {', '.join(available)}, auto")
     chosen = available[-1] if level == "auto" else level
     try:
-        return chosen, Library(handle, chosen), ""
+        return chosen, Library(handle, chosen, threads), ""
     except AttributeError as error:
         return "off", None, f"{path} is of another version ({error}): install again"
 
@@ -156,12 +160,28 @@ def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
 
 
 def _multiply(lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None) -> None:
+    """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
+    parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
+    edges = [a.shape[0] * part // parts for part in range(parts + 1)]
+
+    def multiply(first: int, stop: int) -> None:
+        rows = slice(first, stop)
+        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias)
+
+    if parts == 1:
+        _multiply_rows(lib, a, b, c, base, bias)
+    else:
+        list(lib.pool.map(multiply, edges[:-1], edges[1:]))
+
+
+def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any) -> None:
     (m, k), n = a.shape, b.shape[1]
     product = _Product(m, n, k, *_plane(a), *_plane(b), *_plane(c), *_plane(base), _at(bias) or 0)
     work = np.empty(lib.multiply_work(m, n, k), np.float32)
-    lib.multiply(product, _at(work))
+    lib.multiply(_pointer(product), _at(work))
 
 
+LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
 ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
 
@@ -414,6 +434,28 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
     losses = np.empty(logits.shape[0])
     lib.crossentropy_rows(*logits.shape, _at(logits), _at(targets), _at(mask), gradient, _at(losses))
     return losses
+
+
+# ---- sums
+
+
+def _fit_sums(leaves: Any, merges: Any, out: Any) -> str:
+    height = highest = 0
+    for count in merges:
+        height += 1
+        highest = max(highest, height)
+        height -= count
+        if count < 0 or height < 1:
+            return "no tree"
+    if len(merges) != len(leaves) or height != 1 or highest > 32:  # HEIGHT of kernels/cpu/sums.c
+        return "no tree of at most 31 levels"
+    return dense(*leaves, out) or shaped(out.shape, *leaves)
+
+
+@kernel("sums.tree", _fit_sums)
+def _sums_tree(lib: Any, leaves: Any, merges: Any, out: Any) -> None:
+    addresses, counts = (ctypes.c_void_p * len(leaves))(*map(_at, leaves)), (ctypes.c_int32 * len(leaves))(*merges)
+    lib.sums_tree(out.size, len(leaves), _pointer(addresses), _pointer(counts), _at(out))
 
 
 # ---- adamw, clip

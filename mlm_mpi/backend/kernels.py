@@ -16,7 +16,7 @@ from mlm_mpi.errors import ConfigError
 
 OPS = (
     "matmul", "linear", "layernorm", "gelu", "attention", "embedding", "crossentropy", "dropout",
-    "clip", "adamw", "sgd", "sums", "cast",
+    "sums", "cast", "clip", "adamw", "sgd",
 )  # fmt: skip
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 
@@ -48,6 +48,7 @@ class Selection:
     products: str = ""  # how matrix products differ from float32 ones of `level`
     reference: frozenset[str] = frozenset()
     device: str = "cpu"
+    host: Any = None  # beside a GPU: the library for arrays in the CPU's memory, such as gradients on their way
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name/variant, reason) -> times
     fallen: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, last reason) -> times the reference ran
     _candidates: dict[str, list[Kernel]] = field(default_factory=dict)
@@ -55,10 +56,15 @@ class Selection:
     def candidates(self, name: str) -> list[Kernel]:
         """The kernels that may serve a function on this machine, the preferred one first."""
         if name not in self._candidates:
-            may = not self.refuses(name)
-            known = _entries.get((self.device, name), []) if may else []
-            self._candidates[name] = [entry for entry in known if not entry.lacks(self.library)]
+            known = [] if self.refuses(name) else _entries.get((self.device, name), [])
+            if known and self.host is not None:
+                known = known + _entries.get(("cpu", name), [])
+            self._candidates[name] = [entry for entry in known if not entry.lacks(self.library_of(entry))]
         return self._candidates[name]
+
+    def library_of(self, entry: Kernel) -> Any:
+        """What an entry is launched with."""
+        return self.library if entry.device == self.device else self.host
 
     def refuses(self, name: str) -> str:
         """Why the reference serves this function whatever its arguments; "" if a kernel may."""
@@ -107,12 +113,14 @@ def entries(device: str = "cpu") -> dict[str, Kernel]:
     }  # fmt: skip
 
 
-def select(level: str = "auto", reference: str = "", products: str = "float32", device: str = "cpu") -> Selection:
+def select(
+    level: str = "auto", reference: str = "", products: str = "float32", threads: int = 1, device: str = "cpu"
+) -> Selection:
     """Chooses the dispatch level ("auto", one of LEVELS, or "off") and the ops that the reference computes.
 
     `reference`: "gelu,attention" or "all". `products`: "float32", or "bf16" for operands of matrix products rounded
-    to bf16; a GPU goes by the arrays' dtype. `device`: "cpu" or "cuda", which knows no level but "off".
-    Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
+    to bf16, where a GPU goes by the arrays' dtype; `threads` share one. `device`: "cpu" or "cuda", which knows no
+    level but "off". Raises ConfigError where an op is unknown or this CPU lacks the level or bf16.
     """
     global _selection
     from mlm_mpi.backend import cpu
@@ -120,9 +128,10 @@ def select(level: str = "auto", reference: str = "", products: str = "float32", 
     ops = frozenset(op.strip() for op in reference.split(",") if op.strip())
     if unknown := sorted(ops - {"all", *OPS}):
         raise ConfigError(f"numerics.reference names {unknown[0]!r}: choose among {', '.join(OPS)}, all")
+    _load_entries("cpu")
     _load_entries(device)
     if device == "cpu":
-        chosen, library, reason = cpu.load(level)
+        chosen, library, reason = cpu.load(level, threads)
         about = cpu.take_bf16(library, chosen) if products == "bf16" else ""
         _selection = Selection(chosen, library, reason, about, ops)
     elif level == "off":
@@ -130,8 +139,8 @@ def select(level: str = "auto", reference: str = "", products: str = "float32", 
     else:
         from mlm_mpi.backend.cuda.device import Device
 
-        gpu = Device()
-        _selection = Selection(gpu.architecture, gpu, reference=ops, device=device)
+        gpu, (_, host, _) = Device(), cpu.load("auto", threads)
+        _selection = Selection(gpu.architecture, gpu, reference=ops, device=device, host=host)
     return _selection
 
 
@@ -147,14 +156,16 @@ def served(reference: Function) -> Function:
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
         chosen = _selection or select()
-        reason = ""
+        why = ""
         for entry in chosen.candidates(name):
             reason = entry.contract(*arguments, **named)
             if not reason:
-                return entry.launch(chosen.library, *arguments, **named)
-            chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
-        if reason:
-            chosen.fallen[name, reason] += 1
+                return entry.launch(chosen.library_of(entry), *arguments, **named)
+            if entry.device == chosen.device:
+                why = reason
+                chosen.refused[f"{name}/{entry.variant}".rstrip("/"), reason] += 1
+        if why:
+            chosen.fallen[name, why] += 1
         return reference(*arguments, **named)
 
     return run  # type: ignore[return-value]
@@ -185,7 +196,8 @@ def serving(dtype: str = "float32") -> dict[str, str]:
             why = dtype
         if why:
             return f"reference ({'NumPy' if chosen.device == 'cpu' else 'CuPy'}): {why}"
-        variants = dict.fromkeys(entry.variant for name in names for entry in chosen.candidates(name))
+        served_by = (entry for name in names for entry in chosen.candidates(name) if entry.device == chosen.device)
+        variants = dict.fromkeys(entry.variant for entry in served_by)
         products = chosen.products if op in ("matmul", "linear") else ""
         shown = ", ".join(filter(None, [*variants, chosen.level, products]))
         return f"{'C' if chosen.device == 'cpu' else 'CUDA'} kernel ({shown})"

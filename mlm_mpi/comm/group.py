@@ -41,16 +41,16 @@ class Group:
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
         return Group(self.comm.Dup() if self.comm is not None else None, self.timeout_s)
 
-    def local_rank(self) -> int:
-        """My number among the ranks of my node. Collective."""
+    def on_node(self) -> tuple[int, int]:
+        """(my number among the ranks of my node, how many they are). Collective."""
         if self.comm is None:
-            return 0
+            return 0, 1
         from mpi4py import MPI
 
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        number: int = node.Get_rank()
+        place = node.Get_rank(), node.Get_size()
         node.Free()
-        return number
+        return place
 
     def reads_gpus(self) -> bool:
         """Whether the MPI library says that it sends from and receives into a GPU's memory."""

@@ -15,12 +15,13 @@ without MPI. Where the buffers lie in a GPU's memory a `Transport` brings slices
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from mlm_mpi.backend import sums
 from mlm_mpi.backend.arrays import Place, cpu
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.transport import Direct, Ready, Transport
@@ -57,6 +58,16 @@ def maximal_nodes(root: Node, first: int, stop: int) -> list[Node]:
         return []
     centre = middle(lo, hi)
     return maximal_nodes((lo, centre), first, stop) + maximal_nodes((centre, hi), first, stop)
+
+
+def merges_of(root: Node, leaves: Collection[Node]) -> list[int]:
+    """How many sums are complete after each leaf, left to right: the tree as `backend.sums.tree` wants it."""
+    if root in leaves:
+        return [0]
+    centre = middle(*root)
+    merges = merges_of((root[0], centre), leaves) + merges_of((centre, root[1]), leaves)
+    merges[-1] += 1
+    return merges
 
 
 @dataclass
@@ -235,7 +246,7 @@ class Canonical(_Bucketed):
         self.plans, self.node_buffers, count = plan_lanes(lanes, self.first, self.stop)
         self.buffers = [self.xp.zeros(self.size, self.dtype) for _ in range(count)]
         self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
-        self.root = (0, lanes)
+        self.merges = merges_of((0, lanes), [node for nodes in self.nodes for node in nodes])
         self.tags = max(map(len, self.nodes))
         self.total = self.buffers[self.node_buffers[0]]
         if group.size > 1:
@@ -295,8 +306,11 @@ class Canonical(_Bucketed):
             self._merge(self.plans[lane - self.first], slice(0, self.size))
 
     def _merge(self, plan: LanePlan, part: slice) -> None:
-        for left, right in plan.merges:
-            self.buffers[left][part] += self.buffers[right][part]
+        """Each sum that a lane completes takes in the one before: a tree that leans to the right, in one pass."""
+        if plan.merges:
+            order = [left for left, _ in reversed(plan.merges)] + [plan.merges[0][1]]
+            leaves = [self.buffers[buffer][part] for buffer in order]
+            sums.tree(leaves, [0] * len(plan.merges) + [len(plan.merges)], leaves[0])
 
     def _start(self, bucket: Bucket) -> None:
         part = slice(bucket.start, bucket.stop)
@@ -342,23 +356,14 @@ class Canonical(_Bucketed):
         part = self._part(bucket, me)
         before = (self._part(b, me) for b in self.buckets[: bucket.number])
         offset = sum(p.stop - p.start for p in before)
-        leaves = {}
+        leaves = []  # rank by rank, which is left to right
         for rank, nodes in enumerate(self.nodes):
-            for k, node in enumerate(nodes):
+            for k in range(len(nodes)):
                 if rank == me:
-                    leaves[node] = self.mine[k][part]
+                    leaves.append(self.mine[k][part])
                 else:
-                    leaves[node] = self.scratch[rank, k][offset : offset + part.stop - part.start]
-
-        def sum_of(node: Node) -> Any:
-            if node in leaves:
-                return leaves[node]
-            centre = middle(*node)
-            left, right = sum_of((node[0], centre)), sum_of((centre, node[1]))
-            left += right
-            return left
-
-        self.sum[part] = sum_of(self.root)
+                    leaves.append(self.scratch[rank, k][offset : offset + part.stop - part.start])
+        sums.tree(leaves, self.merges, self.sum[part])
         bucket.summed = self.transport.settled()
 
     def _send_sum(self, bucket: Bucket) -> None:

@@ -68,8 +68,8 @@ class AdamW:
         for span in self.store.spans:
             part = slice(span.start, span.stop)
             shrink = 1.0 - learning_rate * o.weight_decay * span.parameter.decay
+            working = None if self.store.working is self.store.data else self.store.working[part]
             update(
                 self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
-                scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink,
+                scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink, working,
             )  # fmt: skip
-        self.store.refresh()

@@ -1,11 +1,12 @@
 """The global gradient norm, the same bits on any number of ranks, and which parameter is not finite."""
 
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.arrays import to_host
+from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.kernels import served
 from mlm_mpi.params.store import FlatStore
 
@@ -25,10 +26,11 @@ def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
     float64 partial sums per fixed block of each parameter, combined in (name, block) order.
     """
     spans = sorted(store.spans, key=lambda span: span.parameter.name)
-    partials = [squares(gradient[span.start : span.stop], BLOCK_ELEMENTS) for span in spans]  # a GPU works ahead
+    partials = [squares(gradient[span.start : span.stop], BLOCK_ELEMENTS) for span in spans]
+    joined = iter(to_host(module_of(partials[0]).concatenate(partials)).tolist())  # a GPU is awaited once
     total, broken = 0.0, None
     for span, some in zip(spans, partials, strict=True):
-        for partial in to_host(some).tolist():
+        for partial in itertools.islice(joined, some.size):
             if broken is None and not math.isfinite(partial):
                 broken = span.parameter.name
             total += partial

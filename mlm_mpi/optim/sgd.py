@@ -5,6 +5,7 @@ Source: Sutskever et al., ICML 2013, in the form PyTorch uses (no dampening, wei
 
 from typing import TYPE_CHECKING, Any
 
+from mlm_mpi.ops import cast
 from mlm_mpi.params.store import FlatStore
 
 if TYPE_CHECKING:  # see models/gpt.py
@@ -30,4 +31,5 @@ class SGD:
             if span.parameter.decay:
                 self.store.data[part] *= 1.0 - learning_rate * self.optim.weight_decay
             self.store.data[part] -= learning_rate * self.momentum[part]
-        self.store.refresh()
+        if self.store.working is not self.store.data:
+            cast.to(self.store.data, self.store.working)

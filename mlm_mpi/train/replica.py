@@ -15,8 +15,7 @@ import numpy as np
 import psutil
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import Place, cpu, fill, gpu, module_of
-from mlm_mpi.backend.cuda.graphs import Graphs
+from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
 from mlm_mpi.comm.transport import transport
@@ -25,13 +24,13 @@ from mlm_mpi.data.loader import MicroBatch
 from mlm_mpi.errors import ConfigError, NumericsError, agreed
 from mlm_mpi.layers.base import Context
 from mlm_mpi.models import gpt
-from mlm_mpi.models.stack import Stack
 from mlm_mpi.optim import make_optimizer
 from mlm_mpi.optim.clip import clip_factor, norm
 from mlm_mpi.optim.schedule import learning_rate
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train.assignment import Assignment
+from mlm_mpi.train.captured import Captured
 
 NextBatch = Callable[[], MicroBatch]
 
@@ -47,33 +46,6 @@ class StepResult:
     step_s: float
     exposed_s: float
     notes: np.ndarray
-
-
-class Captured:
-    """Forward and backward of a micro-batch as CUDA graphs, one for each gradient buffer and way to add to it."""
-
-    def __init__(self, stack: Stack, store: FlatStore) -> None:
-        self.stack, self.store = stack, store
-        self.graphs = Graphs(store.xp)
-        self.inputs: tuple[Any, ...] | None = None  # the arrays that graphs read
-
-    def loss_and_grad(self, batch: MicroBatch, ctx: Context) -> Any:
-        """As `Stack.loss_and_grad`, for micro-batches of one shape and without dropout."""
-        hosts = (batch.ids, batch.targets, batch.mask)
-        if self.inputs is None:
-            self.inputs = tuple(map(self.store.place.put, hosts))
-        else:
-            for array, host in zip(self.inputs, hosts, strict=True):
-                if host is not None:
-                    fill(array, host)
-        ids, targets, mask = self.inputs
-        gradient = self.store.spans[0].parameter.grad
-        loss, dx, saved = self.graphs.run(
-            (gradient.data.ptr, ctx.accumulate),
-            lambda: self.stack.down_to_embedding(ids, targets, mask, ctx, lambda block: None),
-        )
-        self.stack.embedding.backward(dx, saved, ctx)
-        return loss.copy()  # the next replay writes over it
 
 
 class Replica:
@@ -139,7 +111,7 @@ class Replica:
             members = self.assignment.micro_batches_of(lane)
             for index in members:
                 batch = next_batch()
-                last = lane == stop - 1 and index == members[-1] and self.group.size > 1
+                last = lane == stop - 1 and index == members[-1]
                 losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
                 batches.append(batch)
                 fresh = False
@@ -148,7 +120,7 @@ class Replica:
 
     def _loss_and_grad(self, batch: MicroBatch, accumulate: bool, ready: Callable[[int], None] | None) -> Any:
         ctx = Context(self.mesh, self.config.train.seed, batch.step, batch.index, True, accumulate)
-        if self.captured is not None and ready is None:
+        if self.captured is not None and (ready is None or self.group.size == 1):
             return self.captured.loss_and_grad(batch, ctx)
         return self.stack.loss_and_grad(*self._arrays(batch), ctx, ready)
 
@@ -225,15 +197,31 @@ class Replica:
         return loss / targets
 
 
-def place_of(config: Config, level: str = "auto", local_rank: int = 0) -> Place:
-    """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError."""
+def place_of(config: "Config", level: str = "auto", on_node: tuple[int, int] = (0, 1)) -> Place:
+    """Where a rank of this configuration calculates; chooses the kernels for it. Raises ConfigError.
+
+    `on_node`: this rank's number among the ranks of its node, and how many they are.
+    """
     numerics, backend = config.numerics, config.backend
     if backend.device == "cpu":
-        kernels.select(level, numerics.reference, numerics.products)
+        kernels.select(level, numerics.reference, numerics.products, numerics.threads)
         return cpu(config.train.dtype)
-    place = gpu(config.train.dtype, numerics.products, local_rank, backend.memory_gib)
-    kernels.select(reference=numerics.reference, device="cuda")
+    place = gpu(config.train.dtype, numerics.products, on_node[0], backend.memory_gib)
+    if config.comm.reduction == "nccl":
+        _check_nccl(place, on_node[1])
+    kernels.select(reference=numerics.reference, threads=numerics.threads, device="cuda")
     return place
+
+
+def _check_nccl(place: Place, ranks: int) -> None:
+    gpus = place.xp.cuda.runtime.getDeviceCount()
+    if not place.xp.cuda.nccl.available:
+        raise ConfigError("comm.reduction = nccl: CuPy finds no NCCL: pip install nvidia-nccl-cu13, or use canonical")
+    if ranks > gpus:
+        raise ConfigError(
+            f"comm.reduction = nccl needs a GPU for each rank of a node, {ranks} ranks share {gpus}: "
+            "start fewer ranks, or use canonical or allreduce"
+        )
 
 
 def _finite(array: Any) -> bool:

@@ -96,10 +96,10 @@ class Trainer:
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
-        local_rank = self.group.local_rank()
+        on_node = self.group.on_node()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
-            self.place = place_of(config, config.numerics.level, local_rank)
+            self.place = place_of(config, config.numerics.level, on_node)
             self._open_data()
             check_memory(config, self.vocabulary, self.place)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
@@ -314,7 +314,7 @@ class Trainer:
         size = f"{replica.store.count:,} parameters, vocabulary {self.vocabulary:,}, {train.dtype}"
         if config.numerics.products != train.dtype:
             size += f", products in {config.numerics.products}"
-        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} BLAS thread each"
+        where = replica.place.description if replica.place.on_gpu else f"{config.numerics.threads} thread each"
         shape = f"{train.micro_batches} micro-batches of {train.rows} × {config.model.context}"
         return [
             ("mesh", f"{replica.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
@@ -348,7 +348,8 @@ class Trainer:
             self._draw_curve()
             if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
                 self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
-            if self.place.on_gpu and (refused := kernels.refusals()):
+            refused = {text: times for text, times in kernels.refusals().items() if not text.endswith("memory")}
+            if self.place.on_gpu and refused:  # sums on their way through host memory are no news
                 self._say(f"note: kernels handed work to the next variant: {refused}")
             self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
             self._say(

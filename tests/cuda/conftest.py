@@ -1,11 +1,13 @@
 """CUDA kernels: on a GPU where CuPy finds one, else on the CPU's emulator behind the stand-in for CuPy."""
 
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
 
 import pytest
+from sanitizers import findings
 
 
 def _real_gpu() -> bool:
@@ -17,6 +19,8 @@ def _real_gpu() -> bool:
 
 
 ON_GPU = _real_gpu()
+if not ON_GPU and not shutil.which("g++"):
+    raise pytest.UsageError("tests/cuda need a GPU (MLM_MPI_TEST_GPU=1) or g++, which runs the kernels on the CPU")
 if not ON_GPU:
     sys.path.insert(0, str(Path(__file__).parent / "standin"))
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
@@ -26,6 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
 import cupy  # noqa: E402  the real one or the stand-in
 
 from mlm_mpi.backend import kernels  # noqa: E402
+from mlm_mpi.backend.cuda import nvrtc  # noqa: E402
+
+BUILDS = set(nvrtc.builds())  # those that test_nvrtc.py compiles
 
 SEEDS = [0] if ON_GPU else [0, 1, 2, 3]  # orders in which the emulator runs threads
 
@@ -35,8 +42,25 @@ def gpu(request):
     """The device, chosen for every op of the test; on the emulator, with threads in four orders."""
     if not ON_GPU:
         cupy.seed(request.param)
-    yield kernels.select(device="cuda").library
+    device = kernels.select(device="cuda").library
+    yield device
     kernels.select()
+    asked = {(stem, tuple((key, str(value)) for key, value in defines)) for stem, defines in device.builds}
+    if os.environ.get("MLM_MPI_TEST_BUILDS") == "record":
+        nvrtc.record(asked)
+    else:
+        missing = sorted(asked - BUILDS)
+        assert not missing, f"kernels/cuda/builds.txt lacks these (MLM_MPI_TEST_BUILDS=record adds them): {missing}"
+
+
+@pytest.fixture(autouse=True)
+def sanitizer():
+    """Under `sanitizers.py`: what it found in a test is the test's failure."""
+    logs = os.environ.get("MLM_MPI_SANITIZER_LOGS")
+    before = len(findings(logs)) if logs else 0
+    yield
+    if logs and (found := findings(logs)[before:]):
+        pytest.fail(found[:4000], pytrace=False)
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

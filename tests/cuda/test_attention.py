@@ -11,6 +11,7 @@ from mlm_mpi.ops import attention
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 forward, backward = attention.forward.__wrapped__, attention.backward.__wrapped__
 
 # B, H, T, S, D, causal, lengths: one position; ragged; several tiles; a cache; cross; rows of different lengths
@@ -22,6 +23,10 @@ CASES = {
     "full": (1, 2, 130, 130, 64, False, None),
     "cache": (1, 2, 70, 201, 64, True, None),
     "cross": (1, 1, 140, 75, 128, False, None),
+    "many keys": (1, 1, 20, 1100, 64, False, None),  # more than twice round a ring of tiles
+    "many queries": (1, 1, 600, 20, 64, False, None),
+    "many wide keys": (1, 1, 20, 600, 128, False, None),
+    "many wide queries": (1, 1, 600, 20, 128, False, None),
     "lengths": (4, 1, 70, 150, 64, False, [150, 0, 1, 129]),
     "causal lengths": (3, 1, 150, 150, 64, True, [0, 130, 64]),
 }
@@ -48,22 +53,33 @@ def _fused(q, k, v):
 
 
 def _only(variant, monkeypatch):
-    """Takes the variants before this one away."""
+    """Takes the other variants away."""
     chosen = kernels.selection()
     for name in ("attention.forward", "attention.backward"):
         kept = [entry for entry in chosen.candidates(name) if entry.variant == variant]
+        if not kept:
+            pytest.skip(f"not on {chosen.level}")
         monkeypatch.setitem(chosen._candidates, name, kept)
 
 
-VARIANTS = ["hopper", "mma", "plain"]
+SERVED = [("hopper", BF16), ("mma", BF16), ("plain", np.dtype("f4")), ("plain", BF16)]
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request, gpu, dtype, monkeypatch):
-    if request.param != "plain" and dtype.name != "bfloat16":
-        pytest.skip("for bfloat16")
-    _only(request.param, monkeypatch)
+@pytest.fixture(params=SERVED, ids=lambda pair: f"{pair[0]}-{pair[1].name}")
+def pair(request):
     return request.param
+
+
+@pytest.fixture
+def dtype(pair):
+    return pair[1]
+
+
+@pytest.fixture
+def variant(pair, gpu, monkeypatch):
+    """The only one that may run."""
+    _only(pair[0], monkeypatch)
+    return pair[0]
 
 
 def _run(q, k, v, do, causal, lengths, draw=None):
@@ -107,9 +123,22 @@ def test_agrees_with_float64(variant, dtype, name, rng):
 def test_dropout(variant, dtype, name, rng):
     """The mask is that of the reference: a function of the element's index, wherever the element is computed."""
     if variant == "hopper":
-        pytest.skip("refused, so that the next variant runs")
+        pytest.skip("handed on to the next variant")
     *shape, causal, lengths = CASES[name]
     _agrees(_drawn(rng, shape, dtype), dtype, causal, lengths, DRAW)
+
+
+def test_heads_in_groups(variant, dtype, monkeypatch, rng):
+    """Five heads by twos: the last group is smaller."""
+    monkeypatch.setattr("mlm_mpi.backend.cuda.attention.L2_BYTES", 2 * 2 * 140 * 64 * dtype.itemsize)
+    _agrees(_drawn(rng, (1, 5, 140, 140, 64), dtype), dtype, True, None)
+
+
+@pytest.mark.parametrize("width", [1, 5, 100])
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), BF16], ids=str)
+def test_any_width(gpu, dtype, width, monkeypatch, rng):
+    _only("plain", monkeypatch)
+    _agrees(_drawn(rng, (2, 3, 9, 11, width), dtype), dtype, True, None)
 
 
 def _agrees(inputs, dtype, *how):
@@ -163,6 +192,9 @@ def test_hidden_keys_do_not_count(variant, dtype, rng):
     assert before == after
 
 
+PIECES = "rows are not in whole pieces of 16 bytes"
+
+
 def test_what_does_not_fit_is_refused(gpu):
     from mlm_mpi.backend.cuda.attention import _fit, _fit_hopper, _fit_mma
 
@@ -177,16 +209,16 @@ def test_what_does_not_fit_is_refused(gpu):
     assert _fit(*[cupy.zeros((1, 1, 2, 130), np.float32)] * 3) == "head width above 128"
     assert _fit(q.astype(np.float64), q, q) == "float64"
     assert _fit_mma(q, q, q) == "float32"
-    tensor_cores = [cupy.zeros((1, 2, 5, 16), ml_dtypes.bfloat16)] * 3
+    tensor_cores = [cupy.zeros((1, 2, 5, 16), BF16)] * 3
     assert _fit_hopper(*tensor_cores) == "" and _fit_hopper(*tensor_cores, draw=DRAW) == "dropout"
-    short = cupy.zeros((1, 2, 5, 24), ml_dtypes.bfloat16)
-    assert _fit_mma(*[short[..., :12]] * 3) == "head width is no multiple of 8"
-    assert _fit_mma(*[short[..., 4:12]] * 3) == "not aligned to 16 bytes"
+    short = cupy.zeros((1, 2, 5, 24), BF16)
+    assert _fit_mma(*[short[..., :12]] * 3) == PIECES
+    assert _fit_mma(*[short[..., 4:12]] * 3) == PIECES
 
 
 @pytest.mark.parametrize(
     ("capability", "names"),
-    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), ["plain"])],
+    [((9, 0), ["hopper", "mma", "plain"]), ((10, 0), ["mma", "plain"]), ((7, 5), [])],
 )
 def test_variants_by_capability(gpu, monkeypatch, capability, names):
     monkeypatch.setattr(gpu, "capability", capability)

@@ -36,7 +36,7 @@ FITTING = {
     "embedding.backward": lambda: [matrix(), vector("i4", 6), matrix()],
     "adamw.update": lambda: [*[vector() for _ in range(4)], *[0.5] * 7, vector(ml_dtypes.bfloat16)],
     "clip.squares": lambda: [vector(), 4],
-    "sums.tree": lambda: [[vector(), vector()], vector()],
+    "sums.tree": lambda: [[vector(), vector()], [0, 1], vector()],
     "cast.to": lambda: [vector(), vector(ml_dtypes.bfloat16)],
 }  # fmt: skip
 MODULES = ("mlm_mpi.backend.cuda.elementwise", "mlm_mpi.backend.cuda.rows")
@@ -66,7 +66,7 @@ def on_host(x):
 def places(arguments):
     """(position, position inside a list or None) of every array."""
     for i, value in enumerate(arguments):
-        if isinstance(value, list):
+        if isinstance(value, list) and isinstance(value[0], cupy.ndarray):
             yield from ((i, k) for k in range(len(value)))
         elif isinstance(value, cupy.ndarray):
             yield i, None

@@ -1,10 +1,11 @@
 """Whole training steps of a GPT through the CUDA kernels equal NumPy's in float64; a kernel serves every op."""
 
+from types import SimpleNamespace
+
 import cupy
 import numpy as np
 import pytest
 
-from mlm_mpi import config as configuration
 from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
@@ -20,14 +21,13 @@ HEAD = 64  # what the bf16 attention kernels are made for
 
 
 def model(dropout=0.0):
-    return configuration.Model(
-        layers=2, width=2 * HEAD, heads=2, context=48, feed_forward=4 * 2 * HEAD, dropout=dropout
-    )
+    sizes = {"layers": 2, "width": 2 * HEAD, "heads": 2, "context": 48, "feed_forward": 4 * 2 * HEAD}
+    return SimpleNamespace(**sizes, dropout=dropout, init_std=0.02, norm_epsilon=1e-5)
 
 
 def step(place, dtype, rng, dropout=0.0, updates=2):
     """(losses, norms, gradients of the first update, weights after the last), two micro-batches an update."""
-    optim = configuration.Optim(learning_rate=1e-2, clip=0.5)
+    optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip=0.5)
     stack = gpt.build(model(dropout), VOCABULARY)
     store = FlatStore(stack.parameter_blocks(), Mesh(), dtype, place)
     store.initialise(7)

@@ -84,9 +84,14 @@ def test_a_bf16_run_can_be_evaluated_on_any_cpu(home):
 @pytest.mark.parametrize("reduction", ["allreduce", "nccl"])
 def test_other_reductions_agree_within_rounding(home, straight, reduction):
     assert straight.code == 0, straight.err
-    ended = home.train(reduction, 2, GPU, f"comm.reduction={reduction}", "comm.gpu_aware=no")
+    words = home.words(reduction, 2, GPU, f"comm.reduction={reduction}", "comm.gpu_aware=no")
+    ended = home.program(*words, MLM_MPI_STANDIN_GPUS="2")
     assert ended.code == 0, ended.err
     assert losses(home, reduction) == pytest.approx(losses(home, "straight"), rel=1e-5)
+
+
+def test_nccl_is_refused_where_ranks_share_a_gpu(home):
+    home.train("shared", 2, GPU, "comm.reduction=nccl").refused("2 ranks share 1")
 
 
 def test_a_run_that_changes_device_says_so(home):

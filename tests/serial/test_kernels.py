@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from numerics import same_bits, strided
 
-from mlm_mpi.backend import arrays, cpu, kernels
+from mlm_mpi.backend import arrays, cpu, kernels, sums
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.optim import adamw, clip
 from mlm_mpi.rng import key_of, words
 
-MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, adamw, clip)
+MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, sums, adamw, clip)
 WISH = os.environ.get("MLM_MPI_TEST_SEED", "20261123")
 SEED = secrets.randbits(32) if WISH == "fresh" else int(WISH)
 RANDOM = np.random.default_rng(SEED)
@@ -111,6 +111,14 @@ def _rows(masked: bool, gradient: bool, scale: float) -> Callable[[tuple[int, in
     return make
 
 
+def _sums(*merges: int) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        n = size[0] * size[1]
+        return (_f(len(merges), n), merges, _nan(n)), (2,)
+
+    return make
+
+
 def _adamw(size: tuple[int, int]) -> Case:
     n = size[0] * size[1]
     numbers = (0.7, 0.9, 0.95, 1.3, 1e-8, 1e-3, 0.999)
@@ -152,6 +160,7 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         [_rows(m, g, scale) for m in (False, True) for g in (False, True) for scale in (1.0, 1e4)],
         16,
     ),
+    "sums.tree": ([_sums(0), _sums(0, 1), _sums(0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 2)], 4),
     "adamw.update": ([_adamw], 4),
     "clip.squares": ([lambda s: ((_f(s[0] * s[1]), 100), ()), lambda s: ((_f(s[0] * s[1]), 1 << 20), ())], 0),
 }  # fmt: skip
@@ -317,6 +326,19 @@ def test_products_have_the_bits_of_the_order_they_state(shape, lay, level) -> No
     assert same_bits(linear.forward(lay(a), lay(b), bias), _in_order(a, b, zero + bias, fused))
     assert same_bits(linear.forward(lay(a), lay(b), bias, base), _in_order(a, b, bias + base, fused))
     assert not level.fallen
+
+
+def test_threads_share_a_product_and_change_no_bit() -> None:
+    a, b, bias, base, got = _f(401, 50), _f(50, 70), _f(70), _f(401, 70), []
+    try:
+        for threads in (1, 2, 3, 8):
+            chosen = kernels.select(threads=threads)
+            got += [linear.forward(a, b, bias, base), linear.forward(a[::-1], b, bias)[::-1], matmul.product(a[:97], b)]
+            assert not chosen.fallen
+    finally:
+        kernels.select()
+    assert all(same_bits(np.ascontiguousarray(x), np.ascontiguousarray(got[i % 3])) for i, x in enumerate(got))
+    assert same_bits(got[2], got[5]) and same_bits(matmul.product(a, b)[:97], got[2])
 
 
 def _rounded_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -485,6 +507,22 @@ def test_masks_are_those_of_rng(level: kernels.Selection) -> None:
     assert not level.fallen
 
 
+def test_a_tree_of_sums_has_the_references_bits_and_may_end_in_a_leaf(level: kernels.Selection) -> None:
+    merges = (0, 1, 0, 2, 0, 1, 2)
+    leaves = _f(len(merges), 100_003)
+    expected = np.empty(leaves.shape[1], "f4")
+    sums.tree.__wrapped__(leaves, merges, expected)  # type: ignore[attr-defined]
+    a, b, c, d, e, f, g = leaves
+    assert same_bits(expected, (((a + b) + (c + d)) + ((e + f) + g)))
+    for at in (0, 3, 6):
+        own = leaves.copy()
+        sums.tree(own, merges, own[at])
+        assert same_bits(own[at], expected)
+    assert not level.fallen
+    for wrong in ((0, 1, 0), (1, 0, 0, 0, 0, 0, 0), (0, 2, 0, 2, 0, 1, 1), (0,) * 7, (*[0] * 39, 39)):
+        assert cpu._fit_sums([expected] * len(wrong), wrong, expected).startswith("no tree")
+
+
 @pytest.mark.skipif("avx512" not in AVAILABLE, reason="this CPU has no AVX-512")
 @pytest.mark.parametrize("name", NAMES)
 def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
@@ -537,3 +575,11 @@ def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.M
 
 def test_keep_freed_memory_is_there() -> None:
     assert isinstance(arrays.keep_freed_memory(), bool) and ctypes.sizeof(cpu._Draw) == 24
+
+
+def test_what_only_a_gpu_does_is_left_to_the_references(level: kernels.Selection) -> None:
+    case, copy = _adamw((7, 17)), np.zeros(7 * 17, "f4")
+    adamw.update(*case[0], copy)
+    assert same_bits(copy, case[0][0]), "the copy is p after the update"
+    assert "adamw.update: working copy" in kernels.fallbacks()
+    assert dropout.mask(_draw(), (3, 5), 0, "f4", np).shape == (3, 5) and len(kernels.fallbacks()) == 1

@@ -52,8 +52,12 @@ inline Block block;
 inline Fiber *current = nullptr, host;
 inline std::function<void()> body;  // the kernel with its arguments
 
-inline Fiber *running() {  // read by kernels, outside any Quiet
+inline Fiber *running() {  // as kernels ask, outside any Quiet
+#if defined(__SANITIZE_THREAD__)
     return __atomic_load_n(&current, __ATOMIC_RELAXED);
+#else
+    return current;
+#endif
 }
 
 // ---- the seed ---------------------------------------------------------------------------------
@@ -73,7 +77,10 @@ inline uint32_t draw() {  // Marsaglia's xorshift
 }
 
 // Whether something asynchronous happens now, or as late as its wait allows; always late under seed 0.
-inline bool early() { return seed && draw() & 1; }
+inline bool early() {
+    Quiet quiet;
+    return seed && draw() & 1;
+}
 
 inline std::vector<int> shuffled(int n) {  // in order under seed 0
     std::vector<int> order(n);
@@ -222,11 +229,20 @@ inline void leave_ring(Fiber &fiber) {
     fiber.next->previous = fiber.previous;
 }
 
+// One mapping for all stacks of all launches: a forbidden page below each would be two mappings a stack, and a process with
+// many kernels would run out of them (vm.max_map_count). A canary at the bottom tells an overflow instead.
+inline char *stack_of(size_t number) {
+    static auto *stacks = static_cast<char *>(mmap(nullptr, THREAD_LIMIT * STACK_BYTES, PROT_READ | PROT_WRITE,
+                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    return stacks + number * STACK_BYTES;
+}
+
 inline void thread_main() {
     current->sanitized.enter(host.sanitized);
     body();
     released(&host);
     Quiet quiet;
+    if (*stack_of(current->number) != char(CANARY)) fail("the stack of %zu bytes has overflowed", STACK_BYTES);
     current->done = true;
     current->at = "returned";
     progress();
@@ -237,24 +253,13 @@ inline void thread_main() {
     std::abort();
 }
 
-// stacks are kept for all blocks of all launches; below each lies a page that may not be touched
-inline char *stack_of(size_t number) {
-    static std::vector<char *> stacks;
-    while (stacks.size() <= number) {
-        void *memory = mmap(nullptr, PAGE + STACK_BYTES, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        mprotect(memory, PAGE, PROT_NONE);
-        stacks.push_back(static_cast<char *>(memory) + PAGE);
-    }
-    return stacks[number];
-}
-
 inline void prepare_stack(Fiber &fiber) {
     char *stack = stack_of(fiber.number);
     void **top = reinterpret_cast<void **>(stack + STACK_BYTES) - 2;  // thread_main sees a stack aligned as after a call
     *top = reinterpret_cast<void *>(&thread_main);
     for (int saved = 0; saved < 6; saved++) *--top = nullptr;
     fiber.stack_pointer = top;
+    *stack = char(CANARY);
     fiber.sanitized.lies_at(stack, STACK_BYTES);
 }
 

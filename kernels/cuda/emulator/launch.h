@@ -33,14 +33,13 @@ inline void run_block() {
 
     host.sanitized.be_current();
     for (auto &fiber : block.fibers) {
-        fiber.sanitized.create();
+        fiber.sanitized.create(fiber.number);
         fiber.sanitized.start_from(host.sanitized);
     }
     current = &host;
     switch_to(make_ring(threads));
     current = nullptr;
     acquired(&host);
-    for (auto &fiber : block.fibers) fiber.sanitized.destroy();
 }
 
 inline const char *wrong_at_end() { return shared_overrun() ? "a write behind dynamic shared memory" : finish_hopper(); }

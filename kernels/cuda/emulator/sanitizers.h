@@ -44,8 +44,11 @@ struct SanitizedStack {
 #if defined(__SANITIZE_THREAD__)
     void *fiber = nullptr;
 
-    void create() { fiber = __tsan_create_fiber(0); }
-    void destroy() { __tsan_destroy_fiber(fiber); }
+    void create(int number) {  // making one takes long: they are kept for the next block
+        static std::vector<void *> fibers;
+        while (int(fibers.size()) <= number) fibers.push_back(__tsan_create_fiber(0));
+        fiber = fibers[number];
+    }
     void be_current() { fiber = __tsan_get_current_fiber(); }
     void start_from(SanitizedStack &from) {  // what `from` did so far happened before this fiber
         released(this);
@@ -55,8 +58,9 @@ struct SanitizedStack {
     }
     void enter(SanitizedStack &) {}
     void leave(SanitizedStack &to, bool for_ever) {
+        void *next = to.fiber;
         if (for_ever) end_quiet();
-        __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+        __tsan_switch_to_fiber(next, __tsan_switch_to_fiber_no_sync);
     }
     void arrive() {}
 #elif defined(__SANITIZE_ADDRESS__)
@@ -64,8 +68,7 @@ struct SanitizedStack {
     size_t bytes = 0;
     void *fake = nullptr;
 
-    void create() {}
-    void destroy() {}
+    void create(int) {}
     void be_current() {}
     void start_from(SanitizedStack &) {}
     void enter(SanitizedStack &from) { __sanitizer_finish_switch_fiber(nullptr, &from.bottom, &from.bytes); }
@@ -74,8 +77,7 @@ struct SanitizedStack {
     }
     void arrive() { __sanitizer_finish_switch_fiber(fake, nullptr, nullptr); }
 #else
-    void create() {}
-    void destroy() {}
+    void create(int) {}
     void be_current() {}
     void start_from(SanitizedStack &) {}
     void enter(SanitizedStack &) {}

@@ -1,7 +1,7 @@
 """Launches of flash attention: which of the kernels serve which head widths and types, and their tiles.
 
-Variants, the preferred first: "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0 on) for bfloat16,
-"plain" for everything else.
+Variants, the preferred first: for bfloat16 "hopper" (wgmma and TMA) and "mma" (mma.sync, from compute capability 8.0
+on), for everything else "plain".
 """
 
 import math
@@ -25,8 +25,13 @@ VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")]
 
 WIDEST = 128
 PADDED = 128  # attention.cuh
-PLAIN_THREADS = 256  # attention.cu
+STATISTICS_THREADS, STATISTICS_QUERIES = 256, 32  # attention_statistics.cu, a block's
 L2_BYTES = 16 << 20  # of keys and values of heads worked on together; an A100 has 40 MiB of L2 cache, an H100 50
+
+
+def _lacks(gpu: Any) -> str:
+    """mma.sync of bfloat16 and cp.async for the one, up to 97 KiB of shared memory a block for the others."""
+    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
 
 
 def _fit(
@@ -96,50 +101,52 @@ def _outputs(gpu: Any, q: Any) -> tuple[Any, Any]:
     return o, gpu.cupy.empty((batch, heads, queries), np.float32)
 
 
+def _in_pieces(x: Any) -> bool:
+    """Whether the rows of (B, H, rows, D) are whole pieces of 16 bytes, at addresses that are multiples of 16."""
+    return x.shape[3] * x.itemsize % 16 == 0 and not any(n % 16 for n in (x.data.ptr, *x.strides[:3]))
+
+
 def _statistics(gpu: Any, problem: Any, do: Any, o: Any, lse: Any) -> Any:
     """Of every query the log-sum-exp in base 2 and Σ do·o: (B, H, T rounded up, 2) float32."""
     batch, heads, queries = lse.shape
     statistics = gpu.cupy.empty((batch, heads, -(-queries // PADDED) * PADDED, 2), np.float32)
-    run = gpu.function("attention", "attention_statistics", ELEMENT=element(do), HEAD=32, DROPOUT=0)
-    blocks = -(-statistics.size // 2 // (PLAIN_THREADS // 32))
-    views = map(_view, (_heads_first(do), _heads_first(o)))
-    run((blocks,), (PLAIN_THREADS,), (problem, *views, lse, statistics))
+    do, o = _heads_first(do), _heads_first(o)
+    pack = 16 // do.itemsize if _in_pieces(do) and _in_pieces(o) else 1
+    run = gpu.function("attention_statistics", "attention_statistics", ELEMENT=element(do), PACK=pack)
+    blocks = statistics.size // 2 // STATISTICS_QUERIES
+    run((blocks,), (STATISTICS_THREADS,), (problem, _view(do), _view(o), lse, statistics))
     return statistics
 
 
-# ---- bfloat16 on tensor cores ------------------------------------------------------------------
-
-MMA_THREADS = 128
-MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
+# ---- tensor cores: what both variants ask for
 
 
-def _lacks_mma(gpu: Any) -> str:
-    return "" if gpu.capability >= (8, 0) else "needs compute capability 8.0"
-
-
-def _lacks_hopper(gpu: Any) -> str:
-    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
-
-
-def _aligned(*arrays: Any) -> str:
-    """Tiles move in pieces of 16 bytes."""
+def _fit_tiles(*arrays: Any) -> str:
     for x in arrays:
         if x.dtype.name != "bfloat16":
             return str(x.dtype)
-        if x.shape[3] % 8:
-            return "head width is no multiple of 8"
-        if any(n % 16 for n in (x.data.ptr, *x.strides[:3])):
-            return "not aligned to 16 bytes"
+        if not _in_pieces(x):
+            return "rows are not in whole pieces of 16 bytes"
     return ""
 
 
 def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
-    return _fit(q, k, v, causal, draw, lengths) or _aligned(q, k, v)
+    return _fit(q, k, v, causal, draw, lengths) or _fit_tiles(q, k, v)
 
 
-def _mma_head(width: int) -> int:
+def _fit_mma_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or _fit_tiles(do, q, k, v, dq, dk, dv)
+
+
+def _head(width: int) -> int:
     return 64 if width <= 64 else WIDEST
 
+
+# ---- Hopper
 
 HOPPER_THREADS = 384
 HOPPER_ROWS = 64  # of a warpgroup that multiplies; a block has two
@@ -147,8 +154,20 @@ HOPPER_OWNED = 128
 HOPPER_KEYS = 128
 
 
+def _lacks_hopper(gpu: Any) -> str:
+    return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
+
+
 def _fit_hopper(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
     return _fit_mma(q, k, v, causal, draw, lengths) or ("" if draw is None else "dropout")
+
+
+def _fit_hopper_backward(
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
+    causal: bool = True, draw: Any = None, lengths: Any = None,
+) -> str:  # fmt: skip
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    return reason or ("" if draw is None else "dropout")
 
 
 def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
@@ -161,7 +180,7 @@ def _hopper_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
     o, lse = _outputs(gpu, q)
-    head = _mma_head(q.shape[3])
+    head = _head(q.shape[3])
     stages = 4 if head == 64 else 2
     shared = 2 * head * (HOPPER_OWNED + 2 * stages * HOPPER_KEYS)
     run = gpu.function("attention_hopper", "attention_forward", shared, ELEMENT="bf16", HEAD=head)
@@ -171,36 +190,6 @@ def _hopper_forward(
     return o, lse
 
 
-@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks_mma)
-def _mma_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
-) -> tuple[Any, Any]:
-    o, lse = _outputs(gpu, q)
-    head, dropped = _mma_head(q.shape[3]), int(draw is not None)
-    queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
-    shared = 2 * head * (queries + 2 * keys)
-    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head, DROPOUT=dropped)
-    arguments = (_problem(q, k, causal, draw, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
-    run(_blocks(q, q.shape[2], queries), (MMA_THREADS,), arguments, shared_mem=shared)
-    return o, lse
-
-
-def _fit_mma_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
-) -> str:  # fmt: skip
-    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or _aligned(do, q, k, v, dq, dk, dv)
-
-
-def _fit_hopper_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
-) -> str:  # fmt: skip
-    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or ("" if draw is None else "dropout")
-
-
 @kernel("attention.backward", _fit_hopper_backward, device="cuda", variant="hopper", lacks=_lacks_hopper)
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
@@ -208,12 +197,12 @@ def _hopper_backward(
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
-    head, slopes, stages = _mma_head(q.shape[3]), _heads_first(do), 4
+    head, slopes, stages = _head(q.shape[3]), _heads_first(do), 4
 
     def run(name: str, rows: int, streamed: int, arguments: tuple[Any, ...]) -> None:
         shared = 4 * head * (HOPPER_OWNED + stages * streamed) + 8 * stages * HOPPER_ROWS
-        kernel = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
-        kernel(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
+        launch = gpu.function("attention_hopper_backward", name, shared, ELEMENT="bf16", HEAD=head)
+        launch(_blocks(q, rows, HOPPER_OWNED), (HOPPER_THREADS,), (problem, *arguments), shared_mem=shared)
 
     keys = 128 if head == 64 else 64
     inputs = (_map(gpu, slopes), _map(gpu, q), _map(gpu, k, keys), _map(gpu, v, keys), statistics)
@@ -223,27 +212,49 @@ def _hopper_backward(
     run("attention_backward_keys", k.shape[2], HOPPER_ROWS, (*inputs, _map(gpu, dk), _map(gpu, dv)))
 
 
-@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks_mma)
+# ---- mma.sync
+
+MMA_THREADS = 128  # attention_bf16.cu
+MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
+
+
+@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks)
+def _mma_forward(
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
+) -> tuple[Any, Any]:
+    o, lse = _outputs(gpu, q)
+    head, dropped = _head(q.shape[3]), int(draw is not None)
+    queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
+    shared = 2 * head * (queries + 2 * keys)
+    run = gpu.function("attention_bf16", "attention_forward", shared, ELEMENT="bf16", HEAD=head, DROPOUT=dropped)
+    arguments = (_problem(q, k, causal, draw, lengths), *map(_view, (q, k, v, _heads_first(o))), lse)
+    run(_blocks(q, q.shape[2], queries), (MMA_THREADS,), arguments, shared_mem=shared)
+    return o, lse
+
+
+@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks)
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
-    head = _mma_head(q.shape[3])
-    threads, streamed = (128, 64) if head == 64 else (256, 32)
+    head, dropped = _head(q.shape[3]), int(draw is not None)
+    threads, streamed = 256 if dropped or head > 64 else 128, 64 if head == 64 else 32
     shared = 4 * head * (MMA_OWNED + 2 * streamed) + 16 * streamed
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
     for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
             "attention_bf16_backward", f"attention_backward_{name}", shared, ELEMENT="bf16", HEAD=head,
-            DROPOUT=int(draw is not None),
+            DROPOUT=dropped,
         )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, MMA_OWNED), (threads,), arguments, shared_mem=shared)
 
 
-# ---- everything else ---------------------------------------------------------------------------
+# ---- everything else
+
+PLAIN_THREADS = 256
 
 
 def _plain_shape(width: int) -> tuple[int, int, int, int]:
@@ -253,7 +264,7 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
     return head, tile, 4 * tile * (head + 4), 4 * tile * (tile + 4)
 
 
-@kernel("attention.forward", _fit, device="cuda", variant="plain")
+@kernel("attention.forward", _fit, device="cuda", variant="plain", lacks=_lacks)
 def _plain_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
@@ -269,7 +280,7 @@ def _plain_forward(
     return o, lse
 
 
-@kernel("attention.backward", _fit_backward, device="cuda", variant="plain")
+@kernel("attention.backward", _fit_backward, device="cuda", variant="plain", lacks=_lacks)
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
@@ -278,15 +289,11 @@ def _plain_backward(
     statistics = _statistics(gpu, problem, do, o, lse)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
-    for name, length, matrices, outputs in (("queries", q.shape[2], 1, (dq,)), ("keys", k.shape[2], 2, (dk, dv))):
-        shared = 4 * rows + matrices * scores + 8 * tile
+    shared = 4 * rows + scores + 8 * tile
+    for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
-            "attention",
-            f"attention_backward_{name}",
-            shared,
-            ELEMENT=element(q),
-            HEAD=head,
+            "attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head,
             DROPOUT=int(draw is not None),
-        )
+        )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, tile), (PLAIN_THREADS,), arguments, shared_mem=shared)

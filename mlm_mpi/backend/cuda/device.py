@@ -7,9 +7,10 @@ modules, which does not look into headers, can never serve an old one.
 import ctypes
 import fcntl
 import functools
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
 STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
 
+Defines = tuple[tuple[str, Any], ...]  # (macro, value) in the order of their names
+_NULL = np.uint64(0)  # CuPy hands None to the driver as an argument that is missing, not as a null pointer
 _INCLUDE = re.compile(r'^#include "([^"]+)"[^\n]*\n', re.MULTILINE)
 
 
@@ -44,11 +47,17 @@ def source(stem: str, folder: Path | None = None) -> str:
     return resolve(f"{stem}.cu")
 
 
-def options(architecture: str, defines: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+def options(architecture: str, defines: Defines) -> tuple[str, ...]:
     """What NVRTC is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
     # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
     specific = (f"-arch={architecture}",) if architecture.endswith("a") else ()
     return ("-std=c++17", *specific, *(f"-D{key}={value}" for key, value in defines))
+
+
+def cubin_path(stem: str, architecture: str, defines: Defines) -> Path:
+    """Where a build made beforehand (`make kernels`) is looked for; its name changes with source and options."""
+    text = "\0".join((source(stem), *options(architecture, defines)))
+    return sources() / "cubin" / f"{stem}-{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 @contextmanager
@@ -71,6 +80,7 @@ class Device:
         import cupy
 
         self.cupy = cupy
+        self.builds: set[tuple[str, Defines]] = set()  # what was asked for
         device = cupy.cuda.Device()
         digits = device.compute_capability
         self.capability = int(digits[:-1]), int(digits[-1])
@@ -90,14 +100,22 @@ class Device:
         return self._function(stem, name, shared_bytes, tuple(sorted(defines.items())))
 
     @functools.cache  # noqa: B019  one device a process
-    def _function(self, stem: str, name: str, shared_bytes: int, defines: tuple[tuple[str, Any], ...]) -> Any:
+    def _function(self, stem: str, name: str, shared_bytes: int, defines: Defines) -> Any:
         function = self._module(stem, defines).get_function(name)
         if shared_bytes > STATIC_SHARED_BYTES:
             function.max_dynamic_shared_size_bytes = shared_bytes
-        return function
+
+        def launch(grid: Any, block: Any, args: tuple[Any, ...], shared_mem: int = 0) -> None:
+            function(grid, block, tuple(_NULL if a is None else a for a in args), shared_mem=shared_mem)
+
+        return launch
 
     @functools.cache  # noqa: B019
-    def _module(self, stem: str, defines: tuple[tuple[str, Any], ...]) -> Any:
+    def _module(self, stem: str, defines: Defines) -> Any:
+        self.builds.add((stem, defines))
+        made = cubin_path(stem, self.architecture, defines)
+        if made.exists():
+            return self.cupy.RawModule(path=str(made))
         module = self.cupy.RawModule(code=source(stem), options=options(self.architecture, defines))
         with _one_at_a_time(_cache_folder()):
             module.compile()

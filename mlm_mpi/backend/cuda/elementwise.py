@@ -8,7 +8,7 @@ from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, wid
 from mlm_mpi.backend.kernels import kernel
 
 THREADS = 256
-PARTS = 8  # arrays that one launch of sums.tree adds
+LEAVES = 16  # arrays that sums.tree adds: pointers among a kernel's arguments
 
 
 def _launch(gpu: Any, name: str, size: int, wide: int, arguments: tuple[Any, ...], **defines: Any) -> None:
@@ -91,23 +91,16 @@ def _adamw_update(
 # ---- sums, cast
 
 
-def _fit_tree(parts: Any, out: Any) -> str:
-    return dense(out, *parts, dtype=np.float32) or shaped(out.shape, *parts) or ("" if parts else "no parts")
+def _fit_tree(leaves: Any, merges: Any, out: Any) -> str:
+    few = "" if 1 <= len(leaves) <= LEAVES else f"more than {LEAVES} leaves"
+    return few or dense(out, *leaves, dtype=np.float32) or shaped(out.shape, *leaves)
 
 
 @kernel("sums.tree", _fit_tree, device="cuda")
-def _sums_tree(gpu: Any, parts: Any, out: Any) -> None:
-    """Aligned groups of PARTS leaves are whole subtrees, and the tree over their sums is the rest of the tree."""
-    while len(parts) > PARTS:
-        groups = [parts[i : i + PARTS] for i in range(0, len(parts), PARTS)]
-        parts = [_sum_of_few(gpu, group, gpu.cupy.empty(out.shape, out.dtype)) for group in groups]
-    _sum_of_few(gpu, parts, out)
-
-
-def _sum_of_few(gpu: Any, parts: Any, out: Any) -> Any:
-    pointers = (*parts, *[None] * (PARTS - len(parts)))
-    _launch(gpu, "sums_tree", out.size, width(out, *parts), (*pointers, out), COUNT=len(parts))
-    return out
+def _sums_tree(gpu: Any, leaves: Any, merges: Any, out: Any) -> None:
+    pointers = (*leaves, *[None] * (LEAVES - len(leaves)))
+    order = ",".join(map(str, merges))
+    _launch(gpu, "sums_tree", out.size, width(out, *leaves), (*pointers, out), COUNT=len(leaves), MERGES=order)
 
 
 def _fit_cast(x: Any, out: Any) -> str:

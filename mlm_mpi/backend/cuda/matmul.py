@@ -362,11 +362,11 @@ MEASURED = Path(__file__).with_name("cublas.json")
 
 @functools.cache
 def _measured(table: Path) -> dict[str, Any]:
-    """{"architecture": "sm_90a", "faster": [a `_case`, ...]}, written by gpu-check; nothing where none has been."""
+    """{"architecture": "sm_90a", "faster": [a `case_of`, ...]}, written by gpu-check; nothing where none has been."""
     return json.loads(table.read_text()) if table.exists() else {"architecture": "", "faster": []}
 
 
-def _case(product: Product) -> str:
+def case_of(product: Product) -> str:
     """ "bfloat16 4096x768x3072 nt": what a measurement is of."""
     along = "".join("nt"[not layout(x)[1]] for x in (product.a, product.b))  # type: ignore[index]
     return f"{product.a.dtype.name} {'x'.join(map(str, product.sizes))} {along}"
@@ -378,7 +378,7 @@ def prefers_cublas(product: Product) -> str:
         return reason
     if product.accumulate or product.out.dtype != product.a.dtype:
         return "adds, or widens"
-    return "" if _case(product) in _measured(MEASURED)["faster"] else "not measured to be faster"
+    return "" if case_of(product) in _measured(MEASURED)["faster"] else "not measured to be faster"
 
 
 def _cublas(gpu: Any, product: Product) -> None:

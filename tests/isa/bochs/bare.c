@@ -53,6 +53,16 @@ void *memcpy(void *restrict to, const void *restrict from, size_t n) {
     return to;
 }
 
+void *memmove(void *to, const void *from, size_t n) {
+    unsigned char *t = to;
+    const unsigned char *f = from;
+    if (t < f)
+        for (size_t i = 0; i < n; i++) t[i] = f[i];
+    else
+        while (n-- > 0) t[n] = f[n];
+    return to;
+}
+
 void *memset(void *to, int byte, size_t n) {
     void *at = to;
     size_t eights = n / 8, rest = n % 8;

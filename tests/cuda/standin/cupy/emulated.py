@@ -58,7 +58,17 @@ class RawModule:
         defines = [option[2:].replace("=", " ", 1) for option in self.options if option.startswith("-D")]
         lines = [*(f"#define {define}" for define in defines), "#line 1", self.code]
         text = "\n".join([*lines, *(f"CU_KERNEL({name})" for name in names), ""])
-        command = [*COMPILER, "-march=native", "-fno-weak", "-w", "-include", "emulator.h", *FLAGS]
+        command = [
+            *COMPILER,
+            "-march=native",
+            "-fno-weak",
+            "-fno-strict-aliasing",
+            "-w",
+            "-Wno-psabi",
+            "-include",
+            "emulator.h",
+            *FLAGS,
+        ]
         target = built(command, text, sorted(EMULATOR.glob("*.h")), "kernels.so")
         self.library = ctypes.CDLL(str(target))
         self.library.cu_error.restype = ctypes.c_char_p
@@ -114,7 +124,7 @@ def _by_value(value):
     if isinstance(value, cupy.ndarray):
         return np.array(value.data.ptr, np.uint64)
     if value is None:
-        return np.array(0, np.uint64)
+        raise TypeError("CuPy gives the driver no argument for None: pass np.uint64(0)")
     if isinstance(value, np.ndarray) and value.dtype.kind != "V":
         raise TypeError("a NumPy array is not in device memory")
     if isinstance(value, (bool, int, float)):

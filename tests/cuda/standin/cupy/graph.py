@@ -3,12 +3,14 @@
 What waits for the device, or copies to or from the host, is an error under capture, as it is in CUDA.
 """
 
-_state = {"recording": None}
+_state = {"recording": None, "held": []}
 
 
 class Graph:
-    def __init__(self, steps):
-        self.steps = steps
+    """`held`: memory that was handed out under capture; it stays a pool's, whoever lets go of it."""
+
+    def __init__(self, steps, held):
+        self.steps, self.held = steps, held
 
     def launch(self, stream=None):
         for step in self.steps:
@@ -16,12 +18,18 @@ class Graph:
 
 
 def begin():
-    _state["recording"] = []
+    _state["recording"], _state["held"] = [], []
 
 
 def end():
     steps, _state["recording"] = _state["recording"], None
-    return Graph(steps)
+    return Graph(steps, _state["held"])
+
+
+def hold(memory):
+    """A graph knows addresses only, for example in tensor maps: what it uses must outlive the capture."""
+    if _state["recording"] is not None:
+        _state["held"].append(memory)
 
 
 def change(work):

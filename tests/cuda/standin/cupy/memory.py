@@ -12,6 +12,8 @@ import weakref
 
 import numpy as np
 
+from . import graph
+
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 16  # CuPy's is 512: what a kernel needs beyond 16 bytes it must check
 CANARY = b"\xa5"
@@ -66,6 +68,7 @@ def empty(shape, dtype=np.float64, strides=None):
     shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
     dtype = np.dtype(dtype)
     memory = Memory(math.prod(shape) * dtype.itemsize)
+    graph.hold(memory)
     return np.ndarray(shape, dtype, buffer=memory, offset=memory.start, strides=strides)
 
 
