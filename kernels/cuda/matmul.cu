@@ -32,7 +32,8 @@ template <int SIZE, bool ALONG_K> struct Operand {
     }
 
     __device__ __forceinline__ void fetch(int first_i, int first_k) {
-        const ELEMENT *tile = from + (ALONG_K ? int64_t(first_i) * pitch + first_k : int64_t(first_k) * pitch + first_i);
+        int64_t start_of_tile = ALONG_K ? int64_t(first_i) * pitch + first_k : int64_t(first_k) * pitch + first_i;
+        const ELEMENT *tile = from + start_of_tile;
 #pragma unroll
         for (int run = 0; run < RUNS; run++) {
             int2 at = start(run);
@@ -90,19 +91,20 @@ struct Sums {
     }
 
     __device__ __forceinline__ void finish(const Result &result, int2 origin) const {
+        constexpr int ROWS = 2;  // at a time: with four the scalar builds for sm_80 spill
 #pragma unroll
-        for (int i = 0; i < RUNS_M; i++) {
-            int2 first = make_int2(origin.x + row + i * RUN * LANES_M, origin.y + column);
-            result.finish<RUN, RUN * RUNS_N>(
+        for (int i = 0; i < RUNS_M * RUN; i += ROWS) {
+            int2 first = make_int2(origin.x + row + i / RUN * RUN * LANES_M + i % RUN, origin.y + column);
+            result.finish<RUN, ROWS * RUNS_N>(
                 [&](int n) { return make_int2(first.x + n / RUNS_N, first.y + n % RUNS_N * RUN * LANES_N); },
-                [&](int n) { return at[i * RUN + n / RUNS_N][n % RUNS_N]; });
+                [&](int n) { return at[i + n / RUNS_N][n % RUNS_N]; });
         }
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) matmul(
-    const ELEMENT *a, const ELEMENT *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int rows, int columns,
-    int pitch, int accumulate, const ELEMENT *bias, const ELEMENT *other, ELEMENT *pre, int count) {
+    const ELEMENT *a, const ELEMENT *b, int m, int n, int k, int pitch_a, int pitch_b, RESULT *out, int rows,
+    int columns, int pitch, int accumulate, const ELEMENT *bias, const ELEMENT *other, ELEMENT *pre, int count) {
     __shared__ __align__(16) float tile_a[2][TILE_K * A::PITCH], tile_b[2][TILE_K * B::PITCH];
     A from_a{a, pitch_a, m, k};
     B from_b{b, pitch_b, n, k};

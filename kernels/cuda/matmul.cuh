@@ -15,6 +15,7 @@ enum Epilogue {
 };
 
 constexpr bool BIASED = EPILOGUE == BIAS || EPILOGUE == RESIDUAL || EPILOGUE == GELU;
+constexpr bool READS = EPILOGUE == RESIDUAL || EPILOGUE == SLOPE;
 
 // ---- which part of the sums a block computes
 
@@ -25,8 +26,8 @@ struct Piece {
 };
 
 // All steps of all tiles, tile after tile, cut into equal shares: one share a tile, or (few tiles, long k) one share a
-// block, whatever tiles it touches. What is summed in pieces is kept in float32 and added by matmul_pieces.cu in the order
-// of k: the sum depends on the number of shares only. Osama et al., "Stream-K", arXiv:2301.03598.
+// block, whatever tiles it touches. What is summed in pieces is kept in float32 and added by matmul_pieces.cu in the
+// order of k: the sum depends on the number of shares only. Osama et al., "Stream-K", arXiv:2301.03598.
 struct Shares {
     int tiles, steps, count;
 
@@ -154,16 +155,17 @@ struct Result {
     ELEMENT *pre;          // written by GELU
     int pitch, rows, columns, accumulate;
 
-    // N runs of COUNT neighbours: the sums sum(i) of out[row][column ...] at where(i) = (row, column). All is read before
-    // anything is written: a store would have to wait for each load before it, and the next load for the store.
-    template <int COUNT, int N, class Where, class Sum> __device__ __forceinline__ void finish(Where where, Sum sum) const {
+    // N runs of COUNT neighbours: the sums sum(i) of out[row][column ...] at where(i) = (row, column). All is read
+    // before anything is written: a store would have to wait for each load before it, and the next load for the store.
+    template <int COUNT, int N, class Where, class Sum>
+    __device__ __forceinline__ void finish(Where where, Sum sum) const {
         Floats<COUNT> added[N] = {}, old[N] = {};
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int2 at = where(i);
             int valid = valid_at<COUNT>(at);
             if constexpr (BIASED) added[i] = read_run<COUNT>(bias + at.y, valid);
-            if constexpr (EPILOGUE == RESIDUAL || EPILOGUE == SLOPE) old[i] = read_run<COUNT>(other + offset(at), valid);
+            if constexpr (READS) old[i] = read_run<COUNT>(other + offset(at), valid);
             if (EPILOGUE == STORE && accumulate) old[i] = read_run<COUNT>(out + offset(at), valid);
         }
 #pragma unroll

@@ -1,9 +1,9 @@
 // The matrix product of bfloat16 on tensor cores by mma.sync: sm_80 and later.
 //
 // Four warps sum a TILE_M x TILE_N tile, a quarter each. The operands' tiles of STAGES - 1 steps of k are on their way
-// from global memory (cp.async) while one is multiplied. They lie in shared memory as they lie in global memory; ldmatrix
-// transposes those whose k is not contiguous. 16-byte units are permuted within a tile so that neither the copies nor
-// ldmatrix meet a bank twice.
+// from global memory (cp.async) while one is multiplied. They lie in shared memory as they lie in global memory;
+// ldmatrix transposes those whose k is not contiguous. 16-byte units are permuted within a tile so that neither the
+// copies nor ldmatrix meet a bank twice.
 #include "matmul.cuh"
 
 constexpr int TILE_K = 32, STAGES = 4, THREADS = 128, WARPS_N = 2;
@@ -39,7 +39,8 @@ template <int SIZE, bool ALONG_K> struct Operand {
 
     // 16 of i from `i` on by 16 of k, as the four 8x8 matrices of mma: i before k where I_FIRST (operand a), else k
     // before i (two of operand b, side by side).
-    template <bool I_FIRST> __device__ __forceinline__ static void read(uint32_t *fragment, const bf16 *tile, int i, int k) {
+    template <bool I_FIRST>
+    __device__ __forceinline__ static void read(uint32_t *fragment, const bf16 *tile, int i, int k) {
         int lane = threadIdx.x % 32, row = lane % 8, low = lane / 8 % 2, high = lane / 16;
         i += 8 * (I_FIRST ? low : high);
         k += 8 * (I_FIRST ? high : low);
@@ -88,7 +89,8 @@ struct Sums {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     int r = row() + i * MMA_M + half * 8 + lane / 4, c = column() + j * MMA_N + lane % 4 * 2;
-                    *reinterpret_cast<Floats<2> *>(tile + r * PITCH + c) = {{at[i][j][2 * half], at[i][j][2 * half + 1]}};
+                    Floats<2> pair = {{at[i][j][2 * half], at[i][j][2 * half + 1]}};
+                    *reinterpret_cast<Floats<2> *>(tile + r * PITCH + c) = pair;
                 }
     }
 };

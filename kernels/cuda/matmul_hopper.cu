@@ -1,12 +1,12 @@
-// The matrix product of bfloat16 on Hopper (sm_90a): TMA brings the operands, wgmma multiplies, TMA takes the result away.
+// The matrix product of bfloat16 on Hopper (sm_90a): TMA brings the operands, wgmma multiplies, TMA takes the result.
 //
 // A block stays on its multiprocessor and goes from tile to tile of TILE_M x TILE_N. Of its three warpgroups the first
-// only starts loads: a ring of STAGES steps of k, each with a barrier "full" and a barrier "empty". The other two sum 64
-// rows of the tile each, in registers that the first has given up. An operand lies in shared memory as it lies in global
-// memory: wgmma reads either with k contiguous or with the other dim contiguous.
+// only starts loads: a ring of STAGES steps of k, each with a barrier "full" and a barrier "empty". The other two sum
+// 64 rows of the tile each, in registers that the first has given up. An operand lies in shared memory as it lies in
+// global memory: wgmma reads either with k contiguous or with the other dim contiguous.
 //
 // A finished tile leaves in chunks of 128 bytes a row through BUFFERS buffers a warpgroup, while the loads of the next
-// tile are under way. What the epilogue reads (RESIDUAL, SLOPE) is brought into the same buffers while the tile is summed.
+// tile are under way. What the epilogue READS is brought into the same buffers while the tile is summed.
 #include "matmul.cuh"
 
 static_assert(TILE_M == 128, "64 rows for each of two warpgroups");
@@ -16,7 +16,6 @@ constexpr int BOX = 64;                // elements of the 128 bytes that TMA's s
 constexpr int CHUNK_BYTES = ROWS * 128;
 constexpr int WIDTH = 128 / sizeof(RESULT), CHUNKS = TILE_N / WIDTH;
 constexpr int OUTPUTS = EPILOGUE == GELU ? 2 : 1;  // chunks written for each that is summed
-constexpr bool READS = EPILOGUE == RESIDUAL || EPILOGUE == SLOPE;
 static_assert(!READS || BUFFERS >= CHUNKS, "all that the epilogue reads is on its way at once");
 static_assert(BUFFERS % OUTPUTS == 0, "both outputs of a chunk are written together");
 static_assert(EPILOGUE == STORE || sizeof(RESULT) == sizeof(bf16), "what an epilogue reads or keeps is bfloat16");
@@ -26,7 +25,8 @@ template <int SIZE, bool ALONG_K> struct Operand {
     static constexpr int BYTES = SIZE * TILE_K * sizeof(bf16);
     static constexpr int BOX_BYTES = BOX * TILE_K * sizeof(bf16);
 
-    __device__ __forceinline__ static void load(unsigned char *tile, const CUtensorMap *map, uint64_t *full, int i, int k) {
+    __device__ __forceinline__ static void load(unsigned char *tile, const CUtensorMap *map, uint64_t *full, int i,
+                                                int k) {
         if constexpr (ALONG_K) {
             tma_load_2d(tile, map, full, k, i);
         } else {
@@ -93,8 +93,10 @@ struct Consumer {
         if (READS && thread == 0) {
             tma_store_wait_read<0>();
             mbar_expect_tx(&shared.read[number], CHUNKS * CHUNK_BYTES);
-            for (int chunk = 0; chunk < CHUNKS; chunk++)
-                tma_load_2d(shared.chunks[number][chunk], other, &shared.read[number], origin.y + chunk * WIDTH, origin.x);
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                int x = origin.y + chunk * WIDTH;
+                tma_load_2d(shared.chunks[number][chunk], other, &shared.read[number], x, origin.x);
+            }
         }
     }
 
@@ -118,8 +120,8 @@ struct Consumer {
         if (thread == 0) mbar_arrive(&shared.empty[before]);
     }
 
-    // Where two neighbours lie that a thread has in a chunk, of the eight columns `unit`; the swizzle is TMA's. As wgmma
-    // leaves the sums, another two lie eight rows below.
+    // Where two neighbours lie that a thread has in a chunk, of the eight columns `unit`; the swizzle is TMA's. As
+    // wgmma leaves the sums, another two lie eight rows below.
     template <class T> __device__ __forceinline__ uint32_t *pair_at(unsigned char *chunk, int unit) const {
         int row = thread / 32 * 16 + thread % 32 / 4, byte = (unit * 8 + thread % 4 * 2) * sizeof(T);
         return reinterpret_cast<uint32_t *>(chunk + row * 128 + (byte ^ row % 8 * 16));
@@ -158,8 +160,8 @@ struct Consumer {
             }
     }
 
-    __device__ __forceinline__ void store(const unsigned char *place, const CUtensorMap *out, const CUtensorMap *pre, int x,
-                                          int y, int accumulate) const {
+    __device__ __forceinline__ void store(const unsigned char *place, const CUtensorMap *out, const CUtensorMap *pre,
+                                          int x, int y, int accumulate) const {
         if constexpr (EPILOGUE == GELU) tma_store_2d(pre, place, x, y);
         if (EPILOGUE == STORE && sizeof(RESULT) == sizeof(float) && accumulate)
             tma_add_2d(out, place, x, y);
@@ -186,8 +188,9 @@ struct Consumer {
 
 // Maps: a, b by boxes of operands; out, other by chunks. `other`: what RESIDUAL and SLOPE read, or what GELU keeps.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul_hopper(
-    const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap out,
-    const __grid_constant__ CUtensorMap other, const bf16 *bias, int m, int n, int k, int accumulate, int count) {
+    const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+    const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap other, const bf16 *bias, int m, int n,
+    int k, int accumulate, int count) {
     DYNAMIC_SMEM(unsigned char, memory);
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int tiles_m = tiles_of(m, TILE_M), tiles_n = tiles_of(n, TILE_N);
