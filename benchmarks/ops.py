@@ -1,9 +1,10 @@
-"""Time of each op at the reference size: its kernel against its NumPy reference, interleaved, on one thread.
+"""Time of each op at the reference size: kernel, NumPy reference and PyTorch in turns, on one thread.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/ops.py --pairs 7
+    OPENBLAS_NUM_THREADS=1 python benchmarks/ops.py --pairs 7 [--peer torch]
 
 Seconds are CPU time of the thread, so that other work of the machine enters by the caches only. GB/s counts what an op
-must read and write once; GFLOP/s of attention counts the half that causality leaves.
+must read and write once; GFLOP/s of attention counts the half that causality leaves. "Of roof": GFLOP/s over
+sgemm's, GB/s over a large copy's (bytes read and written) in the same run; what stays in cache may exceed it.
 """
 
 import statistics
@@ -25,8 +26,8 @@ from mlm_mpi.optim import adamw, clip
 Row = tuple[str, Callable[..., Any], tuple[Any, ...], float, float]
 
 
-def rows() -> list[Row]:
-    """One call of each op as a step of the reference model makes it."""
+def rows() -> tuple[list[Row], dict[str, np.ndarray]]:
+    """(one call of each op as a step of the reference model makes it, the arrays that PyTorch is given too)."""
     size, r = SIZES["reference"], np.random.default_rng(0)
     b, t, c, h, v = size["rows"], size["context"], size["width"], size["heads"], size["vocabulary"]
     n, f, d = b * t, 4 * c, c // h
@@ -45,8 +46,11 @@ def rows() -> list[Row]:
     p, g, m, s = f4(1 << 22), f4(1 << 22), f4(1 << 22), np.abs(f4(1 << 22))
     numbers = (1.0, 0.9, 0.95, 1.0, 1e-8, 1e-5, 1.0)
     flops = 4.0 * b * h * t * t * d / 2
-    masked = draw
-    return [
+    shared = {
+        "x": x, "dy": dy, "wide": wide, "dwide": dwide, "up": up, "down": down, "gain": gain, "bias": bias, "q": q,
+        "k": k, "w": w, "do": do, "logits": logits, "table": table, "ids": ids, "targets": targets, "p": p, "g": g,
+    }  # fmt: skip
+    calls: list[Row] = [
         ("linear.forward, up", linear.forward, (x, up, f4(f)), 0, 2.0 * n * c * f),
         ("linear.forward, down, residual", linear.forward, (wide, down, bias, x), 0, 2.0 * n * c * f),
         ("matmul.add dy Wᵀ, up", matmul.add, (dwide, up.T, f4(n, c), False), 0, 2.0 * n * c * f),
@@ -64,7 +68,7 @@ def rows() -> list[Row]:
         ("layernorm.backward", layernorm.backward, (dy, x, gain, statistics_, f4(c), f4(c), False, dy), 16 * n * c, 0),
         ("attention.forward", attention.forward, (q, k, w), 16 * n * c, flops),
         ("attention.backward", attention.backward, (do, q, k, w, o, lse, *dqkv), 32 * n * c, 2.5 * flops),
-        ("attention.forward, dropout", attention.forward, (q, k, w, True, masked), 16 * n * c, flops),
+        ("attention.forward, dropout", attention.forward, (q, k, w, True, draw), 16 * n * c, flops),
         ("crossentropy.rows, 512 rows", crossentropy.rows, (logits, targets, None, True), 8 * logits.size, 0),
         ("embedding.forward", embedding.forward, (ids, table), 8 * n * c, 0),
         ("embedding.backward", embedding.backward, (dy, ids, table), 12 * n * c, 0),
@@ -73,28 +77,65 @@ def rows() -> list[Row]:
         ("adamw.update, 4 Mi elements", adamw.update, (p, g, m, s, *numbers), 28 * p.size, 0),
         ("clip.squares, 4 Mi elements", clip.squares, (p, 65536), 4 * p.size, 0),
     ]
+    return calls, shared
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 256 MiB, the best of 5."""
+    source, target = np.ones(1 << 26, "f4"), np.empty(1 << 26, "f4")
+    best = float("inf")
+    for _ in range(5):
+        start = time.thread_time()
+        np.copyto(target, source)
+        best = min(best, time.thread_time() - start)
+    return 2 * source.nbytes / best
+
+
+def in_turns(variants: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+    """CPU seconds of every variant in each of `turns` turns, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(turns + 1):
+        for name, run in variants.items():
+            start = time.thread_time()
+            run()
+            seconds[name].append(time.thread_time() - start)
+    return {name: values[1:] for name, values in seconds.items()}
 
 
 def main() -> None:
-    args = harness.arguments(__doc__).parse_args()
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--peer", choices=("torch",), help="PyTorch too, which this Python must have")
+    args = parser.parse_args()
     keep_freed_memory()
+    calls, shared = rows()
+    torch_calls: dict[str, Callable[[], Any]] = {}
+    if args.peer:
+        from ops_torch import peers
+
+        torch_calls = peers(shared)
+    flops_roof, bytes_roof = harness.peak_flops(), copy_bandwidth()
     report = Report("ops", "Time of each op", args)
-    report.say(f"kernels: {kernels.summary()}; sgemm peak {harness.peak_flops() / 1e9:.1f} GFLOP/s")
+    report.say(f"kernels: {kernels.summary()}; sgemm {flops_roof / 1e9:.1f} GFLOP/s, copy {bytes_roof / 1e9:.1f} GB/s")
     report.say()
-    report.head("op", "NumPy ms", "kernel ms", "GB/s", "GFLOP/s", "times NumPy")
-    for name, function, arguments, moved, flops in rows():
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(args.pairs + 1):
-            for by_kernel in (True, False):
-                run = function if by_kernel else function.__wrapped__  # type: ignore[attr-defined]
-                start = time.thread_time()
-                run(*arguments)
-                seconds[by_kernel].append(time.thread_time() - start)
-        ours, numpy = (statistics.median(seconds[by_kernel][1:]) for by_kernel in (True, False))
-        ratio = harness.pair_ratio(seconds[True][1:], seconds[False][1:])
+    report.head("op", "NumPy ms", "PyTorch ms", "kernel ms", "GB/s", "GFLOP/s", "of roof", "× NumPy", "× PyTorch")
+    for name, function, arguments, moved, flops in calls:
+        variants = {
+            "ours": lambda f=function, a=arguments: f(*a),
+            "numpy": lambda f=function, a=arguments: f.__wrapped__(*a),
+        }
+        if name in torch_calls:
+            variants["torch"] = torch_calls[name]
+        seconds = in_turns(variants, args.pairs)
+        ours, numpy = statistics.median(seconds["ours"]), statistics.median(seconds["numpy"])
+        torch_ms = torch_ratio = ""
+        if name in torch_calls:
+            torch_ms = f"{1e3 * statistics.median(seconds['torch']):.2f}"
+            torch_ratio = f"{harness.pair_ratio(seconds['ours'], seconds['torch']):.2f}"
+        share = flops / ours / flops_roof if flops else moved / ours / bytes_roof
         report.row(
-            name, f"{1e3 * numpy:.2f}", f"{1e3 * ours:.2f}", f"{moved / ours / 1e9:.1f}" if moved else "",
-            f"{flops / ours / 1e9:.1f}" if flops else "", f"{ratio:.2f}",
+            name, f"{1e3 * numpy:.2f}", torch_ms, f"{1e3 * ours:.2f}", f"{moved / ours / 1e9:.1f}" if moved else "",
+            f"{flops / ours / 1e9:.1f}" if flops else "", f"{share:.0%}",
+            f"{harness.pair_ratio(seconds['ours'], seconds['numpy']):.2f}", torch_ratio,
         )  # fmt: skip
     report.save()
 
