@@ -263,27 +263,17 @@ def cgroup_limit_bytes() -> int | None:
 
 
 def _gpu() -> Iterator[Finding]:
-    if importlib.util.find_spec("cupy") is None:
-        yield Finding("gpu", "cupy", "not installed: ranks calculate on the CPU (pip install 'mlm-mpi[cuda13]')")
-        return
-    import cupy
+    from mlm_mpi.backend import arrays, kernels
 
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        yield Finding("gpu", "cupy", f"{cupy.__version__}, but {_first_line(error)}: ranks calculate on the CPU")
-        return
-    yield Finding("gpu", "cupy", f"{cupy.__version__}, CUDA {cupy.cuda.runtime.runtimeGetVersion()}")
-    for number in range(count):
-        facts = cupy.cuda.runtime.getDeviceProperties(number)
-        size = f"{_size(facts['totalGlobalMem'])}, {facts['multiProcessorCount']} multiprocessors"
-        yield Finding("gpu", f"gpu {number}", f"{facts['name'].decode()}, sm_{facts['major']}{facts['minor']}, {size}")
-    from mlm_mpi.backend import kernels
-
-    kernels.select(device="cuda")
-    for op, implementation in kernels.serving().items():
-        yield Finding("gpu", op, implementation)
-    kernels.select()
+    library, gpus = arrays.gpus()
+    yield Finding("gpu", "cupy", library if gpus else f"{library}: ranks calculate on the CPU")
+    for number, description in enumerate(gpus):
+        yield Finding("gpu", f"gpu {number}", description)
+    if gpus:
+        kernels.select(device="cuda")
+        for op, implementation in kernels.serving().items():
+            yield Finding("gpu", op, implementation)
+        kernels.select()
 
 
 def _slurm() -> Iterator[Finding]:

@@ -62,6 +62,24 @@ def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> 
     return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype), name)
 
 
+def gpus() -> tuple[str, list[str]]:
+    """(CuPy and CUDA by version, or why there is no GPU; a description of each GPU)."""
+    try:
+        import cupy
+    except ImportError:
+        return "not installed (pip install 'mlm-mpi[cuda13]')", []
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        return f"{cupy.__version__}, but CUDA finds no GPU ({error})", []
+    found = []
+    for facts in map(runtime.getDeviceProperties, range(count)):
+        size = f"{facts['totalGlobalMem'] / 2**30:.1f} GiB, {facts['multiProcessorCount']} multiprocessors"
+        found.append(f"{facts['name'].decode()}, sm_{facts['major']}{facts['minor']}, {size}")
+    return f"{cupy.__version__}, CUDA {runtime.runtimeGetVersion()}", found
+
+
 def bfloat16() -> np.dtype:
     """NumPy's and CuPy's dtype for bfloat16."""
     try:

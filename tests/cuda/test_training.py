@@ -140,3 +140,9 @@ def test_graphs_give_the_same_bits(home):
 
 def test_graphs_are_refused_with_dropout(home):
     home.train("graphs", None, GPU, "backend.graphs=true").refused("backend.graphs", "model.dropout = 0.1")
+
+
+def test_doctor_names_gpus_and_their_kernels(home):
+    said = home.program("doctor", MLM_MPI_STANDIN_GPUS="2").out
+    assert "gpu 1" in said and "stand-in, sm_90, 1.0 GiB" in said and "CUDA kernel (hopper, mma, plain, sm_90a)" in said
+    assert "CUDA finds no GPU" in home.program("doctor", MLM_MPI_STANDIN_GPUS="0").out

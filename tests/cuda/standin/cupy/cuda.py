@@ -110,7 +110,7 @@ def get_elapsed_time(start, stop):
 
 class MemoryPool:
     def malloc(self, size):
-        raise NotImplementedError("the stand-in's arrays do not ask a pool for memory")
+        raise RuntimeError("the stand-in's arrays do not ask a pool for memory")
 
     def set_limit(self, size=None):
         self.limit = size
