@@ -246,7 +246,10 @@ def check_memory(config: Config, vocabulary: int, place: Place) -> None:
 
 def bytes_held(replica: Replica) -> dict[str, int]:
     """Bytes of a rank by what holds them, activations left out."""
-    held = {"weights": replica.store.data.nbytes, "gradients": replica.reduction.costs()["held_bytes"]}
+    store = replica.store
+    held = {"weights": store.data.nbytes, "gradients": replica.reduction.costs()["held_bytes"]}
+    if store.working is not store.data:
+        held["weights in bf16"] = store.working.nbytes
     held["optimiser"] = sum(buffer.nbytes for buffer in replica.optimizer.state().values())
     return held
 
