@@ -21,12 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from mlm_mpi.banners import BannerFilter
 from mlm_mpi.errors import LaunchError
 
 GRACE_S = 60.0
@@ -314,95 +315,6 @@ def _members(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-class BannerFilter:
-    """Passes stderr on byte for byte, but for what Open MPI says of itself when a rank failed.
-
-    That is blocks that open and close with 60 or more dashes, and lines of PMIX errors. Bytes are held back
-    only as long as they may become such.
-    """
-
-    _KNOWN = (
-        b"prterun detected that one or more",
-        b"prterun noticed that process",
-        b"prterun has exited due to process",
-        b"mpirun detected that one or more",
-        b"mpirun noticed that process",
-        b"mpirun has exited due to process",
-        b"mpiexec detected that one or more",
-        b"mpiexec noticed that process",
-        b"mpiexec has exited due to process",
-        b"MPI_ABORT was invoked on rank",
-        b"Primary job  terminated normally",
-    )
-    _BLOCK = re.compile(rb"-{60,}\n.*?\n-{60,}\n", re.DOTALL)
-    _DEATH = re.compile(rb"process rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal\s+(\d+)")
-
-    # what the launcher's own parts say to each other when ranks leave while they still talk (seen in 1 of 20 ends)
-    _NOISE = re.compile(rb"\[[^\]\n]+\] PMIX ERROR: [^\n]*\n")
-
-    def __init__(self, on_death: Callable[[int, int], None]) -> None:
-        self.passed = False  # whether anything was said that the user sees
-        self._on_death = on_death
-        self._held = b""
-        self._inside_line = False
-        self._after_block = False
-
-    def feed(self, data: bytes) -> bytes:
-        """What may be shown now that `data` has arrived."""
-        self._held += data
-        out = b""
-        while self._held:
-            if self._after_block and self._held[:1] == b"\0":  # Open MPI ends its last block with one
-                self._held = self._held[1:]
-            elif not self._inside_line and self._may_be_block():
-                block = self._BLOCK.match(self._held)
-                if block is None:
-                    break
-                self._drop(block)
-            elif not self._inside_line and self._may_be_noise():
-                noise = self._NOISE.match(self._held)
-                if noise is None:
-                    break
-                self._held = self._held[noise.end() :]
-            else:
-                out += self._pass_line()
-        return out
-
-    def close(self) -> bytes:
-        """What was still held back at the end."""
-        out, self._held = self._held, b""
-        return out
-
-    def _may_be_block(self) -> bool:
-        dashes, newline, rest = self._held.partition(b"\n")
-        if dashes.strip(b"-"):
-            return False
-        if not newline:
-            return True
-        return len(dashes) >= 60 and any(rest.startswith(known) or known.startswith(rest) for known in self._KNOWN)
-
-    def _may_be_noise(self) -> bool:
-        host, bracket, rest = self._held.partition(b"] ")
-        if not host.startswith(b"[") or b"\n" in host or len(host) > 200:
-            return False
-        mark = b"PMIX ERROR: "
-        return not bracket or rest.startswith(mark) or mark.startswith(rest)
-
-    def _drop(self, block: re.Match[bytes]) -> None:
-        self._held = self._held[block.end() :]
-        self._after_block = True
-        if death := self._DEATH.search(block[0]):
-            self.passed = True
-            self._on_death(int(death[1]), int(death[2]))
-
-    def _pass_line(self) -> bytes:
-        line, newline, self._held = self._held.partition(b"\n")
-        self._inside_line = not newline
-        self._after_block = False
-        self.passed = True
-        return line + newline
 
 
 def _pump(source: int, banners: BannerFilter) -> None:
