@@ -1,16 +1,27 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all, files that may be read, and locks.
 
 A name only ever holds complete, synced content: bytes go to a temporary name, file and folder are
 fsynced, a rename publishes. Rename without both fsyncs survives no power loss.
+
+What is read may come from anybody: a FIFO would hang, a device never end, a link lead elsewhere.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlm_mpi.errors import StorageError
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
 
 
 def publish(path: Path, content: bytes) -> str:
@@ -75,3 +86,89 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hex; reads it once, in bounded memory. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path, folder: Path | None = None) -> int:
+    """A descriptor of a regular file, opened for reading. `folder`: the file must lie inside it, links followed.
+
+    Raises OSError whose `strerror` says what the path is instead, and never waits for a writer.
+    """
+    if folder is not None and not _resolved(path).is_relative_to(_resolved(folder)):
+        raise OSError(errno.EPERM, f"it leads out of {folder}, to {_resolved(path)}", str(path))
+    _check_regular(path.stat().st_mode, path)  # before the open, which may act on a device
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_whole(path: Path, limit_bytes: int, folder: Path | None = None) -> bytes:
+    """The content of a regular file of at most `limit_bytes`; `folder` as in `open_regular`. Raises OSError."""
+    with open(open_regular(path, folder), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
+    if size > limit_bytes or len(content) > limit_bytes:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {limit_bytes:,} are read", str(path))
+    return content
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # how Python before 3.13 says ELOOP
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+class HeldError(Exception):
+    """A lock that a live process holds; its text says which."""
+
+
+class Lock:
+    """A lock file. The lock ends with the process that holds it, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the lock at once. Raises HeldError, or OSError where the file cannot be made, written or locked."""
+        self.path = path
+        while True:
+            self._descriptor = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
+            try:
+                _check_regular(os.fstat(self._descriptor).st_mode, path)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current():
+                    os.ftruncate(self._descriptor, 0)
+                    os.write(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+                    return
+            except BlockingIOError:
+                holder = os.read(self._descriptor, 200).decode(errors="replace").strip()
+                os.close(self._descriptor)
+                raise HeldError(holder or "another process") from None
+            except OSError:
+                os.close(self._descriptor)
+                raise
+            os.close(self._descriptor)  # its holder has just removed it: what lies there now counts
+
+    def _is_current(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat(follow_symlinks=False))
+        return False
+
+    def release(self) -> None:
+        """Lets go; the file stays."""
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Lets go and removes the file, so that a folder made in vain can be removed too."""
+        with contextlib.suppress(OSError):  # a file system that has become read-only
+            self.path.unlink()
+        os.close(self._descriptor)

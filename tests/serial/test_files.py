@@ -1,0 +1,94 @@
+"""What may be read, and locks that end with their holder."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlm_mpi.files import HeldError, Lock, open_regular, read_whole
+
+
+def refuse(path, text, **more):
+    with pytest.raises(OSError, match=text) as caught:
+        os.close(open_regular(path, **more))
+    assert caught.value.strerror
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    refuse(tmp_path / "fifo", "it is a FIFO, not a regular file")
+    refuse(tmp_path, "it is a folder")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    refuse(tmp_path / "zero", "it is a device")
+    refuse(tmp_path / "nothing", "No such file")
+    (tmp_path / "loop").symlink_to("loop")
+    refuse(tmp_path / "loop", "symbolic links", folder=tmp_path)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_whole(path, 5) == b"12345"
+    with pytest.raises(OSError, match="it has 5 bytes, at most 4 are read"):
+        read_whole(path, 4)
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # sparse: nothing of it may be allocated
+    with pytest.raises(OSError, match="at most 5 are read"):
+        read_whole(path, 5)
+
+
+def test_a_link_may_not_lead_out_of_its_folder(tmp_path):
+    inside = tmp_path / "folder"
+    inside.mkdir()
+    (tmp_path / "outside").write_bytes(b"secret")
+    (inside / "file").write_bytes(b"own")
+    (inside / "near").symlink_to("file")
+    (inside / "far").symlink_to("../outside")
+    assert read_whole(inside / "near", 9, inside) == b"own"
+    refuse(inside / "far", "it leads out of", folder=inside)
+    refuse(inside / "../outside", "it leads out of", folder=inside)
+
+
+HOLD = """
+import sys, pathlib
+from mlm_mpi.files import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_holder(tmp_path):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(HeldError, match=f"pid {holder.pid} on "):
+        Lock(path)
+    holder.kill()
+    holder.communicate()
+    Lock(path).remove()
+    assert not path.exists()
+
+
+def test_a_lock_is_not_taken_through_a_link_or_on_a_fifo(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "link").symlink_to("precious")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError):
+            Lock(tmp_path / name)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_made_anew(tmp_path):
+    path = tmp_path / "lock"
+    first = Lock(path)
+    path.unlink()
+    second = Lock(path)
+    with pytest.raises(HeldError):
+        Lock(path)
+    second.remove()
+    first.release()
