@@ -1,16 +1,18 @@
 """The catalog: what a prepared corpus consists of. Written last of all, so it only names whole files."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from mlm_mpi.data.shards import ShardEntry, check_size
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "catalog.json"
 SPLITS = ("train", "heldout")
 
@@ -52,9 +54,10 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of catalog.json."""
+    """The content of catalog.json. `content`: see `content_digest`."""
 
     format: int
+    content: str
     tokenizer: TokenizerEntry
     shards: tuple[ShardEntry, ...]
     totals: dict[str, Totals]
@@ -139,6 +142,24 @@ def totals(shards: tuple[ShardEntry, ...]) -> dict[str, Totals]:
         fields = ("tokens", "documents", "characters", "utf8_bytes")
         out[split] = Totals(len(mine), *(sum(getattr(entry, field) for entry in mine) for field in fields))
     return out
+
+
+def document_digest(ids: np.ndarray) -> bytes:
+    """SHA-256 of a document's token ids, its end included, as little-endian uint32."""
+    return hashlib.sha256(ids.astype("<u4").tobytes()).digest()
+
+
+def content_digest(tokenizer_hash: str, documents: Mapping[str, Iterable[bytes]]) -> str:
+    """SHA-256 in hex of what a corpus says, however it is stored: of the tokenizer's hash and of one SHA-256 for each
+    split, over the digests of its documents (in pieces of any length) in their order.
+    """
+    whole = hashlib.sha256(tokenizer_hash.encode())
+    for split in SPLITS:
+        part = hashlib.sha256()
+        for digests in documents[split]:
+            part.update(digests)
+        whole.update(part.digest())
+    return whole.hexdigest()
 
 
 def encode(manifest: Manifest) -> bytes:
