@@ -1,8 +1,9 @@
 """Python's own documentation, the same on every machine: docstrings, comments and help topics of its library.
 
 Distributions split the library and patch releases change it. So a text counts if its digest stands in `builtin.bin`,
-a list of what all of these hold: CPython 3.11.2, 3.12.1, 3.13.0, 3.13.5, 3.13.18, 3.14.10 (three as Debian ships
-them), 3.11.7, and PyPy's copies of 3.11.11 and 3.11.17. The list also gives the order. None of the texts is ours.
+a list of what all of these hold: CPython 3.11.7, 3.12.1 and 3.13.0, Debian's 3.11.2, 3.13.5, 3.13.18 and 3.14.10,
+PyPy's 3.11.11 and 3.11.17, and Pyodide's 3.11.3, 3.12.7, 3.13.2 and 3.14.2 (the files it has, over those of a
+neighbour). The list also gives the order. No text of Python's is in this package.
 
 `python -m mlm_mpi.data.builtin FOLDER…` writes the list anew, from the standard libraries in these folders.
 """
@@ -22,7 +23,10 @@ from textwrap import dedent
 _LIST = Path(__file__).with_name("builtin.bin")
 _DIGEST_BYTES = 5  # 40 bits: one of 10^5 other texts is taken for one of 13,000 with probability 0.001
 _SHORTEST = 40  # characters of a comment or paragraph; shorter ones are labels and switched-off code
-_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}  # large, and in no list
+# Large, and in no list: not every distribution has them.
+_SKIPPED_FOLDERS = {
+    "test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "tkinter", "distutils",
+}  # fmt: skip
 _COMMENTS = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -108,5 +112,6 @@ def _common(roots: Iterable[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    _LIST.write_bytes(b"".join(map(_digest, _common(map(Path, sys.argv[1:])))))
-    print(f"{count():,} texts are in all of {len(sys.argv) - 1} libraries")
+    listed = _common(map(Path, sys.argv[1:]))
+    _LIST.write_bytes(b"".join(map(_digest, listed)))
+    print(f"{len(listed):,} texts are in all of {len(sys.argv) - 1} libraries")

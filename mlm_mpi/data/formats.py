@@ -46,7 +46,7 @@ _NO_TEXT = [
     (rb"ORC[^ -~]", "an ORC file", _TO_LINES), (rb"Obj\x01", "an Avro file", _TO_LINES),
     (rb"SQLite format 3\x00", "an SQLite database", _TO_LINES),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", _TO_LINES), (rb"\x93NUMPY", "a NumPy array", _TO_LINES),
-    (rb"\x80[\x02-\x05][^\x80-\xbf]", "a Python pickle", _TO_LINES),
+    (rb"\x80[\x02-\x05]", "a Python pickle", _TO_LINES),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\x00|MM\x00\*", "an image", "leave it out"),
     (rb"OggS\x00|ID3[\x02-\x04]|fLaC\x00|RIFF(?s:....)(WAVE|AVI |WEBP)|\x00\x00(?s:..)ftyp", "sound or film",
      "leave it out"),

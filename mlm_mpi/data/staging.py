@@ -61,6 +61,9 @@ class _Names(msgspec.Struct):
         return {self.tokenizer.file: self.tokenizer.hash} | {shard.file: shard.sha256 for shard in self.shards}
 
 
+_JSON: dict[str, type[msgspec.Struct]] = {catalog.FILE_NAME: _Names, _REPLACED: _Names, PREPARED: Prepared}
+
+
 class CorpusFolder:
     """A locked corpus folder with an empty staging folder in it. Used by rank 0 alone."""
 
@@ -165,8 +168,8 @@ class CorpusFolder:
         path = self.out / name
         if name in (FOLDER, _LOCK):
             return True
-        if name in (catalog.FILE_NAME, PREPARED):
-            return _decoded(path, _Names if name == catalog.FILE_NAME else Prepared) is not None
+        if name in _JSON:
+            return _decoded(path, _JSON[name]) is not None
         return _is_file(path) and sha256_of(path) == hashes.get(name)
 
     def _hashes_of_leftovers(self) -> dict[str, str]:
@@ -195,6 +198,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _is_staged(path: Path) -> bool:
+    if path.name in _JSON:
+        return _decoded(path, _JSON[path.name]) is not None
     return bool(_STAGED.fullmatch(path.name)) and _is_file(path)
 
 
