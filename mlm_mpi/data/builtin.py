@@ -11,6 +11,7 @@ neighbour). The list also gives the order. No text of Python's is in this packag
 import ast
 import functools
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -56,9 +57,7 @@ def _digest(text: str) -> bytes:
 
 def _texts(root: Path) -> Iterator[str]:
     """Every text of a library, file by file; a file that is no Python (a template, a sample) holds none."""
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        if _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) or not path.is_file():
-            continue
+    for path in sorted(_modules(root), key=lambda path: path.relative_to(root).as_posix()):
         try:
             with warnings.catch_warnings(), tokenize.open(path) as file:
                 warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -68,6 +67,12 @@ def _texts(root: Path) -> Iterator[str]:
             continue
         found = _topics(tree) if path.name == "topics.py" else _comments(source)
         yield from (*_docstrings(tree), *found)
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import Literal, TypeVar
 import msgspec
 
 from mlm_mpi.data import catalog
-from mlm_mpi.errors import DataError
-from mlm_mpi.files import HeldError, Lock, cannot_write, publish, read_whole, sha256_of, sync_folder
+from mlm_mpi.errors import DataError, StorageError
+from mlm_mpi.files import HeldError, Lock, publish, read_whole, sha256_of, sync_folder
 
 T = TypeVar("T")
 
@@ -102,9 +102,12 @@ class CorpusFolder:
                     sync_folder(self.out)  # what it names is there before it is
                 (self.staging / name).replace(self.out / name)
             sync_folder(self.out)
+            self._tidy()
         except OSError as error:
-            raise cannot_write(self.out, 0, error) from None
-        self._tidy()
+            raise StorageError(
+                f"cannot put the corpus in place in {self.out} ({error.strerror}): "
+                "free space there, or choose another --out"
+            ) from None
         return is_replaced
 
     def close(self) -> None:

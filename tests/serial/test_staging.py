@@ -269,6 +269,30 @@ def test_a_kill_at_any_moment_leaves_the_old_corpus_or_the_new_one(tmp_path, ord
     assert seen == sorted(seen) and seen.count(False) >= 24 / step and seen.count(True) > 1
 
 
+def test_a_rename_that_fails_leaves_the_earlier_corpus(source, tmp_path, monkeypatch, capsys):
+    out, rename = tmp_path / "out", Path.replace
+    run_prepare(source, "--out", out, *SMALL)
+    before = contents(out)
+    for number in itertools.count(1, 4):
+        count = itertools.count(1)
+
+        def limited(path, target, count=count, number=number):
+            if next(count) >= number:  # and so does every later one
+                raise OSError(28, "No space left on device")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "replace", limited)
+        try:
+            run_prepare(source, "--out", out, "--tokenizer", "bytes", "--shard-mib", 0.001)
+        except DataError as error:
+            assert "No space left on device" in str(error) and "\n" not in str(error)
+            if contents(out) != before:  # the catalog was renamed already
+                break
+        else:
+            break
+    assert number > 12 and corpus(out)["catalog.json"] != before["catalog.json"]
+
+
 def test_a_kill_at_the_first_preparation_leaves_nothing_that_stays(tmp_path, orders):
     words = (write_texts(tmp_path / "in", 6, 60), "--tokenizer", "bytes", "--out", tmp_path / "out")
     for number in itertools.count(1, 3):
