@@ -68,7 +68,7 @@ def check_encoding(name: str) -> None:
     """Raises ConfigError unless `name` is a text encoding of Python's that can go on behind an error."""
     try:
         b"\xff\xff\xff".decode(name, MARK)
-        io.TextIOWrapper(io.BytesIO(b"a"), name, MARK).read()
+        io.TextIOWrapper(io.BytesIO(b"text"), name, MARK).read()  # "utf-16" needs a mark, which decides by itself
     except (LookupError, ValueError, AssertionError):
         raise ConfigError(
             f"--encoding {name!r} is no text encoding that Python reads: give one such as utf-8, cp1252, utf-16-le"
@@ -137,6 +137,8 @@ def _opened(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str, str]]:
         raise DataError(f"cannot read {path} ({error.strerror or error}): {_remedy(error)}") from None
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(f"cannot read {path}, its compressed content is damaged ({error}): get it anew") from None
+    except UnicodeError as error:
+        raise DataError(f"cannot read {path} as {encoding} ({error}): give another --encoding") from None
     except MemoryError:
         raise DataError(f"cannot read {path}, memory is full: cut it into files or JSON lines") from None
 

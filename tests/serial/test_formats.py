@@ -20,9 +20,13 @@ import numpy as np
 import pytest
 import zstandard
 from corpora import contents, run_prepare, sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlm_mpi.data import formats
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.text import clean
 from mlm_mpi.errors import ConfigError, DataError
 
 
@@ -175,7 +179,7 @@ def test_an_encoding_is_given_by_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nonsense", "hex", "rot13", "base64", "zlib", "idna", "undefined", "../utf_8", "é"]
+    "name", ["", "nonsense", "hex", "rot13", "base64", "zlib", "idna", "undefined", "utf-16", "utf-32", "../utf_8", "é"]
 )
 def test_other_codecs_are_no_encodings(tmp_path, name):
     with pytest.raises(ConfigError, match="--encoding .* is no text encoding"):
@@ -229,8 +233,8 @@ def test_loops_of_links_end(tmp_path, capsys):
     (folder / "loop").symlink_to("loop")
     for path in ("one.txt", "deep/two.txt", "deep/.hidden/three.txt", "deep/more[1].txt"):
         (folder / path).write_text(sentences(len(path), 50))
-    for given in (folder, folder / "**", folder / "**" / "*.txt", folder / "**" / "d*" / "*.txt"):
-        run_prepare(given, "--out", tmp_path / "out", "--tokenizer", "bytes", "--heldout", 0)
+    for words in (folder, folder / "**", folder / "**" / "*.txt", folder / "**" / "d*" / "*.txt"):
+        run_prepare(words, "--out", tmp_path / "out", "--tokenizer", "bytes", "--heldout", 0)
         assert "documents   3 read" in capsys.readouterr().out
 
 
@@ -283,3 +287,55 @@ def test_a_bomb_fills_no_memory(tmp_path, kind):
     text, line, mib = done.stdout.splitlines()
     assert f"{paths[0]} has more than 8 MiB" in text and f"{paths[1]}:1 has 8,388,608 characters" in line
     assert int(mib) < 60
+
+
+BEGINNINGS = [
+    b"",
+    b"\xff\xfe",
+    b"\xfe\xff",
+    b"\x00\x00\xfe\xff",
+    b"\x1f\x8b\x08",
+    b"\xfd7zXZ\x00",
+    b"BZh91AY&SY",
+    b'{"a',
+]
+ENCODINGS = [
+    "utf-8",
+    "cp1252",
+    "utf-16",
+    "utf-16-le",
+    "utf-7",
+    "shift_jis",
+    "hz",
+    "iso2022_jp",
+    "gb18030",
+    "unicode_escape",
+]
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_any_bytes_are_text_or_one_line(tmp_path_factory, count):
+    path = tmp_path_factory.mktemp("fuzz") / "x"
+
+    @settings(max_examples=count, deadline=None)
+    @given(
+        st.sampled_from([*PACKED.values(), bytes]),
+        st.sampled_from(BEGINNINGS),
+        st.binary(max_size=80),
+        st.lists(st.tuples(st.integers(0, 99), st.integers(1, 255)), max_size=2),
+        st.integers(0, 9),
+        st.sampled_from(ENCODINGS),
+    )
+    def read(pack, beginning, middle, flips, cut, encoding):
+        content = bytearray(pack(beginning + middle))
+        for place, change in flips:
+            if place < len(content):
+                content[place] ^= change
+        path.write_bytes(content[: max(0, len(content) - max(0, cut - 6))])
+        for read in (formats.read_text, lambda path, encoding: "".join(formats.read_lines(path, encoding))):
+            try:
+                clean(read(path, encoding)).text.encode()
+            except DataError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+
+    read()
