@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/part-0000.h5 …  each rank's rows of every parameter and moment
                               index.h5        virtual datasets: whole arrays for any HDF5 tool
+                              tokenizer.json  the tokenizer, so that the model outlives its corpus
                               manifest.json   step, configuration, SHA-256 and size of every part
 
 A part is built in memory (h5py on a full disk takes the interpreter down with it), hashed, written and
@@ -10,6 +11,7 @@ and renames it. A folder named step-… is therefore complete, and a reader trus
 file whose writer was killed may open cleanly and be incomplete. No pickle anywhere.
 """
 
+import contextlib
 import hashlib
 import io
 import shutil
@@ -25,13 +27,15 @@ import msgspec
 from mlm_mpi.backend.arrays import fill, snap, to_host
 from mlm_mpi.comm.group import Group
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
-from mlm_mpi.files import publish, sync_folder
+from mlm_mpi.files import publish, read_whole, sync_folder
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _PREFIX, _HIDDEN = "step-", ".writing-"
+TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_BYTES = 256 << 20  # the largest in use, of 256,000 tokens, have some 35 MB
 
 T = TypeVar("T")
 Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
@@ -63,6 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     catalog: str
     fingerprint: dict[str, Any]
     incomparable: str | None = None  # why bits of this run cannot be compared with others, once and for all
+    corpus: str = ""  # what the catalog held and how it was made, in words
 
 
 Check = Callable[[Path, Manifest], None]
@@ -136,10 +141,11 @@ class Saver:
     """Writes checkpoints, in the background where asked; every rank has one. Only `publish` communicates."""
 
     def __init__(
-        self, folder: Path, store: FlatStore, buffers: Buffers, group: Group, keep: int, background: bool
-    ) -> None:
+        self, folder: Path, store: FlatStore, buffers: Buffers, tokenizer: bytes, group: Group, keep: int,
+        background: bool,
+    ) -> None:  # fmt: skip
         self.folder, self.store, self.buffers, self.group = folder, store, buffers, group
-        self.keep, self.background = keep, background
+        self.tokenizer, self.keep, self.background = tokenizer, keep, background
         self.write: _Write | None = None
 
     @property
@@ -177,6 +183,8 @@ class Saver:
             hidden.mkdir(parents=True, exist_ok=True)
             image = part_image(pieces, rows)
             digest = publish(hidden / name, image)
+            if self.group.rank == 0:
+                publish(hidden / TOKENIZER_FILE, self.tokenizer)
             write.part = Part(name, len(image), digest, rows)
         except MlmError as error:
             write.error = str(error)
@@ -224,7 +232,7 @@ class Saver:
         manifest = Manifest(
             format=FORMAT, step=step, dtype=self.store.dtype.name,
             shapes={s.parameter.name: list(s.shape) for s in self.store.spans},
-            buffers=list(self.buffers), parts=parts, **about,
+            buffers=list(self.buffers), parts=parts, tokenizer=hashlib.sha256(self.tokenizer).hexdigest(), **about,
         )  # fmt: skip
         hidden, final = self._hidden(step), self.folder / f"{_PREFIX}{step:08}"
         publish(hidden / "index.h5", index_image(manifest))
@@ -241,6 +249,20 @@ class Saver:
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
+
+
+def read_tokenizer(checkpoint: Path, manifest: Manifest) -> bytes:
+    """The content of a checkpoint's tokenizer.json, verified. Raises DamagedCheckpoint."""
+    path = checkpoint / TOKENIZER_FILE
+    try:
+        content = read_whole(path, _TOKENIZER_BYTES, checkpoint)
+    except OSError as error:
+        raise DamagedCheckpoint(
+            f"{path} cannot be read ({error.strerror}): put the tokenizer.json of its corpus there"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer:
+        raise DamagedCheckpoint(f"{path} does not match the SHA-256 in its manifest")
+    return content
 
 
 def published(folder: Path) -> list[Path]:
@@ -319,6 +341,14 @@ def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) ->
         if saved.get(name) != now.get(name):
             return f"{name} has shape {saved.get(name)} there and {now.get(name)} in this run"
     return "parameters come in another order there"
+
+
+def newest_manifest(folder: Path) -> Manifest | None:
+    """The newest manifest that can be read, whatever the parts beside it are worth; None if there is none."""
+    for path in published(folder):
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(path)
+    return None
 
 
 def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) -> T:

@@ -1,10 +1,11 @@
 """The first promise, as a user meets it: the same weights on any number of ranks."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
-from programs import make_text, prepare
+from programs import EVERY_TWO, make_text, prepare
 
 from mlm_mpi.backend import cpu
 
@@ -28,7 +29,9 @@ def test_what_a_run_leaves_behind(home, straight):
     assert json.loads((folder / "DONE").read_text()) == {"step": 6, "weights_sha256": straight.weights}
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "steps = 6" in (folder / "config.toml").read_text()
-    assert json.loads((folder / "environment.json").read_text())["fingerprint"]["lanes"] == 8
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["fingerprint"]["lanes"] == 8
+    assert environment["command"] == shlex.join(["mlm-mpi", *home.words("straight", None, *EVERY_TWO)])
     assert [heldout is not None for _, heldout in home.losses("straight")] == [False, False, True] * 2
     losses = [loss for loss, _ in home.losses("straight")]
     assert losses[-1] < losses[0]

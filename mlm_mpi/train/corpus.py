@@ -1,0 +1,38 @@
+"""Which corpus a model was trained on, in words that its checkpoints keep, and how to get it back."""
+
+import msgspec
+
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.files import read_whole
+from mlm_mpi.train.checkpoint import Manifest
+
+PREPARED = "prepared.json"  # what `prepare` leaves beside the catalog: the command that made it
+_PREPARED_BYTES = 1 << 20
+_LONGEST = 2000  # characters of a command that are kept: ten thousand file names help nobody
+
+
+class _Prepared(msgspec.Struct, frozen=True):
+    command: str
+
+
+def in_words(catalog: Catalog) -> str:
+    """The size of a corpus and, where it says so, the command that made it."""
+    shards = catalog.manifest.shards
+    size = f"{sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
+    command = _command(catalog)
+    return f"{size}, made by: {command}" if command else size
+
+
+def _command(catalog: Catalog) -> str:
+    path = catalog.folder / PREPARED
+    try:
+        command = msgspec.json.decode(read_whole(path, _PREPARED_BYTES, catalog.folder), type=_Prepared).command
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ""  # a corpus of an older version, or one whose making nobody wrote down
+    return command if len(command) <= _LONGEST else command[:_LONGEST] + " …"
+
+
+def origin(manifest: Manifest) -> str:
+    """Names a checkpoint's corpus in one line, whoever wrote the checkpoint."""
+    words = "".join(c if c.isprintable() else "\ufffd" for c in manifest.corpus[: 2 * _LONGEST])
+    return f"corpus {manifest.catalog[:12]}" + (f" ({words})" if words else "")
