@@ -240,15 +240,24 @@ class Saver:
         seal = hashlib.sha256(body).hexdigest()
         publish(hidden / "manifest.json", msgspec.json.encode({"sha256": seal, "manifest": msgspec.Raw(body)}))
         if final.exists():  # the same step, saved by an earlier start of this run
-            shutil.rmtree(final)
+            _withdraw(final)
         hidden.rename(final)
         sync_folder(self.folder)
         # a later one is damaged, or this run would have gone on from it: it may not push this one out
         for old in [path for path in published(self.folder) if path.name <= final.name][self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save tries again
+                _withdraw(old)
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
+
+
+def _withdraw(checkpoint: Path) -> None:
+    """Removes a checkpoint, its name first: neither a reader nor a kill leaves half of one under it."""
+    hidden = checkpoint.with_name(f"{_HIDDEN}old-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_tokenizer(checkpoint: Path, manifest: Manifest) -> bytes:
@@ -361,6 +370,8 @@ def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) ->
         try:
             return load(path, read_manifest(path))
         except DamagedCheckpoint as error:
+            if not path.exists():  # a live run has replaced it meanwhile
+                return newest_sound(folder, load, say)
             problems.append(str(error))
             say(_passed_over(path.name, str(error)))
     raise CheckpointError(_none_left(folder, problems))
