@@ -127,7 +127,7 @@ distclean: clean  ## also removes what `make train` made: environment, corpus an
 	@made() { $(PYTHON) -c '$(MADE)' "$$@" 2>/dev/null; }; \
 	if made $(CORPUS)/prepared.json '$(PREPARE)'; then rm -rf $(CORPUS); fi; \
 	if made $(RUN)/environment.json '$(TRAIN)'; then rm -rf $(RUN); fi; \
-	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi; \
+	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV) mlm_mpi/backend/_cpu*.so; fi; \
 	rmdir runs 2>/dev/null || true; \
 	for left in $(VENV) $(CORPUS) $(filter-out runs/%,$(RUN)) runs/*; do \
 	  if [ -e "$$left" ]; then echo "$$left stays: make did not make it"; fi; \

@@ -67,6 +67,7 @@ def test_clean_removes_caches_and_builds_only(checkout):
 
 
 def test_distclean_removes_what_make_train_made(checkout):
+    write(checkout / "mlm_mpi" / "backend" / "_cpu.so")
     assert make(checkout, "distclean") == ""
     assert files(checkout) == {"Makefile"}
     assert not (checkout / "runs").exists()
