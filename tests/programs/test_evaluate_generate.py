@@ -218,7 +218,7 @@ def test_figures_of_another_text_are_not_mistaken(place, home, straight, say, tm
 
 def test_a_checkpoint_may_be_copied_anywhere(place, home, straight, say):
     saved = home.folder / "straight" / "checkpoints" / "step-00000004"
-    copy = shutil.copytree(saved, place.folder / saved.name)
+    copy = shutil.copytree(saved, place.folder / "best")
     evaluated = say("evaluate", copy, "--json")
     assert json.loads(evaluated.out)["step"] == 4 and evaluated.err == ""
     assert say("generate", copy, "--tokens", 5).code == 0
