@@ -95,6 +95,7 @@ class Replica:
         length, broken = norm(self.store, total)
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, batches, losses, broken)
+        self.group.note(f"the update of step {step}")
         factor = clip_factor(self.config.optim.clip, length / targets)
         self.optimizer.step(total, rate, factor / targets, step + 1)
         seconds = time.perf_counter() - began
@@ -110,7 +111,9 @@ class Replica:
             self.store.point_gradients(buffer)
             members = self.assignment.micro_batches_of(lane)
             for index in members:
+                self.group.note(f"step {step}, waiting for the tokens of micro-batch {index}")
                 batch = next_batch()
+                self.group.note(f"step {step}, micro-batch {index}")
                 last = lane == stop - 1 and index == members[-1]
                 losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
                 batches.append(batch)
@@ -187,6 +190,7 @@ class Replica:
         for k in range(rounds):
             number = k * ranks + rank
             if number < count:
+                self.group.note(f"held-out micro-batch {number}")
                 batch = batch_of(number)
                 row[k] = float(self.stack.loss(*self._arrays(batch), ctx)), batch.targets_count
         table = self.group.allgather_array(row, "held-out losses")  # (R, rounds, 2)
