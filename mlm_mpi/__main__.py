@@ -51,7 +51,10 @@ def _dispatch(words: list[str]) -> int:
         if words and words[0] == name:
             module = importlib.import_module(path)
             module.configure(command)
-    args = parser.parse_args(words)
+    try:
+        args = parser.parse_args(words)
+    except SystemExit as left:  # after its help, or a mistake
+        return left.code if isinstance(left.code, int) else 2
     assert module is not None, "argparse accepts only the commands above"
     if COMMANDS[args.command][1]:
         return _together(lambda group: int(module.main(args, group)))
@@ -69,10 +72,7 @@ def _together(command: Callable[[Any], int]) -> int:
 def entry() -> NoReturn:
     """What the `mlm-mpi` script calls. Threads that still wait (a loader, a writer) do not hold the exit up."""
     open_streams(patient=sys.argv[1:2] == ["train"])
-    try:
-        code = main()
-    except SystemExit as left:  # argparse, after its help or a mistake
-        code = left.code if isinstance(left.code, int) else 2
+    code = main()
     with contextlib.suppress(OSError, MlmError):  # was told, or nobody is there to be told
         sys.stdout.flush()
         sys.stderr.flush()

@@ -46,12 +46,12 @@ class Sign(NamedTuple):
 class Company:
     """All ranks of the job, as seen by one of them."""
 
-    def __init__(self, comm: Any) -> None:
-        """Collective over `comm`, an mpi4py communicator."""
+    def __init__(self, comm: Any, node: Any = None) -> None:
+        """Collective over `comm`, an mpi4py communicator. `node`: its ranks that share memory (my machine's)."""
         from mpi4py import MPI
 
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = node or comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._place, self._members = node.Get_rank(), node.Get_size()
         self._board = _shared_board(node)
         node.Free()

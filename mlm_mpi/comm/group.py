@@ -65,6 +65,14 @@ class Group:
         node.Free()
         return place
 
+    def highest_tag(self) -> int:
+        """The largest tag that the MPI library takes."""
+        if self.comm is None:
+            return 2**31 - 1
+        from mpi4py import MPI
+
+        return int(self.comm.Get_attr(MPI.TAG_UB))
+
     def reads_gpus(self) -> bool:
         """Whether the MPI library says that it sends from and receives into a GPU's memory."""
         if self.size == 1:
@@ -90,7 +98,10 @@ class Group:
                 self.note(f"went on after {what}")
                 return waited
             if waited > self.timeout_s:
-                raise self._nobody_came(waited, what, ranks)
+                error = self._nobody_came(waited, what, ranks)
+                if awaited() is not None:  # they may have come while the roll was called
+                    raise error
+                continue
             if waited < _SPIN_S:
                 os.sched_yield()
             else:
