@@ -276,10 +276,18 @@ def check(config: Config) -> None:
     }  # fmt: skip
     for name, fraction in below_one.items():
         _require(0 <= fraction < 1, f"{name} = {fraction} must be in [0, 1)")
+    _require(model.init_std <= 1, f"model.init_std = {model.init_std} must be at most 1, a standard normal")
     _require(0 <= optim.final_fraction <= 1, f"optim.final_fraction = {optim.final_fraction} must be in [0, 1]")
     _require(optim.epsilon > 0, f"optim.epsilon = {optim.epsilon} must be positive")
     _require(model.norm_epsilon > 0, f"model.norm_epsilon = {model.norm_epsilon} must be positive")
-    _require(config.comm.bucket_mib > 0, f"comm.bucket_mib = {config.comm.bucket_mib} must be positive")
+    _require(
+        config.comm.bucket_mib >= 0.001,
+        f"comm.bucket_mib = {config.comm.bucket_mib} must be at least 0.001: every bucket is a message to each rank",
+    )
+    _require(
+        config.numerics.threads <= 1024,  # CPU_SETSIZE of Linux
+        f"numerics.threads = {config.numerics.threads} must be at most 1024, the CPUs a process can be bound to",
+    )
     _require(config.comm.timeout_s > 0, f"comm.timeout_s = {config.comm.timeout_s} must be positive")
     _require(
         model.width % model.heads == 0,

@@ -25,6 +25,7 @@ from mlm_mpi.backend import sums
 from mlm_mpi.backend.arrays import Place, cpu
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.transport import Direct, Ready, Transport
+from mlm_mpi.errors import ConfigError
 
 Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
 Cut = Callable[[int, int, int], tuple[int, int]]
@@ -248,6 +249,11 @@ class Canonical(_Bucketed):
         self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
         self.merges = merges_of((0, lanes), [node for nodes in self.nodes for node in nodes])
         self.tags = max(map(len, self.nodes))
+        if len(self.buckets) * (self.tags + 1) > group.highest_tag():
+            raise ConfigError(
+                f"comm.bucket_mib = {bucket_bytes / 2**20:g} makes {len(self.buckets):,} messages a step, this MPI "
+                f"library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
+            )
         self.total = self.buffers[self.node_buffers[0]]
         if group.size > 1:
             self.total = self.xp.zeros(self.size, self.dtype)

@@ -101,7 +101,7 @@ class Trainer:
             configuration.check_ranks(config, group.size)
             self.place = place_of(config, config.numerics.level, on_node)
             self._open_data()
-            check_memory(config, self.vocabulary, self.place)
+            check_memory(config, self.vocabulary, self.place, on_node[1])
             self.config = config = findable(config)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
         self.facts = fingerprint(config, group.size, self.place)
