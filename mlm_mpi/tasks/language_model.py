@@ -84,12 +84,25 @@ def _restored(path: Path, manifest: Manifest, device: str | None) -> Trained:
     if tokenizer.vocab_size != manifest.vocabulary:
         raise CheckpointError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {manifest.vocabulary}: "
-            "it was not saved by mlm-mpi; give another"
+            "not saved by mlm-mpi; give another"
         )
-    stack = gpt.build(config.model, manifest.vocabulary)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype, place)
+    stack = _stack(path, manifest, config)
+    try:
+        store = FlatStore(stack.parameter_blocks(), Mesh(), config.train.dtype, place)
+    except MemoryError:
+        raise CheckpointError(f"{path}: its weights do not fit into the memory that is free here") from None
     checkpoint.restore(path, manifest, store, {"weights": store.data})
     return Trained(path, manifest, config, tokenizer, stack, place)
+
+
+def _stack(path: Path, manifest: Manifest, config: Config) -> Stack:
+    """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
+    if config.model.layers <= len(manifest.shapes):  # more would have no parameters, and might have no end
+        stack = gpt.build(config.model, manifest.vocabulary)
+        shapes = {p.name: list(p.layout.shape) for block in stack.parameter_blocks() for p in block}
+        if shapes == manifest.shapes:
+            return stack
+    raise CheckpointError(f"{path}: its parameters are not those of its settings: not saved by mlm-mpi; give another")
 
 
 def _runnable(config: Config, device: str | None) -> Config:
@@ -151,11 +164,16 @@ class Quality:
         return self.loss * self.tokens / math.log(2) / self.characters
 
 
+_TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from elsewhere
+
+
 def evaluate(trained: Trained, catalog: Catalog) -> Quality:
     """Quality on every target of the held-out split. Raises DataError if there is none."""
     total, counted = 0.0, 0
     stream = TokenStream(catalog, "heldout")
-    for batch in heldout_batches(stream, trained.config.model.context, trained.config.eval.rows):
+    context = trained.config.model.context
+    rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // context))
+    for batch in heldout_batches(stream, context, rows):
         ids, targets, mask = map(trained.place.put, (batch.ids, batch.targets, batch.mask))
         total += float(trained.stack.loss(ids, targets, mask, Context()))
         counted += batch.targets_count

@@ -13,23 +13,24 @@ _LONGEST = 2000  # characters of a command that are kept: ten thousand file name
 
 class _Prepared(msgspec.Struct, frozen=True):
     command: str
+    python: str = ""  # the built-in corpus differs by its minor version
 
 
 def in_words(catalog: Catalog) -> str:
     """The size of a corpus and, where it says so, the command that made it."""
     shards = catalog.manifest.shards
     size = f"{sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
-    command = _command(catalog)
-    return f"{size}, made by: {command}" if command else size
+    return size + _making(catalog)
 
 
-def _command(catalog: Catalog) -> str:
+def _making(catalog: Catalog) -> str:
     path = catalog.folder / PREPARED
     try:
-        command = msgspec.json.decode(read_whole(path, _PREPARED_BYTES, catalog.folder), type=_Prepared).command
+        prepared = msgspec.json.decode(read_whole(path, _PREPARED_BYTES, catalog.folder), type=_Prepared)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return ""  # a corpus of an older version, or one whose making nobody wrote down
-    return command if len(command) <= _LONGEST else command[:_LONGEST] + " …"
+    command = prepared.command if len(prepared.command) <= _LONGEST else prepared.command[:_LONGEST] + " …"
+    return f", made{' with Python ' * bool(prepared.python)}{prepared.python[:20]} by: {command}"
 
 
 def origin(manifest: Manifest) -> str:

@@ -185,14 +185,14 @@ def test_a_corpus_is_made_again_by_the_command_that_the_model_names(place, say):
     make_text(place.folder / "text")
     assert place.program(*words).code == 0
     corpus = place.folder / "corpus"
-    (corpus / "prepared.json").write_text(json.dumps({"command": shlex.join(["mlm-mpi", *words])}))
+    (corpus / "prepared.json").write_text(json.dumps({"command": shlex.join(["mlm-mpi", *words]), "python": "3.99"}))
     assert place.train("run", None, "data.dir=corpus", "--max-steps", "1").code == 0
     figures = say("evaluate", place.folder / "run", "--json")
     assert (figures.code, figures.err) == (0, "")  # from another working directory
     shutil.rmtree(corpus)
     lost = say("evaluate", place.folder / "run")
     lost.refused("make it again there")
-    command = re.search(r"made by: mlm-mpi (.*)\): make it again there", lost.err)[1]
+    command = re.search(r"made with Python 3.99 by: mlm-mpi (.*)\): make it again there", lost.err)[1]
     assert place.program(*shlex.split(command)).code == 0
     assert say("evaluate", place.folder / "run", "--json") == figures
 
@@ -237,15 +237,47 @@ def test_a_checkpoint_without_its_tokenizer_takes_the_one_of_its_corpus(place, h
     assert say("generate", run, "--temperature", 0) == Ended(0, text, "")
 
 
+def seal(folder: Path, **changes: object) -> None:
+    """Changes a checkpoint's manifest, and seals it anew."""
+    body = msgspec.json.encode(msgspec.structs.replace(checkpoint.read_manifest(folder), **changes))
+    sealed = {"sha256": hashlib.sha256(body).hexdigest(), "manifest": msgspec.Raw(body)}
+    (folder / "manifest.json").write_bytes(msgspec.json.encode(sealed))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [("model", {"layers": 10**6}), ("model", {"context": 1 << 40}), ("model", {"width": 1 << 40, "heads": 1})],
+)
+def test_settings_that_ask_for_more_than_the_checkpoint_holds(place, home, straight, say, section, changes):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    config = checkpoint.read_manifest(folder).config
+    seal(folder, config=config | {section: config[section] | changes})
+    say("generate", folder).refused("its parameters are not those of its settings")
+
+
+def test_the_rows_of_an_evaluation_are_bounded(place, home, straight, say):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    loss = json.loads(say("evaluate", folder, "--json").out)["loss"]
+    config = checkpoint.read_manifest(folder).config
+    seal(folder, config=config | {"eval": config["eval"] | {"rows": 10**11}})
+    assert json.loads(say("evaluate", folder, "--json").out)["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_what_a_checkpoint_says_of_its_corpus_stays_one_plain_line(place, home, straight, say):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    seal(folder, corpus="\x1b[2J\nmlm-mpi: all is well" + "x" * 10**6)
+    with away(home.corpus):
+        lost = say("evaluate", folder)
+    lost.refused("\ufffd[2J\ufffdmlm-mpi: all is well")
+    assert len(lost.err) < 5000 and "\x1b" not in lost.err
+
+
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(place, home, straight, say):
     """Sealed, but not by us."""
     folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
     other = Tokenizer.train(["a text of few words, of few words"], 260)
     other.save(folder / "tokenizer.json")
-    manifest = msgspec.structs.replace(checkpoint.read_manifest(folder), tokenizer=other.hash)
-    body = msgspec.json.encode(manifest)
-    sealed = {"sha256": hashlib.sha256(body).hexdigest(), "manifest": msgspec.Raw(body)}
-    (folder / "manifest.json").write_bytes(msgspec.json.encode(sealed))
+    seal(folder, tokenizer=other.hash)
     say("generate", folder).refused(f"its tokenizer has {other.vocab_size} tokens, its model 257")
 
 
