@@ -266,9 +266,7 @@ def read_tokenizer(checkpoint: Path, manifest: Manifest) -> bytes:
     try:
         content = read_whole(path, _TOKENIZER_BYTES, checkpoint)
     except OSError as error:
-        raise DamagedCheckpoint(
-            f"{path} cannot be read ({error.strerror}): put the tokenizer.json of its corpus there"
-        ) from None
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}): copy its corpus' tokenizer there") from None
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer:
         raise DamagedCheckpoint(f"{path} does not match the SHA-256 in its manifest")
     return content

@@ -232,8 +232,11 @@ def test_a_checkpoint_without_its_tokenizer_takes_the_one_of_its_corpus(place, h
     for path in run.glob("checkpoints/*/tokenizer.json"):
         path.unlink()
     lost = say("generate", run)
-    assert lost.code == 2 and lost.err.count("put the tokenizer.json of its corpus there") == 4
-    shutil.copy(home.corpus / "tokenizer.json", run / "checkpoints" / "step-00000006")
+    assert lost.code == 2 and lost.err.count("copy its corpus' tokenizer there") == 4
+    catalog = Catalog.open(home.corpus)
+    shutil.copy(
+        catalog.folder / catalog.manifest.tokenizer.file, run / "checkpoints" / "step-00000006" / "tokenizer.json"
+    )
     assert say("generate", run, "--temperature", 0) == Ended(0, text, "")
 
 

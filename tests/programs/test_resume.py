@@ -10,6 +10,7 @@ import pytest
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import checkpoint
@@ -69,7 +70,7 @@ def test_the_index_opens_in_plain_h5py(place):
         "part-0001.h5",
         "tokenizer.json",
     ]
-    assert (folder / "tokenizer.json").read_bytes() == (place.corpus / "tokenizer.json").read_bytes()
+    assert (folder / "tokenizer.json").read_bytes() == Catalog.open(place.corpus).tokenizer().content
     manifest = checkpoint.read_manifest(folder)
     store = FlatStore(
         gpt.build(configuration.load(place.config).model, manifest.vocabulary).parameter_blocks(), Mesh(), "f4"
