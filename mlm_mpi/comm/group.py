@@ -2,8 +2,8 @@
 
 Every wait of the program ends in `Group.wait_until`: it polls (an MPI without a progress thread moves only
 inside calls), gives the core away while it waits, and after `timeout_s` raises a CommError that names
-the ranks that did not arrive and what they did last. Only the making of a communicator blocks inside MPI.
-A group of one needs no MPI.
+the ranks that did not arrive and what they did last. Only the splitting of a communicator blocks inside
+MPI, after a wait for all. A group of one needs no MPI.
 """
 
 import ctypes
@@ -47,7 +47,11 @@ class Group:
 
     def duplicate(self) -> "Group":
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
-        return Group(self.comm.Dup() if self.comm is not None else None, self.timeout_s, self.company)
+        if self.comm is None:
+            return Group(None, self.timeout_s)
+        comm, request = self.comm.Idup()
+        self.wait(request, "a communicator")
+        return Group(comm, self.timeout_s, self.company)
 
     def note(self, text: str) -> None:
         """Says what this rank does from now on, for others to read should it never arrive."""
@@ -60,6 +64,7 @@ class Group:
             return 0, 1
         from mpi4py import MPI
 
+        self.barrier("a communicator of the node")  # MPI has no split that can be polled
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         place = node.Get_rank(), node.Get_size()
         node.Free()

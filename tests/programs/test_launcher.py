@@ -273,9 +273,9 @@ def ranks_left(folder: Path) -> list[int]:
     return found
 
 
-def stopped_start(tmp_path: Path, limits: str) -> subprocess.Popen[str]:
+def stopped_start(tmp_path: Path, limits: str, program: str = STOPPED) -> subprocess.Popen[str]:
     (tmp_path / "driver.py").write_text(DRIVER)
-    (tmp_path / "rank.py").write_text(STOPPED)
+    (tmp_path / "rank.py").write_text(program)
     return subprocess.Popen(
         [sys.executable, str(tmp_path / "driver.py"), "3", limits, str(tmp_path / "rank.py")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -289,6 +289,20 @@ def test_a_rank_that_never_comes_to_the_start_is_named_and_the_job_ended(tmp_pat
         r"mlm-mpi: the job has not started within \d s \(--start-timeout\): rank 1 has not come to MPI_Init and is "
         r"stopped \(process \d+ on \S+\); rank 0, 2 waits in MPI_Init: look at .* or raise --start-timeout\n",
         err,
+    ), err
+    assert not ranks_left(tmp_path)
+
+
+def test_a_rank_that_stops_between_mpi_init_and_the_first_step_is_named(tmp_path):
+    """The others are inside MPI, where the first communicator is made."""
+    inside = STOPPED.replace(
+        "    os.kill(", "    from mlm_mpi.comm.group import Group\n    Group.of_world = lambda comm: os.kill("
+    )
+    assert inside != STOPPED
+    code, _, err = finish(stopped_start(tmp_path, "Limits(60, 4, True)", inside))
+    assert code == 75
+    assert re.search(
+        r"rank 1 is in MPI_Init and is stopped \(process \d+ on \S+\); rank 0, 2 waits in MPI_Init: ", err
     ), err
     assert not ranks_left(tmp_path)
 
