@@ -8,7 +8,7 @@ from mlm_mpi.train.checkpoint import Manifest
 
 PREPARED = "prepared.json"  # what `prepare` leaves beside the catalog: the command that made it
 _PREPARED_BYTES = 1 << 20
-_LONGEST = 2000  # characters of a command that are kept: ten thousand file names help nobody
+_LONGEST = 1000  # characters of a command that are kept: ten thousand file names help nobody
 
 
 class _Prepared(msgspec.Struct, frozen=True):
@@ -35,5 +35,5 @@ def _making(catalog: Catalog) -> str:
 
 def origin(manifest: Manifest) -> str:
     """Names a checkpoint's corpus in one line, whoever wrote the checkpoint."""
-    words = "".join(c if c.isprintable() else "\ufffd" for c in manifest.corpus[: 2 * _LONGEST])
+    words = "".join(c if c.isprintable() else "\ufffd" for c in manifest.corpus[: _LONGEST + 200])
     return f"corpus {manifest.catalog[:12]}" + (f" ({words})" if words else "")

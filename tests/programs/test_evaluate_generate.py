@@ -271,8 +271,8 @@ def test_what_a_checkpoint_says_of_its_corpus_stays_one_plain_line(place, home, 
     seal(folder, corpus="\x1b[2J\nmlm-mpi: all is well" + "x" * 10**6)
     with away(home.corpus):
         lost = say("evaluate", folder)
-    lost.refused("\ufffd[2J\ufffdmlm-mpi: all is well")
-    assert len(lost.err) < 5000 and "\x1b" not in lost.err
+    lost.refused("\ufffd[2J\ufffdmlm-mpi: all is well", "xx): make it again there, or give its folder by --data DIR")
+    assert len(lost.err) < 2000 and "\x1b" not in lost.err
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(place, home, straight, say):
