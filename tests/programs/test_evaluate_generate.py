@@ -158,7 +158,7 @@ def test_no_flipped_bit_of_the_configuration_changes_a_figure(place, home, strai
     path = place.copy_of(home, "straight") / "config.toml"
     sound = path.read_bytes()
     draw = random.Random(8)
-    for _ in range(20):
+    for _ in range(12):
         content = bytearray(sound)
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
