@@ -58,7 +58,7 @@ class Company:
         self._comm = comm.Dup()
         self._sent: list[tuple[Any, Any]] = []  # requests and the arrays they read
         self._calls = 0
-        self._heard: set[int] = set()  # ranks that have called the roll
+        self._heard: dict[int, float] = {}  # when which rank has called the roll
         self.note("the start of the job")
 
     def note(self, text: str, waits: bool = False) -> None:
@@ -81,7 +81,7 @@ class Company:
     def answer(self) -> None:
         """Answers ranks that call the roll; whoever waits calls this now and then."""
         for source, number in self._arrived(_CALL):
-            self._heard.add(source)
+            self._heard[source] = time.monotonic()
             signs = json.dumps([number[0], *self.here()]).encode()
             self._send(np.frombuffer(signs, np.uint8), source, _ANSWER)
         self._sent = [(request, array) for request, array in self._sent if not request.Test()]
@@ -89,12 +89,12 @@ class Company:
     def absent(self, what: str, waited_s: float) -> tuple[int, str]:
         """(the rank that is to tell it, who did not arrive and what it did last). Called when patience has ended."""
         self._linger(min(self.rank * _TURN_S, _ROLL_S))
-        if self._heard:
+        if callers := self._callers():
             self._linger(_ROLL_S)  # my answer may still be on its way
-            return min(self._heard), f"rank {self.rank} waited {waited_s:.0f} s for {what}"
+            return min(callers), f"rank {self.rank} waited {waited_s:.0f} s for {what}"
         signs = self._roll()
         missing = [rank for rank in range(self.size) if rank not in signs or not signs[rank].waits]
-        teller = min([self.rank, *self._heard])
+        teller = min([self.rank, *self._callers()])
         if not missing:
             return teller, f"all {self.size} ranks wait: {_by_text(signs)}"
         waiting = f"{self.size - len(missing)} of {self.size} ranks wait for {what} since {waited_s:.0f} s"
@@ -117,6 +117,10 @@ class Company:
                     signs |= {sign[0]: Sign(*sign) for sign in found[1:]}
             time.sleep(_TURN_S)
         return signs | {sign.rank: sign for sign in self.here()}
+
+    def _callers(self) -> list[int]:
+        """Who calls the roll besides me, now; an older call was answered by whoever was awaited."""
+        return [rank for rank, then in self._heard.items() if time.monotonic() - then < 2 * _ROLL_S]
 
     def _linger(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -191,8 +191,8 @@ def _report(error: MlmError, rank: int, size: int) -> int:
     if size > 1 and not error.agreed and _mpi_is_up():
         if isinstance(error, CommError) and error.teller not in (None, rank):
             time.sleep(OTHERS_WAIT_S)  # the one who tells ends the job, and me
-        else:
-            _say(f"mlm-mpi: {error}" if isinstance(error, CommError) else f"mlm-mpi: rank {rank}: {error}")
+        told = isinstance(error, CommError) and error.teller == rank  # in a line that names the ranks it is about
+        _say(f"mlm-mpi: {error}" if told else f"mlm-mpi: rank {rank}: {error}")
         _abort(error.exit_code)
     if rank == 0:
         _say(f"mlm-mpi: {error}")

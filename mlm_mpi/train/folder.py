@@ -5,6 +5,7 @@ environment.json  versions, fingerprint, command   loss.png        the curve, at
 checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -34,8 +35,14 @@ class RunFolder:
         self._lock: Lock | None = None
 
     def acquire(self) -> None:
-        """Makes the folder and takes its lock. Raises ConfigError naming the live run that holds it."""
+        """Makes the folder and takes its lock. A folder that cannot be used is left as it was.
+
+        Raises ConfigError: a live run holds it, it holds files that no run wrote, or it cannot be made.
+        """
+        made: list[Path] = []
         try:
+            made = [path for path in (self.checkpoints, self.path, *self.path.parents) if not path.exists()]
+            self._refuse_foreign()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path / "run.lock")
         except HeldError as holder:
@@ -43,10 +50,27 @@ class RunFolder:
                 f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another --run"
             ) from None
         except OSError as error:
+            self._remove(made)
             raise ConfigError(
                 f"cannot use {self.path} as run folder: {error.strerror}: "
                 "give another --run, on a file system with space and locks (flock)"
             ) from None
+
+    def _refuse_foreign(self) -> None:
+        """What a run would write over must be a run's: the lock is the first file that one makes."""
+        names = ("config.toml", "environment.json", "metrics.jsonl", "loss.png", "DONE", "checkpoints")
+        found = [name for name in names if os.path.lexists(self.path / name)]
+        if found and not (self.path / "run.lock").exists():
+            raise ConfigError(
+                f"{self.path} holds {', '.join(found)}, which no run of mlm-mpi wrote: give another --run, or move them"
+            )
+
+    def _remove(self, made: list[Path]) -> None:
+        with contextlib.suppress(OSError):  # what the first error says is what counts
+            if self.path in made:
+                (self.path / "run.lock").unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
 
     def describe(self, config: Config, facts: dict[str, Any], ranks: int) -> None:
         """Writes the effective configuration and what it runs on."""

@@ -20,7 +20,30 @@ def test_a_disk_without_room_for_a_lock_is_one_line(tmp_path):
             RunFolder(tmp_path / "run").acquire()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "run").exists(), "nothing stays of a run folder that could not be made"
     RunFolder(tmp_path / "run").acquire()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "DONE", "checkpoints"])
+def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_path, name):
+    """`--run .` beside one's own config.toml would write over it."""
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path} holds {name}, which no run of mlm-mpi wrote: give another --run"
+    ):
+        RunFolder(tmp_path).acquire()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "precious"}
+
+
+def test_a_folder_with_other_files_may_hold_a_run(tmp_path):
+    (tmp_path / "job-17.log").write_text("of Slurm")
+    RunFolder(tmp_path).acquire()
+    assert (tmp_path / "job-17.log").read_text() == "of Slurm"
+
+
+def test_a_name_that_no_file_system_takes_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="as run folder: File name too long: give another --run"):
+        RunFolder(tmp_path / ("x" * 300)).acquire()
 
 
 def test_the_corpus_is_found_from_any_folder(tmp_path, monkeypatch):
