@@ -94,6 +94,12 @@ def test_nccl_is_refused_where_ranks_share_a_gpu(home):
     home.train("shared", 2, GPU, "comm.reduction=nccl").refused("2 ranks share 1")
 
 
+def test_nccl_is_refused_without_its_library(home):
+    words = home.words("library", 2, GPU, "comm.reduction=nccl")
+    ended = home.program(*words, MLM_MPI_STANDIN_GPUS="2", MLM_MPI_STANDIN_NCCL="0")
+    ended.refused("CuPy finds no NCCL", "pip install nvidia-nccl-cu13", "canonical")
+
+
 def test_a_run_that_changes_device_says_so(home):
     first = home.program(*home.words("moved", None, GPU), "--max-steps", "3")
     assert first.code == 0, first.err
