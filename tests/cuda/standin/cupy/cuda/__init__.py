@@ -12,7 +12,6 @@ import numpy as np
 
 from .. import graph
 
-MULTIPROCESSORS = int(os.environ.get("MLM_MPI_STANDIN_PROCESSORS", "4"))  # few: persistent kernels go round more often
 PATIENCE = 2  # how often an event says "not yet" before its work happens
 
 
@@ -28,7 +27,11 @@ class Device:
         self.id = Device.used if number is None else number
 
     compute_capability = os.environ.get("MLM_MPI_STANDIN_CAPABILITY", "90")
-    attributes = {"MultiProcessorCount": MULTIPROCESSORS}
+    multiprocessors = int(os.environ.get("MLM_MPI_STANDIN_PROCESSORS", "4"))  # few: persistent kernels go round
+
+    @property
+    def attributes(self):
+        return {"MultiProcessorCount": self.multiprocessors}
 
     mem_info = (1 << 30, 1 << 30)
 
@@ -150,5 +153,5 @@ class runtime:
 
     @staticmethod
     def getDeviceProperties(number):
-        facts = {"name": b"stand-in", "totalGlobalMem": 2**30, "multiProcessorCount": MULTIPROCESSORS}
+        facts = {"name": b"stand-in", "totalGlobalMem": 2**30, "multiProcessorCount": Device.multiprocessors}
         return facts | {"major": int(Device.compute_capability[:-1]), "minor": int(Device.compute_capability[-1])}
