@@ -34,6 +34,7 @@ from mlm_mpi.backend.cuda import nvrtc  # noqa: E402
 
 BUILDS = set(nvrtc.builds())  # those that test_nvrtc.py compiles
 
+
 def assert_recorded(builds):
     """That `kernels/cuda/builds.txt` has them."""
     asked = {(stem, tuple((key, str(value)) for key, value in defines)) for stem, defines in builds}
