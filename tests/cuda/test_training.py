@@ -130,6 +130,13 @@ def test_without_a_gpu_one_line_says_what_to_do(home):
     home.program(*words, MLM_MPI_STANDIN_GPUS="0").refused("backend.device = gpu", "--device cpu")
 
 
+@pytest.mark.parametrize(
+    ("found", "words"), [("", ("no NVRTC", "mlm-mpi[cuda13]")), ("12.8", ("NVRTC 12.8", "sm_90a", "12.9 or newer"))]
+)
+def test_without_a_compiler_one_line_says_what_to_install(home, found, words):
+    home.program(*home.words("nvrtc", 2, GPU), MLM_MPI_STANDIN_NVRTC=found).refused(*words)
+
+
 def test_without_cupy_one_line_says_what_to_install(home):
     ended = home.program(*home.words("nocupy", None, GPU), PYTHONPATH="")
     if "CUDA finds no GPU" not in ended.err:  # this Python has a real CuPy

@@ -155,3 +155,11 @@ class runtime:
     def getDeviceProperties(number):
         facts = {"name": b"stand-in", "totalGlobalMem": 2**30, "multiProcessorCount": Device.multiprocessors}
         return facts | {"major": int(Device.compute_capability[:-1]), "minor": int(Device.compute_capability[-1])}
+
+
+class nvrtc:
+    @staticmethod
+    def getVersion():
+        if not (version := os.environ.get("MLM_MPI_STANDIN_NVRTC", "13.0")):
+            raise RuntimeError('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13')
+        return tuple(map(int, version.split(".")))
