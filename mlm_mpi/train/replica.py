@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of
+from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of, nccl
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
 from mlm_mpi.comm.transport import transport
@@ -218,9 +218,8 @@ def place_of(config: "Config", level: str = "auto", on_node: tuple[int, int] = (
 
 
 def _check_nccl(place: Place, ranks: int) -> None:
+    nccl()
     gpus = place.xp.cuda.runtime.getDeviceCount()
-    if not place.xp.cuda.nccl.available:
-        raise ConfigError("comm.reduction = nccl: CuPy finds no NCCL: pip install nvidia-nccl-cu13, or use canonical")
     if ranks > gpus:
         raise ConfigError(
             f"comm.reduction = nccl needs a GPU for each rank of a node, {ranks} ranks share {gpus}: "
