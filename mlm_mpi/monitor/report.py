@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from its metrics file."""
 
+import itertools
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,10 +9,12 @@ from matplotlib.figure import Figure
 from mlm_mpi.errors import MlmError
 from mlm_mpi.monitor.metrics import read_metrics
 
+_POINTS = 1 << 22  # a picture shows no more
+
 
 def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
     """Draws training and held-out loss against steps as a PNG. Raises MlmError where there is nothing to draw."""
-    records = read_metrics(metrics_path)
+    records = list(itertools.islice(read_metrics(metrics_path), _POINTS))
     training = _series(records, "loss")
     heldout = _series(records, "heldout_loss")
     if not training[0] and not heldout[0]:
@@ -39,5 +42,10 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
 
 
 def _series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None and "step" in record]
+    points = [(record["step"], record[key]) for record in records if _is_loss(record.get(key))]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _is_loss(value: object) -> bool:
+    """Whether it can be drawn: a number that overflows no axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
