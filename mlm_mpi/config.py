@@ -212,9 +212,7 @@ def _override(table: dict[str, Any], text: str) -> None:
     try:
         parsed = _value(value)
     except (ValueError, RecursionError):
-        raise ConfigError(
-            f"--set {text!r} gives {section}.{key} no single TOML value: one --set for each key"
-        ) from None
+        raise ConfigError(f"--set {text[:200]!r} holds no single TOML value: one --set for each key") from None
     if not isinstance(table.setdefault(section, {}), dict):
         raise ConfigError(f"--set {text!r}: {section} is not a section")
     table[section][key] = parsed

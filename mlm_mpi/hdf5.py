@@ -182,7 +182,7 @@ def _places(found: h5d.DatasetID, path: str, wanted: Expected, chunk_rows: int, 
     if count > size_bytes // _SUM_BYTES or found.get_num_chunks() != count:
         raise FormatError(f"does not hold the {count} chunks of /{path}")
     stored: list[Any] = []
-    found.chunk_iter(lambda info: stored.append(info) or (True if len(stored) > count else None))
+    found.chunk_iter(stored.append)
     stored.sort(key=lambda info: info.chunk_offset)
     zeros = (0,) * (len(wanted.shape) - 1)
     if [info.chunk_offset for info in stored] != [(number * chunk_rows, *zeros) for number in range(count)]:

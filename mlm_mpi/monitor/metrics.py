@@ -98,11 +98,13 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Each record with the line it was read from."""
     try:
-        with open(open_regular(path), "rb") as file:
+        with open(open_regular(path), "rb", buffering=_LINE_BYTES) as file:
             if os.fstat(file.fileno()).st_size > _FILE_BYTES:
                 raise MlmError(f"{path} has more than {_FILE_BYTES:,} bytes: move it away")
+            whole = True
             while line := file.readline(_LINE_BYTES):
-                record = _record(line)
+                begins, whole = whole, line.endswith(b"\n") or len(line) < _LINE_BYTES
+                record = _record(line) if begins and whole else None
                 if record is not None:
                     yield record, line.rstrip(b"\n") + b"\n"
     except OSError as error:
@@ -110,7 +112,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """An object with a step that a run can have reached. A line longer than the limit comes in pieces, all junk."""
+    """An object with a step that a run can have reached."""
     try:
         record = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):

@@ -42,10 +42,10 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
 
 
 def _series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(record["step"], record[key]) for record in records if _is_loss(record.get(key))]
+    points = [(record["step"], record[key]) for record in records if is_loss(record.get(key))]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _is_loss(value: object) -> bool:
+def is_loss(value: object) -> bool:
     """Whether it can be drawn: a number that overflows no axis."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
