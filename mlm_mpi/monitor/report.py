@@ -14,9 +14,7 @@ _POINTS = 1 << 22  # a picture shows no more
 
 def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
     """Draws training and held-out loss against steps as a PNG. Raises MlmError where there is nothing to draw."""
-    records = list(itertools.islice(read_metrics(metrics_path), _POINTS))
-    training = _series(records, "loss")
-    heldout = _series(records, "heldout_loss")
+    training, heldout = _series(metrics_path, "loss"), _series(metrics_path, "heldout_loss")
     if not training[0] and not heldout[0]:
         raise MlmError(f"{metrics_path} holds no losses yet: train at least one step")
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -41,8 +39,9 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
         raise MlmError(f"cannot write {png_path}: {error.strerror}: make room or give another folder") from None
 
 
-def _series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(record["step"], record[key]) for record in records if is_loss(record.get(key))]
+def _series(metrics_path: str | Path, key: str) -> tuple[list[float], list[float]]:
+    losses = (record for record in read_metrics(metrics_path) if is_loss(record.get(key)))
+    points = [(record["step"], record[key]) for record in itertools.islice(losses, _POINTS)]
     return [step for step, _ in points], [value for _, value in points]
 
 

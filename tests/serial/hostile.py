@@ -104,19 +104,20 @@ class Corpus:
 
 
 class Saved:
-    """A checkpoint of step 3 with two parts, as two writers would save it."""
+    """A checkpoint of step 3 as some writers would save it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, writers: int = 2, layers: int = 2) -> None:
+        self.folder, self.layers, self.last = folder, layers, f"part-{writers - 1:04}.h5"
 
     @classmethod
-    def make(cls, folder: Path) -> "Saved":
-        store, buffers = cls.buffers()
+    def make(cls, folder: Path, writers: int = 2, layers: int = 2) -> "Saved":
+        saved = cls(folder, writers, layers)
+        store, buffers = saved.buffers()
         store.initialise(0)
         folder.mkdir(parents=True)
         parts = []
-        for writer in range(2):
-            rows = checkpoint.row_ranges(store, 2, writer)
+        for writer in range(writers):
+            rows = checkpoint.row_ranges(store, writers, writer)
             image = checkpoint.part_image(checkpoint.pieces_of(store, buffers, rows), rows)
             (folder / f"part-{writer:04}.h5").write_bytes(image)
             parts.append(checkpoint.Part(f"part-{writer:04}.h5", len(image), hashlib.sha256(image).hexdigest(), rows))
@@ -125,13 +126,12 @@ class Saved:
             shapes={s.parameter.name: list(s.shape) for s in store.spans}, buffers=list(buffers), parts=parts,
             config={"model": {"layers": 2}}, vocabulary=VOCABULARY, tokenizer="", catalog="", fingerprint={},
         )  # fmt: skip
-        saved = cls(folder)
         saved.seal(msgspec.to_builtins(manifest))
         return saved
 
-    @staticmethod
-    def buffers() -> tuple[FlatStore, dict[str, Any]]:
-        store = FlatStore(gpt.build(tiny_config().model, VOCABULARY).parameter_blocks(), Mesh(), "float32")
+    def buffers(self) -> tuple[FlatStore, dict[str, Any]]:
+        model = tiny_config(f"model.layers={self.layers}").model
+        store = FlatStore(gpt.build(model, VOCABULARY).parameter_blocks(), Mesh(), "float32")
         return store, {"weights": store.data, "moment1": store.new_buffer()}
 
     def copy(self, folder: Path) -> "Saved":
@@ -152,12 +152,12 @@ class Saved:
 
     def seal_part(self, image: bytes) -> None:
         table = self.table
-        (self.folder / "part-0001.h5").write_bytes(image)
-        table["parts"][1] |= {"bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()}
+        (self.folder / self.last).write_bytes(image)
+        table["parts"][-1] |= {"bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()}
         self.seal(table)
 
     def alter(self, change: Change) -> None:
-        self.seal_part(altered((self.folder / "part-0001.h5").read_bytes(), change))
+        self.seal_part(altered((self.folder / self.last).read_bytes(), change))
 
     def read(self) -> FlatStore:
         """Everything that a resumed training reads."""
