@@ -6,6 +6,8 @@ bug and shows its traceback.
 
 from collections.abc import Sequence
 
+_LONGEST = 2000  # characters of a message
+
 
 class MlmError(Exception):
     """Something the user can mend; printed as one line, exit code 2.
@@ -15,6 +17,12 @@ class MlmError(Exception):
 
     exit_code = 2
     agreed = False
+
+    def __str__(self) -> str:
+        """One line of bounded length, whatever a quoted file name or value holds."""
+        text = super().__str__()
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:_LONGEST])
+        return line if len(text) <= _LONGEST else line + "…"
 
 
 def agreed(error: MlmError) -> MlmError:

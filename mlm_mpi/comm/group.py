@@ -119,6 +119,8 @@ class Group:
         if self.company is not None:
             teller, found = self.company.absent(what, waited_s)
             return CommError(f"{found} {remedy}", teller)
+        if self.size == 1:
+            return CommError(f"waited {waited_s:.0f} s for {what} {remedy}")
         who = f"rank {ranges(sorted(set(awaited)))}" if awaited else "the others"
         return CommError(f"waited {waited_s:.0f} s for {what} from {who} of {self.size} ranks {remedy}")
 

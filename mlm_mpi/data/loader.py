@@ -14,7 +14,7 @@ import numpy as np
 
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.data.shards import ShardReader
+from mlm_mpi.data.shards import ShardReader, Stamp
 from mlm_mpi.errors import DataError
 
 _OPEN_SHARDS = 32
@@ -44,12 +44,12 @@ class TokenStream:
         self.split = split
         self.tokens = catalog.tokens(split)
         self._folder = catalog.folder
-        self._tokenizer_hash = catalog.manifest.tokenizer.hash
+        self._tokenizer = catalog.manifest.tokenizer
         self._shards = catalog.split(split)
         self._starts = np.array([shard.start for shard in self._shards], np.int64)
         self._limit = open_shards
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()  # the least recently used first
-        self._verified: set[int] = set()
+        self._verified: dict[int, Stamp] = {}
         self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -78,9 +78,11 @@ class TokenStream:
             while len(self._readers) >= self._limit:
                 self._readers.popitem(last=False)[1].close()
             entry = self._shards[number].entry
-            path = self._folder / entry.file
-            self._readers[number] = ShardReader(path, entry, self._tokenizer_hash, number in self._verified)
-            self._verified.add(number)
+            reader = ShardReader(
+                self._folder / entry.file, entry, self._tokenizer.hash, self._tokenizer.vocab_size,
+                self._verified.get(number),
+            )  # fmt: skip
+            self._readers[number], self._verified[number] = reader, reader.stamp
         self._readers.move_to_end(number)
         return self._readers[number]
 

@@ -56,10 +56,13 @@ def test_together_leaves_a_common_error_as_it_is(group):
 def test_a_wait_that_lasts_too_long_names_what_and_whom():
     """Without a company a wait knows only what its caller says."""
     impatient = Group(timeout_s=0.2)
+    impatient.size = 9
     with pytest.raises(CommError, match=r"for a gradient from rank 3, 5 of .* comm.timeout_s"):
         impatient.wait_until(lambda: [5, 3, 5], "a gradient")
-    with pytest.raises(CommError, match="for a barrier from the others"):
+    with pytest.raises(CommError, match="for a barrier from the others of 9 ranks"):
         impatient.wait_until(list, "a barrier")
+    with pytest.raises(CommError, match=r"waited 0 s for a disk \(comm.timeout_s = 0.2\): look"):
+        Group(timeout_s=0.2).wait_until(list, "a disk")
 
 
 @pytest.mark.parametrize("culprit", [0, -1], ids=["first", "last"])

@@ -29,7 +29,7 @@ def documents(folder, split):
     tokenizer = catalog.tokenizer()
     texts = []
     for shard in catalog.split(split):
-        reader = ShardReader(folder / shard.entry.file, shard.entry, tokenizer.hash)
+        reader = ShardReader(folder / shard.entry.file, shard.entry, tokenizer.hash, tokenizer.vocab_size)
         offsets, tokens = reader.offsets().tolist(), reader.read(0, shard.entry.tokens).tolist()
         for a, b in itertools.pairwise(offsets):
             assert tokens[b - 1] == tokenizer.eot and tokenizer.eot not in tokens[a : b - 1]
