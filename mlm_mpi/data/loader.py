@@ -169,7 +169,8 @@ class Loader:
 
 def heldout_count(tokens: int, context: int, rows: int, windows: int = 0) -> int:
     """How many micro-batches cover the targets of a stream, or of its first `windows` windows."""
-    return -(-_heldout_windows(tokens, context, windows) // rows)
+    total = _heldout_windows(tokens, context, windows)
+    return -(-total // max(1, min(rows, total)))
 
 
 def heldout_batch(stream: TokenStream, context: int, rows: int, number: int, windows: int = 0) -> MicroBatch:
@@ -182,6 +183,7 @@ def heldout_batch(stream: TokenStream, context: int, rows: int, number: int, win
             f"{stream.split} has {stream.tokens} tokens, a target needs 2: prepare with a larger --heldout or more text"
         )
     total = _heldout_windows(stream.tokens, context, windows)
+    rows = min(rows, total)  # rows that nothing fills would cost as much as the others
     ids, targets = np.zeros((rows, context), np.int32), np.zeros((rows, context), np.int32)
     mask = np.zeros((rows, context), bool)
     for row, window in enumerate(range(number * rows, min((number + 1) * rows, total))):
