@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa lint bench gpu-check clean
+.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa lint bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,6 +13,10 @@ GPU_CHECK ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 ARCH ?= sm_90a
+
+# the words by which `distclean` knows what `train` has made
+PREPARE := prepare --builtin --out $(CORPUS)
+TRAIN := train $(CONFIG) --run $(RUN) --set data.dir=$(CORPUS)
 
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
@@ -29,6 +33,7 @@ $(BIN)/python:
 	  if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then cat /tmp/mlm-mpi-venv.$$$$; \
 	  else echo "$(PYTHON) cannot make a virtual environment: apt install python3-venv, or make VENV=<folder of an existing one>"; fi; \
 	  rm -f /tmp/mlm-mpi-venv.$$$$; exit 2; }; rm -f /tmp/mlm-mpi-venv.$$$$
+	@touch $(VENV)/.made-by-make
 
 $(VENV)/.installed: $(BIN)/python setup.cfg setup.py pyproject.toml $(wildcard kernels/cpu/*)
 	@echo "installing into $(VENV)"
@@ -46,10 +51,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 install: $(VENV)/.installed  ## a virtual environment with mlm-mpi and an MPI (PyPI wheel)
 
 $(CORPUS)/catalog.json: | $(VENV)/.installed
-	@$(BIN)/mlm-mpi prepare --builtin --out $(CORPUS)
+	@$(BIN)/mlm-mpi $(PREPARE)
 
 train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus, train a small GPT on 4 ranks, evaluate, sample
-	@$(BIN)/mlm-mpi run -n $(RANKS) -- train $(CONFIG) --run $(RUN) --set data.dir=$(CORPUS)
+	@$(BIN)/mlm-mpi run -n $(RANKS) -- $(TRAIN)
 	@echo
 	@$(BIN)/mlm-mpi evaluate $(RUN) --baselines
 	@echo
@@ -112,6 +117,18 @@ bench: $(VENV)/.installed  ## step and reduction benchmarks of this machine
 gpu-check:  ## everything that needs a GPU, in one command: tests, sanitizers, every kernel and a step against PyTorch
 	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
-clean:  ## removes what make made: environment, corpus, runs, caches
-	@rm -rf $(VENV) $(CORPUS) runs build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
-	@find . -name __pycache__ -prune -exec rm -rf {} +
+clean:  ## removes caches and builds; no environment, corpus or run
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find mlm_mpi tests benchmarks kernels -name __pycache__ -prune -exec rm -rf {} +
+
+# the command that a corpus or run records must be make's own, word for word; what else lies there is named and stays
+MADE := import json, sys; sys.exit(json.load(open(sys.argv[1]))["command"] != "mlm-mpi " + sys.argv[2])
+distclean: clean  ## also removes what `make train` made: environment, corpus and run; names what it leaves
+	@made() { $(PYTHON) -c '$(MADE)' "$$@" 2>/dev/null; }; \
+	if made $(CORPUS)/prepared.json '$(PREPARE)'; then rm -rf $(CORPUS); fi; \
+	if made $(RUN)/environment.json '$(TRAIN)'; then rm -rf $(RUN); fi; \
+	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV) mlm_mpi/backend/_cpu*.so; fi; \
+	rmdir runs 2>/dev/null || true; \
+	for left in $(VENV) $(CORPUS) $(filter-out runs/%,$(RUN)) runs/*; do \
+	  if [ -e "$$left" ]; then echo "$$left stays: make did not make it"; fi; \
+	done

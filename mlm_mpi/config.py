@@ -16,6 +16,10 @@ from typing import Any, Literal
 import msgspec
 
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.files import read_whole
+
+_FILE_BYTES = 1 << 14  # ten times a file with every key
+_LINE = 4500  # a path and its key; tomllib takes 31 s for a key of 32,000 parts, quadratic in them
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -159,10 +163,10 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            table = _parse(read_whole(Path(path), _FILE_BYTES).decode("utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from None
     for text in overrides:
         _override(table, text)
@@ -206,12 +210,32 @@ def _override(table: dict[str, Any], text: str) -> None:
     if not (equals and dot and section and key):
         raise ConfigError(f"--set {text!r} is not section.key=value, for example --set train.steps=200")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word is a string
+        parsed = _value(value)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set {text[:200]!r} holds no single TOML value: one --set for each key") from None
     if not isinstance(table.setdefault(section, {}), dict):
         raise ConfigError(f"--set {text!r}: {section} is not a section")
     table[section][key] = parsed
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """A TOML table. Raises ValueError, RecursionError."""
+    if len(max(text.split("\n"), key=len)) > _LINE:
+        raise ValueError(f"a line has more than {_LINE} characters")
+    return tomllib.loads(text)
+
+
+def _value(text: str) -> Any:
+    """One TOML value; a bare word is a string. Raises ValueError where there is more than one value."""
+    try:
+        table = _parse(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        if not text.isprintable():
+            raise
+        return text.strip()
+    if len(table) > 1:
+        raise ValueError(text)
+    return table["value"]
 
 
 def _refuse_unknown(table: dict[str, Any], source: str) -> None:
@@ -276,10 +300,18 @@ def check(config: Config) -> None:
     }  # fmt: skip
     for name, fraction in below_one.items():
         _require(0 <= fraction < 1, f"{name} = {fraction} must be in [0, 1)")
+    _require(model.init_std <= 1, f"model.init_std = {model.init_std} must be at most 1, a standard normal")
     _require(0 <= optim.final_fraction <= 1, f"optim.final_fraction = {optim.final_fraction} must be in [0, 1]")
     _require(optim.epsilon > 0, f"optim.epsilon = {optim.epsilon} must be positive")
     _require(model.norm_epsilon > 0, f"model.norm_epsilon = {model.norm_epsilon} must be positive")
-    _require(config.comm.bucket_mib > 0, f"comm.bucket_mib = {config.comm.bucket_mib} must be positive")
+    _require(
+        config.comm.bucket_mib >= 0.001,
+        f"comm.bucket_mib = {config.comm.bucket_mib} must be at least 0.001: every bucket is a message to each rank",
+    )
+    _require(
+        config.numerics.threads <= 1024,  # CPU_SETSIZE of Linux
+        f"numerics.threads = {config.numerics.threads} must be at most 1024, the CPUs a process can be bound to",
+    )
     _require(config.comm.timeout_s > 0, f"comm.timeout_s = {config.comm.timeout_s} must be positive")
     _require(
         model.width % model.heads == 0,

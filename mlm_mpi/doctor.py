@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlm_mpi import __version__, launcher
-from mlm_mpi.errors import LaunchError
+from mlm_mpi.errors import LaunchError, ranges
 from mlm_mpi.monitor.progress import console, on_terminal
 
 _MIB = 2**20
@@ -221,7 +221,7 @@ def _machine() -> Iterator[Finding]:
         f"this process may use 1 of {total} cores, and a rank has a loader thread besides: "
         "start with --bind-to none (mlm-mpi run does) or ask for --cpus-per-task=2"
     )
-    value = f"{total} ({physical} physical), {mine} usable: {_ranges(sorted(os.sched_getaffinity(0)))}"
+    value = f"{total} ({physical} physical), {mine} usable: {ranges(sorted(os.sched_getaffinity(0)))}"
     yield Finding("machine", "cores", value, bound if mine == 1 < total else "")
     memory = psutil.virtual_memory()
     short = f"{_size(memory.available)} of memory left: end other programs, or choose a smaller model"
@@ -321,17 +321,6 @@ def _show(findings: list[Finding]) -> None:
     for finding in findings:
         if finding.warning:
             print(f"! {finding.section}: {finding.warning}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _size(count: float) -> str:

@@ -4,6 +4,10 @@
 bug and shows its traceback.
 """
 
+from collections.abc import Sequence
+
+_LONGEST = 2000  # characters of a message
+
 
 class MlmError(Exception):
     """Something the user can mend; printed as one line, exit code 2.
@@ -13,6 +17,12 @@ class MlmError(Exception):
 
     exit_code = 2
     agreed = False
+
+    def __str__(self) -> str:
+        """One line of bounded length, whatever a quoted file name or value holds."""
+        text = super().__str__()
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:_LONGEST])
+        return line if len(text) <= _LONGEST else line + "…"
 
 
 def agreed(error: MlmError) -> MlmError:
@@ -42,10 +52,29 @@ class NumericsError(MlmError):
 
 
 class CommError(MlmError):
-    """A wait on other ranks that lasted longer than `comm.timeout_s`: worth another start (EX_TEMPFAIL of sysexits)."""
+    """A wait on other ranks that lasted too long: worth another start (EX_TEMPFAIL of sysexits).
+
+    `teller`: the rank that is to say it, where several have found the same; None: whoever raises it.
+    """
 
     exit_code = 75
+
+    def __init__(self, text: str, teller: int | None = None) -> None:
+        super().__init__(text)
+        self.teller = teller
 
 
 class LaunchError(MlmError):
     """`mpiexec` cannot be found or started, or gave another number of ranks than was asked for."""
+
+
+def ranges(numbers: Sequence[int], most: int = 8) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5", for a message; after `most` runs an ellipsis."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")

@@ -5,12 +5,13 @@ A thin layer over `mpiexec` for what each MPI library does its own way: binding,
 Exit code: that of the job; 129, 130 or 143 where SIGHUP, SIGINT or SIGTERM made the job stop and it ended
 by itself; 137 where it did not end within the grace and was killed. SIGUSR1 is the ranks' request to agree
 on a step, save and leave: the launcher forwards it, and turns the other three signals into it. Only `train`
-saves: any other command has no grace, and ends at once with 129, 130 or 143.
+saves: any other command has no grace, and ends at once with 129, 130 or 143. 75: the ranks did not all arrive.
 """
 
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import re
 import shlex
@@ -21,31 +22,45 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from mlm_mpi import arrivals, config
+from mlm_mpi.arrivals import Arrivals
 from mlm_mpi.banners import BannerFilter
-from mlm_mpi.errors import LaunchError
+from mlm_mpi.comm import launch
+from mlm_mpi.errors import CommError, LaunchError
+from mlm_mpi.files import HeldError, Lock
+from mlm_mpi.train import command as training
 
 GRACE_S = 60.0
+START_S = 300.0
+_WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
+_JOINERS = ("train", "prepare")  # commands whose ranks call MPI_Init
+_SHARED_MEMORY = Path("/dev/shm")
+_OLD_S = 86400.0
 
 # Runs before each rank's program. The kernel kills the rank when its MPI daemon dies: SIGKILL of mpiexec
-# would leave it an orphan. SIGUSR1 is ignored until the trainer listens, else it would end a rank that
-# still imports; the launcher repeats it, so the request is not lost.
-_GUARD = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "signal.signal(signal.SIGUSR1, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
-# What mpiexec gets when this process dies. Open MPI ends its ranks on SIGTERM, then tidies up; Hydra passes
-# SIGTERM on and waits for them, so it is killed.
-_ORPHAN_SIGNALS = {"openmpi": signal.SIGTERM}
+# would leave it an orphan. A daemon that has died before that is told by the launcher, which died before it.
+# SIGUSR1 is ignored until the trainer listens, else it would end a rank that still imports; the launcher
+# repeats it, so the request is not lost.
+_GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
+    "import ctypes, os, signal, sys",
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
+    f"process, *place = os.environ['{arrivals.VARIABLE}'].split()",
+    "here = os.uname().nodename",
+    "place != [here, os.readlink('/proc/self/ns/pid')] or os.path.exists('/proc/' + process) or os._exit(1)",
+    "signal.signal(signal.SIGUSR1, signal.SIG_IGN)",
+    f"rank = next((os.environ[name] for name in {[rank for rank, _ in launch.ANNOUNCED]} if name in os.environ), '0')",
+    "os.write(2, f'{chr(2)}mlm-mpi {rank} started {here} {os.getpid()}{chr(10)}'.encode())",
+    "os.execv(sys.argv[1], sys.argv[1:])",
+])  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +71,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=float, default=GRACE_S, metavar="S", help="seconds for train to save and leave after Ctrl-C"
     )
+    parser.add_argument(
+        "--start-timeout", type=float, default=START_S, metavar="S",
+        help=f"end the job if not all ranks have arrived by then ({START_S:g})",
+    )  # fmt: skip
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train CONFIG --run DIR …")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `python -m mlm_mpi <command>` on every rank. Raises LaunchError."""
+    """Runs `python -m mlm_mpi <command>` on every rank. Raises LaunchError, ConfigError."""
     command = args.words[1:] if args.words[:1] == ["--"] else args.words
     if not command:
         raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
-    ranks = args.ranks if args.ranks is not None else int(os.environ.get("SLURM_NTASKS", "1"))
-    grace_s = args.grace if command[0] == "train" else None
-    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, grace_s)
+    ranks = args.ranks if args.ranks is not None else launch.number("SLURM_NTASKS", 1)
+    for name, value, least in (("--grace", args.grace, 0.0), ("--start-timeout", args.start_timeout, 1.0)):
+        if not (math.isfinite(value) and value >= least):
+            raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
+    if command[0] == "train":
+        _check_training(command[1:], ranks)
+    limits = Limits(args.grace if command[0] == "train" else None, args.start_timeout, command[0] in _JOINERS)
+    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, limits)
+
+
+def _check_training(words: Sequence[str], ranks: int) -> None:
+    """Finds here, before a hundred processes start, what each of them would find."""
+    parser = argparse.ArgumentParser(prog="mlm-mpi train")
+    training.configure(parser)
+    config.check_ranks(training.settings(parser.parse_args(words)), ranks)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a job may take to end and to start.
+
+    `grace_s`: from a signal to SIGKILL; None: the program saves nothing, so a signal ends it at once. `joins`: the
+    start ends when MPI_Init has returned on all ranks, else when all processes run.
+    """
+
+    grace_s: float | None = GRACE_S
+    start_s: float = START_S
+    joins: bool = False
 
 
 def run_job(
@@ -74,22 +118,28 @@ def run_job(
     ranks: int,
     mpiexec: str | None = None,
     mpiexec_args: str = "",
-    grace_s: float | None = GRACE_S,
+    limits: Limits | None = None,
 ) -> int:
-    """Runs `program` on `ranks` ranks and returns the exit code described above. Raises LaunchError.
+    """Runs `program` on `ranks` ranks and returns the exit code described above.
 
-    `grace_s=None`: the program saves nothing, so a signal ends it at once.
+    Raises LaunchError; CommError where the ranks did not all arrive in time.
     """
+    limits = limits or Limits()
     if ranks < 1:
         raise LaunchError(f"-n {ranks} must be at least 1")
+    try:
+        extra = shlex.split(mpiexec_args)
+    except ValueError as error:
+        raise LaunchError(f"--mpiexec-args {mpiexec_args!r} cannot be split into words: {error}") from None
     path = find_mpiexec(mpiexec)
     version = version_text(path)
     flavour = vendor(version)
-    with _shared_memory_folder() as folder:
-        options = launch_options(flavour, ranks, shlex.split(mpiexec_args), folder, openmpi_major(version))
+    with _scratch_folder() as folder:
+        options = launch_options(flavour, ranks, extra, folder, openmpi_major(version))
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
-        return _Job(command, launch_environment(flavour, ranks), grace_s, _ORPHAN_SIGNALS.get(flavour)).run()
+        environment = launch_environment(flavour, ranks, limits.start_s, None if _several_nodes(extra) else folder)
+        return _Job(command, environment, limits, ranks, _orphan_signal(flavour, extra)).run()
 
 
 def find_mpiexec(path: str | None = None) -> str:
@@ -144,12 +194,17 @@ def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: st
     return options + extra
 
 
-def launch_environment(flavour: str, ranks: int) -> dict[str, str]:
-    """This environment plus what ranks cannot find out themselves: Open MPI gives them a pseudo-terminal."""
+def launch_environment(flavour: str, ranks: int, start_s: float = START_S, folder: str | None = None) -> dict[str, str]:
+    """This environment plus what ranks cannot find out themselves: Open MPI gives them a pseudo-terminal.
+
+    `folder`: where Open MPI keeps what it would leave in /tmp if it were killed.
+    """
     columns, lines = shutil.get_terminal_size()
     environment = dict(os.environ)
     environment |= {
         "MLM_MPI_TERMINAL": "1" if sys.stdout.isatty() else "0",
+        arrivals.VARIABLE: arrivals.this_process(),
+        launch.START_VARIABLE: f"{start_s + _WORD_S:g}",  # the launcher speaks first
         "COLUMNS": str(columns),
         "LINES": str(lines),
     }
@@ -158,6 +213,8 @@ def launch_environment(flavour: str, ranks: int) -> dict[str, str]:
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         if ranks > cores():
             environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        if folder is not None:  # the name since Open MPI 5, and the one before
+            environment |= {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
     return environment
 
 
@@ -167,8 +224,8 @@ def cores() -> int:
 
 
 def _exported() -> list[str]:
-    own = [name for name in os.environ if name.startswith("MLM_MPI_") and name != "MLM_MPI_TERMINAL"]
-    return ["MLM_MPI_TERMINAL", "COLUMNS", "LINES", *own]
+    told = ["MLM_MPI_TERMINAL", arrivals.VARIABLE, launch.START_VARIABLE, "COLUMNS", "LINES"]
+    return told + [name for name in os.environ if name.startswith("MLM_MPI_") and name not in told]
 
 
 def _binding_hurts(ranks: int) -> bool:
@@ -177,34 +234,62 @@ def _binding_hurts(ranks: int) -> bool:
     return ranks <= 2 or 2 * ranks > cores()
 
 
-def _several_nodes(extra: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+def _several_nodes(extra: Sequence[str]) -> bool:
     named = any(word.lstrip("-") in ("host", "hostfile", "machinefile", "H") for word in extra)
-    return named or int(environment.get("SLURM_JOB_NUM_NODES", "1")) > 1
+    return named or launch.number("SLURM_JOB_NUM_NODES", 1) > 1
+
+
+def _orphan_signal(flavour: str, extra: Sequence[str]) -> signal.Signals:
+    """What mpiexec gets when this process dies.
+
+    Open MPI ends the ranks of all nodes on SIGTERM, but not while it still starts them (400 ranks: it lived on for
+    minutes, with 270 of them); on one node the ranks die with it. Hydra passes SIGTERM on and waits for them.
+    """
+    return signal.SIGTERM if flavour == "openmpi" and _several_nodes(extra) else signal.SIGKILL
 
 
 @contextlib.contextmanager
-def _shared_memory_folder() -> Iterator[str | None]:
-    """A folder for the ranks' shared memory, which killed ranks would leave in /dev/shm for ever."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield None
+def _scratch_folder() -> Iterator[str]:
+    """A folder for the ranks' shared memory and Open MPI's sockets, which killed ranks would leave for ever."""
+    root = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    prefix = f"mlm-mpi-{os.geteuid()}-"
+    for folder in root.glob(f"{prefix}*"):
+        _remove_dead(folder)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as name:
+        lock = Lock(Path(name, "launcher.lock"))
+        try:
+            yield name
+        finally:
+            lock.release()
+
+
+def _remove_dead(folder: Path) -> None:
+    """Removes what a launcher that was killed has left: nobody holds its lock any more."""
+    try:
+        if not (folder / "launcher.lock").exists() and time.time() - folder.stat().st_mtime < _OLD_S:
+            return  # it may be about to take its lock
+        Lock(folder / "launcher.lock").release()
+    except (HeldError, OSError):
         return
-    with tempfile.TemporaryDirectory(prefix="mlm-mpi-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
-        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Job:
     """One mpiexec in a session of its own, so that Ctrl-C reaches this process alone."""
 
     def __init__(
-        self, command: list[str], environment: dict[str, str], grace_s: float | None, orphan: int | None
+        self, command: list[str], environment: dict[str, str], limits: Limits, ranks: int, orphan: signal.Signals
     ) -> None:
         self.command = command
         self.environment = environment
-        self.grace_s = grace_s
-        self.orphan_signal = orphan or signal.SIGKILL
+        self.grace_s, self.limits = limits.grace_s, limits
+        self.arrivals = Arrivals(ranks, "joined" if limits.joins else "started")
+        self.orphan_signal = orphan
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
         self.deadline = float("inf")
         self.repeat_at = float("inf")
+        self.began: float | None = None  # while the ranks are awaited
+        self.worded = False
 
     def run(self) -> int:
         """Starts the job and sees it to its end."""
@@ -218,7 +303,7 @@ class _Job:
                 raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
             assert process.stderr is not None
             banners = BannerFilter(self._report_death)
-            pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), banners), daemon=True)
+            pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), self.arrivals, banners), daemon=True)
             pump.start()
             code = self._wait(process)
             pump.join(timeout=5)
@@ -226,6 +311,11 @@ class _Job:
             os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
         if code and not banners.passed and self.cause is None:
             _say(f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize")
+        if not code and self.arrivals.seen < self.arrivals.ranks:
+            raise LaunchError(
+                f"{self.command[0]} ended with exit code 0, but {self.arrivals.seen} of {self.arrivals.ranks} ranks "
+                "reported: it does not start ranks, or hides what they write to stderr: give another --mpiexec"
+            )
         return code
 
     @contextlib.contextmanager
@@ -251,12 +341,14 @@ class _Job:
             return
         again = self.cause is not None
         self.cause = self.cause or signal.Signals(number)
-        self.deadline = 0.0 if again or self.grace_s is None else time.monotonic() + self.grace_s
+        at_once = again or self.grace_s is None or bool(self.arrivals.missing())
+        self.deadline = 0.0 if at_once else time.monotonic() + (self.grace_s or 0.0)
         if self.deadline and number != signal.SIGHUP and sys.stderr.isatty():
             _write(b"\n")  # after the bar
             _say("stopping after this step; Ctrl-C again kills")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        self.began = time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=0.05)
@@ -264,6 +356,7 @@ class _Job:
             now = time.monotonic()
             if now >= self.deadline:
                 return self._kill(process)
+            self._watch_start(process, now)
             if now >= self.repeat_at:
                 process.send_signal(signal.SIGUSR1)
                 self.repeat_at = now + _REPEAT_S
@@ -274,19 +367,41 @@ class _Job:
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
 
+    def _watch_start(self, process: subprocess.Popen[bytes], now: float) -> None:
+        """Names the ranks that have not arrived: once as a word, and at the limit as the end of the job."""
+        if self.began is None or not self.arrivals.missing():
+            self.began = None  # from now on ranks watch each other (comm.timeout_s)
+            return
+        waited = now - self.began
+        if waited >= self.limits.start_s:
+            where = self.arrivals.describe()
+            self._end(process)
+            raise CommError(
+                f"the job has not started within {waited:.0f} s (--start-timeout): {where}: "
+                "look at what holds it up, or raise --start-timeout"
+            )
+        if waited >= _WORD_S and not self.worded:
+            self.worded = True
+            _say(f"still waiting for the start after {waited:.0f} s: {self.arrivals.describe()}")
+
     def _kill(self, process: subprocess.Popen[bytes]) -> int:
         assert self.cause is not None
-        if self.grace_s is None:
-            _say(f"stopped by {self.cause.name}")
+        if self.grace_s is None or self.arrivals.missing():
+            _say(f"stopped by {self.cause.name}" + (" before all ranks had arrived" if self.arrivals.missing() else ""))
+            code = 128 + self.cause
         else:
             had = f"{self.grace_s:g} s to end after {self.cause.name}"
             _say(f"killing the job, which had {had}: the last checkpoint stands")
+            code = 128 + signal.SIGKILL
+        self._end(process)
+        return code
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)
         _kill_session(process.pid)
         process.wait()
-        return 128 + (self.cause if self.grace_s is None else signal.SIGKILL)
 
     def _report_death(self, rank: int, number: int) -> None:
         if self.cause is None:
@@ -317,10 +432,10 @@ def _members(session: int) -> list[psutil.Process]:
     return found
 
 
-def _pump(source: int, banners: BannerFilter) -> None:
+def _pump(source: int, arrivals: Arrivals, banners: BannerFilter) -> None:
     while data := os.read(source, 65536):
-        _write(banners.feed(data))
-    _write(banners.close())
+        _write(banners.feed(arrivals.feed(data)))
+    _write(banners.feed(arrivals.close()) + banners.close())
 
 
 def _write(data: bytes) -> None:

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -60,6 +61,24 @@ def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> 
     facts = cupy.cuda.runtime.getDeviceProperties(local_rank % count)
     name = f"{facts['name'].decode()} sm_{facts['major']}{facts['minor']}"
     return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype), name)
+
+
+def nccl() -> Any:
+    """CuPy's module for NCCL, which `cupy.cuda` does not import by itself.
+
+    Raises ConfigError, naming the remedy, where the library is missing: CuPy's wheels do not bring it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy says in eight lines what the error says in one
+        from cupy.cuda import nccl as library
+    if not library.available:
+        from cupy.cuda import runtime
+
+        raise ConfigError(
+            "comm.reduction = nccl: CuPy finds no NCCL: "
+            f"pip install nvidia-nccl-cu{runtime.runtimeGetVersion() // 1000}, or use canonical"
+        )
+    return library
 
 
 def gpus() -> tuple[str, list[str]]:

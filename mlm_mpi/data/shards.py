@@ -2,28 +2,34 @@
 
     /tokens   (tokens,)         smallest unsigned type that holds the vocabulary, chunked, gzip, fletcher32
     /offsets  (documents + 1,)  uint64; document d is tokens[offsets[d] : offsets[d + 1]], its end included
-    attributes: format, tokenizer, split, tokens, documents, characters
+    attributes: format, tokenizer, split, tokens, documents, characters; texts as bytes of a fixed length
 
 The file is built in memory and written as plain bytes: h5py that meets a full disk can take the
-interpreter down at exit. A reader trusts the catalog's hash, never a file that merely opens.
+interpreter down at exit. A reader trusts the catalog's hash, never a file that merely opens, and what the
+hash covers it takes apart as something that anybody may have made (`hdf5`).
 """
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
+from mlm_mpi import hdf5
 from mlm_mpi.errors import DataError
-from mlm_mpi.files import publish, sha256_of
+from mlm_mpi.files import open_regular, publish
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK_TOKENS = 1 << 14  # a random window of some hundred tokens decompresses 32 KiB, not more
 _AGAIN = "run mlm-mpi prepare again"
+
+Stamp = tuple[int, ...]  # which file this is, and when it was last changed
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
     return np.min_scalar_type(vocab_size - 1)
 
 
+def most_bytes(tokens: int, documents: int, vocab_size: int) -> int:
+    """What a shard can need, however badly it is compressed: chunks of up to twice its numbers, and headers."""
+    return 2 * (tokens * token_type(vocab_size).itemsize + 8 * (documents + 1)) + (1 << 16)
+
+
 def write_shard(
     folder: Path, name: str, split: str, documents: Sequence[np.ndarray], characters: int, utf8_bytes: int,
     tokenizer_hash: str, vocab_size: int,
@@ -56,7 +67,7 @@ def write_shard(
     tokens = np.concatenate(documents).astype(token_type(vocab_size))
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)
     attributes = {
-        "format": FORMAT, "tokenizer": tokenizer_hash, "split": split, "tokens": len(tokens),
+        "format": FORMAT, "tokenizer": np.bytes_(tokenizer_hash), "split": np.bytes_(split), "tokens": len(tokens),
         "documents": len(documents), "characters": characters,
     }  # fmt: skip
     image = _image(tokens, offsets, attributes)
@@ -79,13 +90,109 @@ def _image(tokens: np.ndarray, offsets: np.ndarray, attributes: dict[str, Any]) 
     return memory.getvalue()  # of the closed file: HDF5 1.14's image of an open one does not open again
 
 
-def verify(path: Path, entry: ShardEntry) -> None:
-    """Compares a whole file with the catalog: size, then SHA-256. Raises DataError."""
-    check_size(path, entry)
+class ShardReader:
+    """An open shard whose whole content was compared with the catalog before the first token."""
+
+    def __init__(
+        self, path: Path, entry: ShardEntry, tokenizer_hash: str, vocab_size: int, verified: Stamp | None = None
+    ) -> None:
+        """`verified`: the stamp of the file that this process has compared before. Raises DataError."""
+        self.path, self.entry, self._vocab_size = path, entry, vocab_size
+        self._held: tuple[int, np.ndarray] | None = None  # the chunk read last, decoded
+        self._file = _open(path, entry)
+        try:
+            self.stamp = _stamp(self._file)
+            if self.stamp != verified:
+                _verify(self._file, path, entry)
+            self._examine(tokenizer_hash)
+            if self.stamp != verified:
+                self.offsets()
+        except BaseException:
+            self.close()
+            raise
+
+    def _examine(self, tokenizer_hash: str) -> None:
+        entry = self.entry
+        ids = hdf5.Expected((entry.tokens,), token_type(self._vocab_size), hdf5.PACKED)
+        ends = hdf5.Expected((entry.documents + 1,), np.dtype(np.uint64), hdf5.PACKED)
+        try:
+            found, attributes = hdf5.examine(self._file, entry.bytes, {"tokens": ids, "offsets": ends})
+        except hdf5.FormatError as error:
+            raise DataError(f"shard {self.path} {error}: {_AGAIN}") from None
+        expected = {
+            "format": FORMAT, "tokenizer": tokenizer_hash, "split": entry.split, "tokens": entry.tokens,
+            "documents": entry.documents, "characters": entry.characters,
+        }  # fmt: skip
+        for name, value in expected.items():
+            if attributes.get(name) != value:
+                raise DataError(
+                    f"shard {self.path} has {name} {attributes.get(name)}, the catalog says {value}: {_AGAIN}"
+                )
+        self._tokens, self._offsets = found["tokens"], found["offsets"]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start … stop − 1 of this shard, in their stored type. Raises DataError."""
+        size = self._tokens.chunk_rows
+        numbers = range(start // size, -(-stop // size))
+        parts = [self._chunk(number)[max(0, start - number * size) : stop - number * size] for number in numbers]
+        tokens = np.concatenate(parts) if parts else np.empty(0, self._tokens.expected.dtype)
+        if tokens.size and tokens.max() >= self._vocab_size:
+            raise DataError(
+                f"shard {self.path} holds token {tokens.max()}, the vocabulary has {self._vocab_size}: {_AGAIN}"
+            )
+        return tokens
+
+    def _chunk(self, number: int) -> np.ndarray:
+        if self._held is None or self._held[0] != number:
+            self._held = (number, self._decoded(self._tokens, number))
+        return self._held[1]
+
+    def _decoded(self, dataset: hdf5.Dataset, number: int) -> np.ndarray:
+        try:
+            return dataset.chunk(number, self._fetch)
+        except (OSError, hdf5.FormatError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"cannot read chunk {number} of shard {self.path} ({reason}): {_AGAIN}") from None
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def offsets(self) -> np.ndarray:
+        """(documents + 1,) uint64: where each document begins, and the end of the last. Raises DataError."""
+        offsets = np.concatenate([self._decoded(self._offsets, n) for n in range(len(self._offsets.places))])
+        if offsets[0] != 0 or offsets[-1] != self.entry.tokens or (offsets[1:] <= offsets[:-1]).any():
+            raise DataError(f"shard {self.path} has documents that do not follow each other: {_AGAIN}")
+        return offsets
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open(path: Path, entry: ShardEntry) -> FileIO:
+    """The file of this entry, unbuffered: the one descriptor that is hashed and then read."""
     try:
-        found = sha256_of(path)
+        return open(open_regular(path, path.parent), "rb", buffering=0)
     except OSError as error:
-        raise DataError(f"cannot read shard {path}: {error.strerror}: {_AGAIN}") from None
+        raise _unreadable(path, entry, error) from None
+
+
+def _unreadable(path: Path, entry: ShardEntry, error: OSError) -> DataError:
+    what = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+    return DataError(f"shard {path} of {entry.bytes} bytes {what} ({error.strerror}): {_AGAIN}")
+
+
+def _stamp(file: FileIO) -> Stamp:
+    now = os.fstat(file.fileno())
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def _verify(file: FileIO, path: Path, entry: ShardEntry) -> None:
+    """Compares a whole file with the catalog: size, then SHA-256. Raises DataError."""
+    _compare_size(path, os.fstat(file.fileno()).st_size, entry)
+    try:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, entry, error) from None
     if found != entry.sha256:
         raise DataError(
             f"shard {path} is damaged: SHA-256 {found[:16]}…, the catalog says {entry.sha256[:16]}…: {_AGAIN}"
@@ -93,48 +200,14 @@ def verify(path: Path, entry: ShardEntry) -> None:
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:
-    """The cheap part of `verify`: the file is there and as long as the catalog says. Raises DataError."""
+    """The cheap part of what a reader checks: the file is there and as long as the catalog says. Raises DataError."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"shard {path} of {entry.bytes} bytes is missing ({error.strerror}): {_AGAIN}") from None
+        raise _unreadable(path, entry, error) from None
+    _compare_size(path, size, entry)
+
+
+def _compare_size(path: Path, size: int, entry: ShardEntry) -> None:
     if size != entry.bytes:
         raise DataError(f"shard {path} has {size} bytes, the catalog says {entry.bytes}: {_AGAIN}")
-
-
-class ShardReader:
-    """An open shard whose whole content was compared with the catalog before the first token."""
-
-    def __init__(self, path: Path, entry: ShardEntry, tokenizer_hash: str, verified: bool = False) -> None:
-        """`verified`: this process has compared the file before. Raises DataError."""
-        self.path = path
-        self.entry = entry
-        if not verified:
-            verify(path, entry)
-        try:
-            # Network file systems often refuse locks; the file is never changed in place.
-            self._file = h5py.File(path, "r", locking=False)
-            self._tokens = self._file["tokens"]
-            attributes = dict(self._file.attrs)
-        except (OSError, KeyError) as error:
-            raise DataError(f"shard {path} is not a shard of mlm-mpi ({error}): {_AGAIN}") from None
-        expected = {"format": FORMAT, "tokenizer": tokenizer_hash, "split": entry.split, "tokens": entry.tokens}
-        for name, value in expected.items():
-            if attributes.get(name) != value:
-                self.close()
-                raise DataError(f"shard {path} has {name} {attributes.get(name)}, the catalog says {value}: {_AGAIN}")
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop − 1 of this shard, in their stored type. Raises DataError."""
-        try:
-            return np.asarray(self._tokens[start:stop])
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"cannot read tokens {start} to {stop} of shard {self.path} ({reason}): {_AGAIN}") from None
-
-    def offsets(self) -> np.ndarray:
-        """(documents + 1,) uint64: where each document begins, and the end of the last."""
-        return np.asarray(self._file["offsets"][:])
-
-    def close(self) -> None:
-        self._file.close()

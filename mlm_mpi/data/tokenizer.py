@@ -6,20 +6,27 @@ so its hash survives an upgrade of that library.
 
 import builtins
 import codecs
+import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlm_mpi.errors import ConfigError, DataError
-from mlm_mpi.files import publish
+from mlm_mpi.files import publish, read_whole
+
+T = TypeVar("T")
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+LARGEST_VOCABULARY = 1 << 24  # 64 times the largest known; ids may have gaps, rows of the embedding have none
+_FILE_BYTES = 256 << 20  # Gemma's has 33 MiB
 # What other makers call it, tried in this order.
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 
@@ -32,14 +39,14 @@ class Tokenizer:
         self.content = content
         self.hash = hashlib.sha256(content).hexdigest()
         try:
-            self._inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{source} is not a tokenizer.json ({reason}): give another --tokenizer") from None
+            self._inner = _call(tokenizers.Tokenizer.from_str, content.decode("utf-8"))
+            ids = _call(self._inner.get_vocab)
+            written = json.loads(_call(self._inner.to_str))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source} is not a tokenizer.json ({error}): give another --tokenizer") from None
         self._inner.encode_special_tokens = True  # a text that *mentions* <|endoftext|> does not end there
         self._inner.no_padding()
         self._inner.no_truncation()
-        ids = self._inner.get_vocab()
         end = next((name for name in _ENDS if name in ids), None)
         if end is None:
             raise DataError(
@@ -47,8 +54,12 @@ class Tokenizer:
             )
         self.eot: int = ids[end]
         self.vocab_size: int = max(ids.values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise DataError(
+                f"{source} has a token with id {self.vocab_size - 1}, the largest may be {LARGEST_VOCABULARY - 1}: "
+                "give another --tokenizer"
+            )
         self._names = {number: name for name, number in ids.items()}
-        written = json.loads(self._inner.to_str())
         self.is_byte_level: bool = (written["decoder"] or {}).get("type") == "ByteLevel"
         self._special = {token["id"] for token in written["added_tokens"] if token["special"]}
 
@@ -83,10 +94,10 @@ class Tokenizer:
         return cls(inner.to_str(pretty=True).encode())
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, ours or Hugging Face's. Raises DataError."""
+    def load(cls, path: str | Path, folder: Path | None = None) -> "Tokenizer":
+        """Reads a tokenizer.json, ours or Hugging Face's. `folder`: it must lie inside. Raises DataError."""
         try:
-            content = Path(path).read_bytes()
+            content = read_whole(Path(path), _FILE_BYTES, folder)
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         return cls(content, str(path))
@@ -96,16 +107,22 @@ class Tokenizer:
         publish(Path(path), self.content)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        """Ids of a text, without an end. Raises DataError where the tokenizer has none for it."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of several texts, on several cores where TOKENIZERS_PARALLELISM allows."""
-        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in _call(self._inner.encode_batch, list(texts), add_special_tokens=False)]
+        except ValueError as error:
+            raise DataError(f"the tokenizer cannot encode this text ({error}): give another --tokenizer") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; bytes that form no UTF-8 become U+FFFD, ends of text are left out."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        try:
+            return str(_call(self._inner.decode, list(ids), skip_special_tokens=True))
+        except ValueError as error:
+            raise DataError(f"the tokenizer cannot decode these ids ({error}): give another --tokenizer") from None
 
     def token_bytes(self, number: int) -> builtins.bytes:
         """The bytes a token stands for, b"" for special and unknown ids; of byte-level tokenizers only."""
@@ -142,6 +159,35 @@ class StreamDecoder:
     def _show(self, text: str) -> str:
         new, self._shown = text[self._shown :], len(text)
         return new
+
+
+def _call(function: Callable[..., T], *args: Any, **named: Any) -> T:
+    """Calls the library, whose panics are no Exceptions. Raises ValueError, in one line."""
+    with _panics_unprinted():
+        try:
+            return function(*args, **named)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:200]) from None
+
+
+@contextlib.contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """The library writes a backtrace to descriptor 2 before it raises; nothing else may write meanwhile."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # this process has no stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -1,14 +1,19 @@
 """The run's numbers as JSON lines, one object per step, readable by anything."""
 
-import contextlib
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlm_mpi.errors import MlmError
+from mlm_mpi.files import open_regular
+
+_LINE_BYTES = 1 << 16  # a line of ours has 300
+_FILE_BYTES = 1 << 32
+_STEPS = 1 << 53  # a plot's numbers are float64
 
 
 class MetricsLog:
@@ -24,7 +29,9 @@ class MetricsLog:
         self._torn = False  # the last write may have left half a line
         self._descriptor: int | None = None
         try:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(
+                self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
             self._torn = not _ends_a_line(self.path)
         except OSError as error:
             self._alarm(error)
@@ -39,9 +46,10 @@ class MetricsLog:
         log = None
         try:
             if path.exists():
-                kept = [record for record in read_metrics(path) if record.get("step", 0) < resume_step]
                 part = path.with_name(path.name + ".part")
-                part.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+                part.unlink(missing_ok=True)  # what is left there may lead elsewhere
+                with open(part, "xb") as file:
+                    file.writelines(line for record, line in _lines(path) if record["step"] < resume_step)
                 part.replace(path)
         except (OSError, MlmError) as error:
             log = cls(path)
@@ -79,22 +87,42 @@ class MetricsLog:
             sys.stderr.flush()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All complete lines, in order; a line that a crash or a full disk tore is left out.
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """All lines of a step, in order; one that a crash or a full disk tore, and any other junk, is left out.
 
     Raises MlmError where the file cannot be read.
     """
+    return (record for record, _ in _lines(Path(path)))
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each record with the line it was read from."""
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(open_regular(path), "rb", buffering=_LINE_BYTES) as file:
+            if os.fstat(file.fileno()).st_size > _FILE_BYTES:
+                raise MlmError(f"{path} has more than {_FILE_BYTES:,} bytes: move it away")
+            whole = True
+            while line := file.readline(_LINE_BYTES):
+                begins, whole = whole, line.endswith(b"\n") or len(line) < _LINE_BYTES
+                record = _record(line) if begins and whole else None
+                if record is not None:
+                    yield record, line.rstrip(b"\n") + b"\n"
     except OSError as error:
         raise MlmError(f"cannot read {path}: {error.strerror}: give the folder of a run that has started") from None
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """An object with a step that a run can have reached."""
+    try:
+        record = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < _STEPS else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from its metrics file."""
 
+import itertools
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,12 +9,12 @@ from matplotlib.figure import Figure
 from mlm_mpi.errors import MlmError
 from mlm_mpi.monitor.metrics import read_metrics
 
+_POINTS = 1 << 22  # a picture shows no more
+
 
 def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
     """Draws training and held-out loss against steps as a PNG. Raises MlmError where there is nothing to draw."""
-    records = read_metrics(metrics_path)
-    training = _series(records, "loss")
-    heldout = _series(records, "heldout_loss")
+    training, heldout = _series(metrics_path, "loss"), _series(metrics_path, "heldout_loss")
     if not training[0] and not heldout[0]:
         raise MlmError(f"{metrics_path} holds no losses yet: train at least one step")
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -38,6 +39,12 @@ def loss_curve(metrics_path: str | Path, png_path: str | Path) -> None:
         raise MlmError(f"cannot write {png_path}: {error.strerror}: make room or give another folder") from None
 
 
-def _series(records: list[dict], key: str) -> tuple[list[float], list[float]]:
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None and "step" in record]
+def _series(metrics_path: str | Path, key: str) -> tuple[list[float], list[float]]:
+    losses = (record for record in read_metrics(metrics_path) if is_loss(record.get(key)))
+    points = [(record["step"], record[key]) for record in itertools.islice(losses, _POINTS)]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def is_loss(value: object) -> bool:
+    """Whether it can be drawn: a number that overflows no axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

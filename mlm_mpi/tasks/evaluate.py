@@ -1,7 +1,6 @@
 """`mlm-mpi evaluate RUN`: held-out quality of a trained model. Needs no MPI."""
 
 import argparse
-from pathlib import Path
 
 import msgspec
 
@@ -10,7 +9,7 @@ from mlm_mpi.tasks import language_model as lm
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi evaluate`."""
-    parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
     parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
@@ -19,14 +18,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    trained = lm.load(Path(args.run), Path(args.data) if args.data else None, args.device)
-    quality = lm.evaluate(trained)
+    trained = lm.load(args.run, args.device)
+    catalog = lm.open_corpus(trained, args.data)
+    quality = lm.evaluate(trained, catalog)
     numbers = {
         "step": trained.step, "loss": quality.loss, "perplexity": quality.perplexity,
         "bits_per_character": quality.bits_per_character, "tokens": quality.tokens, "characters": quality.characters,
+        "catalog": catalog.digest, "trained_on": trained.manifest.catalog,
     }  # fmt: skip
     if args.baselines:
-        catalog, tokenizer = trained.catalog, trained.tokenizer
+        tokenizer = trained.tokenizer
         numbers["unigram_bits_per_character"] = lm.unigram_bits_per_character(catalog, tokenizer.vocab_size)
         alone, after = lm.xz_bits_per_character(catalog, tokenizer)
         numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}

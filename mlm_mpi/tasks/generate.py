@@ -2,9 +2,7 @@
 
 import argparse
 import itertools
-import os
 import sys
-from pathlib import Path
 
 from mlm_mpi.data.tokenizer import StreamDecoder
 from mlm_mpi.errors import ConfigError
@@ -13,11 +11,8 @@ from mlm_mpi.tasks import language_model as lm
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
-    parser.add_argument("run", metavar="RUN", help="run folder of a training")
+    parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="a prepared corpus with the same tokenizer, if data.dir has moved"
-    )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
@@ -30,12 +25,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.tokens < 1:
-        raise ConfigError(f"--tokens {args.tokens} must be at least 1")
+    if not 1 <= args.tokens <= sys.maxsize:
+        raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
     sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = lm.load(Path(args.run), Path(args.data) if args.data else None, args.device)
+    trained = lm.load(args.run, args.device)
     end = trained.tokenizer.eot
-    text = os.fsencode(args.prompt).decode(errors="replace")  # a command line may hold any bytes
+    text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(text)

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/part-0000.h5 …  each rank's rows of every parameter and moment
                               index.h5        virtual datasets: whole arrays for any HDF5 tool
+                              tokenizer.json  the tokenizer, so that the model outlives its corpus
                               manifest.json   step, configuration, SHA-256 and size of every part
 
 A part is built in memory (h5py on a full disk takes the interpreter down with it), hashed, written and
@@ -10,28 +11,39 @@ and renames it. A folder named step-… is therefore complete, and a reader trus
 file whose writer was killed may open cleanly and be incomplete. No pickle anywhere.
 """
 
+import contextlib
 import hashlib
 import io
+import math
+import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import h5py
 import msgspec
+import numpy as np
 
+from mlm_mpi import hdf5
 from mlm_mpi.backend.arrays import fill, snap, to_host
 from mlm_mpi.comm.group import Group
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
-from mlm_mpi.files import publish, sync_folder
+from mlm_mpi.files import publish, read_whole, sync_folder
 from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _PREFIX, _HIDDEN = "step-", ".writing-"
+TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_BYTES = 256 << 20  # the largest in use, of 256,000 tokens, have some 35 MB
+_FOLDER = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,17})")  # as `_publish` names them
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file or a parameter: never a path
+_MANIFEST_BYTES = 64 << 20  # 1,000 writers of 1,000 parameters
+_LARGEST = 1 << 48  # elements of a parameter
 
 T = TypeVar("T")
 Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
@@ -57,12 +69,26 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shapes: dict[str, list[int]]
     buffers: list[str]
     parts: list[Part]
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     vocabulary: int
     tokenizer: str
     catalog: str
     fingerprint: dict[str, Any]
     incomparable: str | None = None  # why bits of this run cannot be compared with others, once and for all
+    corpus: str = ""  # what the catalog held and how it was made, in words
+
+
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of manifest.json: a manifest and the SHA-256 of its bytes."""
+
+    sha256: str
+    manifest: msgspec.Raw
+
+
+class _Versioned(msgspec.Struct):
+    """What the manifest of any version holds."""
+
+    format: int
 
 
 Check = Callable[[Path, Manifest], None]
@@ -136,10 +162,11 @@ class Saver:
     """Writes checkpoints, in the background where asked; every rank has one. Only `publish` communicates."""
 
     def __init__(
-        self, folder: Path, store: FlatStore, buffers: Buffers, group: Group, keep: int, background: bool
-    ) -> None:
+        self, folder: Path, store: FlatStore, buffers: Buffers, tokenizer: bytes, group: Group, keep: int,
+        background: bool,
+    ) -> None:  # fmt: skip
         self.folder, self.store, self.buffers, self.group = folder, store, buffers, group
-        self.keep, self.background = keep, background
+        self.tokenizer, self.keep, self.background = tokenizer, keep, background
         self.write: _Write | None = None
 
     @property
@@ -177,6 +204,8 @@ class Saver:
             hidden.mkdir(parents=True, exist_ok=True)
             image = part_image(pieces, rows)
             digest = publish(hidden / name, image)
+            if self.group.rank == 0:
+                publish(hidden / TOKENIZER_FILE, self.tokenizer)
             write.part = Part(name, len(image), digest, rows)
         except MlmError as error:
             write.error = str(error)
@@ -191,8 +220,11 @@ class Saver:
         write = self.write
         assert write is not None, "publish follows begin"
         self.write = None
-        try:
-            self.group.wait_until(lambda: None if write.over else [self.group.rank], "its own checkpoint part")
+        self.group.note("writing its checkpoint part")
+        try:  # alone: nobody else holds this up
+            Group(timeout_s=self.group.timeout_s).wait_until(
+                lambda: None if write.over else (), "the disk to take its part"
+            )
         except CommError as error:
             write.error = str(error)
         patient = self.group.with_timeout(2 * self.group.timeout_s)  # others may be as slow in their own wait
@@ -224,7 +256,7 @@ class Saver:
         manifest = Manifest(
             format=FORMAT, step=step, dtype=self.store.dtype.name,
             shapes={s.parameter.name: list(s.shape) for s in self.store.spans},
-            buffers=list(self.buffers), parts=parts, **about,
+            buffers=list(self.buffers), parts=parts, tokenizer=hashlib.sha256(self.tokenizer).hexdigest(), **about,
         )  # fmt: skip
         hidden, final = self._hidden(step), self.folder / f"{_PREFIX}{step:08}"
         publish(hidden / "index.h5", index_image(manifest))
@@ -232,20 +264,51 @@ class Saver:
         seal = hashlib.sha256(body).hexdigest()
         publish(hidden / "manifest.json", msgspec.json.encode({"sha256": seal, "manifest": msgspec.Raw(body)}))
         if final.exists():  # the same step, saved by an earlier start of this run
-            shutil.rmtree(final)
+            _withdraw(final)
         hidden.rename(final)
         sync_folder(self.folder)
         # a later one is damaged, or this run would have gone on from it: it may not push this one out
         for old in [path for path in published(self.folder) if path.name <= final.name][self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save tries again
+                _withdraw(old)
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
 
 
+def _withdraw(checkpoint: Path) -> None:
+    """Removes a checkpoint, its name first: neither a reader nor a kill leaves half of one under it."""
+    hidden = checkpoint.with_name(f"{_HIDDEN}old-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def read_tokenizer(checkpoint: Path, manifest: Manifest) -> bytes:
+    """The content of a checkpoint's tokenizer.json, verified. Raises DamagedCheckpoint."""
+    path = checkpoint / TOKENIZER_FILE
+    try:
+        content = read_whole(path, _TOKENIZER_BYTES, checkpoint)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}): copy its corpus' tokenizer there") from None
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer:
+        raise DamagedCheckpoint(f"{path} does not match the SHA-256 in its manifest")
+    return content
+
+
 def published(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest first."""
-    return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+    """Checkpoint folders, the newest first; none where there is no folder. Raises CheckpointError."""
+    try:
+        named = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}: give another --run") from None
+    return sorted(named, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -255,21 +318,79 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its seal checked. Raises DamagedCheckpoint."""
+    """The manifest, its seal checked and its numbers sane. Raises DamagedCheckpoint."""
     path = checkpoint / "manifest.json"
     try:
-        sealed = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
-        body = bytes(sealed["manifest"])
-        if msgspec.json.decode(sealed["sha256"], type=str) != hashlib.sha256(body).hexdigest():
+        sealed = msgspec.json.decode(read_whole(path, _MANIFEST_BYTES, checkpoint.parent), type=_Sealed)
+        body = bytes(sealed.manifest)
+        if sealed.sha256 != hashlib.sha256(body).hexdigest():
             raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
+        found = msgspec.json.decode(body, type=_Versioned).format
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {found}, this version reads {FORMAT}: use the version that wrote it"
+            )
         manifest = msgspec.json.decode(body, type=Manifest)
-    except (OSError, KeyError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.format}, this version reads {FORMAT}: use the version that wrote it"
-        )
+    step = _step_of(checkpoint) if _FOLDER.fullmatch(checkpoint.name) else manifest.step  # a copy may have any name
+    wrong = next(_oddities(manifest, step), None)
+    if wrong is not None:
+        raise DamagedCheckpoint(f"{path} {wrong}")
     return manifest
+
+
+def _oddities(manifest: Manifest, step: int) -> Iterator[str]:
+    """What is wrong with a manifest whose seal is right: whoever writes one can seal it too."""
+    if manifest.step != step:
+        yield f"is of step {manifest.step}, its folder of step {step}"
+    if manifest.dtype not in ("float32", "float64"):
+        yield f"has the type {manifest.dtype!r}, neither float32 nor float64"
+    if manifest.vocabulary < 1:
+        yield f"has a vocabulary of {manifest.vocabulary}"
+    for kind, names in (
+        ("parameter", list(manifest.shapes)), ("buffer", manifest.buffers), ("file", [p.file for p in manifest.parts])
+    ):  # fmt: skip
+        odd = [name for name in names if not _NAME.fullmatch(name)]
+        if odd or not names or len(set(names)) != len(names):
+            yield f"names a {kind} {odd[0]!r}" if odd else f"names no {kind}, or one twice"
+    for name, shape in manifest.shapes.items():
+        if not shape or len(shape) > 8 or min(shape) < 1 or math.prod(shape) > _LARGEST:
+            yield f"gives {name} the shape {shape}"
+    yield from _uncovered(manifest)
+    for part in manifest.parts:
+        most = _most_bytes(part, manifest)
+        if not 0 <= part.bytes <= most:
+            yield f"gives {part.file} {part.bytes} bytes, its rows need at most {most}"
+
+
+def _uncovered(manifest: Manifest) -> Iterator[str]:
+    """Rows of a parameter that no part holds, or two, or that are not there."""
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.shapes}
+    for part in manifest.parts:
+        for name, rows in part.rows.items():
+            if name not in ranges:
+                yield f"has rows of {name!r} in {part.file}, which has no shape"
+                return
+            ranges[name].append(rows)
+    for name, parts in ranges.items():
+        at = 0
+        for start, stop in sorted(parts):
+            if start != at or stop <= start:
+                yield f"has rows {start} to {stop} of {name} where {at} should begin"
+                return
+            at = stop
+        if at != manifest.shapes[name][0]:
+            yield f"has parts with {at} rows of {name}, which has {manifest.shapes[name][0]}"
+
+
+def _most_bytes(part: Part, manifest: Manifest) -> int:
+    """What a part can need: chunks of up to twice its rows, and headers."""
+    item = np.dtype(manifest.dtype).itemsize
+    rows = sum((stop - start) * math.prod(manifest.shapes[name][1:]) for name, (start, stop) in part.rows.items())
+    return len(manifest.buffers) * (2 * rows * item + len(part.rows) * 4096) + (1 << 16)
 
 
 def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buffers) -> None:
@@ -288,25 +409,48 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
         raise CheckpointError(
             f"{checkpoint} holds {', '.join(manifest.buffers)}, this run needs {', '.join(buffers)}: keep optim.name"
         )
+    if manifest.dtype != store.dtype.name:
+        raise CheckpointError(
+            f"{checkpoint} holds {manifest.dtype}, this run computes in {store.dtype.name}: keep train.dtype"
+        )
     views = {kind: store.named(flat) for kind, flat in buffers.items()}
-    covered = dict.fromkeys(shapes, 0)
     for part in manifest.parts:
-        with h5py.File(io.BytesIO(_verified(checkpoint / part.file, part)), "r") as file:
-            for name, (start, stop) in part.rows.items():
-                covered[name] += stop - start
-                for kind in buffers:
-                    fill(views[kind][name][start:stop], file[f"{kind}/{name}"][...])
-    short = [name for name, rows in covered.items() if rows != shapes[name][0]]
-    if short:
-        raise DamagedCheckpoint(f"{checkpoint}: the parts do not hold all rows of {short[0]}")
+        path = checkpoint / part.file
+        content = _verified(path, part)
+        try:
+            _fill(views, content, part, manifest)
+        except hdf5.FormatError as error:
+            raise DamagedCheckpoint(f"{path} {error}") from None
     store.refresh()
+
+
+def _fill(views: Pieces, content: bytes, part: Part, manifest: Manifest) -> None:
+    """Copies a part's rows into their places in `views`, straight from the verified bytes. Raises FormatError."""
+    dtype = np.dtype(manifest.dtype)
+    shapes = {name: (stop - start, *manifest.shapes[name][1:]) for name, (start, stop) in part.rows.items()}
+    expected = {
+        f"{kind}/{name}": hdf5.Expected(shape, dtype, hdf5.SUMMED)
+        for kind in manifest.buffers
+        for name, shape in shapes.items()
+    }
+    found, _ = hdf5.examine(io.BytesIO(content), len(content), expected)
+    view = memoryview(content)
+    for kind, named in views.items():
+        for name, (start, _) in part.rows.items():
+            dataset = found[f"{kind}/{name}"]
+            if dataset.attributes != {"first_row": start}:
+                raise hdf5.FormatError(f"does not begin with row {start} of {kind}/{name}")
+            for row, values in dataset.chunks(lambda offset, size: view[offset : offset + size]):
+                fill(named[name][start + row : start + row + len(values)], values)
 
 
 def _verified(path: Path, part: Part) -> bytes:
     try:
-        content = path.read_bytes()
+        content = read_whole(path, part.bytes, path.parent)
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedCheckpoint(
+            f"{path} cannot be read: {error.strerror}; its manifest says {part.bytes} bytes"
+        ) from None
     if len(content) != part.bytes:
         raise DamagedCheckpoint(f"{path} has {len(content)} bytes, its manifest says {part.bytes}")
     if hashlib.sha256(content).hexdigest() != part.sha256:
@@ -321,6 +465,14 @@ def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) ->
     return "parameters come in another order there"
 
 
+def newest_manifest(folder: Path) -> Manifest | None:
+    """The newest manifest that can be read, whatever the parts beside it are worth; None if there is none."""
+    for path in published(folder):
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(path)
+    return None
+
+
 def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) -> T:
     """What `load` makes of the newest checkpoint it can restore; for a process alone.
 
@@ -331,6 +483,8 @@ def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) ->
         try:
             return load(path, read_manifest(path))
         except DamagedCheckpoint as error:
+            if not path.exists():  # a live run has replaced it meanwhile
+                return newest_sound(folder, load, say)
             problems.append(str(error))
             say(_passed_over(path.name, str(error)))
     raise CheckpointError(_none_left(folder, problems))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from mlm_mpi import config as configuration
+from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -27,17 +28,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command on this rank."""
-    device = [] if args.device is None else [f"backend.device={args.device}"]
-    config = configuration.load(args.config, args.set + device)
-    if args.max_steps is not None and args.max_steps < 1:
-        raise ConfigError(f"--max-steps {args.max_steps} must be at least 1")
-    limit = None if args.max_time is None else seconds(args.max_time)
+    config = settings(args)
     configuration.prepare_environment(config)
     from mlm_mpi.comm import launch
     from mlm_mpi.train.trainer import Options, Trainer
 
+    limit = None if args.max_time is None else seconds(args.max_time)
     options = Options(Path(args.run), args.resume, limit, args.max_steps, args.quiet)
-    return Trainer(config, options, launch.start()).run()
+    group = launch.start()
+    code = Trainer(config, options, group).run()
+    group.barrier("the end of the training")
+    return code
+
+
+def settings(args: argparse.Namespace) -> Config:
+    """The configuration that the arguments ask for, all of them checked. Raises ConfigError."""
+    if not args.run:
+        raise ConfigError("--run '' is empty, which would be the current folder: name a folder")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise ConfigError(f"--max-steps {args.max_steps} must be at least 1")
+    if args.max_time is not None:
+        seconds(args.max_time)
+    device = [] if args.device is None else [f"backend.device={args.device}"]
+    return configuration.load(args.config, args.set + device)
 
 
 def seconds(text: str) -> float:

@@ -5,10 +5,11 @@ environment.json  versions, fingerprint, command   loss.png        the curve, at
 checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import platform
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import msgspec
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.files import publish
+from mlm_mpi.files import HeldError, Lock, publish
 
 
 class RunFolder:
@@ -31,40 +32,52 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.curve = path / "loss.png"
         self.done = path / "DONE"
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     def acquire(self) -> None:
-        """Makes the folder and takes its lock. Raises ConfigError naming the live run that holds it."""
+        """Makes the folder and takes its lock. A folder that cannot be used is left as it was.
+
+        Raises ConfigError: a live run holds it, it holds files that no run wrote, or it cannot be made.
+        """
+        made: list[Path] = []
         try:
+            made = [path for path in (self.checkpoints, self.path, *self.path.parents) if not path.exists()]
+            self._refuse_foreign()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(f"cannot use {self.path} as run folder: {error.strerror}: give another --run") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-            os.close(lock)
+            self._lock = Lock(self.path / "run.lock")
+        except HeldError as holder:
             raise ConfigError(
                 f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another --run"
             ) from None
         except OSError as error:
-            os.close(lock)
+            self._remove(made)
             raise ConfigError(
-                f"cannot lock {self.path}: {error.strerror}: put --run on a file system with locks (flock)"
+                f"cannot use {self.path} as run folder: {error.strerror}: "
+                "give another --run, on a file system with space and locks (flock)"
             ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = lock
+
+    def _refuse_foreign(self) -> None:
+        """What a run would write over must be a run's: the lock is the first file that one makes."""
+        names = ("config.toml", "environment.json", "metrics.jsonl", "loss.png", "DONE", "checkpoints")
+        found = [name for name in names if os.path.lexists(self.path / name)]
+        if found and not (self.path / "run.lock").exists():
+            raise ConfigError(
+                f"{self.path} holds {', '.join(found)}, which no run of mlm-mpi wrote: give another --run, or move them"
+            )
+
+    def _remove(self, made: list[Path]) -> None:
+        with contextlib.suppress(OSError):  # what the first error says is what counts
+            if self.path in made:
+                (self.path / "run.lock").unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
 
     def describe(self, config: Config, facts: dict[str, Any], ranks: int) -> None:
         """Writes the effective configuration and what it runs on."""
         environment = {
-            "command": sys.argv, "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
+            "command": _command(), "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
             "python": platform.python_version(), "fingerprint": facts,
         }  # fmt: skip
-        findable = msgspec.structs.replace(config.data, dir=str(Path(config.data.dir).absolute()))
-        config = msgspec.structs.replace(config, data=findable)
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
         self.done.unlink(missing_ok=True)
@@ -74,9 +87,38 @@ class RunFolder:
         publish(self.done, (json.dumps({"step": step, "weights_sha256": weights}) + "\n").encode())
 
 
-def open_run(path: Path) -> tuple[RunFolder, Config]:
-    """A run folder and its configuration, for reading. Raises ConfigError if there is none."""
-    folder = RunFolder(path)
-    if not (path / "config.toml").is_file():
-        raise ConfigError(f"{path} is no run folder (it has no config.toml): give the --run folder of a training run")
-    return folder, configuration.load(path / "config.toml")
+def _command() -> str:
+    """What was typed on each rank, as one line for a shell."""
+    program, *words = sys.argv
+    own = Path(program).name in ("mlm-mpi", "__main__.py")
+    return shlex.join(["mlm-mpi" if own else program, *words])
+
+
+def findable(config: Config) -> Config:
+    """The same with a `data.dir` that holds from any working directory, to be written down. Raises ConfigError."""
+    path = str(Path(config.data.dir).absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"data.dir = {path!r} is no UTF-8, which files of a run are written in: rename it") from None
+    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, dir=path))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is itself a checkpoint, wherever it was copied to."""
+    return os.access(path / "manifest.json", os.R_OK)
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The checkpoints of a run folder, for reading. Raises ConfigError if it has none or they may not be read."""
+    folder = run / "checkpoints"
+    try:
+        os.scandir(f"{folder}/.").close()  # the dot: a folder that may be listed but not searched is refused too
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{run} is no run folder (it has no checkpoints/): "
+            "give the --run folder of a training run, or one of its checkpoints"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {folder}: {error.strerror}: give a run folder that you may read") from None
+    return folder

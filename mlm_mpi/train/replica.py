@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of
+from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of, nccl
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
 from mlm_mpi.comm.transport import transport
@@ -95,6 +95,7 @@ class Replica:
         length, broken = norm(self.store, total)
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, batches, losses, broken)
+        self.group.note(f"the update of step {step}")
         factor = clip_factor(self.config.optim.clip, length / targets)
         self.optimizer.step(total, rate, factor / targets, step + 1)
         seconds = time.perf_counter() - began
@@ -110,7 +111,9 @@ class Replica:
             self.store.point_gradients(buffer)
             members = self.assignment.micro_batches_of(lane)
             for index in members:
+                self.group.note(f"step {step}, waiting for the tokens of micro-batch {index}")
                 batch = next_batch()
+                self.group.note(f"step {step}, micro-batch {index}")
                 last = lane == stop - 1 and index == members[-1]
                 losses.append(self._loss_and_grad(batch, not fresh, self.reduction.block_ready if last else None))
                 batches.append(batch)
@@ -187,6 +190,7 @@ class Replica:
         for k in range(rounds):
             number = k * ranks + rank
             if number < count:
+                self.group.note(f"held-out micro-batch {number}")
                 batch = batch_of(number)
                 row[k] = float(self.stack.loss(*self._arrays(batch), ctx)), batch.targets_count
         table = self.group.allgather_array(row, "held-out losses")  # (R, rounds, 2)
@@ -214,9 +218,8 @@ def place_of(config: "Config", level: str = "auto", on_node: tuple[int, int] = (
 
 
 def _check_nccl(place: Place, ranks: int) -> None:
+    nccl()
     gpus = place.xp.cuda.runtime.getDeviceCount()
-    if not place.xp.cuda.nccl.available:
-        raise ConfigError("comm.reduction = nccl: CuPy finds no NCCL: pip install nvidia-nccl-cu13, or use canonical")
     if ranks > gpus:
         raise ConfigError(
             f"comm.reduction = nccl needs a GPU for each rank of a node, {ranks} ranks share {gpus}: "
@@ -228,20 +231,45 @@ def _finite(array: Any) -> bool:
     return bool(module_of(array).isfinite(array).all())
 
 
-def check_memory(config: Config, vocabulary: int, place: Place) -> None:
-    """Refuses a model whose weights, gradients and moments cannot fit where a rank calculates. Raises ConfigError."""
-    blocks = gpt.build(config.model, vocabulary).parameter_blocks()
-    count = sum(math.prod(parameter.layout.shape) for block in blocks for parameter in block)
-    copies = 3 + (config.optim.name == "adamw")
-    needed = copies * count * np.dtype(config.train.dtype).itemsize
-    present, where = psutil.virtual_memory().total, "this machine"
+def check_memory(config: Config, vocabulary: int, place: Place, on_node: int = 1) -> None:
+    """Refuses what cannot fit where the ranks of a node calculate: a lower bound, made before anything is built.
+
+    `on_node`: ranks that share the node. Raises ConfigError.
+    """
+    needed = least_bytes(config, vocabulary)
+    present, where, share = psutil.virtual_memory().total, f"this machine, with {on_node} rank(s),", on_node
     if place.on_gpu:
-        present, where = place.xp.cuda.Device().mem_info[1], "its GPU"
-    if needed > present:
+        present, where, share = place.xp.cuda.Device().mem_info[1], "its GPU", 1
+    if share * sum(needed.values()) > present:
+        parts = ", ".join(f"{name} {value / 2**30:,.1f}" for name, value in needed.items())
         raise ConfigError(
-            f"{count:,} parameters need {needed / 2**30:,.1f} GiB a rank without activations, {where} has "
-            f"{present / 2**30:,.1f} GiB: lower model.width, model.layers or model.context"
+            f"a rank needs at least {sum(needed.values()) / 2**30:,.1f} GiB ({parts}), {where} has "
+            f"{present / 2**30:,.1f} GiB: lower {_LEVERS[max(needed, key=lambda name: needed[name])]}"
         )
+
+
+_LEVERS = {
+    "parameters": "model.width, model.layers or model.context", "activations": "train.rows or model.context",
+    "evaluation": "eval.rows or model.context", "prefetch": "data.prefetch",
+}  # fmt: skip
+_BLOCK_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by tracemalloc, 1,000 blocks of width 8
+
+
+def least_bytes(config: Config, vocabulary: int) -> dict[str, int]:
+    """What a rank holds at least, in bytes: parameters with gradients and moments, one array of B·T·C a block, …"""
+    model, train, size = config.model, config.train, np.dtype(config.train.dtype).itemsize
+    shallow = msgspec.structs.replace(model, layers=1)  # blocks are alike: none but one is built
+    embedding, block, head = (
+        sum(math.prod(parameter.layout.shape) for parameter in part)
+        for part in gpt.build(shallow, vocabulary).parameter_blocks()
+    )
+    copies = 3 + (config.optim.name == "adamw")
+    return {
+        "parameters": copies * size * (embedding + model.layers * block + head) + model.layers * _BLOCK_BYTES,
+        "activations": size * train.rows * model.context * model.width * model.layers,
+        "evaluation": 2 * size * config.eval.rows * model.context * model.width,
+        "prefetch": 8 * config.data.prefetch * train.rows * model.context,
+    }
 
 
 def bytes_held(replica: Replica) -> dict[str, int]:

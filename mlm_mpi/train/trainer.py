@@ -25,12 +25,12 @@ from mlm_mpi.config import Config
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import Loader, TokenStream, heldout_batch, heldout_count
 from mlm_mpi.data.sampler import Sampler, windows_of
-from mlm_mpi.errors import CheckpointError, MlmError, agreed
+from mlm_mpi.errors import CheckpointError, DataError, MlmError, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
-from mlm_mpi.train import checkpoint
+from mlm_mpi.train import checkpoint, corpus
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
-from mlm_mpi.train.folder import RunFolder
+from mlm_mpi.train.folder import RunFolder, findable
 from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences, place_of
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
@@ -101,17 +101,21 @@ class Trainer:
             configuration.check_ranks(config, group.size)
             self.place = place_of(config, config.numerics.level, on_node)
             self._open_data()
-            check_memory(config, self.vocabulary, self.place)
+            check_memory(config, self.vocabulary, self.place, on_node[1])
+            self.config = config = findable(config)
         self.replica = Replica(config, self.vocabulary, Mesh(self.group), self.place)
         self.facts = fingerprint(config, group.size, self.place)
         self.incomparable = self._compare_fingerprints()
 
     def _open_data(self) -> None:
         config = self.config
-        self.catalog = Catalog.open(config.data.dir)
-        self.catalog.check_files()
-        tokenizer = self.catalog.tokenizer()
-        self.vocabulary, self.tokenizer_hash = tokenizer.vocab_size, tokenizer.hash
+        try:
+            self.catalog = Catalog.open(config.data.dir)
+            self.catalog.check_files()
+            self.tokenizer = self.catalog.tokenizer()
+        except DataError as error:
+            raise DataError(f"{error}{self._origin()}") from None
+        self.vocabulary = self.tokenizer.vocab_size
         windows = windows_of(self.catalog.tokens("train"), config.model.context)
         sampler = Sampler(config.train.seed, windows, config.train.micro_batches, config.train.rows)
         self.loader = Loader(
@@ -119,6 +123,11 @@ class Trainer:
             config.comm.timeout_s,
         )  # fmt: skip
         self.heldout = TokenStream(self.catalog, "heldout")
+
+    def _origin(self) -> str:
+        """What a run that stands already was trained on, as the end of a line; nothing for a new run."""
+        manifest = checkpoint.newest_manifest(self.folder.checkpoints)
+        return f"; {self.folder.path} was trained on {corpus.origin(manifest)}" if manifest else ""
 
     def _compare_fingerprints(self) -> str | None:
         """Why bits cannot be compared with other runs of this configuration; None if they can. Collective."""
@@ -143,8 +152,9 @@ class Trainer:
         show = self._open_display(first)
         buffers, keep = self.replica.state(), self.config.checkpoint.keep
         self.saver = checkpoint.Saver(
-            self.folder.checkpoints, self.replica.store, buffers, self.group, keep, self.config.checkpoint.background
-        )
+            self.folder.checkpoints, self.replica.store, buffers, self.tokenizer.content, self.group, keep,
+            self.config.checkpoint.background,
+        )  # fmt: skip
         try:
             step = self._train(first, show)
         except MlmError as error:
@@ -213,7 +223,7 @@ class Trainer:
     def _about(self) -> dict[str, Any]:
         return {
             "config": configuration.to_table(self.config), "vocabulary": self.vocabulary,
-            "tokenizer": self.tokenizer_hash, "catalog": self.catalog.digest, "fingerprint": self.facts,
+            "catalog": self.catalog.digest, "corpus": corpus.in_words(self.catalog), "fingerprint": self.facts,
             "incomparable": self.incomparable,
         }  # fmt: skip
 
@@ -262,12 +272,13 @@ class Trainer:
 
     def _check_same_run(self, path: Path, manifest: checkpoint.Manifest) -> None:
         """Refuses what would make another run of it, says what may change bits."""
-        if manifest.tokenizer != self.tokenizer_hash or manifest.catalog != self.catalog.digest:
-            what = "tokenizer" if manifest.tokenizer != self.tokenizer_hash else "catalog"
+        if manifest.tokenizer != self.tokenizer.hash or manifest.catalog != self.catalog.digest:
+            what = "tokenizer" if manifest.tokenizer != self.tokenizer.hash else "catalog"
             raise CheckpointError(
                 f"{path} was trained on another {what} than {self.config.data.dir} holds: set data.dir to its own, "
-                "or give another --run"
+                f"{corpus.origin(manifest)}, or give another --run"
             )
+        checkpoint.read_tokenizer(path, manifest)
         changed = [d for d in config_differences(manifest.config, self.config) if not d.startswith(_FREE)]
         steps = [d for d in changed if d.startswith("train.steps")]
         others = [d for d in changed if d not in steps]

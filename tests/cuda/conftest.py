@@ -34,23 +34,41 @@ from mlm_mpi.backend.cuda import nvrtc  # noqa: E402
 
 BUILDS = set(nvrtc.builds())  # those that test_nvrtc.py compiles
 
-SEEDS = [0] if ON_GPU else [0, 1, 2, 3]  # orders in which the emulator runs threads
 
-
-@pytest.fixture(params=SEEDS, ids=lambda seed: f"order{seed}")
-def gpu(request):
-    """The device, chosen for every op of the test; on the emulator, with threads in four orders."""
-    if not ON_GPU:
-        cupy.seed(request.param)
-    device = kernels.select(device="cuda").library
-    yield device
-    kernels.select()
-    asked = {(stem, tuple((key, str(value)) for key, value in defines)) for stem, defines in device.builds}
+def assert_recorded(builds):
+    """That `kernels/cuda/builds.txt` has them."""
+    asked = {(stem, tuple((key, str(value)) for key, value in defines)) for stem, defines in builds}
     if os.environ.get("MLM_MPI_TEST_BUILDS") == "record":
         nvrtc.record(asked)
     else:
         missing = sorted(asked - BUILDS)
         assert not missing, f"kernels/cuda/builds.txt lacks these (MLM_MPI_TEST_BUILDS=record adds them): {missing}"
+
+
+# orders in which the emulator runs threads, each with the multiprocessors of another GPU: few, an A100's, an H100's,
+# a B200's; MLM_MPI_STANDIN_PROCESSORS gives all of them its own
+PROCESSORS = [4, 108, 132, 148]
+if fixed := os.environ.get("MLM_MPI_STANDIN_PROCESSORS"):
+    PROCESSORS = [int(fixed)] * len(PROCESSORS)
+ORDERS = range(1 if ON_GPU else len(PROCESSORS))
+
+
+@pytest.fixture(params=ORDERS, ids=lambda order: f"order{order}")
+def gpu(request, monkeypatch):
+    """The device, chosen for every op of the test; on the emulator, with threads in four orders."""
+    if not ON_GPU:
+        cupy.seed(request.param)
+        monkeypatch.setattr(cupy.cuda.Device, "multiprocessors", PROCESSORS[request.param])
+    device = kernels.select(device="cuda").library
+    yield device
+    kernels.select()
+    assert_recorded(device.builds)
+
+
+@pytest.fixture
+def four_processors(gpu, monkeypatch):
+    """The device as launches see it, so that a small matrix has more tiles than it has blocks, whatever GPU it is."""
+    monkeypatch.setattr(gpu, "processors", 4)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,12 @@ def test_forward(gpu, dtype, columns, place, rng):
     assert out.shape == (3, 5, columns) and same_bits(out, device(table[ids]))
 
 
+def test_forward_of_more_rows_than_the_grid_has(gpu, dtype, rng, monkeypatch):
+    monkeypatch.setattr(gpu, "processors", 1)  # 64 rows a round
+    table, ids = rng.normal(size=(11, 24)).astype(dtype), rng.integers(0, 11, 150).astype("i4")
+    assert same_bits(run(embedding.forward, device(ids), device(table)), device(table[ids]))
+
+
 # runs inside a chunk of 32 positions, over a border, over many chunks, over more chunks than a warp has lanes
 IDS = {
     "one": [3],

@@ -1,5 +1,7 @@
 """Each Hopper instruction of ptx.cuh against its meaning: that the emulator, or the GPU, does what PTX ISA says."""
 
+import ctypes
+
 import cupy
 import ml_dtypes
 import numpy as np
@@ -161,3 +163,12 @@ def test_tensor_map_refuses(gpu, shape, box, swizzle, first):
     array = device(np.zeros(shape, BF16))[..., first:]
     with pytest.raises(ValueError, match="cuTensorMapEncodeTiled: error 1"):
         gpu.tensor_map(array, box, swizzle)
+
+
+def test_the_driver_is_looked_up_once(gpu, monkeypatch):
+    """More than half of a map's time went into finding the library again."""
+    x = device(np.zeros((8, 8), BF16))
+    gpu.tensor_map(x, (8, 8))
+    with monkeypatch.context() as patched:
+        patched.setattr(ctypes, "CDLL", None)
+        gpu.tensor_map(x, (8, 8))

@@ -131,7 +131,7 @@ def widest(monkeypatch):
         monkeypatch.setattr(launches, name, getattr(launches, name)[:1])
 
 
-def test_hopper_linear(gpu, widest, rng):
+def test_hopper_linear(gpu, widest, four_processors, rng):
     linear_agrees(gpu, "hopper", (130, 72, 264), BF16, rng)  # four tiles
     linear_agrees(gpu, "hopper", (650, 136, 264), BF16, rng, ("gelu", "residual"))  # twelve: three to each block
 
@@ -141,34 +141,59 @@ def test_widest_tiles(gpu, variant, widest, rng):
     linear_agrees(gpu, variant, (130, 72, 136), F32 if variant == "plain" else BF16, rng, ("residual",))
 
 
-@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
-def test_pieces(gpu, variant, rng, monkeypatch):
-    """Tiles that several blocks sum: every layout's shares, added to what is there, the same bits each time."""
+@pytest.fixture
+def cut(monkeypatch):
+    """The calls that sum tiles in pieces."""
+    spy = mock.Mock(side_effect=launches._in_pieces)
+    monkeypatch.setattr(launches, "_in_pieces", spy)
+    return spy
+
+
+@pytest.fixture
+def always_cut(four_processors, cut, monkeypatch):
+    """As `cut`, in pieces wherever that can be."""
     monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
+    return cut
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_pieces(gpu, variant, always_cut, rng):
+    """Tiles that several blocks sum: every layout's shares, added to what is there, the same bits each time."""
     dtype = F32 if variant == "plain" else BF16
     (a, on_a), (b, on_b) = matrix(rng, 40, 330, dtype, False, 8), matrix(rng, 330, 24, dtype, True, 8)
     out, on_out = matrix(rng, 40, 24, F32, align=4)
-    with mock.patch.object(launches, "_in_pieces", side_effect=launches._in_pieces) as in_pieces:
-        run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
-        assert in_pieces.called
+    run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
     assert_close(on_out, out + a @ b, F32, factor=4)
     again = [device(np.zeros((40, 24), "f4")) for _ in range(2)]
     for one in again:
         run(gpu, variant, "matmul.add", on_a, on_b, one, False)
     assert cupy.asnumpy(again[0]).tobytes() == cupy.asnumpy(again[1]).tobytes()
+    assert always_cut.call_count == 3
 
 
 @pytest.mark.parametrize(
     "variant, epilogues", [("plain", ["bias"]), ("mma", ["residual"]), ("hopper", ["gelu", "residual", "slope"])]
 )
-def test_pieces_of_several_tiles(gpu, variant, epilogues, rng, monkeypatch):
+def test_pieces_of_several_tiles(gpu, variant, epilogues, always_cut, rng, monkeypatch):
     """More tiles than blocks: a share begins in one tile, covers others, ends in another; then the epilogues."""
-    monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
     name = f"{variant.upper()}_TILES"
     narrow = replace(getattr(launches, name)[-1], blocks=1)  # four blocks in all
     monkeypatch.setattr(launches, name, (narrow,))
     dtype = F32 if variant == "plain" else BF16
     linear_agrees(gpu, variant, (3 * narrow.m - 10, 136, 3 * narrow.n - 24), dtype, rng, epilogues)
+    assert [call.args[1].shares for call in always_cut.call_args_list] == [4] * len(epilogues)
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_a_long_sum_is_cut_for_every_block_of_the_gpu(gpu, variant, cut, rng):
+    """What `plan` chooses by itself, for as many multiprocessors as there are."""
+    tiles, dtype = getattr(launches, f"{variant.upper()}_TILES"), F32 if variant == "plain" else BF16
+    k = max(64 * tile.k + tile.k * tile.blocks * gpu.processors for tile in tiles)
+    (a, on_a), (b, on_b) = matrix(rng, 9, k, dtype, align=8), matrix(rng, k, 16, dtype, align=8)
+    out, on_out = matrix(rng, 9, 16, F32, align=4)
+    run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
+    assert_close(on_out, out + a @ b, F32, factor=4)
+    assert [call.args[1].shares for call in cut.call_args_list] in [[tile.blocks * gpu.processors] for tile in tiles]
 
 
 # ---- who serves, and what is refused
@@ -263,13 +288,14 @@ def test_plan_cuts_few_tiles_of_a_long_sum():
     assert shares == tile.count(768, 768)  # too short to be worth a second kernel
 
 
+@pytest.mark.parametrize("processors", [4, 108, 114, 132, 148])
 @pytest.mark.parametrize("kernel", ["PLAIN", "MMA", "HOPPER"])
-def test_plan_never_cuts_finer_than_a_step(kernel, rng):
+def test_plan_never_cuts_finer_than_a_step(kernel, processors, rng):
     for _ in range(200):
         sizes = tuple(int(2**exponent) for exponent in rng.uniform(0, 14, 3))
-        tile, shares = launches.plan(sizes, getattr(launches, f"{kernel}_TILES"), 132)
+        tile, shares = launches.plan(sizes, getattr(launches, f"{kernel}_TILES"), processors)
         tiles, steps = tile.count(*sizes[:2]), -(-sizes[2] // tile.k)
-        assert shares == tiles or (shares == tile.blocks * 132 and shares <= tiles * steps)
+        assert shares == tiles or (shares == tile.blocks * processors and shares <= tiles * steps)
 
 
 def test_cublas_serves_what_was_measured(gpu, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """NVRTC assembles every build of the kernels, without a GPU or a header: nothing spills or lives in local memory."""
 
-import ctypes
-
 import pytest
 
 from mlm_mpi.backend.cuda import nvrtc
@@ -63,10 +61,16 @@ def test_hopper_sources_need_the_specific_architecture():
 
 def test_cupy_preprocesses_for_another_architecture():
     """CuPy first compiles an empty source with our options and -arch=compute_90 (compiler.py, _preprocess)."""
-    library, program = nvrtc._library(), ctypes.c_void_p()
-    assert not library.nvrtcCreateProgram(ctypes.byref(program), b"", b"preprocess.cu", 0, None, None)
-    given = [option.encode() for option in (*options("sm_90a", ()), "-arch=compute_90")]
-    assert not library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    nvrtc.compile_text("", "preprocess.cu", [*options("sm_90a", ()), "-arch=compute_90"])
+
+
+@pytest.mark.parametrize("stem", ["adamw", "crossentropy"])
+def test_what_is_compiled_beforehand_is_what_cupy_compiles(stem):
+    """With what CuPy 14.2 appends (compiler.py): numbers near 2^-126 must not depend on who compiled."""
+    defines = next(defines for known, defines in BUILDS if known == stem)
+    appended = ["-ftz=true", "-arch=sm_90", "--device-as-default-execution-space", "--ptxas-options=-v"]
+    by_cupy, _ = nvrtc.compile_text(source(stem), f"{stem}.cu", [*options("sm_90a", defines), *appended])
+    assert nvrtc.compile_cubin(stem, "sm_90a", defines)[0] == by_cupy
 
 
 def test_a_cubin_belongs_to_its_source_and_options(monkeypatch):

@@ -94,6 +94,12 @@ def test_nccl_is_refused_where_ranks_share_a_gpu(home):
     home.train("shared", 2, GPU, "comm.reduction=nccl").refused("2 ranks share 1")
 
 
+def test_nccl_is_refused_without_its_library(home):
+    words = home.words("library", 2, GPU, "comm.reduction=nccl")
+    ended = home.program(*words, MLM_MPI_STANDIN_GPUS="2", MLM_MPI_STANDIN_NCCL="0")
+    ended.refused("CuPy finds no NCCL", "pip install nvidia-nccl-cu13", "canonical")
+
+
 def test_a_run_that_changes_device_says_so(home):
     first = home.program(*home.words("moved", None, GPU), "--max-steps", "3")
     assert first.code == 0, first.err
@@ -122,6 +128,13 @@ def test_a_model_too_large_for_the_gpu_is_refused(home):
 def test_without_a_gpu_one_line_says_what_to_do(home):
     words = home.words("none", 2, GPU)
     home.program(*words, MLM_MPI_STANDIN_GPUS="0").refused("backend.device = gpu", "--device cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [("", ("no NVRTC", "mlm-mpi[cuda13]")), ("12.8", ("NVRTC 12.8", "sm_90a", "12.9 or newer"))]
+)
+def test_without_a_compiler_one_line_says_what_to_install(home, found, words):
+    home.program(*home.words("nvrtc", 2, GPU), MLM_MPI_STANDIN_NVRTC=found).refused(*words)
 
 
 def test_without_cupy_one_line_says_what_to_install(home):

@@ -7,7 +7,6 @@ who it is and which test, with the traceback, and ends the whole job.
 import os
 import shutil
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -37,8 +36,10 @@ def main() -> int:
     group = launch.start()
     words = sys.argv[1:]
     folder = [] if any(Path(word).exists() for word in words) else [str(Path(__file__).parent)]
-    own = tempfile.mkdtemp(prefix=f"mlm-mpi-rank{group.rank}-")  # ranks that tidy up one folder meet in it
-    arguments = ["-p", "no:cacheprovider", "-W", "error", "--basetemp", f"{own}/tests", *words, *folder]
+    # ranks that tidy up one folder meet in it; what a failure leaves is there to be looked at until the next run
+    own = Path(__file__).parents[2] / "build" / "tests" / f"rank{group.rank}-of-{group.size}"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    arguments = ["-p", "no:cacheprovider", "-W", "error", "--basetemp", str(own), *words, *folder]
     if group.rank == 0:
         print(f"{group.size} rank{'s' * (group.size > 1)}: ", end="", flush=True)
         arguments += ["-q", "--color=no"]
@@ -46,7 +47,7 @@ def main() -> int:
         arguments += ["-p", "no:terminal"]
     code = pytest.main(arguments, plugins=[AbortAll(group.rank, group.size)])
     if code:
-        os._exit(int(code))  # their folders stay, to be looked at; the launcher ends the others
+        os._exit(int(code))  # the launcher ends the others
     group.barrier("the end of the tests")
     shutil.rmtree(own)
     launch.finish()

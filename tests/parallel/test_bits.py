@@ -124,9 +124,9 @@ def test_a_checkpoint_restores_the_same_bits_with_other_writers(group, writers, 
     config = tiny_config("train.steps=2")
     replica, _ = train(config, group)
     folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
-    saver = checkpoint.Saver(folder, replica.store, replica.state(), group, 2, background=writers % 2 == 0)
+    saver = checkpoint.Saver(folder, replica.store, replica.state(), b"{}", group, 2, background=writers % 2 == 0)
     saver.begin(2)
-    about = {"config": {}, "vocabulary": VOCABULARY, "tokenizer": "", "catalog": "", "fingerprint": {}}
+    about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
     assert saver.publish(about) is None
     other = Replica(config, VOCABULARY, Mesh(Group()))
     found = checkpoint.resume(folder, other.store, other.state(), group, print)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from programs import Ended, Place, make_text, prepare
+from programs import EVERY_TWO, Ended, Place, make_text, prepare
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +28,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Place:
 @pytest.fixture(scope="session")
 def straight(home: Place) -> Ended:
     """Six steps on one rank without a launcher, run folder home/straight, a checkpoint every two steps."""
-    ended = home.train("straight", None, "checkpoint.every=2", "checkpoint.keep=3")
+    ended = home.train("straight", None, *EVERY_TWO)
     assert ended.code == 0, ended.err
     return ended

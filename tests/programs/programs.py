@@ -45,6 +45,8 @@ timeout_s = 60
 every = 1
 """
 
+EVERY_TWO = ("checkpoint.every=2", "checkpoint.keep=3")
+
 # Runs what is given as FAULT in every rank before the program: `before_step(rank, step)` may be replaced.
 FAULTY = """
 import os, sys

@@ -46,6 +46,9 @@ SETTINGS = {
     ),
     "bf16 by NumPy": (("numerics.products=bf16", "numerics.reference=all"), ("NumPy has no bf16 products",)),
     "nowhere": (("data.dir=nowhere",), ("no corpus at nowhere", "run mlm-mpi prepare, or set data.dir")),
+    "a million layers": (("model.layers=1000000",), ("a rank needs at least", "parameters", "lower model.width")),
+    "evaluation": (("eval.rows=100000000000",), ("evaluation", "lower eval.rows")),
+    "prefetch": (("data.prefetch=100000000000",), ("prefetch", "lower data.prefetch")),
     "time": (("--max-time", "soon"), ("--max-time 'soon' is no time: write 90s",)),
     "steps": (("--max-steps", "0"), ("--max-steps 0 must be at least 1",)),
 }
@@ -55,6 +58,21 @@ SETTINGS = {
 def test_a_setting_that_cannot_work(place, what):
     words, said = SETTINGS[what]
     place.train("run", None, *words).refused(*said)
+    assert not (place.folder / "run").exists()
+
+
+def test_an_empty_name_is_not_the_current_folder(place):
+    before = sorted(place.folder.iterdir())
+    place.train("", None).refused("--run '' is empty, which would be the current folder: name a folder")
+    assert sorted(place.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("junk", ["x", "-1", ""])
+def test_junk_from_a_launcher(place, junk):
+    words = place.words("run", None)
+    place.program(*words, OMPI_COMM_WORLD_RANK=junk, OMPI_COMM_WORLD_SIZE="2").refused(
+        f"OMPI_COMM_WORLD_RANK = {junk!r} in the environment is not a whole number"
+    )
     assert not (place.folder / "run").exists()
 
 

@@ -1,14 +1,49 @@
 """`mlm-mpi evaluate` and `generate`: the run's own numbers, texts that repeat, and no MPI anywhere."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import random
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
-from programs import SOON_S
+from programs import SOON_S, Ended, make_text
 
+from mlm_mpi.__main__ import main
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.tasks import language_model as lm
+from mlm_mpi.train import checkpoint
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]):
+    """A command in this process, which spares half a second of imports."""
+
+    def run(*words: object) -> Ended:
+        code = main([str(word) for word in words])
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@contextlib.contextmanager
+def away(folder: Path) -> Iterator[Path]:
+    """A folder under another name while the block runs."""
+    elsewhere = folder.with_name("elsewhere")
+    folder.rename(elsewhere)
+    try:
+        yield elsewhere
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        elsewhere.rename(folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +94,7 @@ def test_generate_takes_any_bytes_and_a_reader_that_leaves(home, straight):
     done = home.program("generate", "straight", "--prompt", os.fsdecode(b"ab\xff"), "--tokens", "3")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("ab\ufffd")
-    process = home.start("generate", "straight", "--prompt", "abc", "--tokens", "100000")
+    process = home.start("generate", "straight", "--prompt", "abc", "--tokens", str(10**12))
     assert process.stdout is not None
     assert process.stdout.read(3) == "abc"
     process.stdout.close()
@@ -82,3 +117,217 @@ def test_the_cache_changes_no_text_past_the_end_of_the_context(home, straight, p
         continuation = lm.continue_prompt(trained.stack, trained.config.model.context, ids, greedy, cached)
         texts.append([next(continuation) for _ in range(50)])
     assert texts[0] == texts[1]
+
+
+ALTERED = {
+    "model.norm_epsilon": ("norm_epsilon = 0.00001", "norm_epsilon = 0.125"),
+    "model.heads": ("heads = 2", "heads = 4"),
+    "model.context": ("context = 16", "context = 8"),
+    "model.layers": ("layers = 1", "layers = 2"),
+    "model.feed_forward": ("feed_forward = 128", "feed_forward = 64"),
+    "train.dtype": ('dtype = "float32"', 'dtype = "float64"'),
+    "data.dir": ('dir = "', 'dir = "/nowhere'),
+    "eval.rows": ("rows = 16", "rows = 15"),
+    "model.layerz": ("layers", "layerz"),
+    "model.width": ("heads = 2", "heads = 3"),
+    "is not TOML": ("[model]", "[model"),
+    "No such file or directory": ("", None),
+}
+
+
+@pytest.mark.parametrize("named", ALTERED)
+def test_settings_come_from_the_checkpoint_and_a_file_that_differs_is_named(place, home, straight, say, named):
+    said = say("evaluate", home.folder / "straight", "--json")
+    assert (said.code, said.err) == (0, "")
+    path = place.copy_of(home, "straight") / "config.toml"
+    old, new = ALTERED[named]
+    if new is None:
+        path.unlink()
+    else:
+        text = path.read_text()
+        assert text.count(old) >= 1
+        path.write_text(text.replace(old, new))
+    altered = say("evaluate", path.parent, "--json")
+    assert altered.out == said.out
+    assert altered.err.startswith("note: the settings are those of step-00000006, not of ") and named in altered.err
+    assert altered.err.count("\n") == 1
+
+
+def test_no_flipped_bit_of_the_configuration_changes_a_figure(place, home, straight, say):
+    said = say("evaluate", home.folder / "straight", "--json").out
+    path = place.copy_of(home, "straight") / "config.toml"
+    sound = path.read_bytes()
+    draw = random.Random(8)
+    for _ in range(12):
+        content = bytearray(sound)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        flipped = say("evaluate", path.parent, "--json")
+        assert flipped.out == said, content
+        assert flipped.err.count("\n") <= 1
+
+
+def test_a_model_outlives_its_corpus(place, home, straight, say):
+    run = place.copy_of(home, "straight")
+    words = ("generate", run, "--prompt", "abc ", "--tokens", 40)
+    text, figures = say(*words).out, say("evaluate", run, "--json").out
+    catalog = Catalog.open(home.corpus)
+    size = f"corpus {catalog.digest[:12]} (20 documents, {catalog.tokens('train') + catalog.tokens('heldout'):,} tokens"
+    with away(home.corpus) as elsewhere:
+        assert say(*words) == Ended(0, text, "")
+        say("evaluate", run).refused("No such file or directory", size, f"no corpus at {home.corpus}", "--data DIR")
+        assert say("evaluate", run, "--json", "--data", elsewhere) == Ended(0, figures, "")
+        place.train("straight", None).refused("no corpus at", f"straight was trained on {size}")
+
+
+def test_a_corpus_is_made_again_by_the_command_that_the_model_names(place, say):
+    words = ["prepare", "text", "--out", "corpus", "--tokenizer", "bytes", "--heldout", "0.1", "--shard-mib", "0.01"]
+    make_text(place.folder / "text")
+    assert place.program(*words).code == 0
+    corpus = place.folder / "corpus"
+    (corpus / "prepared.json").write_text(json.dumps({"command": shlex.join(["mlm-mpi", *words]), "python": "3.99"}))
+    assert place.train("run", None, "data.dir=corpus", "--max-steps", "1").code == 0
+    figures = say("evaluate", place.folder / "run", "--json")
+    assert (figures.code, figures.err) == (0, "")  # from another working directory
+    shutil.rmtree(corpus)
+    lost = say("evaluate", place.folder / "run")
+    lost.refused("make it again there")
+    command = re.search(r"made with Python 3.99 by: mlm-mpi (.*)\): make it again there", lost.err)[1]
+    assert place.program(*shlex.split(command)).code == 0
+    assert say("evaluate", place.folder / "run", "--json") == figures
+
+
+def test_figures_of_another_text_are_not_mistaken(place, home, straight, say, tmp_path):
+    other = Path(shutil.copytree(home.corpus, tmp_path / "other"))
+    with (other / "catalog.json").open("a") as file:
+        file.write(" ")
+    own, another = Catalog.open(home.corpus).digest, Catalog.open(other).digest
+    run = place.copy_of(home, "straight")
+    numbers = json.loads(say("evaluate", run, "--json").out)
+    assert numbers["catalog"] == numbers["trained_on"] == own
+    told = f"note: the figures are of another text, corpus {another[:12]} in "
+    with away(home.corpus):
+        shutil.copytree(other, home.corpus)
+        for words in ((), ("--data", other)):
+            noted = say("evaluate", run, "--json", *words)
+            assert json.loads(noted.out)["catalog"] == another and json.loads(noted.out)["trained_on"] == own
+            assert noted.err.startswith(told) and f"trained on corpus {own[:12]} (20 documents" in noted.err
+            assert noted.err.count("\n") == 1
+        place.train("straight", None).refused("trained on another catalog", f"corpus {own[:12]} (20 documents")
+
+
+def test_a_checkpoint_may_be_copied_anywhere(place, home, straight, say):
+    saved = home.folder / "straight" / "checkpoints" / "step-00000004"
+    copy = shutil.copytree(saved, place.folder / "best")
+    evaluated = say("evaluate", copy, "--json")
+    assert json.loads(evaluated.out)["step"] == 4 and evaluated.err == ""
+    assert say("generate", copy, "--tokens", 5).code == 0
+    (copy / "part-0000.h5").unlink()
+    say("evaluate", copy).refused("part-0000.h5 cannot be read")
+
+
+def test_a_checkpoint_without_its_tokenizer_takes_the_one_of_its_corpus(place, home, straight, say):
+    run = place.copy_of(home, "straight")
+    text = say("generate", run, "--temperature", 0).out
+    for path in run.glob("checkpoints/*/tokenizer.json"):
+        path.unlink()
+    lost = say("generate", run)
+    assert lost.code == 2 and lost.err.count("copy its corpus' tokenizer there") == 4
+    catalog = Catalog.open(home.corpus)
+    shutil.copy(
+        catalog.folder / catalog.manifest.tokenizer.file, run / "checkpoints" / "step-00000006" / "tokenizer.json"
+    )
+    assert say("generate", run, "--temperature", 0) == Ended(0, text, "")
+
+
+def seal(folder: Path, **changes: object) -> None:
+    """Changes a checkpoint's manifest, and seals it anew."""
+    body = msgspec.json.encode(msgspec.structs.replace(checkpoint.read_manifest(folder), **changes))
+    sealed = {"sha256": hashlib.sha256(body).hexdigest(), "manifest": msgspec.Raw(body)}
+    (folder / "manifest.json").write_bytes(msgspec.json.encode(sealed))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [("model", {"layers": 10**6}), ("model", {"context": 1 << 40}), ("model", {"width": 1 << 40, "heads": 1})],
+)
+def test_settings_that_ask_for_more_than_the_checkpoint_holds(place, home, straight, say, section, changes):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    config = checkpoint.read_manifest(folder).config
+    seal(folder, config=config | {section: config[section] | changes})
+    say("generate", folder).refused("its parameters are not those of its settings")
+
+
+def test_the_rows_of_an_evaluation_are_bounded(place, home, straight, say):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    loss = json.loads(say("evaluate", folder, "--json").out)["loss"]
+    config = checkpoint.read_manifest(folder).config
+    seal(folder, config=config | {"eval": config["eval"] | {"rows": 10**11}})
+    assert json.loads(say("evaluate", folder, "--json").out)["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_what_a_checkpoint_says_of_its_corpus_stays_one_plain_line(place, home, straight, say):
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    seal(folder, corpus="\x1b[2J\nmlm-mpi: all is well" + "x" * 10**6)
+    with away(home.corpus):
+        lost = say("evaluate", folder)
+    lost.refused("\ufffd[2J\ufffdmlm-mpi: all is well", "xx): make it again there, or give its folder by --data DIR")
+    assert len(lost.err) < 2000 and "\x1b" not in lost.err
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(place, home, straight, say):
+    """Sealed, but not by us."""
+    folder = place.copy_of(home, "straight") / "checkpoints" / "step-00000006"
+    other = Tokenizer.train(["a text of few words, of few words"], 260)
+    other.save(folder / "tokenizer.json")
+    seal(folder, tokenizer=other.hash)
+    say("generate", folder).refused(f"its tokenizer has {other.vocab_size} tokens, its model 257")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--top-k", 2**70), ("--seed", -1), ("--seed", 2**70), ("--temperature", 1e-320), ("--temperature", 1e308)],
+)
+def test_generate_with_numbers_that_are_only_unusual(home, straight, say, words):
+    done = say("generate", home.folder / "straight", "--prompt", "abc ", "--tokens", 5, *words)
+    assert (done.code, done.err) == (0, "") and done.out.startswith("abc ")
+
+
+def test_a_long_prompt_and_an_odd_one(home, straight, say):
+    long = "abc def\x00 é" * 10_000
+    assert say("generate", home.folder / "straight", "--tokens", 1, "--prompt", long).out.startswith(long)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_path_that_is_no_run(place, say, command):
+    folder = place.folder
+    say(command, "").refused("RUN is empty")
+    say(command, place.config).refused(f"{place.config} is no run folder", "give the --run folder of a training run")
+    say(command, "x" * 300).refused("File name too long")
+    (folder / "new" / "checkpoints").mkdir(parents=True)
+    say(command, folder / "new").refused("holds no checkpoint: train first")
+    (folder / "new" / "checkpoints").chmod(0o600)
+    with unprivileged():
+        closed = say(command, folder / "new")
+    closed.refused(f"cannot read {folder}/new/checkpoints: Permission denied: give a run folder that you may read")
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root, who may search every folder, is nobody while the block runs."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_numbers_that_nothing_can_be_made_of(say):
+    say("generate", "nowhere", "--tokens", 10**20).refused("--tokens 100000000000000000000 must be at least 1 and at")
+    for word in ("inf", "nan", "-0.5"):
+        say("generate", "nowhere", "--temperature", word).refused(f"--temperature {word} must be finite")
+    say("evaluate", "nowhere", "--data", "").refused("nowhere is no run folder")
+    needless = say("generate", "nowhere", "--data", "corpus")
+    assert needless.code == 2 and "unrecognized arguments: --data corpus" in needless.err

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +14,15 @@ import psutil
 import pytest
 
 from mlm_mpi import launcher
-from mlm_mpi.errors import LaunchError
+from mlm_mpi.errors import ConfigError, LaunchError
+from mlm_mpi.launcher import Limits
 
 DRIVER = """
 import sys
 from mlm_mpi.comm.launch import supervise
-from mlm_mpi.launcher import run_job
-ranks, grace = int(sys.argv[1]), None if sys.argv[2] == "None" else float(sys.argv[2])
-sys.exit(supervise(lambda: run_job([sys.executable, *sys.argv[3:]], ranks, grace_s=grace)))
+from mlm_mpi.launcher import Limits, run_job
+limits = eval(sys.argv[2], {"Limits": Limits})
+sys.exit(supervise(lambda: run_job([sys.executable, *sys.argv[3:]], int(sys.argv[1]), limits=limits)))
 """
 
 RANK = """
@@ -53,6 +54,15 @@ if rank == 0:
 MPI.Finalize()
 """
 
+# one rank is stopped before MPI_Init, as by a debugger or by a file system that does not answer
+STOPPED = """
+import os, signal, sys
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+from mlm_mpi.comm import launch
+sys.exit(launch.supervise(lambda: launch.start() and 0))
+"""
+
 DEAF = """
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
@@ -77,7 +87,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         program = tmp_path / "rank.py"
         program.write_text(RANK + body)
         return subprocess.Popen(
-            [sys.executable, str(driver), str(ranks), str(grace), str(program)],
+            [sys.executable, str(driver), str(ranks), f"Limits({grace})", str(program)],
             stdout=subprocess.PIPE, stderr=err, text=True, encoding="utf-8",
         )  # fmt: skip
 
@@ -115,10 +125,27 @@ MPI.Finalize()
     assert sorted(out.splitlines()) == [f"rank {rank} terminal 0 pause ⏸ 50 %" for rank in (0, 1)]
 
 
-def test_shared_memory_that_killed_ranks_leave_is_removed():
-    with launcher._shared_memory_folder() as folder:
+def test_what_killed_ranks_leave_is_removed():
+    with launcher._scratch_folder() as folder:
         Path(folder, "segment").write_bytes(b"left")
     assert not Path(folder).exists()
+
+
+def test_what_killed_launchers_leave_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "_SHARED_MEMORY", tmp_path)
+    dead, new, old, foreign = (
+        tmp_path / f"mlm-mpi-{name}"
+        for name in (f"{os.geteuid()}-a", f"{os.geteuid()}-b", f"{os.geteuid()}-c", "elsewhere")
+    )
+    for folder in (dead, new, old, foreign):
+        folder.mkdir()
+    (dead / "launcher.lock").touch()
+    os.utime(old, (0, 0))
+    with launcher._scratch_folder() as mine, launcher._scratch_folder():
+        assert Path(mine).exists(), "a live launcher's folder stays"
+        assert sorted(tmp_path.iterdir(), key=str)[-1] == foreign
+        assert not dead.exists() and not old.exists()
+        assert new.exists(), "it may be about to take its lock"
 
 
 def test_all_ranks_exiting_2_leave_one_line(start):
@@ -219,12 +246,98 @@ def test_a_rank_that_leaves_without_a_word_is_reported(start):
 def test_ranks_do_not_outlive_a_killed_launcher(start):
     process = start(DEAF)
     pids = [int(line.split()[1]) for line in ready(process, 2)]
-    (mpiexec,) = psutil.Process(process.pid).children()
-    folders = [word for word in mpiexec.cmdline() if word.startswith("/dev/shm/mlm-mpi-")]
     process.kill()
     assert gone(pids, 5)
-    for folder in folders:
-        shutil.rmtree(folder)
+
+
+def test_ranks_that_start_while_their_launcher_dies_do_not_outlive_it(start, tmp_path):
+    """Forty interpreters on two cores: some have not yet asked the kernel to die with mpiexec when it dies."""
+    process = start("time.sleep(60)\n", ranks=40)
+    family: list[psutil.Process] = []
+    while len(family) < 20:
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and (left := ranks_left(tmp_path)):
+        time.sleep(0.05)
+    assert not left
+    assert not gone([os.getpid()], 0)
+
+
+def ranks_left(folder: Path) -> list[int]:
+    """Processes that run the rank program of a test's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if str(folder / "rank.py") in (process.info["cmdline"] or []) and process.info["status"] != "zombie":
+            found.append(process.pid)
+    return found
+
+
+def stopped_start(tmp_path: Path, limits: str, program: str = STOPPED) -> subprocess.Popen[str]:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "rank.py").write_text(program)
+    return subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py"), "3", limits, str(tmp_path / "rank.py")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_rank_that_never_comes_to_the_start_is_named_and_the_job_ended(tmp_path):
+    code, _, err = finish(stopped_start(tmp_path, "Limits(60, 2.5, True)"))
+    assert code == 75
+    assert re.fullmatch(
+        r"mlm-mpi: the job has not started within \d s \(--start-timeout\): rank 1 has not come to MPI_Init and is "
+        r"stopped \(process \d+ on \S+\); rank 0, 2 waits in MPI_Init: look at .* or raise --start-timeout\n",
+        err,
+    ), err
+    assert not ranks_left(tmp_path)
+
+
+def test_a_rank_that_stops_between_mpi_init_and_the_first_step_is_named(tmp_path):
+    """The others are inside MPI, where the first communicator is made."""
+    inside = STOPPED.replace(
+        "    os.kill(", "    from mlm_mpi.comm.group import Group\n    Group.of_world = lambda comm: os.kill("
+    )
+    assert inside != STOPPED
+    code, _, err = finish(stopped_start(tmp_path, "Limits(60, 4, True)", inside))
+    assert code == 75
+    assert re.search(
+        r"rank 1 is in MPI_Init and is stopped \(process \d+ on \S+\); rank 0, 2 waits in MPI_Init: ", err
+    ), err
+    assert not ranks_left(tmp_path)
+
+
+def test_a_signal_during_such_a_start_ends_the_job_at_once(tmp_path):
+    process = stopped_start(tmp_path, "Limits(60, 60, True)")
+    while len(ranks_left(tmp_path)) < 3:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, err) == (143, "mlm-mpi run: stopped by SIGTERM before all ranks had arrived\n")
+    assert time.monotonic() - begin < 10
+    assert not ranks_left(tmp_path)
+
+
+def test_without_our_launcher_each_rank_says_that_mpi_init_has_not_returned(tmp_path):
+    (tmp_path / "rank.py").write_text(STOPPED)
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    environment = os.environ | {
+        "MLM_MPI_START_S": "2",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    command = [mpiexec, "--oversubscribe", "-n", "2", sys.executable, str(tmp_path / "rank.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 137
+    assert re.search(
+        r"^mlm-mpi: rank 0 of 2 \(process \d+ on \S+\): MPI_Init has not returned after 2 s \(MLM_MPI_START_S\): "
+        r"another rank is stopped or was never started",
+        ended.stderr,
+        re.MULTILINE,
+    ), ended.stderr
+    assert not ranks_left(tmp_path)
 
 
 def test_ranks_do_not_outlive_a_killed_mpiexec(start):
@@ -236,6 +349,19 @@ def test_ranks_do_not_outlive_a_killed_mpiexec(start):
     assert code == 137
     assert err.startswith("mlm-mpi run: mpiexec died by signal 9 (SIGKILL)")
     assert gone(pids, 0.1)
+
+
+def test_a_launcher_that_starts_nothing_is_an_error(tmp_path):
+    with pytest.raises(
+        LaunchError, match="true ended with exit code 0, but 0 of 2 ranks reported: .* another --mpiexec"
+    ):
+        launcher.run_job([sys.executable, "-c", ""], 2, "/bin/true")
+    starts_one = tmp_path / "mpiexec"
+    starts_one.write_text('#!/bin/bash\n[[ $1 == --version ]] && exit\nshift 2\nexec "$@"\n')
+    starts_one.chmod(0o755)
+    with pytest.raises(LaunchError, match="1 of 2 ranks reported"):
+        launcher.run_job([sys.executable, "-c", ""], 2, str(starts_one))
+    assert launcher.run_job([sys.executable, "-c", ""], 1, str(starts_one)) == 0
 
 
 def test_a_missing_mpiexec_is_one_line(monkeypatch, tmp_path):
@@ -254,24 +380,68 @@ def parsed(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_the_command_line(monkeypatch):
+def test_the_command_line(monkeypatch, tmp_path):
+    config = tmp_path / "c.toml"
+    config.touch()
     calls = []
     monkeypatch.setattr(launcher, "run_job", lambda *args: calls.append(args) or 0)
     monkeypatch.setenv("SLURM_NTASKS", "3")
-    assert launcher.main(parsed("-n", "2", "--", "train", "c.toml", "--run", "r")) == 0
-    launcher.main(parsed("--grace", "5", "--", "train"))
+    assert launcher.main(parsed("-n", "2", "--", "train", str(config), "--run", "r")) == 0
+    launcher.main(parsed("--grace", "5", "--start-timeout", "9", "--", "train", str(config), "--run", "r"))
     launcher.main(parsed("--grace", "5", "--", "prepare"))
-    program = [sys.executable, "-m", "mlm_mpi", "train"]
+    launcher.main(parsed("--", "evaluate"))
+    train = [sys.executable, "-m", "mlm_mpi", "train", str(config), "--run", "r"]
     assert calls == [
-        ([*program, "c.toml", "--run", "r"], 2, None, "", 60.0),
-        (program, 3, None, "", 5.0),
-        ([*program[:-1], "prepare"], 3, None, "", None),
+        (train, 2, None, "", Limits(60.0, 300.0, True)),
+        (train, 3, None, "", Limits(5.0, 9.0, True)),
+        ([*train[:3], "prepare"], 3, None, "", Limits(None, 300.0, True)),
+        ([*train[:3], "evaluate"], 3, None, "", Limits(None, 300.0, False)),
     ]
     with pytest.raises(LaunchError, match="nothing to run"):
         launcher.main(parsed("-n", "2"))
     monkeypatch.undo()
     with pytest.raises(LaunchError, match="-n 0 must be at least 1"):
         launcher.run_job(["true"], 0)
+
+
+@pytest.mark.parametrize("option", ["--grace", "--start-timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_times_that_make_no_sense(option, value):
+    with pytest.raises(LaunchError, match=f"{option} {value} must be a number of seconds, at least"):
+        launcher.main(parsed(f"{option}={value}", "--", "evaluate"))
+
+
+def test_arguments_that_cannot_be_split():
+    with pytest.raises(LaunchError, match="--mpiexec-args '\"abc' cannot be split into words: No closing quotation"):
+        launcher.run_job(["true"], 1, None, '"abc')
+
+
+@pytest.mark.parametrize("junk", ["", "x", "-1", "1e3", "²", "3; touch x"])
+def test_junk_in_the_environment(monkeypatch, junk):
+    for name, ask in (
+        ("SLURM_NTASKS", lambda: launcher.main(parsed("--", "evaluate"))),
+        ("SLURM_JOB_NUM_NODES", lambda: launcher.launch_options("openmpi", 2, [], None)),
+    ):
+        monkeypatch.setenv(name, junk)
+        with pytest.raises(LaunchError, match=f"{name} = .* in the environment is not a whole number"):
+            ask()
+        monkeypatch.delenv(name)
+
+
+def test_what_cannot_start_is_found_before_processes_are(tmp_path, monkeypatch):
+    """500 ranks that all would say that there are 4 lanes."""
+    monkeypatch.setattr(launcher, "run_job", lambda *args: pytest.fail("started"))
+    config = tmp_path / "c.toml"
+    config.write_text("[train]\nlanes = 4\n")
+    words = ("-n", "500", "--", "train", str(config), "--run")
+    with pytest.raises(ConfigError, match="gave 500 ranks, but train.lanes = 4 allows at most 4"):
+        launcher.main(parsed(*words, "r"))
+    with pytest.raises(ConfigError, match="--run '' is empty, which would be the current folder"):
+        launcher.main(parsed(*words, ""))
+    with pytest.raises(ConfigError, match="unknown key train.stepz"):
+        launcher.main(parsed(*words, "r", "--set", "train.stepz=1"))
+    with pytest.raises(SystemExit, match="2"):
+        launcher.main(parsed("--", "train", str(config)))
 
 
 def test_vendors():

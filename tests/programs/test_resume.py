@@ -10,6 +10,7 @@ import pytest
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import checkpoint
@@ -67,7 +68,9 @@ def test_the_index_opens_in_plain_h5py(place):
         "manifest.json",
         "part-0000.h5",
         "part-0001.h5",
+        "tokenizer.json",
     ]
+    assert (folder / "tokenizer.json").read_bytes() == Catalog.open(place.corpus).tokenizer().content
     manifest = checkpoint.read_manifest(folder)
     store = FlatStore(
         gpt.build(configuration.load(place.config).model, manifest.vocabulary).parameter_blocks(), Mesh(), "f4"
@@ -88,6 +91,14 @@ def flip_a_bit(folder: Path) -> str:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     return "part-0000.h5 does not match the SHA-256 in its manifest"
+
+
+def flip_a_bit_of_the_tokenizer(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return "tokenizer.json does not match the SHA-256 in its manifest"
 
 
 def truncate(folder: Path) -> str:
@@ -112,7 +123,7 @@ def empty_manifest(folder: Path) -> str:
     return "manifest.json cannot be read"
 
 
-DAMAGES = [flip_a_bit, truncate, delete, corrupt_manifest, empty_manifest]
+DAMAGES = [flip_a_bit, truncate, delete, corrupt_manifest, empty_manifest, flip_a_bit_of_the_tokenizer]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -87,16 +87,25 @@ def test_a_bug_on_one_rank_ends_the_job_with_its_traceback(place, straight):
 
 
 WAIT = """
-import time
+import signal, time
 def before_step(rank, step):
     if rank == 1 and step == 2:
-        time.sleep(60)
+        {how}
 """
 
 
-def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place):
-    held = place.faulty(WAIT, "run", 2, "comm.timeout_s=1")
-    held.refused("rank 0: waited 1 s (comm.timeout_s = 1)", "from rank 1 of 2 ranks", code=75)
+@pytest.mark.parametrize(
+    ("how", "state"),
+    [("time.sleep(60)", ""), ("os.kill(os.getpid(), signal.SIGSTOP)", ", stopped")],
+    ids=["asleep", "stopped"],
+)
+def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place, how, state):
+    """By one of the two that wait, with what it did last; the other does not blame anybody."""
+    held = place.faulty(WAIT.format(how=how), "run", 3, "comm.timeout_s=2")
+    held.refused(
+        "mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait for ", "(comm.timeout_s = 2)", f"{state}) (comm", code=75
+    )
+    assert re.search(r"; rank 1 did last, \d s ago: the update of step 1 \(process \d+ on ", held.err)
 
 
 KILL_WHILE_SAVING = """

@@ -11,6 +11,7 @@ import pytest
 
 from mlm_mpi import doctor, launcher
 from mlm_mpi.backend import cpu
+from mlm_mpi.errors import ranges
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -156,7 +157,8 @@ def test_the_report_never_imports_cupy_and_needs_no_mpi4py():
 
 
 def test_ranges_and_sizes():
-    assert doctor._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranges(range(0, 40, 2), most=3) == "0, 2, 4, …"
     assert doctor._size(3 * 2**29) == "1.5 GiB"
     assert doctor._size(2**20) == "1 MiB"
     limit = doctor.cgroup_limit_bytes()

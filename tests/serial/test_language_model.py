@@ -42,7 +42,29 @@ def test_a_seed_is_a_text():
     assert one == same != other
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_a_temperature_of_nearly_zero_is_zero():
+    draw = np.random.default_rng(4)
+    for number in range(100):
+        logits = draw.normal(scale=10.0 ** draw.integers(-6, 30), size=50).astype("f4")
+        logits[draw.integers(50)] = logits.max()  # often a tie
+        for temperature in (1e-31, 1e-300, 1e-320, 5e-324):
+            assert choose(logits, Sampling(temperature=temperature), number) == logits.argmax()
+        if len(set(logits)) == 50:
+            assert choose(logits, Sampling(temperature=1e-29), number) == logits.argmax()
+        assert 0 <= choose(logits, Sampling(temperature=1e308), number) < 50
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": np.inf},
+        {"temperature": np.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(ConfigError, match="must"):
         Sampling(**bad)

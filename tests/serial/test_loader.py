@@ -181,7 +181,16 @@ def test_heldout_covers_every_target_once(catalog, context, rows):
     full = [np.ones_like(m.ids, bool) if m.mask is None else m.mask for m in made]
     assert np.array_equal(np.concatenate([m.ids[k] for m, k in zip(made, full, strict=True)]), whole[:-1])
     assert np.array_equal(np.concatenate([m.targets[k] for m, k in zip(made, full, strict=True)]), whole[1:])
-    assert all(m.ids.shape == (rows, context) and m.targets_count == k.sum() for m, k in zip(made, full, strict=True))
+    assert all(m.targets_count == k.sum() for m, k in zip(made, full, strict=True))
+    windows = -(-(stream.tokens - 1) // context)
+    assert {m.ids.shape for m in made} == {(min(rows, windows), context)}
+
+
+def test_more_heldout_rows_than_windows_cost_nothing(catalog):
+    """A hundred billion rows were allocated, after the training."""
+    stream = TokenStream(catalog, "heldout")
+    (whole,) = heldout_batches(stream, T, 10**11)
+    assert whole.targets_count == stream.tokens - 1 and whole.ids.size < 2 * stream.tokens
 
 
 def test_heldout_of_some_windows(catalog):

@@ -11,7 +11,11 @@ from PIL import Image
 
 from mlm_mpi.errors import MlmError
 from mlm_mpi.monitor import metrics, progress, report
-from mlm_mpi.monitor.metrics import MetricsLog, read_metrics
+from mlm_mpi.monitor.metrics import MetricsLog
+
+
+def read_metrics(path):
+    return list(metrics.read_metrics(path))
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def documents(folder, split):
     tokenizer = catalog.tokenizer()
     texts = []
     for shard in catalog.split(split):
-        reader = ShardReader(folder / shard.entry.file, shard.entry, tokenizer.hash)
+        reader = ShardReader(folder / shard.entry.file, shard.entry, tokenizer.hash, tokenizer.vocab_size)
         offsets, tokens = reader.offsets().tolist(), reader.read(0, shard.entry.tokens).tolist()
         for a, b in itertools.pairwise(offsets):
             assert tokens[b - 1] == tokenizer.eot and tokenizer.eot not in tokens[a : b - 1]
@@ -330,4 +330,10 @@ def test_the_command_is_written_down_and_makes_the_same_again(source, tmp_path, 
 )
 def test_values_out_of_bounds_are_one_line(tmp_path, words, say):
     refused(lambda: run_prepare("--builtin", "--out", tmp_path / "out", *words), say, error=ConfigError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_can_be_read_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_MOST_SHARDS", 9)
+    refused(lambda: run_prepare(source, "--out", tmp_path / "out", "--shard-mib", 1e-6), "40 shards", "at most 9")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.errors import ConfigError
+
 SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
+SPECIFIC_SINCE = (12, 9)  # NVRTC takes the second -arch, which CuPy appends; 12.2 to 12.8 refuse it (tried)
 STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
 
 Defines = tuple[tuple[str, Any], ...]  # (macro, value) in the order of their names
@@ -48,15 +51,21 @@ def source(stem: str, folder: Path | None = None) -> str:
 
 
 def options(architecture: str, defines: Defines) -> tuple[str, ...]:
-    """What NVRTC is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
+    """What CuPy is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
     # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
     specific = (f"-arch={architecture}",) if architecture.endswith("a") else ()
     return ("-std=c++17", *specific, *(f"-D{key}={value}" for key, value in defines))
 
 
+def all_options(architecture: str, defines: Defines) -> tuple[str, ...]:
+    """What NVRTC is told in the end: our options and what CuPy 14 appends to them (its cuda/compiler.py)."""
+    appended = ("-ftz=true", f"-arch={architecture.rstrip('a')}", "--device-as-default-execution-space")
+    return (*options(architecture, defines), *appended)
+
+
 def cubin_path(stem: str, architecture: str, defines: Defines) -> Path:
     """Where a build made beforehand (`make kernels`) is looked for; its name changes with source and options."""
-    text = "\0".join((source(stem), *options(architecture, defines)))
+    text = "\0".join((source(stem), *all_options(architecture, defines)))
     return sources() / "cubin" / f"{stem}-{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
@@ -73,8 +82,37 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
+@functools.cache
+def _encode() -> Any:
+    """The driver's cuTensorMapEncodeTiled, with the types of its arguments (cuda.h)."""
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    word, longs, words = ctypes.c_uint32, ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+    # out, type, rank, address, sizes, strides, box, steps; then interleave, swizzle, L2 promotion, fill: enumerations
+    enums = [ctypes.c_int] * 4
+    encode.argtypes = [ctypes.c_void_p, ctypes.c_int, word, ctypes.c_void_p, longs, longs, words, words, *enums]
+    encode.restype = ctypes.c_int
+    return encode
+
+
+def _check_compiler(cupy: Any, architecture: str) -> None:
+    """Raises ConfigError where the NVRTC that CuPy finds cannot compile the kernels."""
+    try:
+        version = cupy.cuda.nvrtc.getVersion()
+    except RuntimeError:  # cuda.pathfinder's DynamicLibNotFoundError
+        raise ConfigError("CuPy finds no NVRTC to compile kernels with: pip install 'mlm-mpi[cuda13]'") from None
+    if architecture.endswith("a") and version < SPECIFIC_SINCE:
+        found, needed = (".".join(map(str, numbers)) for numbers in (version, SPECIFIC_SINCE))
+        raise ConfigError(
+            f"CuPy finds NVRTC {found}, kernels for {architecture} need {needed} or newer: "
+            f"pip install 'nvidia-cuda-nvrtc-cu12>={needed}', or a newer CUDA toolkit"
+        )
+
+
 class Device:
-    """The current GPU. `capability` (9, 0) on Hopper; `processors`: its multiprocessors."""
+    """The current GPU. `capability` (9, 0) on Hopper; `processors`: its multiprocessors.
+
+    Raises ConfigError where no compiler, or too old a one, is found for it.
+    """
 
     def __init__(self) -> None:
         import cupy
@@ -85,6 +123,7 @@ class Device:
         digits = device.compute_capability
         self.capability = int(digits[:-1]), int(digits[-1])
         self.processors: int = device.attributes["MultiProcessorCount"]
+        _check_compiler(cupy, self.architecture)
 
     @property
     def architecture(self) -> str:
@@ -128,7 +167,6 @@ class Device:
         The descriptor holds the address, not the array: the caller keeps the array until the launch.
         Raises ValueError where the driver refuses (a base or pitch that is no multiple of 16 bytes).
         """
-        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
         memory = np.zeros(192, np.uint8)
         skip = -memory.ctypes.data % 64  # the driver wants 64-byte alignment
         out = memory[skip : skip + 128]
@@ -139,11 +177,8 @@ class Device:
         tile = (ctypes.c_uint32 * rank)(*box[::-1])
         steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[swizzle_bytes]
-        code = encode(
-            ctypes.c_void_p(out.ctypes.data), ctypes.c_int(kinds[array.itemsize]), ctypes.c_uint32(rank),
-            ctypes.c_void_p(array.data.ptr), shape, strides, tile, steps, ctypes.c_int(0), ctypes.c_int(swizzle),
-            ctypes.c_int(2), ctypes.c_int(0),
-        )  # fmt: skip
+        kind, pointer = kinds[array.itemsize], array.data.ptr
+        code = _encode()(out.ctypes.data, kind, rank, pointer, shape, strides, tile, steps, 0, swizzle, 2, 0)
         if code:
             raise ValueError(f"cuTensorMapEncodeTiled: error {code} for {array.shape}, strides {array.strides}, {box}")
         return out.view("V128")

@@ -9,12 +9,12 @@ import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_mpi.backend.cuda.device import Defines, cubin_path, options, source, sources
+from mlm_mpi.backend.cuda.device import Defines, all_options, cubin_path, source, sources
 from mlm_mpi.errors import ConfigError
 
 
@@ -77,18 +77,21 @@ def _text(program: ctypes.c_void_p, size_of: str, get: str) -> bytes:
 
 def compile_cubin(stem: str, architecture: str, defines: Defines) -> tuple[bytes, str]:
     """(cubin, log of NVRTC and ptxas) of one build. Raises RuntimeError with the log where it does not compile."""
+    given = (*all_options(architecture, defines), "--ptxas-options=-v")
+    return compile_text(source(stem), f"{stem}.cu", given)
+
+
+def compile_text(text: str, name: str, given: Sequence[str]) -> tuple[bytes, str]:
+    """As `compile_cubin`, for a text by any name with any options."""
     library, program = _library(), ctypes.c_void_p()
-    code, name = source(stem).encode(), f"{stem}.cu".encode()
-    if library.nvrtcCreateProgram(ctypes.byref(program), code, name, 0, None, None):
+    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None):
         raise RuntimeError("nvrtcCreateProgram failed")
     try:
-        given = [*options(architecture, defines), "--ptxas-options=-v", f"-arch={architecture.rstrip('a')}"]  # as CuPy
-        failed = library.nvrtcCompileProgram(
-            program, len(given), (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
-        )
+        words = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
+        failed = library.nvrtcCompileProgram(program, len(given), words)
         log = _text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
         if failed:
-            raise RuntimeError(f"{stem}.cu for {architecture} with {dict(defines)}:\n{log}")
+            raise RuntimeError(f"{name} with {' '.join(given)}:\n{log}")
         return _text(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN"), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,4 +1,4 @@
-"""`cupy.cuda` of the stand-in: GPUs of capability 9.0 with 4 multiprocessors; streams that work as late as they may.
+"""`cupy.cuda` of the stand-in: GPUs of capability 9.0; streams that work as late as they may.
 
 Work on the current stream happens at once. A copy on another stream happens only when somebody has asked
 several times whether it is done, or waits for it: whoever reads too early reads old numbers.
@@ -10,11 +10,8 @@ import time
 
 import numpy as np
 
-from . import graph, nccl
+from .. import graph
 
-__all__ = ["nccl"]
-
-MULTIPROCESSORS = 4  # few, so that persistent kernels go round more than once
 PATIENCE = 2  # how often an event says "not yet" before its work happens
 
 
@@ -30,7 +27,11 @@ class Device:
         self.id = Device.used if number is None else number
 
     compute_capability = os.environ.get("MLM_MPI_STANDIN_CAPABILITY", "90")
-    attributes = {"MultiProcessorCount": MULTIPROCESSORS}
+    multiprocessors = int(os.environ.get("MLM_MPI_STANDIN_PROCESSORS", "4"))  # few: persistent kernels go round
+
+    @property
+    def attributes(self):
+        return {"MultiProcessorCount": self.multiprocessors}
 
     mem_info = (1 << 30, 1 << 30)
 
@@ -152,5 +153,13 @@ class runtime:
 
     @staticmethod
     def getDeviceProperties(number):
-        facts = {"name": b"stand-in", "totalGlobalMem": 2**30, "multiProcessorCount": MULTIPROCESSORS}
+        facts = {"name": b"stand-in", "totalGlobalMem": 2**30, "multiProcessorCount": Device.multiprocessors}
         return facts | {"major": int(Device.compute_capability[:-1]), "minor": int(Device.compute_capability[-1])}
+
+
+class nvrtc:
+    @staticmethod
+    def getVersion():
+        if not (version := os.environ.get("MLM_MPI_STANDIN_NVRTC", "13.0")):
+            raise RuntimeError('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13')
+        return tuple(map(int, version.split(".")))

@@ -1,0 +1,39 @@
+"""Which corpus a model was trained on, in words that its checkpoints keep, and how to get it back."""
+
+import msgspec
+
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.files import read_whole
+from mlm_mpi.train.checkpoint import Manifest
+
+PREPARED = "prepared.json"  # what `prepare` leaves beside the catalog: the command that made it
+_PREPARED_BYTES = 1 << 20
+_LONGEST = 1000  # characters of a command that are kept: ten thousand file names help nobody
+
+
+class _Prepared(msgspec.Struct, frozen=True):
+    command: str
+    python: str = ""  # the built-in corpus differs by its minor version
+
+
+def in_words(catalog: Catalog) -> str:
+    """The size of a corpus and, where it says so, the command that made it."""
+    shards = catalog.manifest.shards
+    size = f"{sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
+    return size + _making(catalog)
+
+
+def _making(catalog: Catalog) -> str:
+    path = catalog.folder / PREPARED
+    try:
+        prepared = msgspec.json.decode(read_whole(path, _PREPARED_BYTES, catalog.folder), type=_Prepared)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ""  # a corpus of an older version, or one whose making nobody wrote down
+    command = prepared.command if len(prepared.command) <= _LONGEST else prepared.command[:_LONGEST] + " …"
+    return f", made{' with Python ' * bool(prepared.python)}{prepared.python[:20]} by: {command}"
+
+
+def origin(manifest: Manifest) -> str:
+    """Names a checkpoint's corpus in one line, whoever wrote the checkpoint."""
+    words = "".join(c if c.isprintable() else "\ufffd" for c in manifest.corpus[: _LONGEST + 200])
+    return f"corpus {manifest.catalog[:12]}" + (f" ({words})" if words else "")
