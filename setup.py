@@ -9,7 +9,10 @@ CPU = Path("kernels/cpu")
 setup(
     packages=[*find_packages(include=["mlm_mpi*"]), "mlm_mpi.kernels"],
     package_dir={"mlm_mpi.kernels": "kernels"},
-    package_data={"mlm_mpi.kernels": ["README.md", "cpu/*", "cuda/*.cu", "cuda/*.cuh", "cuda/*.txt"]},
+    package_data={
+        "mlm_mpi.data": ["builtin.bin"],
+        "mlm_mpi.kernels": ["README.md", "cpu/*", "cuda/*.cu", "cuda/*.cuh", "cuda/*.txt"],
+    },
     ext_modules=[
         Extension(
             "mlm_mpi.backend._cpu",

@@ -3,18 +3,19 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from mlm_mpi.data.shards import ShardEntry, check_size, most_bytes
 from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "catalog.json"
 SPLITS = ("train", "heldout")
 _AGAIN = "run mlm-mpi prepare again"
@@ -61,9 +62,10 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of catalog.json."""
+    """The content of catalog.json. `content`: see `content_digest`."""
 
     format: int
+    content: str
     tokenizer: TokenizerEntry
     shards: tuple[ShardEntry, ...]
     totals: dict[str, Totals]
@@ -155,6 +157,24 @@ def totals(shards: tuple[ShardEntry, ...]) -> dict[str, Totals]:
     return out
 
 
+def document_digest(ids: np.ndarray) -> bytes:
+    """SHA-256 of a document's token ids, its end included, as little-endian uint32."""
+    return hashlib.sha256(ids.astype("<u4").tobytes()).digest()
+
+
+def content_digest(tokenizer_hash: str, documents: Mapping[str, Iterable[bytes]]) -> str:
+    """SHA-256 in hex of what a corpus says, however it is stored: of the tokenizer's hash and of one SHA-256 for each
+    split, over the digests of its documents (in pieces of any length) in their order.
+    """
+    whole = hashlib.sha256(tokenizer_hash.encode())
+    for split in SPLITS:
+        part = hashlib.sha256()
+        for digests in documents[split]:
+            part.update(digests)
+        whole.update(part.digest())
+    return whole.hexdigest()
+
+
 def encode(manifest: Manifest) -> bytes:
     """The content of catalog.json; equal manifests give equal bytes."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
@@ -185,6 +205,8 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
         yield "it names a file twice"
     if not 0 <= tokenizer.eot < tokenizer.vocab_size <= LARGEST_VOCABULARY:
         yield f"end of text {tokenizer.eot}, vocabulary {tokenizer.vocab_size}"
+    if not _SHA256.fullmatch(manifest.content):
+        yield f"content {manifest.content[:80]!r}"
     if not (math.isfinite(manifest.heldout) and 0 <= manifest.heldout < 1):
         yield f"heldout {manifest.heldout}"
     for entry in manifest.shards:

@@ -1,10 +1,10 @@
 """`mlm-mpi prepare`: from text to a corpus of tokenised shards.
 
-    clean    every rank reads its part of the documents and spools the cleaned text into DIR/.spool
+    clean    every rank reads its part of the documents and spools the cleaned text into DIR/.staging
     arrange  every rank reads all records (not texts): duplicates out, clusters, sides, shard borders
     train    rank 0 trains the tokenizer on the training side
-    shards   every rank tokenises and writes its share of the shards
-    publish  rank 0 writes tokenizer.json, then catalog.json, then removes what is of an earlier corpus
+    shards   every rank tokenises and writes its share of the shards there
+    publish  rank 0 writes tokenizer and catalog, puts everything in place and removes an earlier corpus
 
 Everything after `clean` is a function of the documents and the settings; the number of ranks decides
 only who does it, so the bytes of every file are the same on any number of ranks.
@@ -14,7 +14,8 @@ import argparse
 import hashlib
 import math
 import os
-import shutil
+import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -26,21 +27,25 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from mlm_mpi.data import catalog, similar, sources
+from mlm_mpi import __version__
+from mlm_mpi.data import builtin, catalog, formats, similar, sources
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
+from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from mlm_mpi.errors import ConfigError, DataError, MlmError
+from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
 
-TOKENIZER_FILE = "tokenizer.json"
 _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of this size, to bound memory
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
+_LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
+_LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
+_MOST_SHARDS = 100_000  # a catalog of more is not read
 
 # What is known of a document without its text; 24 band hashes are most of its 236 bytes.
 _RECORD = np.dtype(
@@ -66,13 +71,14 @@ class Ranks(Protocol):
 def configure(parser: argparse.ArgumentParser) -> None:
     """The command line of `mlm-mpi prepare`."""
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl or .jsonl.gz")
-    add("--out", required=True, metavar="DIR", help="folder of the corpus")
-    add("--builtin", action="store_true", help="add the documentation that every Python ships")
+    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl; .gz .xz .bz2 .zst too")
+    add("--out", required=True, metavar="DIR", help="folder of the corpus: new, empty, or of an earlier corpus")
+    add("--builtin", action="store_true", help="add documentation that every Python from 3.11 on ships")
     add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
     add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
     add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
     add("--field", default="text", metavar="NAME", help="field of a JSON line that holds its text (text)")
+    add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte-order mark (utf-8)")
     add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
     add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
 
@@ -85,69 +91,94 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
         _check(args)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
-    out = Path(args.out)
-    before = _shard_files(out)
-    spool = _Spool(out / ".spool")
-    try:
-        manifest = _prepare(args, group, out, spool)
-    except MlmError:
-        # Every rank is here, so none has published: an earlier corpus stays as it was.
-        _remove(out, spool.written - before)
-        raise
-    finally:
+    folder = None
+    with group.together("opening the corpus folder"):
         if group.rank == 0:
-            shutil.rmtree(spool.folder, ignore_errors=True)
-    if group.rank == 0:
-        _remove(out, before - {entry.file for entry in manifest.shards})
-        print(_report(manifest, out, time.perf_counter() - begin), flush=True)
+            folder = CorpusFolder(Path(args.out))
+    try:
+        manifest, missing = _prepare(args, group)
+        is_replaced = False
+        with group.together("publishing the corpus"):
+            if folder is not None:
+                is_replaced = folder.publish([manifest.tokenizer.file, *(shard.file for shard in manifest.shards)])
+    except BaseException:
+        if folder is not None:
+            folder.abandon()  # every rank is here, or the job is at its end
+        raise
+    if folder is not None:
+        folder.close()
+        print(_report(manifest, args.out, missing, is_replaced, time.perf_counter() - begin), flush=True)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
+    if not args.out:
+        raise ConfigError("--out '' names no folder: give one")
     if not args.inputs and not args.builtin:
         raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
+    if not args.field:
+        raise ConfigError("--field '' names no field: give the one that holds the text")
     if not 0 <= args.heldout < 1:
         raise ConfigError(f"--heldout {args.heldout} must be in [0, 1)")
-    if not 0 <= args.shard_mib <= 1 << 20:
-        raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {1 << 20}]")
-    if args.tokenizer == "bpe" and args.vocab < SMALLEST_VOCABULARY:
-        raise ConfigError(f"--vocab {args.vocab} is too small for bytes and an end: set {SMALLEST_VOCABULARY} or more")
+    if not 0 <= args.shard_mib <= _LARGEST_SHARD_MIB:
+        raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {_LARGEST_SHARD_MIB}]")
+    if not 0 <= args.seed < 1 << 63:
+        raise ConfigError(f"--seed {args.seed} must be in [0, {(1 << 63) - 1}]")
+    if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
+        raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
+    formats.check_encoding(args.encoding)
 
 
-def _prepare(args: argparse.Namespace, group: Ranks, out: Path, spool: "_Spool") -> catalog.Manifest:
-    with group.together("creating the corpus folder"):
-        if group.rank == 0:
-            spool.create()
-    with group.together("cleaning documents"):
-        counts = spool.fill(_documents(args, group, out), group.rank)
-    sums = np.sum(group.allgather(counts, "counts of cleaning"), axis=0).tolist()
+def _prepare(args: argparse.Namespace, group: Ranks) -> tuple[catalog.Manifest, int]:
+    """(what is staged, built-in documents that this Python lacks)."""
+    spool = _Spool(Path(args.out) / FOLDER)
+    counts, missing = _clean(args, group, spool)
     with group.together("arranging documents"):
         plan = _arrange(spool.records(group.size), args.heldout, args.seed, math.ceil(args.shard_mib * _MIB))
     tokenizer = _tokenizer(args, group, plan, spool)
     with group.together("writing shards"):
-        mine = {
-            n: _write(out, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)
-        }
+        mine = {n: _write(n, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)}
     shards = _gather(mine, group)
+    documents, empty, replaced, controls = counts
     manifest = catalog.Manifest(
         format=catalog.FORMAT,
+        content="",
         tokenizer=catalog.TokenizerEntry(
-            TOKENIZER_FILE, tokenizer.hash, _kind(args.tokenizer), tokenizer.vocab_size, tokenizer.eot
+            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash, _kind(args.tokenizer), tokenizer.vocab_size,
+            tokenizer.eot,
         ),
         shards=shards,
         totals=catalog.totals(shards),
         cleaning=catalog.Cleaning(
-            sums[0], sums[1], plan.duplicates, plan.near_clusters, plan.near_documents, sums[2], sums[3]
+            documents, empty, plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
         ),
         seed=args.seed,
         heldout=args.heldout,
-    )
-    with group.together("publishing the catalog"):
+    )  # fmt: skip
+    with group.together("writing the catalog"):
         if group.rank == 0:
+            manifest = replace(manifest, content=spool.content(tokenizer.hash, plan.shards))
+            prepared = Prepared(_command(args), platform.python_version(), __version__, manifest.content)
             publish_all([
-                (out / TOKENIZER_FILE, tokenizer.content), (out / catalog.FILE_NAME, catalog.encode(manifest)),
+                (spool.folder / manifest.tokenizer.file, tokenizer.content),
+                (spool.folder / catalog.FILE_NAME, catalog.encode(manifest)),
+                (spool.folder / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
             ])  # fmt: skip
-    return manifest
+    return manifest, missing
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that prepares the same corpus, options with their default left out."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
+    words += ["--builtin"] if args.builtin else []
+    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed"):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return os.fsencode(shlex.join(words)).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -157,14 +188,41 @@ class _Document:
     cleaned: Cleaned
 
 
-def _documents(args: argparse.Namespace, group: Ranks, out: Path) -> Iterator[_Document]:
+def _clean(args: argparse.Namespace, group: Ranks, spool: "_Spool") -> tuple[list[int], int]:
+    """([read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks). Collective."""
+    with group.together("cleaning documents"):
+        found = sources.find(args.inputs, args.builtin, Path(args.out))
+        # of each source that ranks share: documents, replaced places, characters
+        tallies = {index: [0, 0, 0] for index, source in enumerate(found) if source.is_shared}
+        counts = spool.fill(_documents(args, group, found, tallies), group.rank)
+    every = group.allgather([counts, list(tallies.values())], "counts of cleaning")
+    totals = np.sum([part for _, part in every], axis=0).tolist()
+    missing = 0
+    with group.together("checking encodings"):
+        for index, (documents, replaced, characters) in zip(tallies, totals, strict=True):
+            if found[index].kind == "builtin":
+                missing = builtin.count() - documents
+            else:
+                formats.check_repaired(found[index].path, replaced, characters)
+    return np.sum([part for part, _ in every], axis=0).tolist(), missing
+
+
+def _documents(
+    args: argparse.Namespace, group: Ranks, found: Sequence[sources.Source], tallies: dict[int, list[int]]
+) -> Iterator[_Document]:  # fmt: skip
     """This rank's part of all documents, in order."""
-    for index, source in enumerate(sources.find(args.inputs, args.builtin, out)):
-        if not sources.is_shared(source) and index % group.size != group.rank:
+    for index, source in enumerate(found):
+        if not source.is_shared and index % group.size != group.rank:
             continue
-        for raw in sources.read(source, args.field, group.rank, group.size):
+        for raw in sources.read(source, args.field, args.encoding, group.rank, group.size):
             cleaned = clean(raw.content)
-            yield _Document(index, raw.number, replace(cleaned, replaced=cleaned.replaced + raw.replaced))
+            if source.is_shared:
+                tallies[index] = [
+                    a + b for a, b in zip(tallies[index], (1, cleaned.replaced, len(raw.content)), strict=True)
+                ]
+            else:
+                formats.check_repaired(source.path, cleaned.replaced, len(raw.content))
+            yield _Document(index, raw.number, cleaned)
 
 
 class _Spool:
@@ -172,15 +230,6 @@ class _Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.written: set[str] = set()  # shards this rank has published
-
-    def create(self) -> None:
-        """Makes the folder, without what a killed preparation left there. Raises DataError."""
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"cannot create {self.folder} ({error.strerror}): choose another --out") from None
 
     def fill(self, documents: Iterable[_Document], rank: int) -> list[int]:
         """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters]."""
@@ -222,6 +271,25 @@ class _Spool:
             for rank, start, size in records[["rank", "start", "size"]].tolist():
                 yield os.pread(opened[rank].fileno(), size, start).decode()
 
+    def write_contents(self, shard: int, documents: Iterable[np.ndarray]) -> None:
+        """Keeps the digests of a shard's documents. Raises StorageError."""
+        digests = b"".join(map(catalog.document_digest, documents))
+        try:
+            self._contents(shard).write_bytes(digests)
+        except OSError as error:
+            raise cannot_write(self._contents(shard), len(digests), error) from None
+
+    def content(self, tokenizer_hash: str, shards: Sequence["_ShardPlan"]) -> str:
+        """The digest of the corpus, from those of all documents. Raises DataError."""
+        numbers = {split: [n for n, shard in enumerate(shards) if shard.split == split] for split in catalog.SPLITS}
+        try:
+            return catalog.content_digest(
+                tokenizer_hash,
+                {split: (self._contents(n).read_bytes() for n in mine) for split, mine in numbers.items()},
+            )
+        except OSError as error:
+            raise self._not_shared(error) from None
+
     def _not_shared(self, error: OSError) -> DataError:
         return DataError(
             f"cannot read what another rank wrote to {self.folder} ({error.strerror}): "
@@ -233,6 +301,9 @@ class _Spool:
 
     def _table(self, rank: int) -> Path:
         return self.folder / f"records-{rank}.bin"
+
+    def _contents(self, shard: int) -> Path:
+        return self.folder / f"contents-{shard}.bin"
 
 
 def _records(documents: Sequence[_Document], encoded: Sequence[bytes], rank: int, start: int) -> np.ndarray:
@@ -279,8 +350,14 @@ def _arrange(records: np.ndarray, heldout: float, seed: int, shard_bytes: int) -
     held = _held_out(kept, labels, heldout, seed)
     if not shard_bytes:
         shard_bytes = min(max(int(kept["size"].sum()) // 16, _MIB // 4), 64 * _MIB)
+    shards = _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes)
+    if len(shards) > _MOST_SHARDS:
+        raise DataError(
+            f"--shard-mib {shard_bytes / _MIB:g} makes {len(shards):,} shards, at most {_MOST_SHARDS:,} can be read: "
+            "give a larger one"
+        )
     return _Plan(
-        _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes),
+        shards,
         kept[~held],
         len(records) - len(kept),
         int((members > 1).sum()),
@@ -360,14 +437,13 @@ def _kind(choice: str) -> str:
     return choice if choice in ("bytes", "bpe") else "file"
 
 
-def _write(out: Path, shard: _ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
+def _write(number: int, shard: _ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
     documents = list(_encode(tokenizer, spool.texts(shard.records)))
     characters, utf8_bytes = int(shard.records["characters"].sum()), int(shard.records["size"].sum())
-    entry = write_shard(
-        out, shard.name, shard.split, documents, characters, utf8_bytes, tokenizer.hash, tokenizer.vocab_size
+    spool.write_contents(number, documents)
+    return write_shard(
+        spool.folder, shard.name, shard.split, documents, characters, utf8_bytes, tokenizer.hash, tokenizer.vocab_size
     )
-    spool.written.add(entry.file)
-    return entry
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
@@ -415,16 +491,7 @@ def _gather(mine: dict[int, ShardEntry], group: Ranks) -> tuple[ShardEntry, ...]
     return tuple(msgspec.convert(entry, ShardEntry) for _, entry in found)
 
 
-def _shard_files(out: Path) -> set[str]:
-    return {path.name for split in catalog.SPLITS for path in out.glob(f"{split}-*.h5*")}  # .h5.tmp too
-
-
-def _remove(out: Path, files: Iterable[str]) -> None:
-    for file in files:
-        (out / file).unlink(missing_ok=True)
-
-
-def _report(manifest: catalog.Manifest, out: Path, seconds: float) -> str:
+def _report(manifest: catalog.Manifest, out: str, missing: int, is_replaced: bool, seconds: float) -> str:
     cleaning, totals = manifest.cleaning, manifest.totals
     kept = sum(part.documents for part in totals.values())
     characters = sum(part.characters for part in totals.values())
@@ -441,4 +508,11 @@ def _report(manifest: catalog.Manifest, out: Path, seconds: float) -> str:
             f"{split:<12}{part.tokens:,} tokens, {part.documents:,} documents, {part.characters:,} characters "
             f"({part.characters / characters:.1%}), {ratio:.2f} characters per token, shards: {part.shards}"
         )
-    return "\n".join([*lines, f"{out} is ready after {seconds:.1f} s"])
+    if missing:
+        lines.append(
+            f"built-in    {missing:,} of {builtin.count():,} documents are not in Python {platform.python_version()}: "
+            "hashes cannot be compared with those of other Pythons"
+        )
+    if is_replaced:
+        lines.append(f"replaced    the corpus that was in {out}")
+    return "\n".join([*lines, f"{out} is ready after {seconds:.1f} s, content {manifest.content[:12]}"])

@@ -1,5 +1,6 @@
 """Cleaning: what every document goes through before anything looks at it."""
 
+import codecs
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -7,6 +8,10 @@ from dataclasses import dataclass
 _NEWLINES = re.compile(r"\r\n?")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all of Unicode's Cc but \t and \n
 _SURROGATES = re.compile("[\ud800-\udfff]")
+
+# How bytes are decoded: each place that is not of the encoding becomes a lone surrogate, which `clean` counts.
+MARK = "mlm_mpi.mark"
+codecs.register_error(MARK, lambda error: ("\udfff", error.end))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,6 @@ def clean(raw: bytes | str) -> Cleaned:
 
     What is not valid UTF-8 (or a lone surrogate in a str) becomes U+FFFD and is counted. Idempotent.
     """
-    text, replaced = decode(raw) if isinstance(raw, bytes) else _SURROGATES.subn("\ufffd", raw)
+    text, replaced = _SURROGATES.subn("\ufffd", raw.decode(errors=MARK) if isinstance(raw, bytes) else raw)
     text, controls = _CONTROLS.subn("", _NEWLINES.sub("\n", text))
     return Cleaned(unicodedata.normalize("NFC", text.lstrip("\ufeff")), replaced, controls)
-
-
-def decode(raw: bytes) -> tuple[str, int]:
-    """(text, number of places that were not UTF-8 and became U+FFFD)."""
-    try:
-        return raw.decode("utf-8"), 0
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8", errors="replace")
-        return text, text.count("\ufffd") - raw.count("\ufffd".encode())

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mlm_mpi.files import Lock
+
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -64,6 +66,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(source: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("is ready") == 1 and "1 invalid UTF-8" in done.stdout
         made[ranks] = contents(out)
+        assert f"{out} ".encode() in made[ranks].pop("prepared.json")
     assert len(made[1]) > 6
     assert made[1] == made[2] == made[3] == made[4]
 
@@ -74,7 +77,26 @@ def test_an_error_of_one_rank_ends_all_with_one_line(source: Path, tmp_path: Pat
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
     assert len(said) == 1 and "wrong.jsonl:3 is not JSON" in said[0]
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_wrong_encoding_is_refused_on_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
+    line = json.dumps({"text": "x" * 100}) + "\n"
+    (tmp_path / "x.jsonl").write_bytes((line * 9).encode() + line.encode().replace(b"xxxxxxxxxxxx", b"\xff" * 12, 1))
+    done = on_ranks(ranks, tmp_path / "x.jsonl", "--out", tmp_path / "out")
+    said = [text for text in done.stderr.splitlines() if text.startswith("mlm-mpi:")]
+    assert len(said) == 1 and "x.jsonl is not in the encoding it was read with (12 of 1,000 characters)" in said[0]
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_second_prepare_is_refused_on_all_ranks(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    held = Lock(tmp_path / "out" / "prepare.lock")
+    done = on_ranks(2, source, "--out", tmp_path / "out")
+    held.release()
+    said = [text for text in done.stderr.splitlines() if text.startswith("mlm-mpi:")]
+    assert done.returncode == 2 and len(said) == 1 and f"another prepare (pid {os.getpid()} on " in said[0]
 
 
 def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:

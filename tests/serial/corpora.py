@@ -2,6 +2,10 @@
 
 import argparse
 import random
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from mlm_mpi.comm.group import Group
@@ -31,6 +35,19 @@ def run_prepare(*words: object) -> int:
     parser = argparse.ArgumentParser()
     prepare.configure(parser)
     return prepare.main(parser.parse_args([str(word) for word in words]), Group())
+
+
+def in_a_process(*words: object, limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`mlm-mpi prepare` in a process of its own, with files of at most `limit_bytes`."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-m", "mlm_mpi", "prepare", *map(str, words)],
+        capture_output=True, text=True, timeout=60, preexec_fn=limit if limit_bytes else None, check=False,
+    )  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -60,7 +60,7 @@ class Corpus:
             "cleaning": catalog.Cleaning(6, 0, 0, 0, 0, 0, 0),
         }  # fmt: skip
         fields = {field.name for field in dataclasses.fields(catalog.Manifest)}
-        manifest = catalog.Manifest(**known, **dict.fromkeys(fields - set(known), ""))
+        manifest = catalog.Manifest(**known, **dict.fromkeys(fields - set(known), "0" * 64))
         (folder / "catalog.json").write_bytes(catalog.encode(manifest))
         return cls(folder)
 

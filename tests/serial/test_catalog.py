@@ -48,18 +48,18 @@ def test_missing_damaged_old(corpus):
     content = path.read_bytes()
     table = json.loads(content)
     _refused(lambda: Catalog.open(corpus / "nowhere"), "no corpus at", "run mlm-mpi prepare")
-    for damaged in (b"", content[:-20], b"[]", b"\xff", json.dumps({"format": 1}).encode()):
+    for damaged in (b"", content[:-20], b"[]", b"\xff", json.dumps({"format": 2}).encode()):
         path.write_bytes(damaged)
         _refused(lambda: Catalog.open(corpus), "catalog.json", "run mlm-mpi prepare again")
     path.write_text(json.dumps(table | {"format": 0}))
-    _refused(lambda: Catalog.open(corpus), "format 0", "reads format 1", "run mlm-mpi prepare again")
+    _refused(lambda: Catalog.open(corpus), "format 0", "reads format 2", "run mlm-mpi prepare again")
     table["shards"][0]["tokens"] = "many"
     path.write_text(json.dumps(table))
     _refused(lambda: Catalog.open(corpus), "is damaged", "shards", "tokens")
 
 
 def test_catalog_of_another_tokenizer(corpus):
-    path = corpus / "tokenizer.json"
+    path = corpus / Catalog.open(corpus).manifest.tokenizer.file
     path.write_bytes(path.read_bytes() + b"\n")
     _refused(Catalog.open(corpus).tokenizer, "catalog of another tokenizer", str(path), "run mlm-mpi prepare again")
     path.unlink()

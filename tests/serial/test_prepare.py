@@ -1,22 +1,22 @@
 """`prepare` from end to end, alone: cleaning, splitting, same bytes, and what goes wrong."""
 
-import argparse
 import gzip
+import hashlib
 import itertools
 import json
 import os
-import resource
-import signal
+import platform
+import shlex
 import subprocess
-import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from corpora import contents, run_prepare, sentences, write_texts
+from corpora import contents, in_a_process, run_prepare, sentences, write_texts
 
+import mlm_mpi
 from mlm_mpi import files
-from mlm_mpi.data import prepare, sources
+from mlm_mpi.data import prepare
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import TokenStream
 from mlm_mpi.data.shards import ShardReader
@@ -71,26 +71,29 @@ def test_twice_gives_the_same_bytes_and_a_tokenizer_file_is_taken_over(source, t
     run_prepare(source, "--out", tmp_path / "a", *arguments)
     first = contents(tmp_path / "a")
     run_prepare(source, "--out", tmp_path / "b", *arguments)
-    assert contents(tmp_path / "b") == first
+    again = contents(tmp_path / "b")
+    assert again.pop("prepared.json") != first["prepared.json"] and again.items() <= first.items()
     run_prepare(source, "--out", tmp_path / "a", *arguments)
     assert contents(tmp_path / "a") == first
-    run_prepare(source, "--out", tmp_path / "c", "--tokenizer", tmp_path / "a" / "tokenizer.json", "--shard-mib", 0.01)
+    run_prepare(
+        source, "--out", tmp_path / "c", "--tokenizer", next((tmp_path / "a").glob("tokenizer-*")), "--shard-mib", 0.01
+    )
     other = contents(tmp_path / "c")
-    assert {name for name in other if first.get(name) != other[name]} == {"catalog.json"}
+    assert {name for name in other if first.get(name) != other[name]} == {"catalog.json", "prepared.json"}
 
 
 def test_stale_shards_go_and_the_output_is_no_input(source, tmp_path, capsys):
     out = source / "corpus"
     run_prepare(source, "--out", out, "--tokenizer", "bytes", "--shard-mib", 0.005)
     many = contents(out)
-    (out / "train-00000-dead.h5.tmp").write_bytes(b"left by a kill")
-    (out / ".spool").mkdir()
-    (out / ".spool" / "text-9.bin").write_bytes(b"left by a kill")
+    (out / ".staging").mkdir()
+    (out / ".staging" / "text-9.bin").write_bytes(b"left by a kill")
+    (out / ".staging" / "train-00000-0123abcd.h5.tmp").write_bytes(b"left by a kill")
     run_prepare(source, "--out", out, "--tokenizer", "bytes")
     few = contents(out)
-    assert len(few) < len(many) and set(few) == {"catalog.json", "tokenizer.json"} | {
-        entry.file for entry in Catalog.open(out).manifest.shards
-    }
+    assert len(few) < len(many) and set(few) == {"catalog.json", "prepared.json"} | {
+        Catalog.open(out).manifest.tokenizer.file
+    } | {entry.file for entry in Catalog.open(out).manifest.shards}
     Catalog.open(out).check_files()
 
 
@@ -112,13 +115,14 @@ def test_json_lines_plain_and_compressed(tmp_path, capsys):
         (b'{"text": "a"}\n{"text": \n', ("x.jsonl:2", "is not JSON")),
         (b'{"body": "a", "id": 1}\n', ("x.jsonl:1", "no text in field 'text'", "body, id", "--field")),
         (b'{"text": 5}\n', ("x.jsonl:1", "no text in field")),
-        (b"[1]\n", ("x.jsonl:1", "a list")),
+        (b"[1]\n", ("x.jsonl", "one JSON document")),
+        (b'{"text": "a"}\n[1]\n', ("x.jsonl:2", "a list")),
     ],
 )
 def test_bad_json_lines(tmp_path, content, words):
     (tmp_path / "x.jsonl").write_bytes(content)
     refused(lambda: run_prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out"), *words)
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 def refused(action, *words, error=DataError):
@@ -136,7 +140,7 @@ def test_damaged_gzip(tmp_path):
 def test_invalid_utf8_duplicates_and_controls_are_counted(source, tmp_path, capsys):
     (source / "bad.txt").write_bytes(b"good \xff\xfe text \x07" + sentences(99, 50).encode())
     (source / "copy.txt").write_bytes((source / "doc003.txt").read_bytes().replace(b"\n", b"\r\n"))
-    (source / "empty.txt").write_bytes(b" \n\x00\n")
+    (source / "empty.txt").write_bytes(b" \n\x07\n")
     (source / "line.jsonl").write_bytes(b'{"text": "caf\xe9 \\ud800 ' + sentences(98, 50).strip().encode() + b'"}\n')
     run_prepare(source, "--out", tmp_path / "out", "--tokenizer", "bytes")
     cleaning = Catalog.open(tmp_path / "out").manifest.cleaning
@@ -201,7 +205,7 @@ def test_empty_and_unsplittable_corpora(tmp_path):
     refused(lambda: run_prepare("--builtin", "--out", out, "--vocab", 9), "--vocab 9", error=ConfigError)
     (tmp_path / "file").write_text("x")
     refused(lambda: run_prepare(tmp_path / "one.txt", "--out", tmp_path / "file"), "another --out")
-    assert contents(out) == {}
+    assert not out.exists()
 
 
 def test_huge_documents_are_cut_for_the_tokenizer_only(tmp_path, monkeypatch, capsys):
@@ -217,7 +221,7 @@ def test_a_failing_shard_leaves_the_earlier_corpus(source, tmp_path, monkeypatch
     run_prepare(source, "--out", out, "--tokenizer", "bytes", "--shard-mib", 0.005)
     before = contents(out)
     write = files._write_synced
-    for name in ("train-00003", "catalog.json", "tokenizer.json"):
+    for name in ("train-00003", "catalog.json", "tokenizer-", "prepared.json", "replaced.json"):
 
         def full(path, content, name=name):
             if path.name.startswith(name):
@@ -230,22 +234,11 @@ def test_a_failing_shard_leaves_the_earlier_corpus(source, tmp_path, monkeypatch
         assert contents(out) == before
 
 
-def in_a_process(*words, limit_bytes=None):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    return subprocess.run(
-        [sys.executable, "-m", "mlm_mpi", "prepare", *map(str, words)],
-        capture_output=True, text=True, timeout=60, preexec_fn=limit if limit_bytes else None, check=False,
-    )  # fmt: skip
-
-
 def test_file_size_limit_ends_with_one_line(source, tmp_path):
     done = in_a_process(source, "--out", tmp_path / "out", "--tokenizer", "bytes", limit_bytes=10_000)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("mlm-mpi: cannot write") and str(tmp_path / "out") in done.stderr
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager
@@ -271,20 +264,7 @@ def test_full_disk_ends_with_one_line(source, tmp_path, size_kib):
         else:
             assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
             assert "No space left on device" in done.stderr and "cannot" in done.stderr
-            assert contents(disk / "out") == {}
-
-
-def test_builtin_sources_are_stable():
-    found = sources.find([], True, sources.Path("out"))
-    assert found == sources.find([], True, sources.Path("out")) and found[0].kind == "topics"
-    folders = {part for source in found[1:] for part in source.path.parts}
-    assert not folders & {"test", "idle_test", "site-packages"} - set(sources.Path(sys.prefix).parts)
-    topics = list(sources.read(found[0], "", 0, 1))
-    assert len(topics) > 50
-    argparse_docs = [
-        raw.content for raw in sources.read(sources.Source("docstrings", sources.Path(argparse.__file__)), "", 0, 1)
-    ]
-    assert any("Command-line parsing library" in str(text) for text in argparse_docs)
+            assert not (disk / "out").exists()
 
 
 def test_stream_of_the_corpus_is_the_documents(source, tmp_path, capsys):
@@ -292,3 +272,68 @@ def test_stream_of_the_corpus_is_the_documents(source, tmp_path, capsys):
     stream = TokenStream(Catalog.open(tmp_path / "out"), "train")
     expected = [[*text.encode(), 256] for text in documents(tmp_path / "out", "train")]
     assert np.array_equal(stream.read(0, stream.tokens), np.concatenate(expected))
+
+
+def test_content_is_of_tokens_and_borders_however_they_are_stored(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    digests = []
+    for words in (("--shard-mib", 0.004), ("--shard-mib", 1), ("--seed", 1), ("--vocab", 300)):
+        kind = () if "--vocab" in words else ("--tokenizer", "bytes")
+        run_prepare(source, "--out", out, "--heldout", 0.25, *words, *kind)
+        catalog = Catalog.open(out)
+        tokenizer, whole = catalog.tokenizer(), hashlib.sha256()
+        whole.update(tokenizer.hash.encode())
+        for split in ("train", "heldout"):
+            part = hashlib.sha256()
+            for text in documents(out, split):
+                ids = np.array([*tokenizer.encode(text), tokenizer.eot], "<u4")
+                part.update(hashlib.sha256(ids.tobytes()).digest())
+            whole.update(part.digest())
+        assert catalog.manifest.content == whole.hexdigest()
+        assert capsys.readouterr().out.endswith(f" s, content {whole.hexdigest()[:12]}\n")
+        digests.append(whole.hexdigest())
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_the_command_is_written_down_and_makes_the_same_again(source, tmp_path, capsys):
+    out = tmp_path / "the corpus"
+    run_prepare("--shard-mib", 0.01, source, "--out", out, "--seed", 3, "--vocab", 300, "--field=-x", "--heldout", 0.25)
+    prepared = json.loads((out / "prepared.json").read_text())
+    assert prepared == {
+        "command": f"mlm-mpi prepare {source} --out '{out}' "
+        "--vocab 300 --heldout 0.25 --field=-x --shard-mib 0.01 --seed 3",
+        "python": platform.python_version(),
+        "mlm_mpi": mlm_mpi.__version__,
+        "content": Catalog.open(out).manifest.content,
+    }  # fmt: skip
+    assert prepared["command"] in (out / "prepared.json").read_text().splitlines()[1]
+    first = contents(out)
+    run_prepare(*shlex.split(prepared["command"])[2:])
+    assert contents(out) == first
+
+
+@pytest.mark.parametrize(
+    ("words", "say"),
+    [
+        (("--vocab", 2**64), "--vocab 18446744073709551616 must be in [257, 1048576]"),
+        (("--vocab", 2**31), "--vocab 2147483648 must be in"),
+        (("--vocab", -1), "--vocab -1 must be in"),
+        (("--shard-mib", "nan"), "--shard-mib nan must be in [0, 4096]"),
+        (("--shard-mib", "inf"), "--shard-mib inf"),
+        (("--shard-mib", 1e6), "--shard-mib 1000000.0"),
+        (("--heldout", "nan"), "--heldout nan must be in [0, 1)"),
+        (("--heldout", "-0.1"), "--heldout -0.1"),
+        (("--seed", -1), "--seed -1 must be in [0, 9223372036854775807]"),
+        (("--seed", 2**64), "--seed 18446744073709551616"),
+        (("--field", ""), "--field ''"),
+    ],
+)
+def test_values_out_of_bounds_are_one_line(tmp_path, words, say):
+    refused(lambda: run_prepare("--builtin", "--out", tmp_path / "out", *words), say, error=ConfigError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_can_be_read_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_MOST_SHARDS", 9)
+    refused(lambda: run_prepare(source, "--out", tmp_path / "out", "--shard-mib", 1e-6), "40 shards", "at most 9")
+    assert not (tmp_path / "out").exists()
