@@ -31,7 +31,7 @@ from mlm_mpi.banners import BannerFilter
 from mlm_mpi.errors import LaunchError
 
 GRACE_S = 60.0
-_TERM_S = 2.0  # from SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
+_TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
 
 # Runs before each rank's program. The kernel kills the rank when its MPI daemon dies: SIGKILL of mpiexec
@@ -43,9 +43,13 @@ _GUARD = (
 )
 
 
-# What mpiexec gets when this process dies. Open MPI ends its ranks on SIGTERM, then tidies up; Hydra passes
+# What mpiexec gets when this process dies. Open MPI ends its ranks on SIGINT, then tidies up; Hydra passes
 # SIGTERM on and waits for them, so it is killed.
-_ORPHAN_SIGNALS = {"openmpi": signal.SIGTERM}
+_ORPHAN_SIGNALS = {"openmpi": signal.SIGINT}
+
+# Slurm sends SIGTERM to every process of a job (proctrack/linuxproc) or to the first of each step (cgroup, pgid).
+# Open MPI's mpirun and daemons kill their ranks 40 ms later, unless they never see it.
+_DEAF_DAEMON = "env --block-signal=TERM prted"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +160,8 @@ def launch_environment(flavour: str, ranks: int) -> dict[str, str]:
     if flavour == "openmpi":
         if os.geteuid() == 0:
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if "SLURM_JOB_ID" in environment and _env_blocks():
+            environment.setdefault("PRTE_MCA_prte_launch_agent", _DEAF_DAEMON)
         if ranks > cores():
             environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     return environment
@@ -164,6 +170,11 @@ def launch_environment(flavour: str, ranks: int) -> dict[str, str]:
 def cores() -> int:
     """Cores (hardware threads) this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _env_blocks() -> bool:
+    # coreutils 8.31 (2019) or later
+    return subprocess.run(["env", "--block-signal=TERM", "true"], check=False, capture_output=True).returncode == 0
 
 
 def _exported() -> list[str]:
@@ -202,7 +213,9 @@ class _Job:
         self.environment = environment
         self.grace_s = grace_s
         self.orphan_signal = orphan or signal.SIGKILL
+        self.end_signal = orphan or signal.SIGTERM
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
+        self.lost = False  # a node; mpirun exits with 0 then
         self.deadline = float("inf")
         self.repeat_at = float("inf")
 
@@ -217,11 +230,12 @@ class _Job:
             except OSError as error:
                 raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
             assert process.stderr is not None
-            banners = BannerFilter(self._report_death)
+            banners = BannerFilter(self._report_death, self._report_loss)
             pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), banners), daemon=True)
             pump.start()
             code = self._wait(process)
             pump.join(timeout=5)
+            code = code or int(self.lost)
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
         if code and not banners.passed and self.cause is None:
@@ -244,6 +258,8 @@ class _Job:
         # Between fork and exec of mpiexec, which may not die of a SIGUSR1 that comes before it listens.
         ctypes.CDLL(None).prctl(1, self.orphan_signal)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if self.end_signal != signal.SIGTERM:  # see _DEAF_DAEMON; mpiexec gives its ranks an empty mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.repeat_at = 0.0
@@ -281,12 +297,17 @@ class _Job:
         else:
             had = f"{self.grace_s:g} s to end after {self.cause.name}"
             _say(f"killing the job, which had {had}: the last checkpoint stands")
-        process.terminate()
+        process.send_signal(self.end_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)
         _kill_session(process.pid)
         process.wait()
         return 128 + (self.cause if self.grace_s is None else signal.SIGKILL)
+
+    def _report_loss(self, what: str) -> None:
+        self.lost = True
+        again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
+        _say(f"lost {what}{again}")
 
     def _report_death(self, rank: int, number: int) -> None:
         if self.cause is None:
