@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa lint bench gpu-check clean distclean
+.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm lint bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,6 +59,8 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 	@$(BIN)/mlm-mpi evaluate $(RUN) --baselines
 	@echo
 	@$(BIN)/mlm-mpi generate $(RUN) --prompt "Return a list of" --tokens 100
+	@echo
+	@$(BIN)/python tests/listed_weights.py README.md $(CORPUS) $(RUN)
 
 test: $(VENV)/.installed-test  ## the test suite: serial, whole programs, and inside mpiexec on 1, 2, 3, 4, 5, 7, 8 ranks
 	@$(BIN)/python -m pytest -q -m 'not slow' tests/serial tests/programs
@@ -86,6 +88,9 @@ test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with th
 
 test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulated, and by clang: the same bits as on this CPU
 	@tests/isa/run $(BIN)/python
+
+test-slurm: $(VENV)/.installed-test  ## the job script under a real Slurm on two nodes, made by namespaces: needs root, skips without
+	@tests/slurm/run $(BIN)/python
 
 # the kernels run on the CPU (kernels/cuda/emulator) while NVRTC compiles every build of them
 test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100

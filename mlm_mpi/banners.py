@@ -7,8 +7,9 @@ from collections.abc import Callable
 class BannerFilter:
     """Passes stderr on byte for byte, but for what Open MPI says of itself when a rank failed.
 
-    That is blocks that open and close with 60 or more dashes, and lines of PMIX errors. Bytes are held back
-    only as long as they may become such.
+    That is blocks that open and close with 60 or more dashes, the zero byte after the last block, and lines of
+    PMIX errors. Bytes are held back only as long as they may become such. `on_death` gets rank and signal of a
+    rank that a block says has died, `on_loss` the name of a node that it says is lost, or what srun said of it.
     """
 
     _KNOWN = (
@@ -23,16 +24,22 @@ class BannerFilter:
         b"mpiexec has exited due to process",
         b"MPI_ABORT was invoked on rank",
         b"Primary job  terminated normally",
+        b"PRTE has lost communication with a remote daemon",
+        b"ORTE has lost communication with a remote daemon",
+        b"srun returned non-zero exit status (",
     )
     _BLOCK = re.compile(rb"-{60,}\n.*?\n-{60,}\n", re.DOTALL)
     _DEATH = re.compile(rb"process rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal\s+(\d+)")
+    _LOSS = re.compile(rb"Remote daemon: \S+ on node (\S+)")
+    _SRUN = re.compile(rb"srun returned non-zero exit status \((\d{1,9})\)")  # as wait() gives it
+    _LAST = re.compile(rb"-{74}\n")  # Open MPI's closing line; a zero byte may follow
 
     # what the launcher's own parts say to each other when ranks leave while they still talk (seen in 1 of 20 ends)
     _NOISE = re.compile(rb"\[[^\]\n]+\] PMIX ERROR: [^\n]*\n")
 
-    def __init__(self, on_death: Callable[[int, int], None]) -> None:
+    def __init__(self, on_death: Callable[[int, int], None], on_loss: Callable[[str], None]) -> None:
         self.passed = False  # whether anything was said that the user sees
-        self._on_death = on_death
+        self._on_death, self._on_loss = on_death, on_loss
         self._held = b""
         self._inside_line = False
         self._after_block = False
@@ -42,7 +49,7 @@ class BannerFilter:
         self._held += data
         out = b""
         while self._held:
-            if self._after_block and self._held[:1] == b"\0":  # Open MPI ends its last block with one
+            if self._after_block and self._held[:1] == b"\0":
                 self._held = self._held[1:]
             elif not self._inside_line and self._may_be_block():
                 block = self._BLOCK.match(self._held)
@@ -81,13 +88,22 @@ class BannerFilter:
     def _drop(self, block: re.Match[bytes]) -> None:
         self._held = self._held[block.end() :]
         self._after_block = True
-        if death := self._DEATH.search(block[0]):
-            self.passed = True
+        self.passed |= self._reported(block[0])
+
+    def _reported(self, block: bytes) -> bool:
+        if death := self._DEATH.search(block):
             self._on_death(int(death[1]), int(death[2]))
+        elif loss := self._LOSS.search(block):
+            self._on_loss(loss[1].decode(errors="replace"))
+        elif srun := self._SRUN.search(block):
+            self._on_loss(f"a node: srun ended with {int(srun[1]) >> 8}")
+        else:
+            return False
+        return True
 
     def _pass_line(self) -> bytes:
         line, newline, self._held = self._held.partition(b"\n")
+        self._after_block = not self._inside_line and self._LAST.fullmatch(line + newline) is not None
         self._inside_line = not newline
-        self._after_block = False
         self.passed = True
         return line + newline

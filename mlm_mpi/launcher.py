@@ -40,7 +40,7 @@ from mlm_mpi.train import command as training
 GRACE_S = 60.0
 START_S = 300.0
 _WORD_S = 20.0  # a start that lasts longer is worth a word
-_TERM_S = 2.0  # from SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
+_TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
 _JOINERS = ("train", "prepare")  # commands whose ranks call MPI_Init
 _SHARED_MEMORY = Path("/dev/shm")
@@ -61,6 +61,10 @@ _GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
     "os.write(2, f'{chr(2)}mlm-mpi {rank} started {here} {os.getpid()}{chr(10)}'.encode())",
     "os.execv(sys.argv[1], sys.argv[1:])",
 ])  # fmt: skip
+
+# Slurm sends SIGTERM to every process of a job (proctrack/linuxproc) or to the first of each step (cgroup, pgid).
+# Open MPI's mpirun and daemons kill their ranks 40 ms later, unless they never see it.
+_DEAF_DAEMON = "env --block-signal=TERM prted"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +143,7 @@ def run_job(
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
         environment = launch_environment(flavour, ranks, limits.start_s, None if _several_nodes(extra) else folder)
-        return _Job(command, environment, limits, ranks, _orphan_signal(flavour, extra)).run()
+        return _Job(command, environment, limits, ranks, _end_signals(flavour, extra)).run()
 
 
 def find_mpiexec(path: str | None = None) -> str:
@@ -211,6 +215,8 @@ def launch_environment(flavour: str, ranks: int, start_s: float = START_S, folde
     if flavour == "openmpi":
         if os.geteuid() == 0:
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        if "SLURM_JOB_ID" in environment and _env_blocks():
+            environment.setdefault("PRTE_MCA_prte_launch_agent", _DEAF_DAEMON)
         if ranks > cores():
             environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if folder is not None:  # the name since Open MPI 5, and the one before
@@ -221,6 +227,11 @@ def launch_environment(flavour: str, ranks: int, start_s: float = START_S, folde
 def cores() -> int:
     """Cores (hardware threads) this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _env_blocks() -> bool:
+    # coreutils 8.31 (2019) or later
+    return subprocess.run(["env", "--block-signal=TERM", "true"], check=False, capture_output=True).returncode == 0
 
 
 def _exported() -> list[str]:
@@ -239,13 +250,15 @@ def _several_nodes(extra: Sequence[str]) -> bool:
     return named or launch.number("SLURM_JOB_NUM_NODES", 1) > 1
 
 
-def _orphan_signal(flavour: str, extra: Sequence[str]) -> signal.Signals:
-    """What mpiexec gets when this process dies.
+def _end_signals(flavour: str, extra: Sequence[str]) -> tuple[signal.Signals, signal.Signals]:
+    """What ends mpiexec from here, and what it gets when this process dies.
 
-    Open MPI ends the ranks of all nodes on SIGTERM, but not while it still starts them (400 ranks: it lived on for
-    minutes, with 270 of them); on one node the ranks die with it. Hydra passes SIGTERM on and waits for them.
+    Open MPI ends the ranks of all nodes on SIGINT, then tidies up, but not while it still starts them (400 ranks: it
+    lived on for minutes, with 270 of them); on one node they die with it. Hydra passes SIGTERM on and waits for them.
     """
-    return signal.SIGTERM if flavour == "openmpi" and _several_nodes(extra) else signal.SIGKILL
+    if flavour != "openmpi":
+        return signal.SIGTERM, signal.SIGKILL
+    return signal.SIGINT, signal.SIGINT if _several_nodes(extra) else signal.SIGKILL
 
 
 @contextlib.contextmanager
@@ -278,14 +291,16 @@ class _Job:
     """One mpiexec in a session of its own, so that Ctrl-C reaches this process alone."""
 
     def __init__(
-        self, command: list[str], environment: dict[str, str], limits: Limits, ranks: int, orphan: signal.Signals
-    ) -> None:
+        self, command: list[str], environment: dict[str, str], limits: Limits, ranks: int,
+        signals: tuple[signal.Signals, signal.Signals],
+    ) -> None:  # fmt: skip
         self.command = command
         self.environment = environment
         self.grace_s, self.limits = limits.grace_s, limits
         self.arrivals = Arrivals(ranks, "joined" if limits.joins else "started")
-        self.orphan_signal = orphan
+        self.end_signal, self.orphan_signal = signals
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
+        self.lost = False  # a node; mpirun exits with 0 then
         self.deadline = float("inf")
         self.repeat_at = float("inf")
         self.began: float | None = None  # while the ranks are awaited
@@ -302,11 +317,12 @@ class _Job:
             except OSError as error:
                 raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
             assert process.stderr is not None
-            banners = BannerFilter(self._report_death)
+            banners = BannerFilter(self._report_death, self._report_loss)
             pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), self.arrivals, banners), daemon=True)
             pump.start()
             code = self._wait(process)
             pump.join(timeout=5)
+            code = code or int(self.lost)
         if sys.stdout.isatty():
             os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
         if code and not banners.passed and self.cause is None:
@@ -334,6 +350,8 @@ class _Job:
         # Between fork and exec of mpiexec, which may not die of a SIGUSR1 that comes before it listens.
         ctypes.CDLL(None).prctl(1, self.orphan_signal)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if self.end_signal != signal.SIGTERM:  # see _DEAF_DAEMON; mpiexec gives its ranks an empty mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.repeat_at = 0.0
@@ -397,11 +415,16 @@ class _Job:
         return code
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.terminate()
+        process.send_signal(self.end_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)
         _kill_session(process.pid)
         process.wait()
+
+    def _report_loss(self, what: str) -> None:
+        self.lost = True
+        again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
+        _say(f"lost {what}{again}")
 
     def _report_death(self, rank: int, number: int) -> None:
         if self.cause is None:

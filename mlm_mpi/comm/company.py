@@ -23,6 +23,8 @@ _SLOT_BYTES = 256
 _HEAD = struct.Struct("=dqiiH")  # time, process, rank, whether it waits, length of the text
 _CALL, _ANSWER = 1, 2  # tags
 _ROLL_S = 1.0
+_RENEW_S = 0.1
+_FRESH_S = 5.0  # who waits renews its sign ten times a second; this leaves room for a machine that is overloaded
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
 _NAME_BYTES = 512
 
@@ -38,9 +40,15 @@ class Sign(NamedTuple):
     host: str
     stopped: bool
 
+    @property
+    def is_here(self) -> bool:
+        """It waits as I do. One that was stopped while it waited does not."""
+        return self.waits and not self.stopped and self.age_s < _FRESH_S
+
     def __str__(self) -> str:
         where = f"process {self.process} on {self.host}" + (", stopped" if self.stopped else "")
-        return f"rank {self.rank} did last, {self.age_s:.0f} s ago: {self.text} ({where})"
+        what = f"waiting for {self.text}" if self.waits else self.text
+        return f"rank {self.rank} did last, {self.age_s:.0f} s ago: {what} ({where})"
 
 
 class Company:
@@ -64,7 +72,8 @@ class Company:
     def note(self, text: str, waits: bool = False) -> None:
         """Says what this rank does from now on."""
         words = text.encode()[: _SLOT_BYTES - _HEAD.size]
-        head = _HEAD.pack(time.monotonic(), os.getpid(), self.rank, waits, len(words))
+        self._text, self._renewed = text, time.monotonic()
+        head = _HEAD.pack(self._renewed, os.getpid(), self.rank, waits, len(words))
         self._board[self._place * _SLOT_BYTES : self._place * _SLOT_BYTES + len(head) + len(words)] = head + words
 
     def here(self) -> list[Sign]:
@@ -79,7 +88,9 @@ class Company:
         return Sign(rank, bool(waits), age_s, text, process, os.uname().nodename, _is_stopped(process))
 
     def answer(self) -> None:
-        """Answers ranks that call the roll; whoever waits calls this now and then."""
+        """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
+        if time.monotonic() - self._renewed > _RENEW_S:
+            self.note(self._text, waits=True)
         for source, number in self._arrived(_CALL):
             self._heard[source] = time.monotonic()
             signs = json.dumps([number[0], *self.here()]).encode()
@@ -93,7 +104,7 @@ class Company:
             self._linger(_ROLL_S)  # my answer may still be on its way
             return min(callers), f"rank {self.rank} waited {waited_s:.0f} s for {what}"
         signs = self._roll()
-        missing = [rank for rank in range(self.size) if rank not in signs or not signs[rank].waits]
+        missing = [rank for rank in range(self.size) if rank not in signs or not signs[rank].is_here]
         teller = min([self.rank, *self._callers()])
         if not missing:
             return teller, f"all {self.size} ranks wait: {_by_text(signs)}"

@@ -205,6 +205,8 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
         yield "it names a file twice"
     if not 0 <= tokenizer.eot < tokenizer.vocab_size <= LARGEST_VOCABULARY:
         yield f"end of text {tokenizer.eot}, vocabulary {tokenizer.vocab_size}"
+    if not _SHA256.fullmatch(manifest.content):
+        yield f"content {manifest.content[:80]!r}"
     if not (math.isfinite(manifest.heldout) and 0 <= manifest.heldout < 1):
         yield f"heldout {manifest.heldout}"
     if not _SHA256.fullmatch(manifest.content):

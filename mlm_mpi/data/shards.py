@@ -71,10 +71,23 @@ def write_shard(
         "documents": len(documents), "characters": characters,
     }  # fmt: skip
     image = _image(tokens, offsets, attributes)
+    view = memoryview(image)
+    try:
+        expected = _expected(len(tokens), len(documents), vocab_size)
+        hdf5.examine(lambda offset, size: view[offset : offset + size], len(image), expected)
+    except hdf5.FormatError as error:
+        raise DataError(f"h5py {h5py.__version__} made a shard that {error}: install an earlier h5py") from None
     sha256 = hashlib.sha256(image).hexdigest()
     file = f"{name}-{sha256[:8]}.h5"
     publish(folder / file, image)
     return ShardEntry(file, split, len(image), sha256, len(tokens), len(documents), characters, utf8_bytes)
+
+
+def _expected(tokens: int, documents: int, vocab_size: int) -> dict[str, hdf5.Expected]:
+    return {
+        "tokens": hdf5.Expected((tokens,), token_type(vocab_size), hdf5.PACKED),
+        "offsets": hdf5.Expected((documents + 1,), np.dtype(np.uint64), hdf5.PACKED),
+    }
 
 
 def _image(tokens: np.ndarray, offsets: np.ndarray, attributes: dict[str, Any]) -> bytes:
@@ -113,12 +126,13 @@ class ShardReader:
 
     def _examine(self, tokenizer_hash: str) -> None:
         entry = self.entry
-        ids = hdf5.Expected((entry.tokens,), token_type(self._vocab_size), hdf5.PACKED)
-        ends = hdf5.Expected((entry.documents + 1,), np.dtype(np.uint64), hdf5.PACKED)
+        datasets = _expected(entry.tokens, entry.documents, self._vocab_size)
         try:
-            found, attributes = hdf5.examine(self._file, entry.bytes, {"tokens": ids, "offsets": ends})
+            found, attributes = hdf5.examine(self._fetch, entry.bytes, datasets)
         except hdf5.FormatError as error:
             raise DataError(f"shard {self.path} {error}: {_AGAIN}") from None
+        except OSError as error:
+            raise _unreadable(self.path, entry, error) from None
         expected = {
             "format": FORMAT, "tokenizer": tokenizer_hash, "split": entry.split, "tokens": entry.tokens,
             "documents": entry.documents, "characters": entry.characters,

@@ -111,7 +111,11 @@ def pieces_of(store: FlatStore, buffers: Buffers, rows: dict[str, tuple[int, int
 
 
 def part_image(pieces: Pieces, rows: dict[str, tuple[int, int]]) -> bytes:
-    """An HDF5 file with /<buffer>/<parameter> of the given rows, as bytes; no timestamps, all checksummed."""
+    """An HDF5 file with /<buffer>/<parameter> of the given rows, as bytes; no timestamps, all checksummed.
+
+    Raises FormatError where `restore` could not read it: an HDF5 that writes something else.
+    """
+    dtype = next(np.dtype(value.dtype) for values in pieces.values() for value in values.values())
     memory = io.BytesIO()
     with h5py.File(memory, "w", libver="latest") as file:
         for kind, values in pieces.items():
@@ -122,7 +126,22 @@ def part_image(pieces: Pieces, rows: dict[str, tuple[int, int]]) -> bytes:
                     f"{kind}/{name}", data=to_host(value), chunks=chunk, fletcher32=True, track_times=False
                 )
                 dataset.attrs["first_row"] = rows[name][0]
-    return memory.getvalue()
+    image = memory.getvalue()
+    _examine(image, {kind: {name: v.shape for name, v in values.items()} for kind, values in pieces.items()}, dtype)
+    return image
+
+
+def _examine(
+    image: bytes, shapes: dict[str, dict[str, tuple[int, ...]]], dtype: np.dtype[Any]
+) -> dict[str, hdf5.Dataset]:
+    """The datasets of a part by path, `shapes` being those of its rows. Raises FormatError."""
+    expected = {
+        f"{kind}/{name}": hdf5.Expected(shape, dtype, hdf5.SUMMED)
+        for kind, named in shapes.items()
+        for name, shape in named.items()
+    }
+    view = memoryview(image)
+    return hdf5.examine(lambda offset, size: view[offset : offset + size], len(image), expected)[0]
 
 
 def index_image(manifest: Manifest) -> bytes:
@@ -268,7 +287,7 @@ class Saver:
         hidden.rename(final)
         sync_folder(self.folder)
         # a later one is damaged, or this run would have gone on from it: it may not push this one out
-        for old in [path for path in published(self.folder) if path.name <= final.name][self.keep :]:
+        for old in [path for path in published(self.folder) if _step_of(path) <= step][self.keep :]:
             with contextlib.suppress(OSError):  # the next save tries again
                 _withdraw(old)
 
@@ -426,14 +445,8 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
 
 def _fill(views: Pieces, content: bytes, part: Part, manifest: Manifest) -> None:
     """Copies a part's rows into their places in `views`, straight from the verified bytes. Raises FormatError."""
-    dtype = np.dtype(manifest.dtype)
     shapes = {name: (stop - start, *manifest.shapes[name][1:]) for name, (start, stop) in part.rows.items()}
-    expected = {
-        f"{kind}/{name}": hdf5.Expected(shape, dtype, hdf5.SUMMED)
-        for kind in manifest.buffers
-        for name, shape in shapes.items()
-    }
-    found, _ = hdf5.examine(io.BytesIO(content), len(content), expected)
+    found = _examine(content, dict.fromkeys(manifest.buffers, shapes), np.dtype(manifest.dtype))
     view = memoryview(content)
     for kind, named in views.items():
         for name, (start, _) in part.rows.items():

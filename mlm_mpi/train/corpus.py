@@ -3,17 +3,12 @@
 import msgspec
 
 from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.staging import PREPARED, Prepared
 from mlm_mpi.files import read_whole
 from mlm_mpi.train.checkpoint import Manifest
 
-PREPARED = "prepared.json"  # what `prepare` leaves beside the catalog: the command that made it
 _PREPARED_BYTES = 1 << 20
 _LONGEST = 1000  # characters of a command that are kept: ten thousand file names help nobody
-
-
-class _Prepared(msgspec.Struct, frozen=True):
-    command: str
-    python: str = ""  # the built-in corpus differs by its minor version
 
 
 def in_words(catalog: Catalog) -> str:
@@ -24,13 +19,15 @@ def in_words(catalog: Catalog) -> str:
 
 
 def _making(catalog: Catalog) -> str:
-    path = catalog.folder / PREPARED
     try:
-        prepared = msgspec.json.decode(read_whole(path, _PREPARED_BYTES, catalog.folder), type=_Prepared)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return ""  # a corpus of an older version, or one whose making nobody wrote down
+        content = read_whole(catalog.folder / PREPARED, _PREPARED_BYTES, catalog.folder)
+        prepared = msgspec.json.decode(content, type=Prepared)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""  # nobody wrote down how it was made
+    if prepared.content != catalog.manifest.content:
+        return ""  # of the corpus that was here before
     command = prepared.command if len(prepared.command) <= _LONGEST else prepared.command[:_LONGEST] + " …"
-    return f", made{' with Python ' * bool(prepared.python)}{prepared.python[:20]} by: {command}"
+    return f", made with Python {prepared.python[:20]} by: {command}"
 
 
 def origin(manifest: Manifest) -> str:

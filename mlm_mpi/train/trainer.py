@@ -343,6 +343,7 @@ class Trainer:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
         weights = self.replica.store.weights_sha256()
         everybody = self.group.allgather(weights, "hashes of the weights")
+        self.group.note("its last words")
         if len(set(everybody)) > 1:
             raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
         complete = step >= self.config.train.steps
@@ -362,7 +363,8 @@ class Trainer:
             refused = {text: times for text, times in kernels.refusals().items() if not text.endswith("memory")}
             if self.place.on_gpu and refused:  # sums on their way through host memory are no news
                 self._say(f"note: kernels handed work to the next variant: {refused}")
-            self._say(f"fingerprint {digest(self.facts)}  run {self.folder.path}")
+            content = self.catalog.manifest.content[:12]
+            self._say(f"fingerprint {digest(self.facts)}  corpus {content}  run {self.folder.path}")
             self._say(
                 f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")
             )

@@ -185,14 +185,13 @@ def test_a_corpus_is_made_again_by_the_command_that_the_model_names(place, say):
     make_text(place.folder / "text")
     assert place.program(*words).code == 0
     corpus = place.folder / "corpus"
-    (corpus / "prepared.json").write_text(json.dumps({"command": shlex.join(["mlm-mpi", *words]), "python": "3.99"}))
     assert place.train("run", None, "data.dir=corpus", "--max-steps", "1").code == 0
     figures = say("evaluate", place.folder / "run", "--json")
     assert (figures.code, figures.err) == (0, "")  # from another working directory
     shutil.rmtree(corpus)
     lost = say("evaluate", place.folder / "run")
     lost.refused("make it again there")
-    command = re.search(r"made with Python 3.99 by: mlm-mpi (.*)\): make it again there", lost.err)[1]
+    command = re.search(r"made with Python 3\.\d+\.\d+ by: mlm-mpi (.*)\): make it again there", lost.err)[1]
     assert place.program(*shlex.split(command)).code == 0
     assert say("evaluate", place.folder / "run", "--json") == figures
 

@@ -108,6 +108,36 @@ def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place, how, sta
     assert re.search(r"; rank 1 did last, \d s ago: the update of step 1 \(process \d+ on ", held.err)
 
 
+STOPS_WHILE_IT_WAITS = """
+import signal
+from mlm_mpi.comm.group import Group
+inside, where = Group.wait_until, {"step": -1}
+
+def before_step(rank, step):
+    where["step"] = step
+
+def wait_until(self, awaited, what):
+    def poll():
+        if self.rank == 1 and where["step"] == 2 and "losses" in what:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return awaited()
+    return inside(self, poll, what)
+
+Group.wait_until = wait_until
+"""
+
+
+def test_a_rank_that_is_stopped_while_it_waits_is_named_too(place):
+    """Its sign says that it waits, as those of the others do."""
+    held = place.faulty(STOPS_WHILE_IT_WAITS, "run", 3, "comm.timeout_s=2")
+    held.refused(
+        "mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait for ",
+        "waiting for the losses of step 2",
+        ", stopped)",
+        code=75,
+    )
+
+
 KILL_WHILE_SAVING = """
 import signal
 from mlm_mpi.train import checkpoint

@@ -9,6 +9,63 @@ EXIT = b"prterun detected that one or more processes exited with non-zero status
 DEATH = b"prterun noticed that process rank 3 with PID 7 on node vm exited on\nsignal 11 (Segmentation fault).\n"
 UNKNOWN = DASHES + b"There are not enough slots available\n" + DASHES
 
+# Recorded on two nodes under Slurm 22.05, Open MPI 5.0.11: a node or its daemon is lost, and mpirun exits with 0; ...
+LOST = (
+    DASHES
+    + b"""PRTE has lost communication with a remote daemon.
+
+  HNP daemon   : [prterun-node1-637@0,0] on node node1
+  Remote daemon: [prterun-node1-637@0,1] on node node2
+
+This is usually due to either a failure of the TCP network
+connection to the node, or possibly an internal failure of
+the daemon itself. We cannot recover from this failure, and
+therefore will terminate the job.
+"""
+    + DASHES
+    + b"\0"
+)
+
+# ... scancel ends the daemon of the other node; a daemon that cannot be started gives the same with 512; ...
+SRUN = (
+    DASHES
+    + b"""srun returned non-zero exit status (36608) from launching
+the per-node daemon. You may debug this problem further
+by augmenting the cmd line with:
+
+* "--debug-daemons"
+* "--leave-session-attached"
+* "--prtemca plm_base_verbose N" where N > 0
+"""
+    + DASHES
+    + b"\0"
+)
+
+# ... a rank of the other node calls MPI_Abort.
+ABORT = (
+    DASHES
+    + b"""MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD
+  Proc: [[8495,1],1]
+  Errorcode: 4
+
+NOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.
+You may or may not see output from other processes, depending on
+exactly when Open MPI kills them.
+"""
+    + DASHES
+    + DASHES
+    + b"""prterun has exited due to process rank 1 with PID 640 on node node2 calling
+"abort". This may have caused other processes in the application to be
+terminated by signals sent by prterun (as reported here).
+"""
+    + DASHES
+    + b"\0"
+)
+
+
+def ignore(*what: object) -> None:
+    """Takes a report and does nothing with it."""
+
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize(
@@ -17,6 +74,12 @@ UNKNOWN = DASHES + b"There are not enough slots available\n" + DASHES
         (b"a\n" + DASHES + EXIT + DASHES + b"\0b\n", b"a\nb\n"),
         (DASHES + EXIT + DASHES + DASHES + EXIT + DASHES, b""),
         (UNKNOWN, UNKNOWN),
+        (UNKNOWN + b"\0", UNKNOWN),
+        (b"mine\n" + LOST + b"mine\n", b"mine\nmine\n"),
+        (SRUN + b"srun: error: mine\n", b"srun: error: mine\n"),
+        (b"mine\n" + ABORT, b"mine\n"),
+        (b"mine\0\0\n\0\n" + DASHES[1:] + b"\0", b"mine\0\0\n\0\n" + DASHES[1:] + b"\0"),
+        (DASHES + b"PRTE has lost my keys\n" + DASHES, DASHES + b"PRTE has lost my keys\n" + DASHES),
         (b"--- short\n-\n" + DASHES + b"table\n", b"--- short\n-\n" + DASHES + b"table\n"),
         (b"half a line " + DASHES + EXIT, b"half a line " + DASHES + EXIT),
         (DASHES + EXIT, DASHES + EXIT),  # never closed: shown at the end
@@ -24,13 +87,13 @@ UNKNOWN = DASHES + b"There are not enough slots available\n" + DASHES
     ],
 )
 def test_the_banner_filter_drops_banners_and_nothing_else(text, shown, size):
-    banners = BannerFilter(lambda rank, number: None)
+    banners = BannerFilter(ignore, ignore)
     out = b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size))
     assert out + banners.close() == shown
 
 
 def test_the_banner_filter_holds_nothing_back_that_is_no_banner():
-    banners = BannerFilter(lambda rank, number: None)
+    banners = BannerFilter(ignore, ignore)
     assert banners.feed(b"10 %\r") == b"10 %\r"
     assert banners.feed(b"- no banner") == b"- no banner"
     assert banners.feed(b"\n" + UNKNOWN[:90]) == b"\n" + UNKNOWN[:90]
@@ -38,9 +101,26 @@ def test_the_banner_filter_holds_nothing_back_that_is_no_banner():
 
 def test_the_banner_filter_reports_a_death():
     deaths = []
-    banners = BannerFilter(lambda rank, number: deaths.append((rank, number)))
+    banners = BannerFilter(lambda *death: deaths.append(death), ignore)
     assert banners.feed(DASHES + DEATH + DASHES) == b""
     assert deaths == [(3, 11)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (LOST, "node2"),
+        (LOST.replace(b"PRTE", b"ORTE"), "node2"),
+        (SRUN, "a node: srun ended with 143"),
+        (SRUN.replace(b"36608", b"512"), "a node: srun ended with 2"),
+    ],
+)
+def test_the_banner_filter_reports_a_lost_node(text, what, size):
+    losses = []
+    banners = BannerFilter(ignore, losses.append)
+    assert b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size)) == b""
+    assert losses == [what] and banners.passed
 
 
 NOISE = b"[vm:14184] PMIX ERROR: PMIX_ERR_UNREACH in file src/server/pmix_server.c at line 3146\n"
@@ -48,7 +128,7 @@ NOISE = b"[vm:14184] PMIX ERROR: PMIX_ERR_UNREACH in file src/server/pmix_server
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_the_banner_filter_drops_what_pmix_says_to_itself(size):
-    banners = BannerFilter(lambda rank, number: None)
+    banners = BannerFilter(ignore, ignore)
     text = NOISE + b"[a list] of things\n" + NOISE + b"[open"
     out = b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size))
     assert out + banners.close() == b"[a list] of things\n[open"

@@ -1,6 +1,7 @@
 """What `make clean` and `make distclean` take away, and above all what they leave."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -47,9 +48,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["make", f"PYTHON={sys.executable}", *words], cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(  # as typed, also where `make test` runs this
+        ["make", f"PYTHON={sys.executable}", *words], cwd=folder, env=outside, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
