@@ -22,7 +22,9 @@ from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.files import open_regular
 
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-LARGEST_TEXT_BYTES = 1 << 30  # a text file is one document and read whole: 6.5 times as much memory, measured
+LARGEST_TEXT_BYTES = (
+    1 << 30
+)  # a text file is one document and read whole; memory: 12 bytes a byte (256 MiB, --tokenizer bytes)
 LONGEST_LINE = 1 << 28  # characters of a JSON line
 _HEAD_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
