@@ -59,7 +59,8 @@ def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    path.unlink(missing_ok=True)  # what somebody left under this name may be a link that leads elsewhere
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -167,7 +167,7 @@ def structure(folder: Path) -> Target:
             try:
                 old = file.pop(name, None)
                 how = {"chunks": chunks, "maxshape": most, "compression": squeeze} if shape else {}
-                same = isinstance(old, h5py.Dataset) and old.shape == shape and old.size < 1 << 16
+                same = isinstance(old, h5py.Dataset) and old.shape == shape and old.size <= TOKENS
                 data = {"data": old[...]} if same and dtype in ("u2", "u8") else {}
                 file.create_dataset(
                     name, shape, dtype, shuffle=shuffle or None, fletcher32=summed or None, **how, **data

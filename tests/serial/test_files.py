@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mlm_mpi.files import HeldError, Lock, open_regular, read_whole
+from mlm_mpi.files import HeldError, Lock, open_regular, publish, read_whole
 
 
 def refuse(path, text, **more):
@@ -48,6 +48,14 @@ def test_a_link_may_not_lead_out_of_its_folder(tmp_path):
     assert read_whole(inside / "near", 9, inside) == b"own"
     refuse(inside / "far", "it leads out of", folder=inside)
     refuse(inside / "../outside", "it leads out of", folder=inside)
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "file.tmp").symlink_to("precious")
+    publish(tmp_path / "file", b"new")
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
 
 
 HOLD = """
