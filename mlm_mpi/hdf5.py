@@ -340,6 +340,9 @@ class _File:
         if odd.any():
             first = int(odd.argmax())
             raise FormatError(f"has a chunk of {size[first]} bytes at {offset[first]} in /{path}")
+        order = np.argsort(offset, kind="stable")  # chunks that share bytes would make a small file a large array
+        if (offset[order][1:] < (offset + size)[order][:-1]).any():
+            raise FormatError(f"has chunks that overlap in /{path}")
 
 
 def _only(messages: Messages, kind: int) -> bytes:

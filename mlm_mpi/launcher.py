@@ -359,7 +359,7 @@ class _Job:
             return
         again = self.cause is not None
         self.cause = self.cause or signal.Signals(number)
-        at_once = again or self.grace_s is None or bool(self.arrivals.missing())
+        at_once = again or self.grace_s is None or self._is_starting()
         self.deadline = 0.0 if at_once else time.monotonic() + (self.grace_s or 0.0)
         if self.deadline and number != signal.SIGHUP and sys.stderr.isatty():
             _write(b"\n")  # after the bar
@@ -385,27 +385,36 @@ class _Job:
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
 
+    def _is_starting(self) -> bool:
+        """Ranks are on their way, and nothing is there to be saved."""
+        return self.arrivals.seen > 0 and bool(self.arrivals.missing())
+
     def _watch_start(self, process: subprocess.Popen[bytes], now: float) -> None:
         """Names the ranks that have not arrived: once as a word, and at the limit as the end of the job."""
         if self.began is None or not self.arrivals.missing():
             self.began = None  # from now on ranks watch each other (comm.timeout_s)
             return
         waited = now - self.began
-        if waited >= self.limits.start_s:
+        if (
+            waited >= self.limits.start_s and not self.arrivals.seen
+        ):  # as with --output …:nocopy; MPI_Init has its limit
+            self.began = None
+            _say(f"no rank was heard on stderr within {waited:.0f} s: the start is not watched from here")
+        elif waited >= self.limits.start_s:
             where = self.arrivals.describe()
             self._end(process)
             raise CommError(
                 f"the job has not started within {waited:.0f} s (--start-timeout): {where}: "
                 "look at what holds it up, or raise --start-timeout"
             )
-        if waited >= _WORD_S and not self.worded:
+        elif waited >= _WORD_S and not self.worded:
             self.worded = True
             _say(f"still waiting for the start after {waited:.0f} s: {self.arrivals.describe()}")
 
     def _kill(self, process: subprocess.Popen[bytes]) -> int:
         assert self.cause is not None
-        if self.grace_s is None or self.arrivals.missing():
-            _say(f"stopped by {self.cause.name}" + (" before all ranks had arrived" if self.arrivals.missing() else ""))
+        if self.grace_s is None or self._is_starting():
+            _say(f"stopped by {self.cause.name}" + (" before all ranks had arrived" if self._is_starting() else ""))
             code = 128 + self.cause
         else:
             had = f"{self.grace_s:g} s to end after {self.cause.name}"
@@ -457,8 +466,13 @@ def _members(session: int) -> list[psutil.Process]:
 
 def _pump(source: int, arrivals: Arrivals, banners: BannerFilter) -> None:
     while data := os.read(source, 65536):
-        _write(banners.feed(arrivals.feed(data)))
-    _write(banners.feed(arrivals.close()) + banners.close())
+        _try_write(banners.feed(arrivals.feed(data)))
+    _try_write(banners.feed(arrivals.close()) + banners.close())
+
+
+def _try_write(data: bytes) -> None:
+    with contextlib.suppress(OSError):  # a full disk, a reader that has left: the ranks go on, and are listened to
+        _write(data)
 
 
 def _write(data: bytes) -> None:

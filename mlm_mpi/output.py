@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 
 from mlm_mpi.errors import StorageError
@@ -63,7 +64,10 @@ class Output(io.TextIOBase):
         data, self._held = self._held, b""
         try:
             while data:
-                data = data[os.write(self._descriptor, data) :]
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # a pipe that somebody made non-blocking
+                    select.select([], [self._descriptor], [])
         except BrokenPipeError:
             raise
         except OSError as error:

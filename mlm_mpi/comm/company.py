@@ -180,7 +180,7 @@ def _shared_board(node: Any) -> mmap.mmap:
     if node.Get_rank() == 0:
         root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         descriptor, path = tempfile.mkstemp(prefix="mlm-mpi-signs-", dir=root)
-        os.ftruncate(descriptor, size)
+        os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
         os.close(descriptor)
         encoded = os.fsencode(path)
         name[: len(encoded)] = np.frombuffer(encoded, np.uint8)

@@ -115,15 +115,19 @@ def _watched(who: str, limit_s: float) -> Iterator[None]:
     A child process watches: MPI_Init holds Python's interpreter lock, so no thread of this one could speak.
     """
     end, mine = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # a handler may not run in the child
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the child of a program with threads may not use them: it only waits
         child = os.fork()
     if child == 0:
-        os.close(mine)
-        if not select.select([end], [], [], limit_s)[0]:
-            os.write(2, _not_returned(who, limit_s))
-            os.kill(os.getppid(), signal.SIGKILL)
-        os._exit(0)
+        try:
+            os.close(mine)
+            if not select.select([end], [], [], limit_s)[0]:
+                os.write(2, _not_returned(who, limit_s))
+                os.kill(os.getppid(), signal.SIGKILL)
+        finally:
+            os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(end)
     try:
         yield

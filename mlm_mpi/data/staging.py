@@ -134,6 +134,7 @@ class CorpusFolder:
         try:
             self._lock = Lock(self.out / _LOCK)
         except HeldError as holder:
+            self._made.clear()  # it is the other's now
             raise DataError(
                 f"another prepare ({holder}) writes to {self.out}: wait for its end, or choose another --out"
             ) from None

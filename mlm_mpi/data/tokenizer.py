@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ T = TypeVar("T")
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 LARGEST_VOCABULARY = 1 << 24  # 64 times the largest known; ids may have gaps, rows of the embedding have none
+_MOST_GROWTH = 1000.0  # published ones: Llama's puts three bytes for a space
 _FILE_BYTES = 256 << 20  # Gemma's has 33 MiB
 # What other makers call it, tried in this order.
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
@@ -44,6 +46,10 @@ class Tokenizer:
             written = json.loads(_call(self._inner.to_str))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{source} is not a tokenizer.json ({error}): give another --tokenizer") from None
+        if written["model"].get("dropout"):
+            raise DataError(f"{source} encodes a text in another way each time (dropout): give another --tokenizer")
+        if (growth := _growth([written[key] for key in ("normalizer", "pre_tokenizer", "decoder")])) > _MOST_GROWTH:
+            raise DataError(f"{source} may make a text {growth:.0e} times as long: give another --tokenizer")
         self._inner.encode_special_tokens = True  # a text that *mentions* <|endoftext|> does not end there
         self._inner.no_padding()
         self._inner.no_truncation()
@@ -128,6 +134,16 @@ class Tokenizer:
         """The bytes a token stands for, b"" for special and unknown ids; of byte-level tokenizers only."""
         name = "" if number in self._special else self._names.get(number, "")
         return b"".join(_BYTE_OF.get(symbol, symbol.encode()) for symbol in name)
+
+
+def _growth(steps: Any) -> float:
+    """How much longer the Replace and Prepend steps in a tokenizer's JSON can make a text, at most."""
+    if isinstance(steps, list):
+        return math.prod(map(_growth, steps))
+    if not isinstance(steps, dict):
+        return 1.0
+    own = {"Replace": "content", "Prepend": "prepend", "Metaspace": "replacement"}.get(str(steps.get("type")), "")
+    return max(1.0, float(len(steps.get(own) or ""))) * _growth(list(steps.values()))
 
 
 class StreamDecoder:

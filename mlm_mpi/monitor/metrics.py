@@ -50,7 +50,10 @@ class MetricsLog:
                 part.unlink(missing_ok=True)  # what is left there may lead elsewhere
                 with open(part, "xb") as file:
                     file.writelines(line for record, line in _lines(path) if record["step"] < resume_step)
-                part.replace(path)
+                if part.stat().st_size == path.stat().st_size:  # nothing to drop: its time says when a step was made
+                    part.unlink()
+                else:
+                    part.replace(path)
         except (OSError, MlmError) as error:
             log = cls(path)
             log._alarm(error)

@@ -298,7 +298,7 @@ class Saver:
 def _withdraw(checkpoint: Path) -> None:
     """Removes a checkpoint, its name first: neither a reader nor a kill leaves half of one under it."""
     hidden = checkpoint.with_name(f"{_HIDDEN}old-{checkpoint.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -333,7 +333,15 @@ def _step_of(checkpoint: Path) -> int:
 def remove_unfinished(folder: Path) -> None:
     """Removes what saves that never ended left behind; only for the owner of the run's lock."""
     for left in folder.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder with all that is in it; a link is removed itself, wherever it leads."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
