@@ -258,13 +258,15 @@ def test_a_folder_that_may_not_be_searched_is_one_line(tmp_path):
 
 
 BOMB = """
-import resource, sys
+import sys
 from pathlib import Path
 from mlm_mpi.data import formats
 from mlm_mpi.errors import DataError
 
 def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # (ru_maxrss would be that of the process which started this one)
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 formats.LARGEST_TEXT_BYTES = formats.LONGEST_LINE = 1 << 23
 before = peak_mib()
@@ -286,7 +288,7 @@ def test_a_bomb_fills_no_memory(tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", BOMB, *paths], capture_output=True, text=True, check=True)
     text, line, mib = done.stdout.splitlines()
     assert f"{paths[0]} has more than 8 MiB" in text and f"{paths[1]}:1 has 8,388,608 characters" in line
-    assert int(mib) < 36
+    assert int(mib) < 70  # zstd hands out up to 32 MiB at once
 
 
 BEGINNINGS = [
