@@ -189,7 +189,7 @@ def test_a_save_that_fails_is_an_alarm_and_training_goes_on(place, straight):
 
 
 def test_a_final_save_that_fails_is_an_error_and_what_was_saved_stands(place, straight):
-    run = place.faulty(limited("range(3, 9)"), "run", 2, "checkpoint.every=2")
+    run = place.faulty(limited("range(3, 9)"), "run", 2, "checkpoint.every=2", "checkpoint.background=false")
     run.refused("the final checkpoint (step 6) was not saved: rank 1: cannot write", "part-0001.h5")
     assert run.out.count("ALARM checkpoint not saved") == 1
     assert place.checkpoints("run") == ["step-00000002"]
