@@ -229,3 +229,12 @@ def test_a_finished_metrics_file_of_before_is_no_step(site):
     (site.folder / "run").mkdir()
     (site.folder / "run" / "metrics.jsonl").write_text("{}\n")
     assert site.run(CODE="1")[0] == 1
+
+
+def test_the_done_of_an_earlier_start_is_no_success(site):
+    """train.steps raised, or the corpus moved: the trainer refuses to start, and says so with 2."""
+    (site.folder / "run").mkdir()
+    (site.folder / "run" / "DONE").touch()
+    code, lines, _ = site.run(CODE="2")
+    assert code == 2
+    assert not [line for line in lines if line.startswith("scontrol")]
