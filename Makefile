@@ -126,12 +126,15 @@ clean:  ## removes caches and builds; no environment, corpus or run
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find mlm_mpi tests benchmarks kernels -name __pycache__ -prune -exec rm -rf {} +
 
-# the command that a corpus or run records must be make's own, word for word; what else lies there is named and stays
+# the command that a corpus or run records must be make's own, word for word, and no other file may lie in it
 MADE := import json, sys; sys.exit(json.load(open(sys.argv[1]))["command"] != "mlm-mpi " + sys.argv[2])
 distclean: clean  ## also removes what `make train` made: environment, corpus and run; names what it leaves
 	@made() { $(PYTHON) -c '$(MADE)' "$$@" 2>/dev/null; }; \
-	if made $(CORPUS)/prepared.json '$(PREPARE)'; then rm -rf $(CORPUS); fi; \
-	if made $(RUN)/environment.json '$(TRAIN)'; then rm -rf $(RUN); fi; \
+	only() { ! ls -A "$$1" 2>/dev/null | grep -qvE "^($$2)$$"; }; \
+	if made $(CORPUS)/prepared.json '$(PREPARE)' && only $(CORPUS) '(catalog|prepared|tokenizer.*)\.json|(train|heldout)-.*\.h5'; \
+	  then rm -rf $(CORPUS); fi; \
+	if made $(RUN)/environment.json '$(TRAIN)' && only $(RUN) '(config|environment|metrics|loss)\..*|DONE|checkpoints|run\.lock'; \
+	  then rm -rf $(RUN); fi; \
 	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV) mlm_mpi/backend/_cpu*.so; fi; \
 	rmdir runs 2>/dev/null || true; \
 	for left in $(VENV) $(CORPUS) $(filter-out runs/%,$(RUN)) runs/*; do \

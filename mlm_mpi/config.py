@@ -8,6 +8,7 @@ except those that need the catalog (the vocabulary). Nothing here imports NumPy,
 import difflib
 import math
 import os
+import threading
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -312,7 +313,10 @@ def check(config: Config) -> None:
         config.numerics.threads <= 1024,  # CPU_SETSIZE of Linux
         f"numerics.threads = {config.numerics.threads} must be at most 1024, the CPUs a process can be bound to",
     )
-    _require(config.comm.timeout_s > 0, f"comm.timeout_s = {config.comm.timeout_s} must be positive")
+    _require(
+        0 < config.comm.timeout_s <= threading.TIMEOUT_MAX,
+        f"comm.timeout_s = {config.comm.timeout_s} must be positive and at most {threading.TIMEOUT_MAX:g}",
+    )
     _require(
         model.width % model.heads == 0,
         f"model.width = {model.width} is not a multiple of model.heads = {model.heads}: "

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,10 +187,11 @@ def _probe() -> tuple[dict[str, Any] | None, str]:
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     environment["OMPI_MCA_btl"] = "self"  # a rank alone would leave a file in /dev/shm
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE], check=False, capture_output=True, text=True, env=environment,
-            timeout=_PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:  # a rank alone leaves folders in /tmp too
+            done = subprocess.run(
+                [sys.executable, "-c", _PROBE], check=False, capture_output=True, text=True,
+                env=environment | {"TMPDIR": folder}, timeout=_PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"MPI_Init did not end within {_PROBE_TIMEOUT_S} s"
     for line in done.stdout.splitlines():

@@ -15,7 +15,7 @@ def in_words(catalog: Catalog) -> str:
     """The size of a corpus and, where it says so, the command that made it."""
     shards = catalog.manifest.shards
     size = f"{sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
-    return size + _making(catalog)
+    return f"{size}, content {catalog.manifest.content[:12]}{_making(catalog)}"
 
 
 def _making(catalog: Catalog) -> str:

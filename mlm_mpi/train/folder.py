@@ -58,7 +58,7 @@ class RunFolder:
 
     def _refuse_foreign(self) -> None:
         """What a run would write over must be a run's: the lock is the first file that one makes."""
-        names = ("config.toml", "environment.json", "metrics.jsonl", "loss.png", "DONE", "checkpoints")
+        names = ("config.toml", "environment.json", "metrics.jsonl", "loss.png", "DONE", "checkpoints", "catalog.json")
         found = [name for name in names if os.path.lexists(self.path / name)]
         if found and not (self.path / "run.lock").exists():
             raise ConfigError(

@@ -24,7 +24,7 @@ def test_a_disk_without_room_for_a_lock_is_one_line(tmp_path):
     RunFolder(tmp_path / "run").acquire()
 
 
-@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "DONE", "checkpoints"])
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "DONE", "checkpoints", "catalog.json"])
 def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_path, name):
     """`--run .` beside one's own config.toml would write over it."""
     (tmp_path / name).write_text("precious")

@@ -107,3 +107,11 @@ def test_distclean_asks_for_the_commands_that_make_train_gives(checkout):
 
 def test_help_lists_both(checkout):
     assert {"clean", "distclean"} <= {line.split()[0] for line in make(checkout, "help").splitlines()}
+
+
+@pytest.mark.parametrize("folder", ["corpus", "runs/tiny"])
+def test_distclean_leaves_a_folder_in_which_other_files_lie(checkout, folder):
+    """Made by make's own words, and then used for something else."""
+    (checkout / folder / "thesis.tex").write_text("precious")
+    assert f"{folder} stays" in make(checkout, "distclean")
+    assert (checkout / folder / "thesis.tex").read_text() == "precious"
