@@ -72,7 +72,7 @@ def check_encoding(name: str) -> None:
         io.TextIOWrapper(io.BytesIO(b"text"), name, MARK).read()  # "utf-16" needs a mark, which decides by itself
     except (LookupError, ValueError, AssertionError):
         raise ConfigError(
-            f"--encoding {name!r} is no text encoding that Python reads: give one such as utf-8, cp1252, utf-16-le"
+            f"--encoding {name!r} is no text encoding that Python reads without a mark: give cp1252, utf-16-le, …"
         ) from None
 
 

@@ -40,7 +40,7 @@ class Raw:
 def find(inputs: Sequence[str], has_builtin: bool, out: Path) -> list[Source]:
     """The sources behind the command line, in a fixed order, each once.
 
-    Files below `out` are no input, so that `prepare . --out corpus` can run twice.
+    Files below `out` are no input, so that `prepare . --out corpus` can run twice; nor are those of other corpora.
     Raises DataError for an input that does not exist, may not be looked at or matches nothing.
     """
     try:
@@ -84,10 +84,11 @@ def _expand(text: str) -> list[Path]:
 
 
 def _files_below(top: Path) -> list[Path]:
-    """Regular files, hidden ones left out, sorted; links to folders are not followed, so that no loop is."""
+    """Regular files, hidden ones and corpora left out, sorted; links to folders are not followed: no loop is."""
     return sorted(
         folder / name
         for folder, names in _folders_below(top)
+        if not {"catalog.json", "prepared.json"} <= set(names)
         for name in names
         if not name.startswith(".") and (folder / name).is_file()
     )

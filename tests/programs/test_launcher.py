@@ -466,3 +466,24 @@ def test_options_of_the_user_win(monkeypatch):
     several = launcher.launch_options("openmpi", 2, [], None)
     assert "btl" not in several
     assert "--map-by" not in several
+
+
+# Says that it is Open MPI, then which signals it never sees, what starts the daemons of other nodes, and ends.
+NO_MPIEXEC = """#!/bin/bash
+[[ $1 == --version ]] && { echo "mpiexec (Open MPI) 5.0.11"; exit; }
+grep SigBlk /proc/self/status
+echo "daemon $PRTE_MCA_prte_launch_agent"
+"""
+
+
+def test_open_mpi_never_sees_the_sigterm_of_slurm(tmp_path, monkeypatch, capfd):
+    """`make test-slurm` has the reason: Open MPI would kill ranks that Slurm has told to save."""
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text(NO_MPIEXEC)
+    mpiexec.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with pytest.raises(LaunchError, match="0 of 1 ranks reported"):
+        launcher.run_job(["true"], 1, str(mpiexec))
+    blocked, daemon = capfd.readouterr().out.splitlines()
+    assert int(blocked.split()[1], 16) == 1 << (signal.SIGTERM - 1)
+    assert daemon == "daemon env --block-signal=TERM prted"

@@ -333,6 +333,14 @@ def test_values_out_of_bounds_are_one_line(tmp_path, words, say):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_corpus_inside_an_input_folder_is_no_input(source, tmp_path, capsys):
+    """Its catalog was taken for a text, and refused as JSON."""
+    run_prepare(source, "--out", source / "corpus")
+    run_prepare(source, "--out", tmp_path / "again")
+    first, second = (Catalog.open(folder).manifest.content for folder in (source / "corpus", tmp_path / "again"))
+    assert first == second
+
+
 def test_more_shards_than_can_be_read_are_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_MOST_SHARDS", 9)
     refused(lambda: run_prepare(source, "--out", tmp_path / "out", "--shard-mib", 1e-6), "40 shards", "at most 9")
