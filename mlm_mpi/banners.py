@@ -35,7 +35,8 @@ class BannerFilter:
     _LAST = re.compile(rb"-{74}\n")  # Open MPI's closing line; a zero byte may follow
 
     # what the launcher's own parts say to each other when ranks leave while they still talk (seen in 1 of 20 ends)
-    _NOISE = re.compile(rb"\[[^\]\n]+\] PMIX ERROR: [^\n]*\n")
+    # (PMIX ERROR), and what its event loop says of a socket that they have closed (Epoll, 1 of 40 ends)
+    _NOISE = re.compile(rb"\[[^\]\n]+\] (PMIX ERROR: |Epoll MOD\()[^\n]*\n")
 
     def __init__(self, on_death: Callable[[int, int], None], on_loss: Callable[[str], None]) -> None:
         self.passed = False  # whether anything was said that the user sees
@@ -82,8 +83,8 @@ class BannerFilter:
         host, bracket, rest = self._held.partition(b"] ")
         if not host.startswith(b"[") or b"\n" in host or len(host) > 200:
             return False
-        mark = b"PMIX ERROR: "
-        return not bracket or rest.startswith(mark) or mark.startswith(rest)
+        marks = (b"PMIX ERROR: ", b"Epoll MOD(")
+        return not bracket or any(rest.startswith(mark) or mark.startswith(rest) for mark in marks)
 
     def _drop(self, block: re.Match[bytes]) -> None:
         self._held = self._held[block.end() :]
