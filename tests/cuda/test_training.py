@@ -122,7 +122,7 @@ def test_evaluate_and_generate_on_either_device(home, straight):
 
 def test_a_model_too_large_for_the_gpu_is_refused(home):
     ended = home.train("large", None, GPU, "model.width=4096", "model.layers=12")
-    ended.refused("parameters need", "its GPU has 1.0 GiB")
+    ended.refused("a rank needs at least 36.0 GiB (parameters 36.0", "its GPU has 1.0 GiB", "lower model.width")
 
 
 def test_without_a_gpu_one_line_says_what_to_do(home):
