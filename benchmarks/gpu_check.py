@@ -35,6 +35,7 @@ FOUND_ERRORS = 7  # exit code of compute-sanitizer where it found any
 COMPILE_S = 110.0  # for torch.compile; then PyTorch runs eagerly
 PARTS = 4  # workers of the untimed pass
 TEST_WORKERS = 4
+WITHOUT_GPU = {"test_gpu_check", "test_harness", "test_nvrtc", "test_sanitizers"}  # about the emulator and the compiler
 
 # dense bfloat16 TFLOP/s of NVIDIA's data sheets, by a part of the device's name, the longest first
 PEAKS = {
@@ -155,7 +156,7 @@ def roofs(check: Check, dtype: str) -> tuple[float, float]:
 def run_tests(check: Check, until: float) -> dict[str, dict[str, list[str]]]:
     """tests/cuda on the GPU, a process a file: file -> outcome -> names."""
     found = (str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(check.options.tests)))
-    files = [path for path in found if "test_gpu_check" not in path]
+    files = [path for path in found if Path(path).stem not in WITHOUT_GPU]
 
     def one(path: str) -> dict[str, list[str]]:
         # compiling is one at a time a cache folder

@@ -33,7 +33,7 @@ def test_no_implicit_conversion_to_numpy():
     ],
 )
 def test_numpy_arrays_do_not_mix(mixed):
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError, AttributeError)):  # CuPy 14.2 has one of each
         mixed(device(X))
 
 

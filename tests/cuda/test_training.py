@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("msgspec", reason="whole programs read their configuration with msgspec")
 
+from conftest import ON_GPU
 from programs import Place, make_text, prepare
 
 from mlm_mpi.train.checkpoint import read_manifest
 
 GPU = "backend.device=gpu"
+needs_standin = pytest.mark.skipif(ON_GPU, reason="asks the stand-in for other GPUs or libraries than there are")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def losses(home, run):
     [
         (2, ("comm.gpu_aware=no",)),
         (3, ("comm.gpu_aware=no",)),
-        (3, ("comm.gpu_aware=yes",)),
+        pytest.param(3, ("comm.gpu_aware=yes",), marks=needs_standin),  # PyPI's MPI reads no real GPU's memory
         (2, ("comm.gpu_aware=no", "comm.overlap=false")),
     ],
 )
@@ -81,7 +83,7 @@ def test_a_bf16_run_can_be_evaluated_on_any_cpu(home):
     assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("reduction", ["allreduce", "nccl"])
+@pytest.mark.parametrize("reduction", ["allreduce", pytest.param("nccl", marks=needs_standin)])
 def test_other_reductions_agree_within_rounding(home, straight, reduction):
     assert straight.code == 0, straight.err
     words = home.words(reduction, 2, GPU, f"comm.reduction={reduction}", "comm.gpu_aware=no")
@@ -90,10 +92,12 @@ def test_other_reductions_agree_within_rounding(home, straight, reduction):
     assert losses(home, reduction) == pytest.approx(losses(home, "straight"), rel=1e-5)
 
 
+@needs_standin
 def test_nccl_is_refused_where_ranks_share_a_gpu(home):
     home.train("shared", 2, GPU, "comm.reduction=nccl").refused("2 ranks share 1")
 
 
+@needs_standin
 def test_nccl_is_refused_without_its_library(home):
     words = home.words("library", 2, GPU, "comm.reduction=nccl")
     ended = home.program(*words, MLM_MPI_STANDIN_GPUS="2", MLM_MPI_STANDIN_NCCL="0")
@@ -121,15 +125,17 @@ def test_evaluate_and_generate_on_either_device(home, straight):
 
 
 def test_a_model_too_large_for_the_gpu_is_refused(home):
-    ended = home.train("large", None, GPU, "model.width=4096", "model.layers=12")
-    ended.refused("a rank needs at least 36.0 GiB (parameters 36.0", "its GPU has 1.0 GiB", "lower model.width")
+    ended = home.train("large", None, GPU, "model.width=16384", "model.layers=48")
+    ended.refused("a rank needs at least 2,304.0 GiB (parameters 2,304.0", "its GPU has ", "lower model.width")
 
 
+@needs_standin
 def test_without_a_gpu_one_line_says_what_to_do(home):
     words = home.words("none", 2, GPU)
     home.program(*words, MLM_MPI_STANDIN_GPUS="0").refused("backend.device = gpu", "--device cpu")
 
 
+@needs_standin
 @pytest.mark.parametrize(
     ("found", "words"), [("", ("no NVRTC", "mlm-mpi[cuda13]")), ("12.8", ("NVRTC 12.8", "sm_90a", "12.9 or newer"))]
 )
@@ -155,6 +161,7 @@ def test_graphs_are_refused_with_dropout(home):
     home.train("graphs", None, GPU, "backend.graphs=true").refused("backend.graphs", "model.dropout = 0.1")
 
 
+@needs_standin
 def test_doctor_names_gpus_and_their_kernels(home):
     said = home.program("doctor", MLM_MPI_STANDIN_GPUS="2").out
     assert "gpu 1" in said and "stand-in, sm_90, 1.0 GiB" in said and "CUDA kernel (hopper, mma, plain, sm_90a)" in said
