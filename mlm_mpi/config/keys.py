@@ -1,0 +1,32 @@
+"""How a room declares its section of the configuration: a frozen dataclass whose fields are made by `key`.
+
+    @dataclass(frozen=True)
+    class Settings:
+        '''One sentence on the section.'''
+        rows: int = key(8, says="rows of a micro-batch", least=1)
+
+Types: int, float, bool, str, or Literal["one", "other"]. The reader checks type and bounds, and the reference prints them.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+META = "key"  # where a dataclass field holds its Key
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key says of itself. Bounds that are None do not hold; `least` and `most` are allowed values."""
+
+    says: str
+    unit: str = ""
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    remedy: str = ""  # what follows a refusal, for example why the bound is there
+
+
+def key(default: Any = MISSING, says: str = "", **about: Any) -> Any:
+    """A field of a section: its default, one sentence, and what else `Key` knows."""
+    return field(default=default, metadata={META: Key(says, **about)})

@@ -1,0 +1,86 @@
+"""Which file serves a kind: a room's modules are its kinds, and so are the files of the same room in `--plugins DIR`.
+
+    models/gpt.py            is `model.kind = "gpt"`
+    DIR/models/mine.py       is `model.kind = "mine"`, found nowhere but in the folder that the command names
+
+Nobody keeps a list: `ls` of a room is its registry.
+"""
+
+import difflib
+import hashlib
+import importlib
+import pkgutil
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from mlm_mpi.errors import ConfigError, MlmError
+from mlm_mpi.files import read_whole
+
+# room -> the package that holds its kinds
+ROOMS = {
+    "models": "mlm_mpi.models", "tasks": "mlm_mpi.tasks", "objectives": "mlm_mpi.data.objectives",
+    "optim": "mlm_mpi.optim", "rates": "mlm_mpi.rates", "schedules": "mlm_mpi.schedules",
+    "reductions": "mlm_mpi.comm.reductions", "formats": "mlm_mpi.data.formats",
+}  # fmt: skip
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """The kinds of every room. `used`: "models/mine.py" -> SHA-256 of each file of the folder that was loaded."""
+
+    folder: Path | None = None
+    used: dict[str, str] = field(default_factory=dict)
+    _loaded: dict[str, ModuleType] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(f"--plugins {self.folder} is no folder: give one that holds models/, optim/ or others")
+
+    def kinds(self, room: str) -> list[str]:
+        """Names that `find` knows, sorted."""
+        package = importlib.import_module(ROOMS[room])
+        own = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        return sorted(own | set(self._files(room)))
+
+    def find(self, room: str, kind: str, key: str) -> ModuleType:
+        """The module of a kind; `key` is the setting that named it. Raises ConfigError with the nearest name."""
+        files = self._files(room)
+        if kind in files:
+            return self._load(room, kind, files[kind])
+        if kind not in self.kinds(room):
+            known = self.kinds(room)
+            near = difflib.get_close_matches(kind, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            where = "" if self.folder is None else f" in mlm_mpi or {self.folder}"
+            raise ConfigError(f"{key} = {kind!r} is no file of {room}/{where}; {hint}")
+        return importlib.import_module(f"{ROOMS[room]}.{kind}")
+
+    def _files(self, room: str) -> dict[str, Path]:
+        if self.folder is None:
+            return {}
+        paths = (self.folder / room).glob("*.py")
+        return {path.stem: path for path in paths if _KIND.fullmatch(path.stem)}
+
+    def _load(self, room: str, kind: str, path: Path) -> ModuleType:
+        name = f"{room}/{kind}.py"
+        if name not in self._loaded:
+            try:
+                content = read_whole(path, _FILE_BYTES, self.folder)
+            except OSError as error:
+                raise ConfigError(f"cannot read {path}: {error.strerror}: mend it, or give another --plugins") from None
+            module = ModuleType(f"mlm_mpi_plugins.{room}.{kind}", f"{path}, given by --plugins")
+            module.__file__ = str(path)
+            sys.modules[module.__name__] = module  # dataclasses and type hints look their module up there
+            try:
+                exec(compile(content, path, "exec"), module.__dict__)
+            except MlmError:
+                raise
+            except Exception as error:
+                raise ConfigError(f"{path} does not load: {type(error).__name__}: {error}: mend it") from error
+            self._loaded[name], self.used[name] = module, hashlib.sha256(content).hexdigest()
+        return self._loaded[name]
