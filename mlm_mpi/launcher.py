@@ -35,14 +35,14 @@ from mlm_mpi.banners import BannerFilter
 from mlm_mpi.comm import launch
 from mlm_mpi.errors import CommError, LaunchError
 from mlm_mpi.files import HeldError, Lock
-from mlm_mpi.train import command as training
+from mlm_mpi.commands import train as training
 
 GRACE_S = 60.0
 START_S = 300.0
 _WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
-_JOINERS = ("train", "prepare")  # commands whose ranks call MPI_Init
+_JOINERS = ("train", "prepare", "evaluate")  # commands whose ranks call MPI_Init
 _SHARED_MEMORY = Path("/dev/shm")
 _OLD_S = 86400.0
 

@@ -62,6 +62,12 @@ class Train(Section, frozen=True):
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     recompute: bool = False
+    schedule: str = "single"
+
+
+class Task(Section, frozen=True):
+    kind: str = "language_model"
+    objective: str = "causal"
 
 
 class Optim(Section, frozen=True):
@@ -145,6 +151,7 @@ class Config(Section, frozen=True):
     """A whole run."""
 
     model: Model = Model()
+    task: Task = Task()
     data: Data = Data()
     train: Train = Train()
     optim: Optim = Optim()
@@ -156,7 +163,7 @@ class Config(Section, frozen=True):
     log: Log = Log()
 
 
-def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+def load(path: str | Path | None, overrides: Iterable[str] = (), plugins: Any = None) -> Config:
     """The configuration in a TOML file with `section.key=value` overrides, checked.
 
     Raises ConfigError, naming file, key, value, bound and remedy.
@@ -174,7 +181,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     return from_table(table, str(path) if path is not None else "the defaults")
 
 
-def from_table(table: dict[str, Any], source: str) -> Config:
+def from_table(table: dict[str, Any], source: str, plugins: Any = None) -> Config:
     """The same from nested dictionaries (a run folder's saved configuration)."""
     _refuse_unknown(table, source)
     try:

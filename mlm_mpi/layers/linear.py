@@ -13,6 +13,7 @@ class Linear:
     """y = x W + b. Shapes: (N, K) -> (N, F). `cut` names which side the tp axis will cut: "in" or "out"."""
 
     def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None) -> None:
+        self.inputs, self.outputs = inputs, outputs
         axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
         self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes), std, decay=True)
         self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:]), "zeros")
@@ -31,7 +32,7 @@ class Linear:
         return linear.backward_input(dy, self.weight.data, pre)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
-        linear.backward_weight(dy, saved, self.weight.grad, self.bias.grad, ctx.accumulate)
+        linear.backward_weight(dy, saved, ctx.grad(self.weight), ctx.grad(self.bias), ctx.accumulate)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         self.backward_weight(dy, saved, ctx)

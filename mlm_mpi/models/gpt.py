@@ -4,36 +4,87 @@ Source: Radford et al. 2019. Residual projections start with std / √(2 L), as 
 """
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from mlm_mpi.layers.block import Block
+from mlm_mpi.config.keys import key
+from mlm_mpi.layers.attention import SelfAttention
+from mlm_mpi.layers.base import Layer, Least, Part, Sizes, Trunk
+from mlm_mpi.layers.block import Block, FeedForward
+from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.embedding import Embedding
-from mlm_mpi.models.stack import Head, Stack
-
-if TYPE_CHECKING:  # at run time any object with these fields will do: a step needs no msgspec
-    from mlm_mpi.config import Model
+from mlm_mpi.layers.linear import Linear, ResidualLinear
+from mlm_mpi.layers.norm import LayerNorm
 
 
-def build(model: "Model", vocabulary: int, recompute: bool = False) -> Stack:
-    """A GPT of this configuration over `vocabulary` tokens, with parameters not yet bound to memory."""
-    out_std = model.init_std / math.sqrt(2 * model.layers)
-    embedding = Embedding("embed", vocabulary, model.context, model.width, model.init_std, model.dropout)
-    blocks = [
-        Block(
-            f"block{i}", model.width, model.heads, model.feed_forward,
-            model.init_std, out_std, model.norm_epsilon, model.dropout,
-        )
-        for i in range(model.layers)
-    ]  # fmt: skip
-    return Stack(embedding, blocks, Head("final", model.width, model.norm_epsilon, embedding.tokens), recompute)
+@dataclass(frozen=True)
+class Settings:
+    """A GPT-2 of any size."""
+
+    kind: str = key("gpt", says="What is trained: a file of models/, or of the same room in --plugins.")
+    layers: int = key(4, says="The number of transformer blocks.", least=1)
+    width: int = key(256, says="The width C of the residual stream, a multiple of heads.", least=1)
+    heads: int = key(4, says="The number of attention heads of a block.", least=1)
+    context: int = key(128, says="The longest sequence T that the model reads.", unit="tokens", least=1)
+    feed_forward: int = key(0, says="The width F between the two products of a feed-forward half; 0 means 4 · width.", least=0)
+    dropout: float = key(0.0, says="The share of activations that a training step sets to zero.", least=0, below=1)
+    init_std: float = key(0.02, says="The standard deviation of initial weights, as in GPT-2.", least=0, most=1)
+    norm_epsilon: float = key(1e-5, says="What layer norms add to a variance before its root.", above=0)
 
 
-def step_flops(model: "Model", vocabulary: int, tokens: int) -> float:
+def build(settings: Settings, sizes: Sizes) -> Trunk:
+    """A GPT of these settings, with parameters not yet bound to memory."""
+    embedding = _embedding(settings, sizes)
+    blocks = [_block(f"block{number}", settings) for number in range(settings.layers)]
+    return Trunk([embedding, *blocks], _final_norm(settings), settings.width, embedding.tokens)
+
+
+def _embedding(settings: Settings, sizes: Sizes) -> Embedding:
+    shape = sizes.vocabulary, settings.context, settings.width
+    return Embedding("embed", *shape, settings.init_std, settings.dropout)
+
+
+def _final_norm(settings: Settings) -> LayerNorm:
+    return LayerNorm("final.norm", settings.width, settings.norm_epsilon)
+
+
+def _block(name: str, settings: Settings) -> Block:
+    width, hidden, std = settings.width, settings.feed_forward or 4 * settings.width, settings.init_std
+    out_std = std / math.sqrt(2 * settings.layers)
+
+    def drop(where: str) -> Dropout:
+        return Dropout(f"{name}.{where}", settings.dropout)
+
+    def join(where: str, inputs: int, number: int) -> ResidualLinear:
+        return ResidualLinear(f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"))
+
+    mixer = SelfAttention(
+        f"{name}.attention", settings.heads, join("attention.project", width, 1), std, drop("attention.probabilities")
+    )
+    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut="out")
+    mlp = FeedForward(up, join("feed_forward.down", hidden, 2))
+    norms = (LayerNorm(f"{name}.norm{number}", width, settings.norm_epsilon) for number in (1, 2))
+    return Block(next(norms), mixer, next(norms), mlp)
+
+
+def least(settings: Settings, sizes: Sizes, rows: int) -> Least:
+    """Lower bounds for micro-batches of B rows; blocks are alike, and none but one is built."""
+    one = rows * settings.context * settings.width  # (B, T, C)
+    parameters = _elements(_embedding(settings, sizes)) + _elements(_final_norm(settings))
+    parameters += settings.layers * _elements(_block("block0", settings))
+    return Least(settings.layers, parameters, settings.layers * one, one)
+
+
+def _elements(part: Layer | Part) -> int:
+    return sum(math.prod(parameter.layout.shape) for parameter in part.parameters())
+
+
+def flops(settings: Settings, sizes: Sizes, tokens: int) -> float:
     """Floating-point operations of forward and backward over `tokens` positions, attention counted in full.
 
     6 per weight of a matrix product and token, and 12·C·T per layer and token for attention's scores and values
     (Chowdhery et al., PaLM, arXiv:2204.02311, appendix B).
     """
-    weights = model.layers * (4 * model.width**2 + 2 * model.width * model.feed_forward) + vocabulary * model.width
-    attention = 12 * model.layers * model.width * model.context
-    return float(tokens) * (6 * weights + attention)
+    hidden = settings.feed_forward or 4 * settings.width
+    weights = settings.layers * (4 * settings.width**2 + 2 * settings.width * hidden)
+    attention = 12 * settings.layers * settings.width * settings.context
+    return float(tokens) * (6 * (weights + sizes.vocabulary * settings.width) + attention)

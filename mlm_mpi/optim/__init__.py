@@ -1,13 +1,6 @@
-"""Optimisers over flat buffers, schedules, clipping."""
+"""Optimisers over flat buffers: `optim.name` names the file."""
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-from mlm_mpi.optim.adamw import AdamW
-from mlm_mpi.optim.sgd import SGD
-from mlm_mpi.params.store import FlatStore
-
-if TYPE_CHECKING:  # see models/gpt.py
-    from mlm_mpi.config import Optim
+from typing import Any, Protocol
 
 
 class Optimizer(Protocol):
@@ -15,8 +8,3 @@ class Optimizer(Protocol):
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
     def state(self) -> dict[str, Any]: ...
-
-
-def make_optimizer(optim: "Optim", store: FlatStore) -> Optimizer:
-    """The optimiser a configuration names."""
-    return AdamW(optim, store) if optim.name == "adamw" else SGD(optim, store)

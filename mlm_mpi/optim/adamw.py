@@ -50,6 +50,11 @@ def update(
             working[part] = a
 
 
+def build(settings: "Optim", store: FlatStore) -> "AdamW":
+    """The optimiser of a run."""
+    return AdamW(settings, store)
+
+
 class AdamW:
     """Moments as flat buffers; decay only on parameters that ask for it (not on norms and biases)."""
 

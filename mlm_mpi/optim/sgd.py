@@ -12,6 +12,11 @@ if TYPE_CHECKING:  # see models/gpt.py
     from mlm_mpi.config import Optim
 
 
+def build(settings: "Optim", store: FlatStore) -> "SGD":
+    """The optimiser of a run."""
+    return SGD(settings, store)
+
+
 class SGD:
     """Momentum as a flat buffer; decay only on parameters that ask for it."""
 

@@ -18,8 +18,8 @@ from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
 
-def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
-    """Named facts, plain data."""
+def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str]) -> dict[str, Any]:
+    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins that is used."""
     blas = [
         f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
         for library in threadpoolctl.threadpool_info()
@@ -46,6 +46,8 @@ def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
         facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
     if config.comm.reduction != "canonical":
         facts["ranks"] = ranks  # its order of summation is the library's
+    if plugins:
+        facts["plugins"] = dict(sorted(plugins.items()))
     return facts
 
 

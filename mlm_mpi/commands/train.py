@@ -1,4 +1,4 @@
-"""`mlm-mpi train`: arguments -> configuration -> trainer. Pins BLAS and NumPy before they load."""
+"""`mlm-mpi train`: arguments -> configuration -> run. Pins BLAS and NumPy before they load."""
 
 import argparse
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.plug import Plugins
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -16,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file, for example jobs/configs/tiny.toml")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, metrics, checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    parser.add_argument("--plugins", metavar="DIR", help="folder of your own models/, optim/, … (docs/tutorial.md)")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="the same as --set backend.device=…")
     parser.add_argument(
         "--resume", choices=("auto", "never", "must"), default="auto",
@@ -31,12 +33,14 @@ def main(args: argparse.Namespace) -> int:
     config = settings(args)
     configuration.prepare_environment(config)
     from mlm_mpi.comm import launch
-    from mlm_mpi.train.trainer import Options, Trainer
+    from mlm_mpi.train.run import Options, Run
 
     limit = None if args.max_time is None else seconds(args.max_time)
-    options = Options(Path(args.run), args.resume, limit, args.max_steps, args.quiet)
+    plugins = plugins_of(args)
+    options = Options(Path(args.run), args.resume, limit, args.max_steps, args.quiet, plugins)
     group = launch.start()
-    code = Trainer(config, options, group).run()
+    task = plugins.find("tasks", config.task.kind, "task.kind")
+    code = Run(config, options, task.build, group).run()
     group.barrier("the end of the training")
     return code
 
@@ -50,7 +54,12 @@ def settings(args: argparse.Namespace) -> Config:
     if args.max_time is not None:
         seconds(args.max_time)
     device = [] if args.device is None else [f"backend.device={args.device}"]
-    return configuration.load(args.config, args.set + device)
+    return configuration.load(args.config, args.set + device, plugins_of(args))
+
+
+def plugins_of(args: argparse.Namespace) -> Plugins:
+    """What --plugins names. Raises ConfigError."""
+    return Plugins(None if args.plugins is None else Path(args.plugins))
 
 
 def seconds(text: str) -> float:

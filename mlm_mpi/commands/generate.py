@@ -4,15 +4,18 @@ import argparse
 import itertools
 import sys
 
+from mlm_mpi.commands.train import plugins_of
 from mlm_mpi.data.tokenizer import StreamDecoder
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.tasks import language_model as lm
+from mlm_mpi.generation import Sampling, continue_prompt
+from mlm_mpi.train.trained import load
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
+    parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
@@ -27,15 +30,15 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     if not 1 <= args.tokens <= sys.maxsize:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
-    sampling = lm.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = lm.load(args.run, args.device)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    trained = load(args.run, plugins_of(args), args.device)
     end = trained.tokenizer.eot
     text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(text)
     for token in itertools.islice(
-        lm.continue_prompt(trained.stack, trained.config.model.context, prompt, sampling, place=trained.place),
+        continue_prompt(trained.chain, trained.config.model.context, prompt, sampling, place=trained.place),
         args.tokens,
     ):
         if token == end:
