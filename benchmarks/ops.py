@@ -20,7 +20,8 @@ from mlm_mpi.backend import kernels, sums
 from mlm_mpi.backend.arrays import keep_freed_memory
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
-from mlm_mpi.optim import adamw, clip
+from mlm_mpi.optim import adamw
+from mlm_mpi.params import clip
 
 # name, function, arguments, bytes moved, flops
 Row = tuple[str, Callable[..., Any], tuple[Any, ...], float, float]

@@ -77,13 +77,7 @@ class LanguageModel:
         return {"vocabulary": self.vocabulary, "catalog": self.catalog.digest, "corpus": in_words(self.catalog)}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
-        """Bits per character compare across tokenizers; the text's first token is not predicted."""
-        characters = self.catalog.characters("heldout")
-        return {
-            "perplexity": math.exp(min(sums.mean, 700.0)),
-            "bits_per_character": sums.loss / math.log(2) / characters,
-            "characters": characters,
-        }
+        return quality(sums, self.catalog.characters("heldout"))
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         if manifest.tokenizer != self.hash or manifest.catalog != self.catalog.digest:
@@ -92,3 +86,12 @@ class LanguageModel:
                 f"{path} was trained on another {what} than {self.config.data.dir} holds: set data.dir to its own, "
                 f"{origin(manifest)}, or give another --run"
             )
+
+
+def quality(sums: Sums, characters: int) -> dict[str, Any]:
+    """Bits per character compare across tokenizers; the text's first token is not predicted."""
+    return {
+        "perplexity": math.exp(min(sums.mean, 700.0)),
+        "bits_per_character": sums.loss / math.log(2) / characters,
+        "characters": characters,
+    }

@@ -4,7 +4,7 @@ import pytest
 from agreement import device, run, same_bits, shifted
 
 from mlm_mpi.backend import kernels, sums
-from mlm_mpi.comm.reduction import merges_of
+from mlm_mpi.comm.tree import merges_of
 
 TREES = {  # name -> merges, as reductions make them
     "one": [0],

@@ -135,7 +135,7 @@ def test_a_flipped_bit_in_a_shard_is_found_before_a_token_is_used(own, ranks):
 
 UNLINK = """
 from pathlib import Path
-from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.stream import TokenStream
 reader = TokenStream._reader
 
 def _reader(self, number):

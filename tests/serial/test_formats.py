@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from mlm_mpi.data import formats
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.text import clean
 from mlm_mpi.errors import ConfigError, DataError
 

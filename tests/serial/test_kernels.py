@@ -20,7 +20,8 @@ from mlm_mpi.backend import arrays, cpu, kernels, sums
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
-from mlm_mpi.optim import adamw, clip
+from mlm_mpi.optim import adamw
+from mlm_mpi.params import clip
 from mlm_mpi.rng import key_of, words
 
 MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, sums, adamw, clip)
