@@ -455,10 +455,11 @@ def _turns(check: Check, sides: dict[str, Worker], until: float) -> dict[str, li
 
 
 def _tell_step(check: Check, model: dict[str, Any], vocabulary: int, rows: int) -> None:
+    from mlm_mpi.layers.base import Sizes
     from mlm_mpi.models import gpt
 
     found, tokens = check.found["step"], rows * model["context"]
-    flops = gpt.step_flops(SimpleNamespace(**model), vocabulary, tokens)
+    flops = gpt.flops(SimpleNamespace(**model), Sizes(vocabulary), tokens)
     device = check.found.get("facts", {}).get("versions", {}).get("device", "")
     peak = next((peak for name, peak in PEAKS.items() if name in device), None)
     check.say(
