@@ -19,7 +19,7 @@ from harness import Report, pair_ratio, start_ranks
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
-from mlm_mpi.params.layout import cut
+from mlm_mpi.cut import cut
 
 VARIANTS = ("canonical", "allreduce", "plain")
 
@@ -45,7 +45,7 @@ def make(name: str, group: Group, floats: int, lanes: int, bucket_mib: float) ->
     if name == "plain":
         return Plain(group, segments, bucket_mib * 2**20, "float32", True)
     ranges = [cut(lanes, group.size, rank) for rank in range(group.size)]
-    return Canonical(group, lanes, ranges, segments, bucket_mib * 2**20, "float32", True, cut)
+    return Canonical(group, lanes, ranges, segments, bucket_mib * 2**20, "float32", True)
 
 
 def copy_rate(group: Group, floats: int) -> float:

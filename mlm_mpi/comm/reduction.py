@@ -15,7 +15,7 @@ without MPI. Where the buffers lie in a GPU's memory a `Transport` brings slices
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,10 +25,10 @@ from mlm_mpi.backend import sums
 from mlm_mpi.backend.arrays import Place, cpu, nccl
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.transport import Direct, Ready, Transport
+from mlm_mpi.cut import cut
 from mlm_mpi.errors import ConfigError
 
 Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
-Cut = Callable[[int, int, int], tuple[int, int]]
 
 
 class Reduction(Protocol):
@@ -238,11 +238,9 @@ class Canonical(_Bucketed):
 
     def __init__(
         self, group: Group, lanes: int, ranges: Sequence[Node], segments: Sequence[tuple[int, int]],
-        bucket_bytes: float, dtype: Any, overlap: bool, cut: Cut, place: Place | None = None,
-        transport: Transport | None = None,
+        bucket_bytes: float, dtype: Any, overlap: bool, place: Place | None = None, transport: Transport | None = None,
     ) -> None:  # fmt: skip
         super().__init__(group, segments, bucket_bytes, dtype, overlap, place, transport)
-        self.cut = cut
         self.first, self.stop = ranges[group.rank]
         self.plans, self.node_buffers, count = plan_lanes(lanes, self.first, self.stop)
         self.buffers = [self.xp.zeros(self.size, self.dtype) for _ in range(count)]
@@ -274,7 +272,7 @@ class Canonical(_Bucketed):
         return {"buffers": len(self.buffers), "held_bytes": held * item, "sent_bytes": sent * item if others else 0}
 
     def _part(self, bucket: Bucket, rank: int) -> slice:
-        a, b = self.cut(bucket.stop - bucket.start, self.group.size, rank)
+        a, b = cut(bucket.stop - bucket.start, self.group.size, rank)
         return slice(bucket.start + a, bucket.start + b)
 
     def _owned_elements(self) -> int:

@@ -41,11 +41,11 @@ class SelfAttention:
         self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float, drop: Dropout
     ) -> None:
         self.name, self.heads = name, heads
-        self.qkv_weight = Parameter(
-            f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True
-        )
-        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp")), "zeros")
-        self.project = ResidualLinear(f"{name}.project", width, width, out_std, drop)
+        head = width // heads
+        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, head))
+        self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
+        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, head)), "zeros")
+        self.project = ResidualLinear(f"{name}.project", width, width, out_std, drop, unit=head)
         self.drop = Dropout(f"{name}.probabilities", dropout)
 
     def parameters(self) -> list[Parameter]:

@@ -27,7 +27,6 @@ from mlm_mpi.models import gpt
 from mlm_mpi.optim import make_optimizer
 from mlm_mpi.optim.clip import clip_factor, norm
 from mlm_mpi.optim.schedule import learning_rate
-from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train.assignment import Assignment
 from mlm_mpi.train.captured import Captured
@@ -73,7 +72,7 @@ class Replica:
         if comm.reduction == "nccl":
             return Nccl(group, segments, bucket_bytes, train.dtype, comm.overlap, *ways)
         ranges = [self.assignment.lanes_of(rank) for rank in range(group.size)]
-        return Canonical(group, train.lanes, ranges, segments, bucket_bytes, train.dtype, comm.overlap, cut, *ways)
+        return Canonical(group, train.lanes, ranges, segments, bucket_bytes, train.dtype, comm.overlap, *ways)
 
     def state(self) -> dict[str, Any]:
         """Everything a step changes, as flat buffers by name."""

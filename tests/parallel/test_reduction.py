@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlm_mpi.comm.reduction import Allreduce, Canonical, maximal_nodes, middle, plan_lanes
-from mlm_mpi.params.layout import cut
+from mlm_mpi.cut import cut
 
 SEGMENTS = [[(0, 1000)], [(0, 100), (100, 160), (160, 5000)], [(0, 7), (7, 8), (8, 9)]]
 
@@ -38,7 +38,7 @@ def test_canonical_sum_is_the_tree(group, lanes, overlap, segments):
     if group.size > lanes:
         pytest.skip("more ranks than lanes is refused at the start")
     ranges = [cut(lanes, group.size, rank) for rank in range(group.size)]
-    reduction = Canonical(group, lanes, ranges, segments, 4 * 300, "f4", overlap, cut)
+    reduction = Canonical(group, lanes, ranges, segments, 4 * 300, "f4", overlap)
     for step in range(3):
         values = np.random.default_rng([lanes, step]).standard_normal((lanes, segments[-1][1])).astype("f4")
         total = run_step(reduction, group, lanes, values, segments)
@@ -56,9 +56,8 @@ def test_allreduce_sums_all_lanes(group, overlap):
 
 
 def test_a_step_that_differs_from_the_last_leaves_nothing_behind(group):
-    reduction = Canonical(
-        group, 8, [cut(8, group.size, r) for r in range(group.size)], SEGMENTS[1], 999, "f4", True, cut
-    )
+    ranges = [cut(8, group.size, rank) for rank in range(group.size)]
+    reduction = Canonical(group, 8, ranges, SEGMENTS[1], 999, "f4", True)
     run_step(reduction, group, 8, np.full((8, 5000), np.nan, "f4"), SEGMENTS[1])
     total = run_step(reduction, group, 8, np.ones((8, 5000), "f4"), SEGMENTS[1])
     assert (total == 8).all()
