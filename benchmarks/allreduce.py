@@ -16,6 +16,7 @@ import harness
 import numpy as np
 from harness import Report, pair_ratio, start_ranks
 
+from mlm_mpi.backend import choice
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
@@ -60,6 +61,7 @@ def copy_rate(group: Group, floats: int) -> float:
 
 def work(job: dict[str, Any]) -> None:
     """A rank: every lane's gradient is there at once; times `begin` to `finish`."""
+    choice.select()
     group = launch.start()
     floats, lanes = job["floats"], job["lanes"] or group.size
     reductions = {name: make(name, group, floats, lanes, job["bucket_mib"]) for name in VARIANTS}

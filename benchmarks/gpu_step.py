@@ -33,7 +33,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     """FlatStore, GPT, norm, AdamW as a replica of one rank has them."""
     import cupy
 
-    from mlm_mpi.backend import kernels
+    from mlm_mpi.backend import choice, registry
     from mlm_mpi.backend.arrays import gpu
     from mlm_mpi.comm.mesh import Mesh
     from mlm_mpi.layers.base import Context
@@ -44,7 +44,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     from mlm_mpi.train.captured import Captured
 
     place = gpu("float32", job["products"], 0)
-    kernels.select(reference=job["reference"], device="cuda")
+    choice.select(reference=job["reference"], device="cuda")
     stack = gpt.build(model, job["vocabulary"])
     store = FlatStore(stack.parameter_blocks(), Mesh(), "float32", place)
     random = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     def facts() -> dict[str, Any]:
         held = cupy.get_default_memory_pool().total_bytes()
         held += captured.graphs.pool.total_bytes() if captured else 0
-        return {"peak_bytes": held, "fallbacks": kernels.fallbacks(), "refusals": kernels.refusals()}
+        return {"peak_bytes": held, "fallbacks": registry.fallbacks(), "refusals": registry.refusals()}
 
     return step, cupy.cuda.Device().synchronize, facts
 

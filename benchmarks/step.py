@@ -25,8 +25,8 @@ import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
-from mlm_mpi.backend import cpu, kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import choice, registry
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.loader import MicroBatch
@@ -58,7 +58,7 @@ def configuration(size: dict[str, Any], ranks: int, threads: int, settings: list
 
 def work(job: dict[str, Any]) -> None:
     """A rank: measures the roof, or holds a replica and runs steps, on request."""
-    keep_freed_memory()
+    choice.keep_freed_memory()
     group = launch.start()
     if job["settings"] is None:
 
@@ -72,7 +72,7 @@ def work(job: dict[str, Any]) -> None:
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
     numerics = c.numerics
-    kernels.select(numerics.level, numerics.reference, numerics.products, numerics.threads)
+    choice.select(numerics.level, numerics.reference, numerics.products, numerics.threads)
     replica = Replica(c, size["vocabulary"], Mesh(group))
     replica.store.initialise(0)
     random = np.random.default_rng(group.rank)
@@ -98,7 +98,7 @@ def work(job: dict[str, Any]) -> None:
         seconds, faults, exposed, peak = most.T.tolist()
         return {"seconds": seconds, "faults": faults, "exposed": exposed, "peak_bytes": max(peak)}
 
-    harness.serve(group, answer, {"about": kernels.summary(), "parameters": replica.store.count})
+    harness.serve(group, answer, {"about": registry.summary(), "parameters": replica.store.count})
     launch.finish()
 
 
@@ -136,7 +136,7 @@ def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Var
         wanted[f"{reductions[0]}, kernels off"] = [*wanted[reductions[0]], "numerics.reference=all"]
     if args.recompute:
         wanted[f"{reductions[0]}, recompute"] = [*wanted[reductions[0]], "train.recompute=true"]
-    if args.products == "bf16" and not cpu.runs(cpu.BF16_LEVEL):
+    if args.products == "bf16" and not library.runs(library.BF16_LEVEL):
         report.say(f"{reductions[0]}, bf16 products is left out: this CPU has no AVX512-BF16")
     elif args.products == "bf16":
         wanted[f"{reductions[0]}, bf16 products"] = [*wanted[reductions[0]], "numerics.products=bf16"]

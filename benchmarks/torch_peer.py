@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_gpt import PeerGPT, make_adamw
 
 from mlm_mpi import config
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.choice import keep_freed_memory
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import Loader, TokenStream, heldout_batches

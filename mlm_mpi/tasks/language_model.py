@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import threadpoolctl
 
 from mlm_mpi import config as configuration
-from mlm_mpi.backend.arrays import Place, cpu, keep_freed_memory, to_host, wide
+from mlm_mpi.backend.arrays import Place, cpu, to_host, wide
+from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.catalog import Catalog
@@ -28,7 +28,7 @@ from mlm_mpi.rng import key_of, uniform
 from mlm_mpi.train import checkpoint, corpus
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.folder import checkpoints_of, is_checkpoint
-from mlm_mpi.train.replica import config_differences, place_of
+from mlm_mpi.train.replica import config_differences
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def note(text: str) -> None:
 
 def _restored(path: Path, manifest: Manifest, device: str | None) -> Trained:
     config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json"), device)
-    threadpoolctl.threadpool_limits(config.numerics.threads)
-    keep_freed_memory()
     place = place_of(config)
     tokenizer = Tokenizer(checkpoint.read_tokenizer(path, manifest), f"{path}/{checkpoint.TOKENIZER_FILE}")
     if tokenizer.vocab_size != manifest.vocabulary:

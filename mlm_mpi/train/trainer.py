@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import threadpoolctl
-
 from mlm_mpi import config as configuration
-from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import registry
+from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
@@ -31,7 +29,7 @@ from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.train import checkpoint, corpus
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
 from mlm_mpi.train.folder import RunFolder, findable
-from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences, place_of
+from mlm_mpi.train.replica import Replica, StepResult, bytes_held, check_memory, config_differences
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
@@ -90,8 +88,6 @@ class Trainer:
     """A run on one rank: its data, its replica, its folder, and the loop over steps."""
 
     def __init__(self, config: Config, options: Options, group: Group) -> None:
-        threadpoolctl.threadpool_limits(config.numerics.threads)
-        keep_freed_memory()
         self.config, self.options = config, options
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
@@ -335,7 +331,7 @@ class Trainer:
             ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {replica.assignment.balance:.0%}"),
             ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
             ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
-            ("ops", kernels.summary(train.dtype)),
+            ("ops", registry.summary(train.dtype)),
             ("fingerprint", digest(self.facts)),
         ]
 
@@ -358,9 +354,9 @@ class Trainer:
                     "the same command goes on"
                 )
             self._draw_curve()
-            if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
+            if self.config.train.dtype == "float32" and (fallen := registry.fallbacks()):
                 self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
-            refused = {text: times for text, times in kernels.refusals().items() if not text.endswith("memory")}
+            refused = {text: times for text, times in registry.refusals().items() if not text.endswith("memory")}
             if self.place.on_gpu and refused:  # sums on their way through host memory are no news
                 self._say(f"note: kernels handed work to the next variant: {refused}")
             content = self.catalog.manifest.content[:12]
