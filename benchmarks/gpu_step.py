@@ -34,7 +34,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     """FlatStore, GPT, norm, AdamW as an engine of one rank has them."""
     import cupy
 
-    from mlm_mpi.backend import kernels
+    from mlm_mpi.backend import choice, registry
     from mlm_mpi.backend.arrays import gpu
     from mlm_mpi.comm.mesh import Mesh
     from mlm_mpi.data.batch import Batch
@@ -48,7 +48,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     from mlm_mpi.train.captured import Captured
 
     place = gpu("float32", job["products"], 0)
-    kernels.select(reference=job["reference"], device="cuda")
+    choice.select(reference=job["reference"], device="cuda")
     trunk = gpt.build(model, Sizes(job["vocabulary"]))
     chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
     store = FlatStore(chain.parameter_blocks(), Mesh(), "float32", place)
@@ -86,7 +86,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     def facts() -> dict[str, Any]:
         held = cupy.get_default_memory_pool().total_bytes()
         held += captured.graphs.pool.total_bytes() if captured else 0
-        return {"peak_bytes": held, "fallbacks": kernels.fallbacks(), "refusals": kernels.refusals()}
+        return {"peak_bytes": held, "fallbacks": registry.fallbacks(), "refusals": registry.refusals()}
 
     return step, cupy.cuda.Device().synchronize, facts
 

@@ -25,8 +25,8 @@ import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
-from mlm_mpi.backend import cpu, kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import choice, registry
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
@@ -35,7 +35,6 @@ from mlm_mpi.models import gpt
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
-from mlm_mpi.train.place import place_of
 
 MIB = 2**20
 
@@ -62,7 +61,7 @@ def configuration(size: dict[str, Any], ranks: int, threads: int, settings: list
 
 def work(job: dict[str, Any]) -> None:
     """A rank: measures the roof, or holds an engine and runs steps, on request."""
-    keep_freed_memory()
+    choice.keep_freed_memory()
     group = launch.start()
     if job["settings"] is None:
 
@@ -75,7 +74,7 @@ def work(job: dict[str, Any]) -> None:
 
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
-    place, plugins = place_of(c, c.numerics.level), Plugins()
+    place, plugins = choice.place_of(c, c.numerics.level), Plugins()
     parts = language_model.parts(c, plugins, Sizes(size["vocabulary"]))
     engine = build(c, plugins, parts, Mesh(group), place)
     engine.machine.store.initialise(0)
@@ -102,7 +101,7 @@ def work(job: dict[str, Any]) -> None:
         seconds, faults, exposed, peak = most.T.tolist()
         return {"seconds": seconds, "faults": faults, "exposed": exposed, "peak_bytes": max(peak)}
 
-    harness.serve(group, answer, {"about": kernels.summary(), "parameters": engine.machine.store.count})
+    harness.serve(group, answer, {"about": registry.summary(), "parameters": engine.machine.store.count})
     launch.finish()
 
 

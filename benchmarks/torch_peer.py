@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_gpt import PeerGPT, make_adamw
 
 from mlm_mpi import config
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.choice import keep_freed_memory
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.catalog import Catalog

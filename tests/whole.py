@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from mlm_mpi import generation
+from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.batch import Batch
@@ -17,7 +18,6 @@ from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
 from mlm_mpi.train.engine import Engine
-from mlm_mpi.train.place import place_of
 
 
 def batch_of(ids, targets, mask=None, step=0, index=0) -> Batch:

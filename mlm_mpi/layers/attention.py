@@ -41,10 +41,9 @@ class SelfAttention:
         """`project` joins the heads' values to the residual stream; `drop` is for the probabilities."""
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         width = project.inputs
-        self.qkv_weight = Parameter(
-            f"{name}.qkv.weight", Layout((width, 3, width), (None, None, "tp")), std, decay=True
-        )
-        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp")), "zeros")
+        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, width // heads))
+        self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
+        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, width // heads)), "zeros")
 
     def parameters(self) -> list[Parameter]:
         return [self.qkv_weight, self.qkv_bias, *self.project.parameters()]

@@ -10,13 +10,16 @@ from mlm_mpi.params.store import Parameter
 
 
 class Linear:
-    """y = x W + b. Shapes: (N, K) -> (N, F). `cut` names which side the tp axis will cut: "in" or "out"."""
+    """y = x W + b. Shapes: (N, K) -> (N, F). `cut` names which side the tp axis will cut: "in" or "out", and
+    `unit` how many of its elements stay together.
+    """
 
-    def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None, unit: int = 1) -> None:
         self.inputs, self.outputs = inputs, outputs
         axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
-        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes), std, decay=True)
-        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:]), "zeros")
+        units = {"in": (unit, 1), "out": (1, unit), None: (1, 1)}[cut]
+        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units), std, decay=True)
+        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:], units[1:]), "zeros")
 
     def parameters(self) -> list[Parameter]:
         return [self.weight, self.bias]
@@ -42,8 +45,8 @@ class Linear:
 class ResidualLinear(Linear):
     """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (N, K), (N, F) -> (N, F)."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, std: float, drop: Dropout) -> None:
-        super().__init__(name, inputs, outputs, std, cut="in")
+    def __init__(self, name: str, inputs: int, outputs: int, std: float, drop: Dropout, unit: int = 1) -> None:
+        super().__init__(name, inputs, outputs, std, cut="in", unit=unit)
         self.drop = drop
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:

@@ -54,12 +54,11 @@ def _block(name: str, settings: Settings) -> Block:
     def drop(where: str) -> Dropout:
         return Dropout(f"{name}.{where}", settings.dropout)
 
-    def join(where: str, inputs: int, number: int) -> ResidualLinear:
-        return ResidualLinear(f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"))
+    def join(where: str, inputs: int, number: int, unit: int = 1) -> ResidualLinear:
+        return ResidualLinear(f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"), unit)
 
-    mixer = SelfAttention(
-        f"{name}.attention", settings.heads, join("attention.project", width, 1), std, drop("attention.probabilities")
-    )
+    project = join("attention.project", width, 1, unit=width // settings.heads)  # tp cuts whole heads
+    mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"))
     up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut="out")
     mlp = FeedForward(up, join("feed_forward.down", hidden, 2))
     norms = (LayerNorm(f"{name}.norm{number}", width, settings.norm_epsilon) for number in (1, 2))

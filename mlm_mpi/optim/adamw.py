@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mlm_mpi.backend.arrays import module_of
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 from mlm_mpi.params.store import FlatStore
 
 if TYPE_CHECKING:  # see models/gpt.py

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from mlm_mpi.cut import Box, cut
+
 
 class Grid(Protocol):
     """What a Layout needs of a mesh."""
@@ -15,27 +17,28 @@ class Grid(Protocol):
 class Layout:
     """Global shape and, per dim, the mesh axis that cuts it (None: not cut).
 
-    An uneven cut gives the first coordinates one element more.
+    `units`, per dim: a cut lies between whole units, such as the heads of attention; () for single elements.
+    An uneven cut gives the first coordinates one unit more.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...] = ()
+    units: tuple[int, ...] = ()
+
+    def box(self, grid: Grid) -> Box:
+        """The piece of the global array that is mine."""
+        axes = self.axes or (None,) * len(self.shape)
+        units = self.units or (1,) * len(self.shape)
+        ranges = [
+            cut(extent, grid.size(axis), grid.coord(axis), unit)
+            for extent, axis, unit in zip(self.shape, axes, units, strict=True)
+        ]
+        return Box(tuple(start for start, _ in ranges), tuple(stop for _, stop in ranges))
 
     def slices(self, grid: Grid) -> tuple[slice, ...]:
         """My slice of each dim of the global array."""
-        axes = self.axes or (None,) * len(self.shape)
-        return tuple(
-            slice(*cut(extent, grid.size(axis), grid.coord(axis)))
-            for extent, axis in zip(self.shape, axes, strict=True)
-        )
+        return self.box(grid).slices
 
     def local_shape(self, grid: Grid) -> tuple[int, ...]:
         """Shape of my slice."""
-        return tuple(part.stop - part.start for part in self.slices(grid))
-
-
-def cut(extent: int, parts: int, part: int) -> tuple[int, int]:
-    """[start, stop) of a part of an extent cut as evenly as whole numbers allow, larger parts first."""
-    base, rest = divmod(extent, parts)
-    start = part * base + min(part, rest)
-    return start, start + base + (part < rest)
+        return self.box(grid).shape

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlm_mpi.params.layout import cut
+from mlm_mpi.cut import cut
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ import numpy as np
 from mlm_mpi import hdf5
 from mlm_mpi.backend.arrays import fill, snap, to_host
 from mlm_mpi.comm.group import Group
+from mlm_mpi.cut import cut
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
 from mlm_mpi.files import publish, read_whole, sync_folder
-from mlm_mpi.params.layout import cut
 from mlm_mpi.params.store import FlatStore
 
 FORMAT = 1

@@ -13,7 +13,7 @@ import numpy as np
 import threadpoolctl
 
 import mlm_mpi
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
@@ -33,7 +33,7 @@ def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
-        "kernels": kernels.summary(config.train.dtype),
+        "kernels": registry.summary(config.train.dtype),
         "device": place.description,
         "dtype": config.train.dtype,
         "products": config.numerics.products,

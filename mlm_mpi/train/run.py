@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import threadpoolctl
-
 from mlm_mpi import config as configuration
-from mlm_mpi.backend import kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import registry
+from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
@@ -31,7 +29,6 @@ from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.measure import measure
 from mlm_mpi.train.memory import check_memory
-from mlm_mpi.train.place import place_of
 from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerprints
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
@@ -57,8 +54,6 @@ class Run:
     """A run on one rank: its data, its engine, its folder."""
 
     def __init__(self, config: Config, options: Options, open_task: OpenTask, group: Group) -> None:
-        threadpoolctl.threadpool_limits(config.numerics.threads)
-        keep_freed_memory()
         self.options, self.plugins = options, options.plugins
         self.group = group.with_timeout(config.comm.timeout_s)
         self.stop = StopRequest(options.max_time_s, options.max_steps)
@@ -194,9 +189,9 @@ class Run:
         return 0
 
     def _say_what_was_handed_on(self) -> None:
-        if self.config.train.dtype == "float32" and (fallen := kernels.fallbacks()):
+        if self.config.train.dtype == "float32" and (fallen := registry.fallbacks()):
             self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
-        refused = {text: times for text, times in kernels.refusals().items() if not text.endswith("memory")}
+        refused = {text: times for text, times in registry.refusals().items() if not text.endswith("memory")}
         if self.place.on_gpu and refused:  # sums on their way through host memory are no news
             self._say(f"note: kernels handed work to the next variant: {refused}")
 

@@ -1,6 +1,6 @@
 """What a start says of itself: the table before the first step."""
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.config import Config
 from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.memory import bytes_held
@@ -32,6 +32,6 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {machine.assignment.balance:.0%}"),
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
-        ("ops", kernels.summary(train.dtype)),
+        ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]

@@ -4,11 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import threadpoolctl
 from msgspec.structs import replace
 
 from mlm_mpi import config as configuration
-from mlm_mpi.backend.arrays import Place, keep_freed_memory
+from mlm_mpi.backend.arrays import Place
+from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.catalog import Catalog
@@ -22,7 +22,6 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.checkpoint import Manifest, Say
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.folder import checkpoints_of, is_checkpoint
-from mlm_mpi.train.place import place_of
 from mlm_mpi.train.task import Task
 from mlm_mpi.train.same_run import check_plugins, config_differences
 
@@ -83,8 +82,6 @@ def note(text: str) -> None:
 
 def _restored(path: Path, manifest: Manifest, plugins: Plugins, device: str | None, on_node: tuple[int, int]) -> Trained:
     config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json", plugins), device)
-    threadpoolctl.threadpool_limits(config.numerics.threads)
-    keep_freed_memory()
     place = place_of(config, on_node=on_node)
     tokenizer = Tokenizer(checkpoint.read_tokenizer(path, manifest), f"{path}/{checkpoint.TOKENIZER_FILE}")
     if tokenizer.vocab_size != manifest.vocabulary:

@@ -8,7 +8,7 @@ import pytest
 from conftest import ON_GPU
 from probes import probe
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="a planted bug is undefined behaviour on a GPU")
 
@@ -50,8 +50,8 @@ SHORT = ("write_before_y", "write_behind_shared_memory")  # 125 elements: canari
 
 @pytest.fixture
 def gpu():
-    yield kernels.select(device="cuda").library
-    kernels.select()
+    yield choice.select(device="cuda").first.library
+    choice.select()
 
 
 def outcome(gpu, name, bug, seed):

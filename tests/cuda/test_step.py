@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from whole import Whole
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
@@ -59,8 +59,8 @@ def test_step_equals_numpy(gpu, products, dropout):
     place = gpu_place(np.float32, products, 0)
     assert place.compute == (bfloat16() if products == "bf16" else np.float32)
     losses, norms, gradients, weights = step(place, np.float32, np.random.default_rng(3), dropout)
-    served, fallen = kernels.serving(), kernels.fallbacks()
-    kernels.select("off")
+    served, fallen = registry.serving(), registry.fallbacks()
+    choice.select("off")
     exact = step(cpu("f8"), "f8", np.random.default_rng(3), dropout)
     of_loss, of_norm, of_gradient, of_weights = BOUNDS[products]
     assert losses == pytest.approx(exact[0], rel=of_loss)

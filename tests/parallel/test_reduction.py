@@ -8,7 +8,7 @@ import pytest
 from mlm_mpi.comm.buckets import Setup
 from mlm_mpi.comm.reductions import allreduce, canonical, naive
 from mlm_mpi.comm.tree import maximal_nodes, middle, plan_lanes
-from mlm_mpi.params.layout import cut
+from mlm_mpi.cut import cut
 
 SEGMENTS = [[(0, 1000)], [(0, 100), (100, 160), (160, 5000)], [(0, 7), (7, 8), (8, 9)]]
 

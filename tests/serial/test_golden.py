@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from whole import Whole
 
-from mlm_mpi.backend import cpu, kernels
+from mlm_mpi.backend import choice
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.layers.base import Context
 from mlm_mpi.optim import adamw
 from mlm_mpi.params.clip import clip_factor, norm
@@ -61,28 +62,28 @@ def test_three_steps_of_adamw_with_clipping(record: dict[str, np.ndarray]) -> No
     _three_steps(record, "f8", RELATIVE)
 
 
-@pytest.mark.parametrize("level", ["off", *kernels.LEVELS])
+@pytest.mark.parametrize("level", ["off", *library.LEVELS])
 def test_three_steps_in_float32_with_and_without_kernels(record: dict[str, np.ndarray], level: str) -> None:
-    if level != "off" and not cpu.runs(level):
+    if level != "off" and not library.runs(level):
         pytest.skip(f"this CPU or installation cannot run {level}")
-    chosen = kernels.select(level)
+    chosen = choice.select(level)
     try:
         _three_steps(record, "f4", 1e-4)
     finally:
-        kernels.select()
+        choice.select()
     assert not chosen.fallen, "a contract did not hold in training"
 
 
 def test_three_steps_with_bf16_products(record: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 keeps 8 bits: losses and norms agree to 3e-3, which is not what float32 does."""
-    monkeypatch.setenv(cpu.BF16_VARIABLE, "portable")
-    chosen = kernels.select(products="bf16")
+    monkeypatch.setenv(library.BF16_VARIABLE, "portable")
+    chosen = choice.select(products="bf16")
     try:
         _three_steps(record, "f4", 3e-3)
         with pytest.raises(AssertionError):
             _three_steps(record, "f4", 1e-5)
     finally:
-        kernels.select()
+        choice.select()
     assert not chosen.fallen, "a contract did not hold in training"
 
 

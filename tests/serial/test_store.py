@@ -1,7 +1,6 @@
 """Flat memory, layouts, assignment: views, slices, hashes, and who runs what."""
 
 import hashlib
-import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.params.layout import Layout, cut
+from mlm_mpi.layers.attention import SelfAttention
+from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import ALIGN_ELEMENTS, FlatStore, Parameter
 from mlm_mpi.train.assignment import Assignment
 
@@ -58,6 +59,17 @@ def test_initial_values_do_not_depend_on_the_mesh(extent):
     assert np.array_equal(np.concatenate(pieces), whole.named(whole.data)["b"])
 
 
+def test_tp_cuts_between_heads():
+    """Three heads of width 4 over two ranks: two and one, in the fused projection as in the rows of the output's."""
+    layer = SelfAttention("a", 12, 3, 0.02, 0.02, 0.0, Dropout("d", 0.0))
+    shapes = [[parameter.layout.local_shape(Grid(2, at)) for parameter in layer.parameters()] for at in range(2)]
+    assert shapes[0] == [(12, 3, 8), (3, 8), (8, 12), (12,)]
+    assert shapes[1] == [(12, 3, 4), (3, 4), (4, 12), (12,)]
+    assert layer.qkv_weight.layout.slices(Grid(2, 1))[2] == slice(8, 12)
+    with pytest.raises(ValueError, match="12 is no multiple of its unit 5"):
+        Layout((12,), ("tp",), (5,)).slices(Grid(2, 0))
+
+
 def test_initial_values_depend_on_seed_and_name():
     values = []
     for seed, name in ((1, "x"), (2, "x"), (1, "y")):
@@ -79,15 +91,6 @@ def test_the_hash_is_over_sorted_names_shapes_and_values_without_padding():
     assert store.weights_sha256() == before
     store.data[0] = np.nextafter(store.data[0], np.float32(1e9))
     assert store.weights_sha256() != before
-
-
-@given(extent=st.integers(0, 1000), parts=st.integers(1, 50))
-def test_a_cut_covers_everything_evenly(extent, parts):
-    ranges = [cut(extent, parts, part) for part in range(parts)]
-    assert ranges[0][0] == 0 and ranges[-1][1] == extent
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-    sizes = [stop - start for start, stop in ranges]
-    assert max(sizes) - min(sizes) <= 1
 
 
 @given(lanes=st.integers(1, 40), each=st.integers(1, 4), data=st.data())

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from mlm_mpi.backend import choice
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Context, Sizes
@@ -26,6 +27,7 @@ model = SimpleNamespace(
     layers=1, width=8, heads=2, context=4, feed_forward=32, dropout=0.0, init_std=0.02, norm_epsilon=1e-5
 )
 optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+choice.select()
 trunk = gpt.build(model, Sizes(11))
 chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
 store = FlatStore(chain.parameter_blocks(), Mesh(), "float32")

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
-from mlm_mpi.backend.kernels import kernel
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
 
 MAX_PITCH = 1 << 24  # elements: offsets within a tile are 32-bit
 PIECE_THREADS, PIECE_RUN = 256, 4  # matmul_pieces.cu
@@ -389,7 +391,7 @@ def _lacks_cublas(gpu: Any) -> str:
     return "" if _measured(MEASURED)["architecture"] == gpu.architecture else "no shape was measured on this GPU"
 
 
-# ---- the registry: every function by every kernel, the fastest first
+# ---- the table: every function by every kernel, the fastest first
 
 FUNCTIONS: dict[str, Callable[..., Product]] = {
     "matmul.add": _add,
@@ -399,7 +401,7 @@ FUNCTIONS: dict[str, Callable[..., Product]] = {
 }
 
 
-def _register(
+def _enter(
     name: str, variant: str, contract: Callable[[Product], str], run: Callable[[Any, Product], Any], lacks: Any
 ) -> None:
     def fits(*arguments: Any, **named: Any) -> str:
@@ -408,11 +410,11 @@ def _register(
     def launch(gpu: Any, *arguments: Any, **named: Any) -> Any:
         return run(gpu, FUNCTIONS[name](*arguments, **named))
 
-    kernel(name, fits, device="cuda", variant=variant, lacks=lacks)(launch)
+    KERNELS.kernel(name, fits, variant, lacks)(launch)
 
 
-_register("matmul.add", "cublas", prefers_cublas, _cublas, _lacks_cublas)
+_enter("matmul.add", "cublas", prefers_cublas, _cublas, _lacks_cublas)
 for _name in FUNCTIONS:
-    _register(_name, "hopper", _hopper_fits, _hopper, _lacks_hopper)
-    _register(_name, "mma", _mma_fits, _mma, _lacks_mma)
-    _register(_name, "plain", _fits, _plain, lambda gpu: "")
+    _enter(_name, "hopper", _hopper_fits, _hopper, _lacks_hopper)
+    _enter(_name, "mma", _mma_fits, _mma, _lacks_mma)
+    _enter(_name, "plain", _fits, _plain, lambda gpu: "")

@@ -10,7 +10,7 @@ from mlm_mpi.backend import sums
 from mlm_mpi.comm.buckets import Bucket, Bucketed, Reduction, Setup, unfinished
 from mlm_mpi.comm.tree import LanePlan, maximal_nodes, merges_of, plan_lanes
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.params.layout import cut
+from mlm_mpi.cut import cut
 
 
 def build(setup: Setup) -> Reduction:
