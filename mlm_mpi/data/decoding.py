@@ -1,4 +1,4 @@
-"""What a file holds, told by its content: compression, encoding, and everything that is no text.
+"""What all formats share: compression and encoding, told by a file's content, and refusing everything that is no text.
 
 Only regular files are opened: a FIFO would hang, a device never end.
 """
@@ -6,12 +6,12 @@ Only regular files are opened: a FIFO would hang, a device never end.
 import bz2
 import gzip
 import io
-import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,7 +21,7 @@ from mlm_mpi.data.text import MARK
 from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.files import open_regular
 
-_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 # A text file is one document, read whole; 12 bytes of memory a byte, measured with 256 MiB and --tokenizer bytes.
 LARGEST_TEXT_BYTES = 1 << 30
 LONGEST_LINE = 1 << 28  # characters of a JSON line
@@ -30,7 +30,7 @@ _PIECE_BYTES = 1 << 20
 _ZSTD_BYTES = 1 << 10  # a kibibyte of zstd can grow to 32 MiB
 
 _TO_TEXT = "convert it to text"
-_TO_LINES = 'convert it to JSON lines, one {"text": …} a line'
+TO_LINES = 'convert it to JSON lines, one {"text": …} a line'
 _UNPACK = "unpack it and give the text files in it"
 # (how the content begins, what it is, the remedy). A beginning made of letters goes on with a byte no text has.
 _NO_TEXT = [
@@ -42,12 +42,12 @@ _NO_TEXT = [
     (rb"!<arch>\n", "an ar archive", _UNPACK),
     (rb"\x1f[\x8b\x9d\xa0]|\xfd7zXZ\x00|BZh[1-9]1AY&SY|[\x28\x50-\x5f][\xb5\x2a][\x2f\x4d][\xfd\x18]|LZIP[\x00\x01]"
      rb"|\x04\x22\x4d\x18", "compressed in a way that is not read, or twice", _UNPACK),
-    (rb"PAR1[^ -~]|PARE", "a Parquet file", _TO_LINES),
-    (rb"ARROW1\x00|FEA1\x00|\xff\xff\xff\xff.\x00{1,3}", "an Arrow or Feather file", _TO_LINES),
-    (rb"ORC[^ -~]", "an ORC file", _TO_LINES), (rb"Obj\x01", "an Avro file", _TO_LINES),
-    (rb"SQLite format 3\x00", "an SQLite database", _TO_LINES),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", _TO_LINES), (rb"\x93NUMPY", "a NumPy array", _TO_LINES),
-    (rb"\x80[\x02-\x05]", "a Python pickle", _TO_LINES),
+    (rb"PAR1[^ -~]|PARE", "a Parquet file", TO_LINES),
+    (rb"ARROW1\x00|FEA1\x00|\xff\xff\xff\xff.\x00{1,3}", "an Arrow or Feather file", TO_LINES),
+    (rb"ORC[^ -~]", "an ORC file", TO_LINES), (rb"Obj\x01", "an Avro file", TO_LINES),
+    (rb"SQLite format 3\x00", "an SQLite database", TO_LINES),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", TO_LINES), (rb"\x93NUMPY", "a NumPy array", TO_LINES),
+    (rb"\x80[\x02-\x05]", "a Python pickle", TO_LINES),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\x00|MM\x00\*", "an image", "leave it out"),
     (rb"OggS\x00|ID3[\x02-\x04]|fLaC\x00|RIFF(?s:....)(WAVE|AVI |WEBP)|\x00\x00(?s:..)ftyp", "sound or film",
      "leave it out"),
@@ -57,12 +57,43 @@ _MARKS = [
     (b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe\x00\x00", "utf-32-le"), (b"\x00\x00\xfe\xff", "utf-32-be"),
     (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
 ]  # fmt: skip
-_JSON = re.compile(r'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:|\s*\[\s*"(?:[^"\\\n]|\\.)*"\s*[,\]]')
 
 
-def suffix(path: Path) -> str:
-    """How a name ends, before what compression has added to it."""
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+def plain_name(path: Path) -> str:
+    """The name of a file without what compression has added to it."""
+    return path.stem if path.suffix in COMPRESSED else path.name
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file as a format sees it. Each way to read it raises DataError, in one line that names the file.
+
+    Who reads it as text, in one of the first three ways, need not ask whether it is text: a binary file is refused by
+    its name, and what is not of the encoding becomes U+FFFD, is counted, and refused if there is more than a little.
+    """
+
+    path: Path
+    encoding: str = "utf-8"  # --encoding; a byte-order mark overrules it
+    field: str = "text"  # --field
+
+    def head(self) -> str:
+        """The first characters, of at most 64 KiB."""
+        with _opened(self.path, self.encoding) as (_, _, head):
+            return head
+
+    def text(self) -> str:
+        """All of it. A GiB is the most that is read."""
+        return read_text(self.path, self.encoding)
+
+    def lines(self) -> Iterator[str]:
+        """One line after another with its end, in bounded memory."""
+        return read_lines(self.path, self.encoding)
+
+    @contextmanager
+    def binary(self) -> Iterator[BinaryIO]:
+        """The decompressed bytes, whatever they are, for `with`. Nothing is checked, and nothing bounds them."""
+        with _decompressing(self.path) as file:
+            yield cast(BinaryIO, file)
 
 
 def check_encoding(name: str) -> None:
@@ -88,23 +119,19 @@ def read_text(path: Path, encoding: str) -> str:
                     "cut it into files or JSON lines"
                 )
         text = content.decode(encoding, MARK)
-    if _JSON.match(text[:_HEAD_BYTES]) or suffix(path) == ".json":
-        raise _json_in(path, text[:_HEAD_BYTES])
     _check_nul(text, str(path))
     return text
 
 
 def read_lines(path: Path, encoding: str) -> Iterator[str]:
     """The lines of a file, decoded likewise, one at a time. Raises DataError."""
-    with _opened(path, encoding) as (file, encoding, head):
-        if _is_one_document(head):
-            raise _json_in(path, head)
+    with _opened(path, encoding) as (file, encoding, _):
         lines = io.TextIOWrapper(file, encoding, MARK, newline="\n")
         number = 0
         while line := lines.readline(LONGEST_LINE):
             number += 1
             if len(line) == LONGEST_LINE:
-                raise DataError(f"{path}:{number} has {LONGEST_LINE:,} characters or more: {_TO_LINES}")
+                raise DataError(f"{path}:{number} has {LONGEST_LINE:,} characters or more: {TO_LINES}")
             _check_nul(line, f"{path}:{number}")
             yield line
 
@@ -122,10 +149,7 @@ def check_repaired(path: Path, replaced: int, characters: int) -> None:
 def _opened(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str, str]]:
     """(decompressed content without its mark, its encoding, its first characters). Raises DataError."""
     try:
-        with (
-            io.BufferedReader(io.FileIO(open_regular(path)), _HEAD_BYTES) as raw,
-            _decompressed(cast(io.BufferedReader, raw)) as file,
-        ):
+        with _decompressing(path) as file:
             begin = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
             mark, encoding = next(((m, name) for m, name in _MARKS if begin.startswith(m)), (b"", encoding))
             if not mark:
@@ -134,12 +158,23 @@ def _opened(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str, str]]:
             head = begin[len(mark) :].decode(encoding, MARK)
             _check_nul(head, str(path))
             yield cast(BinaryIO, file), encoding, head
+    except UnicodeError as error:
+        raise DataError(f"cannot read {path} as {encoding} ({error}): give another --encoding") from None
+
+
+@contextmanager
+def _decompressing(path: Path) -> Iterator[io.BufferedReader]:
+    """The decompressed content of a regular file. Raises DataError, also for what goes wrong while it is read."""
+    try:
+        with (
+            io.BufferedReader(io.FileIO(open_regular(path)), _HEAD_BYTES) as raw,
+            _decompressed(cast(io.BufferedReader, raw)) as file,
+        ):
+            yield file
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror or error}): {_remedy(error)}") from None
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(f"cannot read {path}, its compressed content is damaged ({error}): get it anew") from None
-    except UnicodeError as error:
-        raise DataError(f"cannot read {path} as {encoding} ({error}): give another --encoding") from None
     except MemoryError:
         raise DataError(f"cannot read {path}, memory is full: cut it into files or JSON lines") from None
 
@@ -204,19 +239,3 @@ def _check_is_text(path: Path, begin: bytes) -> None:
 def _check_nul(text: str, where: str) -> None:
     if "\0" in text:
         raise DataError(f"{where} has NUL bytes: it is no text, or UTF-16 without a mark: give --encoding utf-16-le")
-
-
-def _is_one_document(head: str) -> bool:
-    """Whether JSON lines begin with an array, or with an object that goes on over several lines."""
-    first, end, _ = head.lstrip().partition("\n")
-    return first.startswith("[") or bool(end and first.startswith("{") and not first.rstrip().endswith("}"))
-
-
-def _json_in(path: Path, head: str) -> DataError:
-    try:
-        is_lines = isinstance(json.loads(head.lstrip().partition("\n")[0]), dict)
-    except (ValueError, RecursionError):
-        is_lines = False
-    if is_lines:
-        return DataError(f"{path} holds JSON lines, not text: rename it to end in .jsonl, or in .jsonl.gz and the like")
-    return DataError(f"{path} is one JSON document: {_TO_LINES}")
