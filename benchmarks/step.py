@@ -15,12 +15,11 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import harness
-import msgspec
 import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
@@ -152,7 +151,7 @@ def start_peers(args: argparse.Namespace, ranks: int, report: Report) -> list[Va
     size, found = SIZES[args.size], []
     c = configuration(size, ranks, args.threads, [])
     job = {
-        "task": "step", "model": msgspec.to_builtins(c.model), "optim": msgspec.to_builtins(c.optim),
+        "task": "step", "model": asdict(c.model), "optim": asdict(c.optim),
         "rows": size["rows"], "vocabulary": size["vocabulary"], "threads": args.threads, "ranks": ranks,
         "keep_freed_memory": False, "compile": False, "bf16": False,
     }  # fmt: skip

@@ -1,13 +1,11 @@
 """Learning rate as a pure function of the step."""
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # see models/gpt.py
-    from mlm_mpi.config import Optim
+from mlm_mpi.optim import Common
 
 
-def learning_rate(optim: "Optim", steps: int, step: int) -> float:
+def learning_rate(optim: Common, steps: int, step: int) -> float:
     """Linear warm-up over `warmup_steps`, then cosine, linear or constant to `final_fraction` at the end.
 
     Source: Loshchilov, Hutter, arXiv:1608.03983 (cosine).

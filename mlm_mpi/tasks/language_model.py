@@ -4,14 +4,14 @@ import lzma
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import threadpoolctl
 
 from mlm_mpi import config as configuration
+from mlm_mpi.backend import Device
 from mlm_mpi.backend.arrays import Place, cpu, keep_freed_memory, to_host, wide
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
@@ -47,7 +47,7 @@ class Trained:
         return self.manifest.step
 
 
-def load(run: str | Path, device: str | None = None) -> Trained:
+def load(run: str | Path, device: Device | None = None) -> Trained:
     """The newest sound checkpoint of a run folder, or the one that `run` itself is. Settings are the sealed ones.
 
     `device`: "cpu" or "gpu", by default where it was trained. A damaged checkpoint is named on stderr and the one
@@ -75,7 +75,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _restored(path: Path, manifest: Manifest, device: str | None) -> Trained:
+def _restored(path: Path, manifest: Manifest, device: Device | None) -> Trained:
     config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json"), device)
     threadpoolctl.threadpool_limits(config.numerics.threads)
     keep_freed_memory()
@@ -105,8 +105,7 @@ def _stack(path: Path, manifest: Manifest, config: Config) -> Stack:
     raise CheckpointError(f"{path}: its parameters are not those of its settings: not saved by mlm-mpi; give another")
 
 
-def _runnable(config: Config, device: str | None) -> Config:
-    replace = msgspec.structs.replace
+def _runnable(config: Config, device: Device | None) -> Config:
     if device is not None:
         config = replace(config, backend=replace(config.backend, device=device))
     if config.backend.device == "cpu":  # any CPU may read what a GPU or a CPU with bf16 has trained

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
+from mlm_mpi.config.reader import Pin
 from mlm_mpi.errors import ConfigError
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -28,8 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command on this rank."""
-    config = settings(args)
-    configuration.prepare_environment(config)
+    config = settings(args, configuration.prepare_environment)
     from mlm_mpi.comm import launch
     from mlm_mpi.train.trainer import Options, Trainer
 
@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def settings(args: argparse.Namespace) -> Config:
-    """The configuration that the arguments ask for, all of them checked. Raises ConfigError."""
+def settings(args: argparse.Namespace, pin: Pin | None = None) -> Config:
+    """The configuration that the arguments ask for, all of them checked; `pin` as in `load`. Raises ConfigError."""
     if not args.run:
         raise ConfigError("--run '' is empty, which would be the current folder: name a folder")
     if args.max_steps is not None and args.max_steps < 1:
@@ -50,7 +50,7 @@ def settings(args: argparse.Namespace) -> Config:
     if args.max_time is not None:
         seconds(args.max_time)
     device = [] if args.device is None else [f"backend.device={args.device}"]
-    return configuration.load(args.config, args.set + device)
+    return configuration.load(args.config, args.set + device, pin=pin)
 
 
 def seconds(text: str) -> float:

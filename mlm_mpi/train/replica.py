@@ -7,10 +7,9 @@ Every rank sees the same losses, the same norm and the same flags, so every rank
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import psutil
 
@@ -19,7 +18,7 @@ from mlm_mpi.backend.arrays import Place, cpu, gpu, module_of, nccl
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.reduction import Allreduce, Canonical, Nccl, Reduction
 from mlm_mpi.comm.transport import transport
-from mlm_mpi.config import Config
+from mlm_mpi.config import Config, to_table
 from mlm_mpi.data.loader import MicroBatch
 from mlm_mpi.errors import ConfigError, NumericsError, agreed
 from mlm_mpi.layers.base import Context
@@ -258,7 +257,7 @@ _BLOCK_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by
 def least_bytes(config: Config, vocabulary: int) -> dict[str, int]:
     """What a rank holds at least, in bytes: parameters with gradients and moments, one array of B·T·C a block, …"""
     model, train, size = config.model, config.train, np.dtype(config.train.dtype).itemsize
-    shallow = msgspec.structs.replace(model, layers=1)  # blocks are alike: none but one is built
+    shallow = replace(model, layers=1)  # blocks are alike: none but one is built
     embedding, block, head = (
         sum(math.prod(parameter.layout.shape) for parameter in part)
         for part in gpt.build(shallow, vocabulary).parameter_blocks()
@@ -284,7 +283,7 @@ def bytes_held(replica: Replica) -> dict[str, int]:
 
 def config_differences(saved: dict[str, Any], config: Config) -> list[str]:
     """`section.key: saved → now` for each key that differs from a saved configuration."""
-    now = msgspec.to_builtins(config)
+    now = to_table(config)
     return [
         f"{section}.{key}: {saved.get(section, {}).get(key)} → {value}"
         for section, values in now.items()

@@ -18,7 +18,7 @@ VOCABULARY, CONTEXT = 37, 140
 
 
 def build(dropout: float = 0.0, dtype: str = "f8", std: float = 0.3) -> tuple[Stack, FlatStore]:
-    model = config.Model(
+    model = gpt.Settings(
         layers=2, width=24, heads=3, context=CONTEXT, feed_forward=56, dropout=dropout, init_std=std
     )  # fmt: skip
     stack = gpt.build(model, VOCABULARY)
@@ -158,7 +158,7 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert abs(weights["embed.tokens"].std() / 0.3 - 1) < 0.1
     assert abs(weights["block0.feed_forward.down.weight"].std() / (0.3 / 2) - 1) < 0.1
     assert (weights["block1.norm2.gain"] == 1).all() and not weights["block1.norm2.bias"].any()
-    deeper = gpt.build(config.Model(layers=3, width=24, heads=3, context=CONTEXT, feed_forward=56, init_std=0.3), 37)
+    deeper = gpt.build(gpt.Settings(layers=3, width=24, heads=3, context=CONTEXT, feed_forward=56, init_std=0.3), 37)
     c = FlatStore(deeper.parameter_blocks(), Mesh(), "f8")
     c.initialise(1)
     assert same_bits(c.named(c.data)["block1.attention.qkv.weight"], weights["block1.attention.qkv.weight"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.config import Model
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
@@ -71,7 +70,7 @@ def test_impossible_sampling_is_refused(bad):
 
 
 def test_cached_and_uncached_continuations_agree_beyond_the_context():
-    stack = gpt.build(Model(layers=2, width=24, heads=3, context=16, feed_forward=48, init_std=0.3), 40)
+    stack = gpt.build(gpt.Settings(layers=2, width=24, heads=3, context=16, feed_forward=48, init_std=0.3), 40)
     FlatStore(stack.parameter_blocks(), Mesh(), "f8").initialise(2)
     greedy = Sampling(temperature=0)
     texts = [

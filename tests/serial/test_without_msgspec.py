@@ -8,25 +8,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 STEP = """
-from types import SimpleNamespace
-
 import numpy as np
 
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
 from mlm_mpi.models import gpt
-from mlm_mpi.optim import make_optimizer
+from mlm_mpi.optim import adamw
 from mlm_mpi.optim.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore
 
-model = SimpleNamespace(
-    layers=1, width=8, heads=2, context=4, feed_forward=32, dropout=0.0, init_std=0.02, norm_epsilon=1e-5
-)
-optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+model = gpt.Settings(layers=1, width=8, heads=2, context=4).resolved()
 stack = gpt.build(model, 11)
 store = FlatStore(stack.parameter_blocks(), Mesh(), "float32")
 store.initialise(0)
-optimizer, gradient = make_optimizer(optim, store), store.new_buffer()
+optimizer, gradient = adamw.build(adamw.Settings(), store), store.new_buffer()
 store.point_gradients(gradient)
 ids = np.arange(8, dtype=np.int32).reshape(2, 4)
 losses = []
