@@ -21,6 +21,7 @@ COMMANDS = {
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
     "evaluate": ("mlm_mpi.tasks.evaluate", False, "loss, perplexity and bits per character of a run"),
     "generate": ("mlm_mpi.tasks.generate", False, "continue a prompt with a trained run"),
+    "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),
     "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
 }
 
