@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints what was asked for."""
     if args.name is not None and args.markdown:
-        raise ConfigError(f"--markdown prints all keys, not {args.name} alone: leave one of them out")
+        raise ConfigError(f"--markdown prints all keys, not {args.name} alone: leave one out")
     plugins = Plugins(None if args.plugins is None else Path(args.plugins))
     if args.markdown:
         print(reference.markdown(plugins), end="")

@@ -3,7 +3,7 @@
     @dataclass(frozen=True)
     class Settings:
         '''One sentence on the section.'''
-        rows: int = key(8, says="How many windows of text make a micro-batch.", least=1)
+        rows: int = key(8, says="A micro-batch holds this many windows of text.", least=1)
 
         def resolved(self) -> "Settings": ...  # may be left out: rules among these keys, defaults that need another
 
@@ -31,5 +31,5 @@ class Key:
 
 
 def key(default: Any = MISSING, says: str = "", **about: Any) -> Any:
-    """A field of a section: its default, one sentence, and what else `Key` knows."""
-    return field(default=default, metadata={META: Key(says, **about)})
+    """A field of a section, given by name: its default (none: it must be set), one sentence, what else `Key` knows."""
+    return field(default=default, kw_only=True, metadata={META: Key(says, **about)})
