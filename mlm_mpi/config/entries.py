@@ -25,8 +25,10 @@ class Entry:
 
     def read(self, value: Any, source: str) -> Any:
         """The value as this key's type and within its bounds. Raises ConfigError."""
-        if self.type is float and type(value) is int:
-            value = float(value) if _fits(value) else value
+        if self.type in (int, float) and type(value) is int:
+            if not -(1 << 63) <= value < 1 << 64:
+                raise ConfigError(f"{source}: {self.full} = {quoted(value)} must fit into 64 bits")
+            value = self.type(value)
         if get_origin(self.type) is Literal:
             if value not in get_args(self.type):
                 raise ConfigError(f"{source}: {self.full} = {quoted(value)} must be {type_name(self.type)}")
@@ -52,8 +54,6 @@ class Entry:
         if not within:
             remedy = f": {about.remedy}" if about.remedy else ""
             raise ConfigError(f"{self.full} = {value} must {bounds(about)}{remedy}")
-        if not _fits(value):
-            raise ConfigError(f"{self.full} = {value} must fit into 64 bits, as the numbers of a checkpoint do")
 
 
 def entries(section: str, settings: Any) -> dict[str, Entry]:
@@ -106,10 +106,6 @@ def type_name(kind: Any) -> str:
 def word_of(value: Any) -> str:
     """The type of a TOML value in words."""
     return _WORDS.get(type(value), f"a {type(value).__name__}")
-
-
-def _fits(value: float) -> bool:
-    return isinstance(value, float) or -(1 << 63) <= value < 1 << 64
 
 
 def quoted(value: Any) -> str:

@@ -172,7 +172,7 @@ def test_a_configuration_is_frozen() -> None:
         ("model.dropout=1.0", "model.dropout = 1.0 must be in [0, 1)"),
         ("optim.clip=inf", "optim.clip = inf must be a finite number"),
         ("comm.bucket_mib=0", "comm.bucket_mib = 0.0 must be at least 0.001: every bucket is a message to each rank"),
-        ("train.seed=18446744073709551616", "train.seed = 18446744073709551616 must fit into 64 bits"),
+        ("train.seed=18446744073709551616", "the defaults: train.seed = 18446744073709551616 must fit into 64 bits"),
         ("comm.reduction=ring", "comm.reduction = 'ring' is none of reductions; known: allreduce, canonical, nccl"),
     ],
 )  # fmt: skip
@@ -187,7 +187,12 @@ def test_a_long_value_is_cut() -> None:
 def test_a_whole_number_is_a_number() -> None:
     clip = config.load(None, ["optim.clip=2"]).optim.clip
     assert (type(clip), clip) == (float, 2.0)
-    assert "optim.clip" in refused(f"optim.clip=1{'0' * 400}")
+
+
+@pytest.mark.parametrize("name", ["optim.clip", "train.steps"])
+def test_a_number_that_no_checkpoint_could_hold(name: str) -> None:
+    for sign in ("", "-"):
+        assert f"{name} = {sign}1000" in refused(f"{name}={sign}1{'0' * 400}")
 
 
 NOT_ZERO = [
