@@ -16,10 +16,9 @@ import harness
 import numpy as np
 from harness import Report, pair_ratio, start_ranks
 
-from mlm_mpi.backend import choice
 from mlm_mpi.comm import launch
-from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.buckets import Reduction, Setup
+from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.reductions.allreduce import Allreduce
 from mlm_mpi.comm.reductions.canonical import Canonical
 from mlm_mpi.cut import cut

@@ -15,18 +15,16 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import harness
-import msgspec
 import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
 from mlm_mpi.backend import choice, registry
-from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
@@ -139,7 +137,7 @@ def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Var
         wanted[f"{reductions[0]}, kernels off"] = [*wanted[reductions[0]], "numerics.reference=all"]
     if args.recompute:
         wanted[f"{reductions[0]}, recompute"] = [*wanted[reductions[0]], "train.recompute=true"]
-    if args.products == "bf16" and not cpu.runs(cpu.BF16_LEVEL):
+    if args.products == "bf16" and not library.runs(library.BF16_LEVEL):
         report.say(f"{reductions[0]}, bf16 products is left out: this CPU has no AVX512-BF16")
     elif args.products == "bf16":
         wanted[f"{reductions[0]}, bf16 products"] = [*wanted[reductions[0]], "numerics.products=bf16"]
@@ -155,7 +153,7 @@ def start_peers(args: argparse.Namespace, ranks: int, report: Report) -> list[Va
     size, found = SIZES[args.size], []
     c = configuration(size, ranks, args.threads, [])
     job = {
-        "task": "step", "model": msgspec.to_builtins(c.model), "optim": msgspec.to_builtins(c.optim),
+        "task": "step", "model": asdict(c.model), "optim": asdict(c.optim),
         "rows": size["rows"], "vocabulary": size["vocabulary"], "threads": args.threads, "ranks": ranks,
         "keep_freed_memory": False, "compile": False, "bf16": False,
     }  # fmt: skip

@@ -38,10 +38,12 @@ from mlm_mpi.data.objectives import causal
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.layers.base import Sizes
+from mlm_mpi.models import gpt
+from mlm_mpi.optim.adamw import Settings
+from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rates import learning_rate
 from mlm_mpi.tasks import language_model
-from mlm_mpi.params.store import FlatStore
 
 
 def train_step(
@@ -101,7 +103,7 @@ def turns(rank: int) -> Iterator[int]:
         yield int(steps)
 
 
-def best_adamw(model: PeerGPT, optim: config.Optim) -> tuple[str, torch.optim.AdamW]:
+def best_adamw(model: PeerGPT, optim: Settings) -> tuple[str, torch.optim.AdamW]:
     """PyTorch's fastest AdamW on the gradients at hand; tried one after the other, so one state is held at a time."""
     kinds = ("fused", "foreach")
     seconds = []
@@ -127,7 +129,7 @@ def measure(job: dict[str, Any]) -> None:
         if rank == 0:
             print(json.dumps(value), flush=True)
 
-    model_config, optim = config.Model(**job["model"]), config.Optim(**job["optim"])
+    model_config, optim = gpt.Settings(**job["model"]), Settings(**job["optim"])
     rows, vocabulary = job["rows"], job["vocabulary"]
     plain = PeerGPT(model_config, vocabulary)
     nn.init.normal_(plain.tokens.weight, std=0.02)

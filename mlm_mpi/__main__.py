@@ -19,8 +19,13 @@ COMMANDS = {
     "prepare": ("mlm_mpi.data.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
     "train": ("mlm_mpi.commands.train", False, "train a model (under mpiexec; alone it is one rank)"),
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
-    "evaluate": ("mlm_mpi.commands.evaluate", True, "loss, perplexity and bits per character of a run (also under mpiexec)"),
+    "evaluate": (
+        "mlm_mpi.commands.evaluate",
+        True,
+        "held-out loss and bits per character of a run (also under mpiexec)",
+    ),
     "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
+    "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),
     "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
 }
 

@@ -29,6 +29,13 @@ _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE_BYTES = 1 << 20
 
 
+def named(text: str | None) -> "Plugins":
+    """What a command's --plugins names. Raises ConfigError."""
+    if text == "":  # an unset variable; as a path it would be the current folder
+        raise ConfigError("--plugins '' names no folder: give one, or leave it out")
+    return Plugins(None if text is None else Path(text))
+
+
 @dataclass(frozen=True)
 class Plugins:
     """The kinds of every room. `used`: "models/mine.py" -> SHA-256 of each file of the folder that was loaded."""

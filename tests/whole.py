@@ -1,4 +1,4 @@
-"""A whole language model driven by arrays: forward, backward and logits of its chain, gradients where a test wants them."""
+"""A whole language model driven by arrays: forward, backward and logits of its chain."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.batch import Batch
-from mlm_mpi.layers.base import Context, Sizes
+from mlm_mpi.layers.base import Sizes
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.models import gpt

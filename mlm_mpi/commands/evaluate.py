@@ -7,9 +7,9 @@ import msgspec
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.commands.train import plugins_of
 from mlm_mpi.data import baselines
 from mlm_mpi.errors import DataError, agreed
+from mlm_mpi.plug import named
 from mlm_mpi.train.measure import measure
 from mlm_mpi.train.task import Task
 from mlm_mpi.train.trained import Trained, load, note, open_corpus
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace, group: Group) -> int:
     """Runs the command. Collective."""
     say, on_node = note if group.rank == 0 else _silent, group.on_node()
     with group.together("loading the model"):
-        trained = load(args.run, plugins_of(args), args.device, say, on_node)
+        trained = load(args.run, named(args.plugins), args.device, say, on_node)
         task = trained.task_over(open_corpus(trained, args.data, say))
     numbers = _measured(trained, task, group)
     if group.rank == 0:

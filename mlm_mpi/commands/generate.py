@@ -4,10 +4,10 @@ import argparse
 import itertools
 import sys
 
-from mlm_mpi.commands.train import plugins_of
 from mlm_mpi.data.tokenizer import StreamDecoder
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.generation import Sampling, continue_prompt
+from mlm_mpi.plug import named
 from mlm_mpi.train.trained import load
 
 
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> int:
     if not 1 <= args.tokens <= sys.maxsize:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = load(args.run, plugins_of(args), args.device)
+    trained = load(args.run, named(args.plugins), args.device)
     end = trained.tokenizer.eot
     text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]

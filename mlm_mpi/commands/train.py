@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
+from mlm_mpi.config.reader import Pin
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.plug import Plugins
+from mlm_mpi.plug import Plugins, named
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -30,13 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command on this rank."""
-    config = settings(args)
-    configuration.prepare_environment(config)
+    plugins = named(args.plugins)
+    config = settings(args, plugins, configuration.prepare_environment)
     from mlm_mpi.comm import launch
     from mlm_mpi.train.run import Options, Run
 
     limit = None if args.max_time is None else seconds(args.max_time)
-    plugins = plugins_of(args)
     options = Options(Path(args.run), args.resume, limit, args.max_steps, args.quiet, plugins)
     group = launch.start()
     task = plugins.find("tasks", config.task.kind, "task.kind")
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def settings(args: argparse.Namespace) -> Config:
-    """The configuration that the arguments ask for, all of them checked. Raises ConfigError."""
+def settings(args: argparse.Namespace, plugins: Plugins, pin: Pin | None = None) -> Config:
+    """The configuration that the arguments ask for, all of them checked; `pin` as in `load`. Raises ConfigError."""
     if not args.run:
         raise ConfigError("--run '' is empty, which would be the current folder: name a folder")
     if args.max_steps is not None and args.max_steps < 1:
@@ -54,12 +54,7 @@ def settings(args: argparse.Namespace) -> Config:
     if args.max_time is not None:
         seconds(args.max_time)
     device = [] if args.device is None else [f"backend.device={args.device}"]
-    return configuration.load(args.config, args.set + device, plugins_of(args))
-
-
-def plugins_of(args: argparse.Namespace) -> Plugins:
-    """What --plugins names. Raises ConfigError."""
-    return Plugins(None if args.plugins is None else Path(args.plugins))
+    return configuration.load(args.config, args.set + device, plugins, pin)
 
 
 def seconds(text: str) -> float:

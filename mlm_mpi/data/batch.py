@@ -1,14 +1,16 @@
 """What a micro-batch holds, wherever it lies."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Micro-batch `index` of `step`: named arrays that the model reads, named arrays that its head compares with.
 
     `count`: targets that count, what the summed loss of all micro-batches is divided by.
-    Shapes of a language model: ids (B, T) int32; targets ids (B, T) int32 and, where some do not count, mask (B, T) bool.
+    Shapes of a language model: ids (B, T) int32; targets ids (B, T) int32, mask (B, T) bool where some do not count.
     """
 
     step: int
@@ -21,7 +23,7 @@ class Batch(NamedTuple):
         """The same with every array changed, for example brought to a GPU."""
         inputs = {name: change(array) for name, array in self.inputs.items()}
         targets = {name: change(array) for name, array in self.targets.items()}
-        return self._replace(inputs=inputs, targets=targets)
+        return replace(self, inputs=inputs, targets=targets)
 
     def arrays(self) -> list[Any]:
         """All arrays, in a fixed order."""

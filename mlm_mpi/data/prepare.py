@@ -37,7 +37,7 @@ from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import ConfigError, DataError, agreed
 from mlm_mpi.files import cannot_write, publish_all
-from mlm_mpi.plug import Plugins
+from mlm_mpi.plug import Plugins, named
 from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
     group = group.with_timeout(_PATIENCE_S)
     with group.together("checking the command line"):
         _check(args)
-        formats = Formats(Plugins(None if args.plugins is None else Path(args.plugins)))
+        formats = Formats(named(args.plugins))
     _check_same(formats.plugins, group)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
@@ -122,8 +122,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--out '' names no folder: give one")
     if not args.inputs and not args.builtin:
         raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
-    if args.plugins == "":  # an unset variable; as a path it would be the current folder
-        raise ConfigError("--plugins '' names no folder: give one, or leave it out")
     if not args.field:
         raise ConfigError("--field '' names no field: give the one that holds the text")
     if not 0 <= args.heldout < 1:

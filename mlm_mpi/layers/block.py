@@ -16,7 +16,7 @@ class Norm(Protocol):
 
 
 class Branch(Protocol):
-    """A mixer of positions, (B, T, C) -> (B, T, C), or an mlp, (N, C) -> (N, C), which adds `residual` (N, C) at its end."""
+    """A mixer of positions, (B, T, C) -> (B, T, C), or an mlp, (N, C) -> (N, C); adds `residual` (N, C) at its end."""
 
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]: ...

@@ -32,9 +32,7 @@ class Chain:
                 kept.append(saved)
         return x, kept
 
-    def backward(
-        self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = _nobody_waits, down_to: int = 0
-    ) -> Flow:
+    def backward(self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = _nobody_waits, down_to: int = 0) -> Flow:
         """Writes or adds every gradient of parts [down_to, …), the last first; empties `kept` as it goes.
 
         `ready(i)` is called as soon as those of part i are final.

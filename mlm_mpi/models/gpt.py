@@ -4,9 +4,10 @@ Source: Radford et al. 2019. Residual projections start with std / √(2 L), as 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlm_mpi.config.keys import key
+from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import SelfAttention
 from mlm_mpi.layers.base import Layer, Least, Part, Sizes, Trunk
 from mlm_mpi.layers.block import Block, FeedForward
@@ -18,17 +19,52 @@ from mlm_mpi.layers.norm import LayerNorm
 
 @dataclass(frozen=True)
 class Settings:
-    """A GPT-2 of any size."""
+    """GPT-2: a stack of blocks, each attention and a feed-forward, that predicts the next token."""
 
-    kind: str = key("gpt", says="What is trained: a file of models/, or of the same room in --plugins.")
-    layers: int = key(4, says="The number of transformer blocks.", least=1)
-    width: int = key(256, says="The width C of the residual stream, a multiple of heads.", least=1)
-    heads: int = key(4, says="The number of attention heads of a block.", least=1)
-    context: int = key(128, says="The longest sequence T that the model reads.", unit="tokens", least=1)
-    feed_forward: int = key(0, says="The width F between the two products of a feed-forward half; 0 means 4 · width.", least=0)
-    dropout: float = key(0.0, says="The share of activations that a training step sets to zero.", least=0, below=1)
-    init_std: float = key(0.02, says="The standard deviation of initial weights, as in GPT-2.", least=0, most=1)
-    norm_epsilon: float = key(1e-5, says="What layer norms add to a variance before its root.", above=0)
+    kind: str = key("gpt", says="The run trains this model.", room="models")
+    layers: int = key(4, says="The model is a stack of this many blocks.", unit="blocks", least=1)
+    width: int = key(
+        256,
+        says="Between blocks a token is this many numbers, a multiple of the heads.",
+        unit="numbers",
+        least=1,
+    )
+    heads: int = key(4, says="This many heads share the attention of a block.", unit="heads", least=1)
+    context: int = key(
+        128,
+        says="The model sees this many tokens at once, which is the length of a window of text.",
+        unit="tokens",
+        least=1,
+    )
+    feed_forward: int = key(
+        0,
+        says="The feed-forward of a block is this wide inside; 0 means 4 times the width, as in GPT-2.",
+        unit="numbers",
+        least=0,
+    )
+    dropout: float = key(
+        0.0, says="This share of the activations is set to zero at random in training.", least=0, below=1
+    )
+    init_std: float = key(
+        0.02,
+        says="Initial weights are drawn with this standard deviation, 0.02 as in GPT-2; projections back to the "
+        "width start with it over the root of 2 · layers.",
+        least=0,
+        most=1,
+        remedy="1 is a standard normal",
+    )
+    norm_epsilon: float = key(
+        1e-5, says="Layer normalisation adds this to a variance, against division by zero.", above=0
+    )
+
+    def resolved(self) -> "Settings":
+        """The same with its width of the feed-forward. Raises ConfigError where the heads do not divide the width."""
+        if self.width % self.heads != 0:
+            raise ConfigError(
+                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}: "
+                f"set model.width = {-(-self.width // self.heads) * self.heads}"
+            )
+        return replace(self, feed_forward=self.feed_forward or 4 * self.width)
 
 
 def build(settings: Settings, sizes: Sizes) -> Trunk:

@@ -1,4 +1,4 @@
-"""Predicting the tokens of a corpus: the corpus, an objective over it, a model of models/ and a head over the vocabulary."""
+"""Predicting the tokens of a corpus: an objective over it, a model of models/, a head over the vocabulary."""
 
 import math
 from dataclasses import dataclass
@@ -21,10 +21,14 @@ from mlm_mpi.train.measure import Sums
 
 @dataclass(frozen=True)
 class Settings:
-    """A language model."""
+    """What the model learns: the next token of a text."""
 
-    kind: str = key("language_model", says="What is learnt: a file of tasks/, or of the same room in --plugins.")
-    objective: str = key("causal", says="What is predicted from what: a file of objectives/, or of that room in --plugins.")
+    kind: str = key("language_model", says="The model is trained for this task.", room="tasks")
+    objective: str = key(
+        "causal",
+        says="Windows of text become inputs and targets in this way; causal predicts each token from those before it.",
+        room="objectives",
+    )
 
 
 def build(config: Config, plugins: Plugins) -> "LanguageModel":

@@ -167,9 +167,7 @@ class Engine:
             ctx = replace(ctx, batch=flight.batch.map(self.machine.place.put))
         self.machine.chain.backward((), flight.kept, ctx, *(() if ready is None else (ready,)))
 
-    def _exchange(
-        self, step: int, flights: list[_Flight], notes: tuple[float, ...]
-    ) -> tuple[float, int, np.ndarray]:
+    def _exchange(self, step: int, flights: list[_Flight], notes: tuple[float, ...]) -> tuple[float, int, np.ndarray]:
         """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
         most = max(self._counts)
         row = np.zeros(2 * most + len(notes))

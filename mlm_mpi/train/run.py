@@ -1,6 +1,6 @@
 """A run from its start to its last words.
 
-    open the data · build the engine · resume · train (trainer.py) · report
+open the data · build the engine · resume · train (trainer.py) · report
 """
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mlm_mpi import config as configuration
-from mlm_mpi.config import Config
 from mlm_mpi.comm.group import Group
+from mlm_mpi.config import Config
 from mlm_mpi.errors import CheckpointError
 from mlm_mpi.plug import Plugins
 from mlm_mpi.train import checkpoint
@@ -55,8 +55,10 @@ def check_plugins(path: Path, saved: dict[str, str], used: dict[str, str]) -> No
     """The files of --plugins must be those that a checkpoint was made with. Raises CheckpointError."""
     for name in sorted({*saved, *used}):
         if saved.get(name) != used.get(name):
-            was = f"was saved with --plugins file {name} of SHA-256 {saved[name][:12]}" if name in saved else (
-                f"was saved without the --plugins file {name}"
+            was = (
+                f"was saved with --plugins file {name} of SHA-256 {saved[name][:12]}"
+                if name in saved
+                else (f"was saved without the --plugins file {name}")
             )
             now = f"this one has {used[name][:12]}" if name in used else "it is not used now"
             raise CheckpointError(f"{path} {was}, {now}: give the folder that it was trained with, or another --run")

@@ -1,12 +1,11 @@
 """A trained model read from its run folder, on one process: settings, tokenizer and weights of a sound checkpoint."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from mlm_mpi import config as configuration
+from mlm_mpi.backend import Device
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
@@ -22,8 +21,8 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.checkpoint import Manifest, Say
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.folder import checkpoints_of, is_checkpoint
-from mlm_mpi.train.task import Task
 from mlm_mpi.train.same_run import check_plugins, config_differences
+from mlm_mpi.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class Trained:
 
 
 def load(
-    run: str | Path, plugins: Plugins, device: str | None = None, say: Say | None = None,
+    run: str | Path, plugins: Plugins, device: Device | None = None, say: Say | None = None,
     on_node: tuple[int, int] = (0, 1),
 ) -> Trained:  # fmt: skip
     """The newest sound checkpoint of a run folder, or the one that `run` itself is. Settings are the sealed ones.
 
-    `device`: "cpu" or "gpu", by default where it was trained. `say` takes notes, by default stderr. A damaged checkpoint is named on stderr and the one
-    before is tried; so is a config.toml that differs. Raises ConfigError, CheckpointError.
+    `device`: "cpu" or "gpu", by default where it was trained. `say` takes notes, by default stderr: a damaged
+    checkpoint, the one before which is tried, and a config.toml that differs. Raises ConfigError, CheckpointError.
     """
     folder, say = Path(named(run, "RUN")), say or note
     if is_checkpoint(folder):
@@ -80,7 +79,9 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _restored(path: Path, manifest: Manifest, plugins: Plugins, device: str | None, on_node: tuple[int, int]) -> Trained:
+def _restored(
+    path: Path, manifest: Manifest, plugins: Plugins, device: Device | None, on_node: tuple[int, int]
+) -> Trained:
     config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json", plugins), device)
     place = place_of(config, on_node=on_node)
     tokenizer = Tokenizer(checkpoint.read_tokenizer(path, manifest), f"{path}/{checkpoint.TOKENIZER_FILE}")
@@ -111,7 +112,7 @@ def _chain(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> 
     raise CheckpointError(f"{path}: its parameters are not those of its settings: not saved by mlm-mpi; give another")
 
 
-def _runnable(config: Config, device: str | None) -> Config:
+def _runnable(config: Config, device: Device | None) -> Config:
     if device is not None:
         config = replace(config, backend=replace(config.backend, device=device))
     if config.backend.device == "cpu":  # any CPU may read what a GPU or a CPU with bf16 has trained

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlm_mpi.backend import arrays
-from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.buckets import Setup
+from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.reductions.nccl import Nccl
 from mlm_mpi.errors import ConfigError
 

@@ -41,7 +41,10 @@ def test_five_steps_have_the_same_bits_as_on_one_rank(group, overlap):
 
 def test_sgd_too(group):
     config = tiny_config("optim.name=sgd", "model.dropout=0.0")
-    assert train(config, group)[0].machine.store.weights_sha256() == train(config, Group())[0].machine.store.weights_sha256()
+    assert (
+        train(config, group)[0].machine.store.weights_sha256()
+        == train(config, Group())[0].machine.store.weights_sha256()
+    )
 
 
 def test_allreduce_agrees_in_double_precision(group):
@@ -92,7 +95,11 @@ def test_what_is_not_finite_is_named_on_all_ranks_before_any_update(group, where
     engine = engine_of(config, VOCABULARY, Mesh(group))
     engine.machine.store.initialise(3)
     before = engine.machine.store.weights_sha256()
-    head, block, source = engine.machine.chain.parts[-1], engine.machine.chain.parts[2], batches(config, engine.plan(0, 1))
+    head, block, source = (
+        engine.machine.chain.parts[-1],
+        engine.machine.chain.parts[2],
+        batches(config, engine.plan(0, 1)),
+    )
 
     def poisoned(part, spoil):
         backward = part.backward

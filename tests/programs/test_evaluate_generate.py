@@ -21,8 +21,8 @@ from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.generation import Sampling, continue_prompt
 from mlm_mpi.plug import Plugins
-from mlm_mpi.train.trained import load
 from mlm_mpi.train import checkpoint
+from mlm_mpi.train.trained import load
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_the_cache_changes_no_text_past_the_end_of_the_context(home, straight, p
 
 
 ALTERED = {
-    "model.norm_epsilon": ("norm_epsilon = 0.00001", "norm_epsilon = 0.125"),
+    "model.norm_epsilon": ("norm_epsilon = 1e-05", "norm_epsilon = 0.125"),
     "model.heads": ("heads = 2", "heads = 4"),
     "model.context": ("context = 16", "context = 8"),
     "model.layers": ("layers = 1", "layers = 2"),

@@ -17,8 +17,8 @@ from tiny import tiny_config
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data import catalog
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.shards import write_shard
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.config import Optim
 from mlm_mpi.optim import adamw, sgd
 from mlm_mpi.params.clip import BLOCK_ELEMENTS, clip_factor, norm
-from mlm_mpi.rates import constant, cosine, learning_rate, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import FlatStore, Parameter
+from mlm_mpi.rates import constant, cosine, learning_rate, linear
 
 
 def store_of(dtype="f8", rows=700):
@@ -31,7 +30,7 @@ def gradient_of(store, seed):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_adamw_is_its_formula(decay):
-    optim = Optim(weight_decay=decay)
+    optim = adamw.Settings(weight_decay=decay)
     store = store_of()
     optimizer = adamw.build(optim, store)
     p = {n: v.copy() for n, v in store.named(store.data).items()}
@@ -53,7 +52,7 @@ def test_adamw_is_its_formula(decay):
 
 def test_sgd_is_its_formula():
     store = store_of()
-    optimizer = sgd.build(Optim(name="sgd", momentum=0.8, weight_decay=0.1), store)
+    optimizer = sgd.build(sgd.Settings(momentum=0.8, weight_decay=0.1), store)
     before = {n: w.copy() for n, w in store.named(store.data).items()}
     flats = [gradient_of(store, number) for number in (1, 2)]
     for number, flat in enumerate(flats, 1):
@@ -65,10 +64,10 @@ def test_sgd_is_its_formula():
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_gaps_between_parameters_stay_zero(name):
+@pytest.mark.parametrize("kind", [adamw, sgd])
+def test_gaps_between_parameters_stay_zero(kind):
     store = store_of()
-    optimizer = {"adamw": adamw, "sgd": sgd}[name].build(Optim(name=name), store)
+    optimizer = kind.build(kind.Settings(), store)
     optimizer.step(gradient_of(store, 1), 0.1, 1.0, 1)
     used = np.zeros(store.size, bool)
     for span in store.spans:

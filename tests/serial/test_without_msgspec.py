@@ -8,8 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 STEP = """
-from types import SimpleNamespace
-
 import numpy as np
 
 from mlm_mpi.backend import choice
@@ -23,16 +21,13 @@ from mlm_mpi.optim import adamw
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore
 
-model = SimpleNamespace(
-    layers=1, width=8, heads=2, context=4, feed_forward=32, dropout=0.0, init_std=0.02, norm_epsilon=1e-5
-)
-optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+model = gpt.Settings(layers=1, width=8, heads=2, context=4).resolved()
 choice.select()
 trunk = gpt.build(model, Sizes(11))
 chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
 store = FlatStore(chain.parameter_blocks(), Mesh(), "float32")
 store.initialise(0)
-optimizer, gradient = adamw.build(optim, store), store.new_buffer()
+optimizer, gradient = adamw.build(adamw.Settings(), store), store.new_buffer()
 ids = np.arange(8, dtype=np.int32).reshape(2, 4)
 losses = []
 for number in range(1, 4):

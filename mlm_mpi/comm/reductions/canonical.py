@@ -9,8 +9,8 @@ from typing import Any
 from mlm_mpi.backend import sums
 from mlm_mpi.comm.buckets import Bucket, Bucketed, Reduction, Setup, unfinished
 from mlm_mpi.comm.tree import LanePlan, maximal_nodes, merges_of, plan_lanes
-from mlm_mpi.errors import ConfigError
 from mlm_mpi.cut import cut
+from mlm_mpi.errors import ConfigError
 
 
 def build(setup: Setup) -> Reduction:
@@ -35,8 +35,8 @@ class Canonical(Bucketed):
         self.tags = max(map(len, self.nodes))
         if len(self.buckets) * (self.tags + 1) > group.highest_tag():
             raise ConfigError(
-                f"comm.bucket_mib = {setup.bucket_bytes / 2**20:g} makes {len(self.buckets):,} messages a step, this MPI "
-                f"library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
+                f"comm.bucket_mib = {setup.bucket_bytes / 2**20:g} makes {len(self.buckets):,} messages a step, this "
+                f"MPI library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
             )
         self.total = self.buffers[self.node_buffers[0]]
         if group.size > 1:

@@ -1,4 +1,4 @@
-"""The definition: every rank gathers all lanes and adds them in the tree. The first to read, the reference of every other.
+"""The definition: every rank gathers all lanes and adds them in the tree. The first to read, and the reference.
 
 J buffers a rank and J times its gradients in messages: nothing to train with.
 """

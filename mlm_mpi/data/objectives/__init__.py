@@ -15,7 +15,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, numbers: Sequence[int], step: int, index: int, rows: int | None = None) -> Batch:
-        """Micro-batch `index` of `step` with these samples, a pure function of its arguments; `rows`: padded to that many.
+        """Micro-batch `index` of `step` with these samples, a pure function of its arguments, padded to `rows`.
 
         Raises DataError.
         """
