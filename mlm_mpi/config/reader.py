@@ -72,7 +72,7 @@ def _section(section: str, values: dict[str, Any], source: str, plugins: Plugins
     known = entries(section, settings)
     if section in KINDS:
         if KINDS[section].key not in known:
-            raise ConfigError(f"{settings.__module__}.Settings has no key {KINDS[section].key}: declare it")
+            raise ConfigError(f"{KINDS[section].room}/{kind}.py: Settings has no key {KINDS[section].key}: declare it")
         values = values | {KINDS[section].key: kind}
     for key in values:
         if key not in known:

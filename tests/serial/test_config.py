@@ -11,7 +11,7 @@ import pytest
 from mlm_mpi import config
 from mlm_mpi.config import reference
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.plug import Plugins
+from mlm_mpi.plug import ROOMS, Plugins
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,7 +173,7 @@ def test_a_configuration_is_frozen() -> None:
         ("optim.clip=inf", "optim.clip = inf must be a finite number"),
         ("comm.bucket_mib=0", "comm.bucket_mib = 0.0 must be at least 0.001: every bucket is a message to each rank"),
         ("train.seed=18446744073709551616", "the defaults: train.seed = 18446744073709551616 must fit into 64 bits"),
-        ("comm.reduction=ring", "comm.reduction = 'ring' is none of reductions; known: allreduce, canonical, nccl"),
+        ("comm.reduction=ring", "comm.reduction = 'ring' is no file of reductions/; known: allreduce, canonical, naive, nccl"),
     ],
 )  # fmt: skip
 def test_a_refusal_in_full(override: str, said: str) -> None:
@@ -268,8 +268,14 @@ def test_an_unknown_kind_names_the_nearest_one() -> None:
     assert refused("optim.name=adam").startswith("optim.name = 'adam' is no file of optim/; did you mean 'adamw'?")
 
 
-def test_a_file_of_a_room_that_is_no_kind() -> None:
-    assert "models/stack.py has no dataclass Settings" in refused("model.kind=stack")
+def test_a_room_holds_kinds_only() -> None:
+    """`ls` is the registry: whatever else a kind needs stands in another room."""
+    has = {"models": "Settings", "tasks": "Settings", "optim": "Settings", "objectives": "samples", "rates": "rate",
+           "schedules": "instructions", "reductions": "build", "formats": "SUFFIXES"}  # fmt: skip
+    assert set(has) == set(ROOMS)
+    for room, name in has.items():
+        for kind in Plugins().kinds(room):
+            assert hasattr(Plugins().find(room, kind, room), name), f"{room}/{kind}.py"
 
 
 MINE = """
@@ -316,7 +322,7 @@ def test_a_kind_of_the_users_own_declares_its_keys(plugins: Plugins) -> None:
         ("depth: int", "depth: list", "Settings.depth is a <class 'list'>: make it int, float, bool, str or a Literal"),
         ("depth: int", "depth: 'Gone'", "name 'Gone' is not defined: mend it"),
         ('key(says="The model is this deep.", least=1, most=9, unit="layers")', "3", "depth is not made by key(…)"),
-        ("    kind: str", "    sort: str", "mine.Settings has no key kind: declare it"),
+        ("    kind: str", "    sort: str", "models/mine.py: Settings has no key kind: declare it"),
         ("class Settings", "class Setting", "models/mine.py has no dataclass Settings"),
         ("from dataclasses", "from dataklasses", "mine.py does not load: ModuleNotFoundError"),
     ],
@@ -330,7 +336,7 @@ def test_a_kind_that_is_declared_wrong(plugins: Plugins, tmp_path: Path, old: st
 ALONE = """
 import os, sys
 import mlm_mpi.backend, mlm_mpi.comm, mlm_mpi.data, mlm_mpi.models, mlm_mpi.monitor, mlm_mpi.optim, mlm_mpi.tasks
-import mlm_mpi.train, mlm_mpi.train.command
+import mlm_mpi.train, mlm_mpi.commands.train
 from mlm_mpi import config
 
 def pin(numerics):
@@ -339,7 +345,7 @@ def pin(numerics):
     config.prepare_environment(numerics)
 
 config.load(None, ["numerics.threads=3", "model.layers=2", "numerics.level=base"], pin=pin)
-assert "numpy" in sys.modules and "msgspec" not in sys.modules
+assert "numpy" in sys.modules
 assert os.environ["OPENBLAS_NUM_THREADS"] == "3" and os.environ["OPENBLAS_CORETYPE"] == "Nehalem"
 """
 
