@@ -40,6 +40,7 @@ class Setup:
 class Reduction(Protocol):
     """What the engine sees of a strategy."""
 
+    stable: bool  # whether the sum has the same bits on any number of ranks
     transport: Transport
     exposed_s: float  # seconds of the last step in which this rank could do nothing but wait
 
@@ -158,6 +159,8 @@ class Bucketed(ABC):
 
 class OneBuffer(Bucketed):
     """What the strategies share whose order of summation is a library's: one buffer for all lanes of a rank."""
+
+    stable = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -33,9 +33,9 @@ def main(args: argparse.Namespace, group: Group) -> int:
     with group.together("loading the model"):
         trained = load(args.run, named(args.plugins), args.device, say, on_node)
         task = trained.task_over(open_corpus(trained, args.data, say))
-    numbers = _measured(trained, task, group)
+    numbers, own = _measured(trained, task, group)
     if group.rank == 0:
-        _tell(args, trained, task, numbers)
+        _tell(args, trained, task, numbers | own, list(own))
     return 0
 
 
@@ -43,8 +43,8 @@ def _silent(text: str) -> None:
     """Rank 0 speaks for all."""
 
 
-def _measured(trained: Trained, task: Task, group: Group) -> dict[str, Any]:
-    """Every target of the held-out split."""
+def _measured(trained: Trained, task: Task, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every target of the held-out split: what all tasks have, and what this one says of it."""
     rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // task.row_tokens))
     sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place)
     if sums is None:
@@ -54,10 +54,12 @@ def _measured(trained: Trained, task: Task, group: Group) -> dict[str, Any]:
                 "prepare with a larger --heldout or more text"
             )
         )
-    return {"step": trained.step, "loss": sums.mean, "tokens": sums.targets} | task.quality(sums)
+    return {"step": trained.step, "loss": sums.mean, "tokens": sums.targets}, task.quality(sums)
 
 
-def _tell(args: argparse.Namespace, trained: Trained, task: Task, numbers: dict[str, Any]) -> None:
+def _tell(
+    args: argparse.Namespace, trained: Trained, task: Task, numbers: dict[str, Any], own: list[str]
+) -> None:  # fmt: skip
     about = task.about()
     numbers |= {"catalog": about["catalog"], "trained_on": trained.manifest.catalog}
     if args.baselines:
@@ -67,6 +69,12 @@ def _tell(args: argparse.Namespace, trained: Trained, task: Task, numbers: dict[
         numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}
     if args.json:
         print(msgspec.json.encode(numbers).decode())
+        return
+    if "bits_per_character" not in numbers:  # another task, with figures of its own
+        print(f"held-out            {numbers['tokens']:,} targets; checkpoint of step {trained.step}")
+        print(f"loss                {numbers['loss']:.4f} nats per target")
+        for name in own:
+            print(f"{name:<19} {numbers[name]:.4g}")
         return
     size = f"{numbers['tokens']:,} tokens, {numbers['characters']:,} characters"
     print(f"held-out text       {size}; checkpoint of step {trained.step}")

@@ -18,8 +18,8 @@ from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
 
-def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str]) -> dict[str, Any]:
-    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins that is used."""
+def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str], stable: bool) -> dict[str, Any]:
+    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins that is used. `stable`: of the reduction."""
     blas = [
         f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
         for library in threadpoolctl.threadpool_info()
@@ -44,7 +44,7 @@ def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str
     }
     if place.on_gpu:
         facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
-    if config.comm.reduction != "canonical":
+    if not stable:
         facts["ranks"] = ranks  # its order of summation is the library's
     if plugins:
         facts["plugins"] = dict(sorted(plugins.items()))

@@ -69,7 +69,9 @@ class Run:
             self.config = findable(config)
         self.mesh = Mesh(self.group)
         self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place)
-        self.facts = fingerprint(self.config, group.size, self.place, self.plugins.used)
+        self.facts = fingerprint(
+            self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
+        )
         self.incomparable = compare_fingerprints(self.group, self.facts)
 
     def _open(self, config: Config, open_task: OpenTask) -> Task:

@@ -1,5 +1,6 @@
 """Whether a checkpoint and this start are one run, and whether their bits may be compared."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,15 @@ def check_same_run(path: Path, manifest: Manifest, config: Config, task: Task, p
         say(f"note: {steps[0]}: the learning-rate schedule changes from step {manifest.step} on")
 
 
-def check_plugins(path: Path, saved: dict[str, str], used: dict[str, str]) -> None:
-    """The files of --plugins must be those that a checkpoint was made with. Raises CheckpointError."""
+def check_plugins(path: Path, saved: dict[str, str], used: dict[str, str], rooms: Sequence[str] = ()) -> None:
+    """The files of --plugins must be those that a checkpoint was made with; `rooms`: only these. Raises CheckpointError."""
     for name in sorted({*saved, *used}):
-        if saved.get(name) != used.get(name):
-            was = (
-                f"was saved with --plugins file {name} of SHA-256 {saved[name][:12]}"
-                if name in saved
-                else (f"was saved without the --plugins file {name}")
+        if saved.get(name) != used.get(name) and (not rooms or name.partition("/")[0] in rooms):
+            was = f"with {name} of SHA-256 {saved[name][:12]}" if name in saved else f"without {name}"
+            now = f"it has {used[name][:12]} now" if name in used else "it is not used now"
+            raise CheckpointError(
+                f"{path} was made {was} (--plugins), {now}: give the folder that it was trained with, or another --run"
             )
-            now = f"this one has {used[name][:12]}" if name in used else "it is not used now"
-            raise CheckpointError(f"{path} {was}, {now}: give the folder that it was trained with, or another --run")
 
 
 def compare_fingerprints(group: Group, facts: dict[str, Any]) -> str | None:

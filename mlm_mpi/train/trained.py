@@ -91,7 +91,7 @@ def _restored(
             "not saved by mlm-mpi; give another"
         )
     chain = _chain(path, manifest, config, plugins)
-    check_plugins(path, manifest.plugins, plugins.used)
+    check_plugins(path, manifest.plugins, plugins.used, ("models", "tasks", "objectives"))
     try:
         store = FlatStore(chain.parameter_blocks(), Mesh(), config.train.dtype, place)
     except MemoryError:

@@ -24,6 +24,8 @@ class Canonical(Bucketed):
     where there is more than one rank.
     """
 
+    stable = True
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         group, lanes, ranges = setup.group, setup.lanes, setup.ranges

@@ -20,6 +20,8 @@ def build(setup: Setup) -> Reduction:
 class Naive:
     """Lanes are kept until `finish`."""
 
+    stable = True
+
     def __init__(self, setup: Setup) -> None:
         self.group, self.ranges, self.lanes = setup.group, setup.ranges, setup.lanes
         xp, size = (setup.place or cpu()).xp, setup.segments[-1][1]
@@ -48,8 +50,12 @@ class Naive:
             row[:] = to_host(buffer)
         everybody = self.group.allgather_array(mine, "all lanes")  # (R, most, n)
         lanes = [everybody[rank, k] for rank, (first, stop) in enumerate(self.ranges) for k in range(stop - first)]
-        fill(self.total, _tree(lanes, (0, self.lanes)))
+        fill(self.total, self.joined(lanes))
         return self.total
+
+    def joined(self, lanes: list[Any]) -> Any:
+        """The sum of all lanes, which defines its bits."""
+        return _tree(lanes, (0, self.lanes))
 
     def costs(self) -> dict[str, int]:
         """Lane buffers, bytes held, bytes sent per step."""
