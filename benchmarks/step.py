@@ -25,6 +25,7 @@ from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
 from mlm_mpi.backend import choice, registry
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
