@@ -10,7 +10,7 @@ from mlm_mpi.params.store import Parameter
 
 
 class Embedding:
-    """Shapes: the batch's ids (B, T) -> (B, T, C). The token table is the head's too, which writes its gradient first."""
+    """Shapes: the batch's ids (B, T) -> (B, T, C). The token table is the head's too, whose gradient comes first."""
 
     def __init__(self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float) -> None:
         self.tokens = Parameter(f"{name}.tokens", Layout((vocabulary, width), ("tp", None)), std, decay=True)

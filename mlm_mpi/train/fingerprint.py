@@ -19,7 +19,7 @@ from mlm_mpi.config import Config
 
 
 def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str], stable: bool) -> dict[str, Any]:
-    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins that is used. `stable`: of the reduction."""
+    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins in use; `stable`: of the reduction."""
     blas = [
         f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
         for library in threadpoolctl.threadpool_info()

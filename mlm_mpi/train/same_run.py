@@ -53,7 +53,10 @@ def check_same_run(path: Path, manifest: Manifest, config: Config, task: Task, p
 
 
 def check_plugins(path: Path, saved: dict[str, str], used: dict[str, str], rooms: Sequence[str] = ()) -> None:
-    """The files of --plugins must be those that a checkpoint was made with; `rooms`: only these. Raises CheckpointError."""
+    """The files of --plugins must be those that a checkpoint was made with. `rooms`: only these.
+
+    Raises CheckpointError.
+    """
     for name in sorted({*saved, *used}):
         if saved.get(name) != used.get(name) and (not rooms or name.partition("/")[0] in rooms):
             was = f"with {name} of SHA-256 {saved[name][:12]}" if name in saved else f"without {name}"

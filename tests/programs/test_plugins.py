@@ -1,4 +1,4 @@
-"""A model, a task, an objective, an optimiser, a rate, a schedule, a reduction: one file each, in a folder of the user's.
+"""A model, a task, an objective, an optimiser, a rate, a schedule, a reduction: a file each, in a folder of the user's.
 
 The files are those of docs/tutorial.md. `prepare` and its formats: serial/test_plug_formats.py.
 """

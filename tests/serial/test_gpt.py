@@ -92,7 +92,7 @@ def test_a_sum_over_rows_is_the_sum_of_the_rows() -> None:
 
 
 def test_the_tied_table_gets_both_gradients() -> None:
-    whole, store = build()
+    whole, _ = build()
     ids, targets, _ = batch(rows=1, positions=3)
     whole.loss_and_grad(ids, targets, None, Context())
     unread = np.setdiff1d(np.arange(VOCABULARY), ids)

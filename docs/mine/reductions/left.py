@@ -1,4 +1,4 @@
-"""Lanes added from left to right instead of in the tree: another order, another sum, the same on any number of ranks."""
+"""Lanes added from left to right instead of in the tree: another order, the same on any number of ranks."""
 
 import functools
 import operator
