@@ -194,7 +194,19 @@ extern "C" __global__ void store_between_16_bytes(const __grid_constant__ CUtens
     fence_proxy_async();
     __syncthreads();
     if (threadIdx.x == 0) {
-        tma_store_2d(&map, tile, BUG ? -2 : 0, 0);
+        tma_store_2d(&map, tile, BUG ? 2 : 0, 0);
+        tma_store_commit();
+        tma_store_wait_read<0>();
+    }
+}
+
+extern "C" __global__ void store_before_the_tensor(const __grid_constant__ CUtensorMap map, const float *x, float *y, int n) {
+    DYNAMIC_SMEM(float, tile);
+    tile[threadIdx.x] = x[n - 1 - threadIdx.x];
+    fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma_store_2d(&map, tile, 0, BUG ? -1 : 0);
         tma_store_commit();
         tma_store_wait_read<0>();
     }
