@@ -112,7 +112,7 @@ class Comm(Section, frozen=True):
 class Backend(Section, frozen=True):
     """Where ranks calculate. `memory_gib`: the most a rank may take of its GPU's memory (0: no limit).
 
-    `graphs`: a GPU replays forward and backward as CUDA graphs; off until a GPU has run them (LOG.md, 2026-11-23).
+    `graphs`: a GPU replays forward and backward as CUDA graphs; off by default (LOG.md, 2026-11-27).
     """
 
     device: Literal["cpu", "gpu"] = "cpu"
