@@ -20,8 +20,8 @@ class Backend:
     )
     graphs: bool = key(
         False,
-        says="If true, a GPU replays forward and backward as CUDA graphs; this is off until a GPU has run them "
-        "(LOG.md, 2026-11-23).",
+        says="If true, a GPU replays forward and backward as CUDA graphs, for fewer launches and the same bits "
+        "(LOG.md, 2026-11-27).",
     )
 
 

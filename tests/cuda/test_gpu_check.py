@@ -83,7 +83,7 @@ def test_a_worker_that_never_starts_is_given_up(tmp_path, monkeypatch):
     assert drive.pending is None and not drive.rows and "no CuPy" in drive.words
 
 
-@pytest.mark.parametrize(("cublas", "faster"), [(9.0, "bfloat16 4x4x4 nn"), (11.0, "")])
+@pytest.mark.parametrize(("cublas", "faster"), [(9.0, "bfloat16 4x4x4 nn"), (9.9, ""), (11.0, "")])
 def test_what_cublas_does_faster(cublas, faster):
     variants = {"cuBLAS": {"kind": "peer", "us": cublas}, "plain": {"kind": "ours", "us": 50.0}}
     variants |= {"hopper": {"kind": "ours", "us": 10.0}, "mma": {"kind": "ours", "failed": "wrong"}}

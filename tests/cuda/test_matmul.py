@@ -189,7 +189,7 @@ def test_pieces_of_several_tiles(gpu, variant, epilogues, always_cut, rng, monke
 def test_a_long_sum_is_cut_for_every_block_of_the_gpu(gpu, variant, cut, rng):
     """What `plan` chooses by itself, for as many multiprocessors as there are."""
     tiles, dtype = getattr(launches, f"{variant.upper()}_TILES"), F32 if variant == "plain" else BF16
-    k = max(64 * tile.k + tile.k * tile.blocks * gpu.processors for tile in tiles)
+    k = max(tile.k * int(tile.cut) * (64 + tile.blocks * gpu.processors) for tile in tiles)
     (a, on_a), (b, on_b) = matrix(rng, 9, k, dtype, align=8), matrix(rng, k, 16, dtype, align=8)
     out, on_out = matrix(rng, 9, 16, F32, align=4)
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
@@ -287,6 +287,25 @@ def test_plan_cuts_few_tiles_of_a_long_sum():
     assert shares == 132 > tile.count(768, 768)
     tile, shares = launches.plan((768, 768, 256), launches.HOPPER_TILES, 132)
     assert shares == tile.count(768, 768)  # too short to be worth a second kernel
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number", "cut"),
+    [
+        ((4096, 4096, 4096), 0, False),
+        ((8192, 8192, 8192), 0, False),
+        ((768, 768, 32768), 1, True),
+        ((768, 2304, 32768), 1, False),
+        ((768, 3072, 32768), 0, False),
+        ((3072, 768, 32768), 0, False),
+        ((512, 768, 50304), 1, True),
+        ((8192, 768, 50304), 1, False),
+    ],
+)
+def test_plan_is_what_an_h200_does_fastest(sizes, number, cut):
+    """Each tile was timed whole and cut (LOG.md, 2026-11-27)."""
+    tile, shares = launches.plan(sizes, launches.HOPPER_TILES, 132)
+    assert (tile, shares != tile.count(*sizes[:2])) == (launches.HOPPER_TILES[number], cut)
 
 
 @pytest.mark.parametrize("processors", [4, 108, 114, 132, 148])

@@ -133,7 +133,9 @@ def _all_aligned(product: Product) -> bool:
 class Tile:
     """m x n elements of the result, k a step; `blocks` of them run on a multiprocessor; `rate`: speed per element.
 
-    `rate` is an assumption until `gpu-check` has measured it: a smaller tile reads more per multiplication.
+    `cut`: what a step costs where several blocks share a tile, over what it costs where none do: then blocks are at
+    different places along k and find less in the L2 cache. Hopper's two are measured (LOG.md, 2026-11-27); the others
+    are assumptions: a smaller tile reads more per multiplication.
     """
 
     m: int
@@ -141,6 +143,7 @@ class Tile:
     k: int
     blocks: int
     rate: float = 1.0
+    cut: float = 1.0
 
     def count(self, m: int, n: int) -> int:
         return -(-m // self.m) * -(-n // self.n)
@@ -158,7 +161,7 @@ def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) 
         step_cost = tile.m * tile.n * tile.k / tile.rate
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
         if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
-            best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost, tile, blocks))
+            best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost * tile.cut, tile, blocks))
     _, tile, shares = min(best, key=lambda entry: entry[0])
     return tile, shares
 
@@ -298,7 +301,7 @@ def _lacks_mma(gpu: Any) -> str:
 
 # ---- matmul_hopper.cu
 
-HOPPER_TILES = (Tile(128, 256, 64, blocks=1), Tile(128, 128, 64, blocks=1, rate=0.9))
+HOPPER_TILES = (Tile(128, 256, 64, blocks=1, cut=2.0), Tile(128, 128, 64, blocks=1, rate=0.95, cut=2.0))
 HOPPER_THREADS = 384
 SHARED_BYTES = 227 << 10  # of a block
 CHUNK = 64, 128  # rows, bytes
