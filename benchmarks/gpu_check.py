@@ -314,7 +314,7 @@ def kernel_table(check: Check) -> None:
 
 
 def _faster_by_cublas(row: dict[str, Any]) -> str:
-    """The case of `backend/cuda/cublas.json` if cuBLAS is faster than every kernel of ours, by more than noise, else ""."""
+    """The case of `backend/cuda/cublas.json` if cuBLAS is faster than all of ours by more than noise, else ""."""
     times = {name: one["us"] for name, one in row["variants"].items() if "us" in one}
     mine = [us for name, us in times.items() if row["variants"][name]["kind"] == "ours" and name != "cublas"]
     return row["cublas_case"] if mine and times.get("cuBLAS", min(mine)) < NOISE * min(mine) else ""
