@@ -71,5 +71,12 @@ class Box:
             raise ValueError(f"{self} is not inside {outer}")
         return tuple(slice(a - first, b - first) for (a, b), first in zip(self._ranges(), outer.starts, strict=True))
 
+    def row_blocks(self, most: int) -> Iterator[tuple[slice, "Box"]]:
+        """Blocks of at most `most` rows of dim 0: (which rows of an array that holds this box, their box)."""
+        for start in range(self.starts[0], self.stops[0], most):
+            stop = min(start + most, self.stops[0])
+            block = Box((start, *self.starts[1:]), (stop, *self.stops[1:]))
+            yield slice(start - self.starts[0], stop - self.starts[0]), block
+
     def _ranges(self) -> Iterator[tuple[int, int]]:
         return zip(self.starts, self.stops, strict=True)

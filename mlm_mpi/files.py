@@ -13,7 +13,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlm_mpi.errors import StorageError
@@ -58,9 +58,38 @@ def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
         raise
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def publishing(path: Path, size_bytes: int) -> Iterator[int]:
+    """A descriptor, for writing and reading, of a file that takes its name, durably, when the block has ended.
+
+    `size_bytes`: about what will be written, for the message. An OSError of the block or of what follows it becomes
+    StorageError; whatever ends the block early removes the file.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        descriptor = _create(temporary)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, size_bytes, error) from None
+        raise
+
+
+def _create(path: Path) -> int:
     path.unlink(missing_ok=True)  # what somebody left under this name may be a link that leads elsewhere
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(_create(path), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -86,6 +115,13 @@ def sync_folder(folder: Path) -> None:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hex; reads it once, in bounded memory. Raises OSError."""
     with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_open(descriptor: int) -> str:
+    """SHA-256 of an open file from its beginning on, in hex. Raises OSError."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,8 +6,9 @@ version 2.0 dies of some damaged headers (SIGSEGV, SIGFPE). A manifest or a cata
 ours; so this reader follows only what `libver="latest"` writes for that, and refuses the rest: hard links to datasets
 of plain numbers, in chunks cut along dim 0. Nothing is allocated that the expected shapes do not need.
 
-Whoever calls has compared the whole file with a SHA-256, so that HDF5's own checksums are left alone. Whoever writes
-calls `examine` too: should HDF5 come to write something else, a save fails, not a resume.
+Whoever calls has compared the whole file with a SHA-256, so that HDF5's checksums of its metadata are left alone, and
+those of chunks too where the file has stayed in memory or has a stamp. Whoever writes calls `examine` too: should HDF5
+come to write something else, a save fails, not a resume.
 Source: HDF5 File Format Specification, version 3.0 and 4.0 (superblock 2 and 3, object headers 2).
 """
 
@@ -26,6 +27,7 @@ SUMMED = (_FLETCHER32,)
 PACKED = (_SHUFFLE, _DEFLATE, _FLETCHER32)
 _CHUNK_BYTES = 1 << 20  # or one row
 _SUM_BYTES = 4
+_SUM_WORDS = 256  # in a row of a checksum
 _UNDEFINED = 2**64 - 1
 _MESSAGES, _HEADER_BYTES = 100_000, 1 << 24  # of one object: far more than ours have
 _NIL, _SPACE, _LINKS, _TYPE, _FILL, _LINK, _LAYOUT, _GROUP, _FILTERS, _ATTRIBUTE, _MORE, _DENSE_ATTRIBUTES = (
@@ -59,8 +61,11 @@ class Dataset:
     places: np.ndarray
     attributes: Attributes
 
-    def chunk(self, number: int, fetch: Fetch) -> np.ndarray:
-        """The rows of a chunk, (rows, …), read-only. Raises FormatError; OSError of `fetch`."""
+    def chunk(self, number: int, fetch: Fetch, summed: bool = False) -> np.ndarray:
+        """The rows of a chunk, (rows, …), read-only. `summed`: its checksum is compared, too.
+
+        Raises FormatError; OSError of `fetch`.
+        """
         wanted = self.expected
         shape = (self.chunk_rows, *wanted.shape[1:])
         offset, stored = self.places[number].tolist()
@@ -68,6 +73,8 @@ class Dataset:
         if len(content) != stored:
             raise FormatError(f"ends at offset {offset + len(content)}, within chunk {number}")
         body = content[:-_SUM_BYTES]
+        if summed and fletcher32(body) != bytes(content[-_SUM_BYTES:]):
+            raise FormatError(f"has a chunk at {offset} that does not match its Fletcher-32")
         if wanted.filters == PACKED:
             body = _unpack(body, shape[0] * wanted.dtype.itemsize, wanted.dtype.itemsize)
         return np.frombuffer(body, wanted.dtype).reshape(shape)[: wanted.shape[0] - number * self.chunk_rows]
@@ -92,6 +99,28 @@ def _unpack(body: Any, size: int, item: int) -> Any:
     for place, plane in enumerate(planes):
         items[:, place] = plane  # a fifth of the time that transposing takes
     return items
+
+
+def fletcher32(content: Any) -> bytes:
+    """HDF5's checksum of a chunk of whole 16-bit words, as it stands in the file.
+
+    Two sums modulo 65535 of big-endian words, the second of the running first. A word with its bytes swapped is the
+    word times 256, modulo 65535, so that words are added as they lie. NumPy lets other threads run meanwhile; 0.45 ms
+    per MiB where HDF5's own takes 0.6 and does not.
+    Source: H5_checksum_fletcher32 in H5checksum.c.
+    """
+    words = np.frombuffer(content, "<u2")
+    count, width = len(words), _SUM_WORDS
+    whole = count // width * width
+    table, tail = words[:whole].reshape(-1, width), words[whole:].astype(np.int64)
+    by_row = np.add.reduce(table, axis=1, dtype=np.uint32).astype(np.int64)
+    by_column = np.add.reduce(table, axis=0, dtype=np.uint32 if len(table) <= 1 << 16 else np.uint64)
+    first = int(by_row.sum()) + int(tail.sum())
+    places = int((by_row % 65535 * (np.arange(len(table)) % 65535)).sum()) * width
+    places += int((by_column.astype(np.int64) * np.arange(width)).sum())
+    places += int((tail * np.arange(whole, count)).sum())
+    sums = [256 * total % 65535 or (65535 if first else 0) for total in (first, count * first - places)]
+    return (sums[1] << 16 | sums[0]).to_bytes(4, "little")
 
 
 def examine(fetch: Fetch, size_bytes: int, expected: dict[str, Expected]) -> tuple[dict[str, Dataset], Attributes]:
@@ -276,7 +305,7 @@ class _File:
 
     def _dataset(self, path: str, wanted: Expected, messages: Messages) -> Dataset:
         row_bytes = math.prod(wanted.shape[1:]) * wanted.dtype.itemsize
-        if _kind(_only(messages, _TYPE)) != _kind(h5t.py_create(wanted.dtype.newbyteorder("<")).encode()[2:]):
+        if _kind(_only(messages, _TYPE)) != _KINDS[wanted.dtype.str[1:]]:
             raise FormatError(f"has another type of /{path} than {wanted.dtype}")
         if _shape(_only(messages, _SPACE)) != wanted.shape:
             raise FormatError(f"has another shape of /{path} than {wanted.shape}")
@@ -402,6 +431,9 @@ def _filters(body: bytes) -> tuple[int, ...]:
 
 
 _INTEGER = _kind(h5t.STD_I64LE.encode()[2:])
+_KINDS = {  # made here, because HDF5 has one lock, which a thread that saves may hold while a disk is slow
+    name: _kind(h5t.py_create(np.dtype(f"<{name}")).encode()[2:]) for name in ("u1", "u2", "u4", "u8", "f4", "f8")
+}
 
 
 def _attributes(messages: Messages) -> Attributes:

@@ -3,6 +3,8 @@
 `cupy` is imported in this package only, and only by a run that asks for a GPU.
 """
 
+import contextlib
+import mmap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,9 +119,27 @@ def to_host(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
-def snap(array: Any) -> np.ndarray:
-    """A copy in the CPU's memory that nobody else holds."""
-    return array.copy() if isinstance(array, np.ndarray) else array.get()
+def snap(array: Any, out: np.ndarray) -> None:
+    """Copies an array, which may lie in a GPU's memory, into one of the CPU's of the same shape and dtype."""
+    if isinstance(array, np.ndarray):
+        out[...] = array
+    else:
+        array.get(out=out)
+
+
+def new_pages(size_bytes: int) -> np.ndarray:
+    """Bytes in pages of their own, zero, that go back to the kernel with the last view of them.
+
+    The allocator would keep them for ever (`keep_freed_memory`), in pieces between those of the steps. Huge pages,
+    where the kernel has them, spare the faults. Raises MemoryError.
+    """
+    try:
+        pages = mmap.mmap(-1, max(1, size_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError):
+        raise MemoryError(f"no {size_bytes} bytes of memory") from None
+    with contextlib.suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)[:size_bytes]
 
 
 def fill(target: Any, host: Any) -> None:

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from mlm_mpi.cut import Box, cut
 
+COPIED = ("dp", "tp")  # axes along which ranks hold copies of a parameter that the axis does not cut; pp holds others
+
 
 class Grid(Protocol):
     """What a Layout needs of a mesh."""
@@ -34,6 +36,17 @@ class Layout:
             for extent, axis, unit in zip(self.shape, axes, units, strict=True)
         ]
         return Box(tuple(start for start, _ in ranges), tuple(stop for _, stop in ranges))
+
+    def share(self, grid: Grid) -> Box:
+        """The rows of my box that I save: those who hold the same box cut it along dim 0. It may be empty."""
+        copies, number = 1, 0
+        for axis in COPIED:
+            if axis not in self.axes:
+                copies, number = copies * grid.size(axis), number * grid.size(axis) + grid.coord(axis)
+        box = self.box(grid)
+        start, stop = cut(box.shape[0], copies, number)
+        first = box.starts[0]
+        return Box((first + start, *box.starts[1:]), (first + stop, *box.stops[1:]))
 
     def slices(self, grid: Grid) -> tuple[slice, ...]:
         """My slice of each dim of the global array."""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu, fill, to_host
+from mlm_mpi.errors import DataError
 from mlm_mpi.params.layout import Grid, Layout
-from mlm_mpi.rng import key_of, normal
+from mlm_mpi.params.sources import Drawn, Source
 
+_FILL_ELEMENTS = 1 << 20  # in flight while a source is read: 8 MiB of float64, several chunks of a checkpoint
 ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the gap stays zero
 
 
@@ -90,16 +92,25 @@ class FlatStore:
         """Parameter -> view into a flat buffer: where a context finds gradients."""
         return {span.parameter: view for span, view in zip(self.spans, self.views(flat), strict=True)}
 
+    def fill(self, source: Source, flat: Any = None) -> None:
+        """Reads every parameter's box of the global array into `flat`, by default `data`, a few rows at a time.
+
+        Raises DataError for an array that is missing or has another shape; MlmError of the source.
+        """
+        flat = self.data if flat is None else flat
+        for span, view in zip(self.spans, self.views(flat), strict=True):
+            name, layout = span.parameter.name, span.parameter.layout
+            if source.shape(name) != layout.shape:
+                raise DataError(f"{name} has the shape {source.shape(name)} there and {layout.shape} in this model")
+            for rows, box in layout.box(self.grid).row_blocks(max(1, _FILL_ELEMENTS // max(1, view[:1].size))):
+                fill(view[rows], source.read(name, box))
+        if flat is self.data:
+            self.refresh()
+
     def initialise(self, seed: int) -> None:
-        """Draws initial values keyed by (seed, name) from the global array and takes my slice."""
-        for span, view in zip(self.spans, self.views(self.data), strict=True):
-            p = span.parameter
-            if isinstance(p.init, str):
-                view[...] = {"ones": 1.0, "zeros": 0.0}[p.init]
-                continue
-            draws = normal(key_of(seed, "init", p.name), 0, int(np.prod(p.layout.shape)))
-            fill(view, (p.init * draws).reshape(p.layout.shape)[p.layout.slices(self.grid)])
-        self.refresh()
+        """Draws initial values from a seed."""
+        parameters = [span.parameter for span in self.spans]
+        self.fill(Drawn(seed, {p.name: (p.layout.shape, p.init) for p in parameters}))
 
     def named(self, flat: Any) -> dict[str, Any]:
         """name -> view into a flat buffer."""

@@ -1,24 +1,26 @@
 """Checkpoints: HDF5 parts by writer, an index of virtual datasets, a manifest with hashes, one rename.
 
-    checkpoints/step-00000100/part-0000.h5 …  each rank's rows of every parameter and moment
+    checkpoints/step-00000100/part-0000.h5 …  boxes of every parameter and moment, from each rank those it saves
                               index.h5        virtual datasets: whole arrays for any HDF5 tool
                               tokenizer.json  the tokenizer, so that the model outlives its corpus
-                              manifest.json   step, configuration, SHA-256 and size of every part
+                              manifest.json   step, configuration, SHA-256, size and boxes of every part
 
-A part is built in memory (h5py on a full disk takes the interpreter down with it), hashed, written and
-fsynced under a hidden name; when all ranks have done so rank 0 adds index and manifest, fsyncs the folder
-and renames it. A folder named step-… is therefore complete, and a reader trusts only the hashes: an HDF5
-file whose writer was killed may open cleanly and be incomplete. No pickle anywhere.
+A part streams into a hidden file (`train/part.py`), is hashed and fsynced; when all ranks have done so rank 0 adds
+index and manifest, fsyncs the folder and renames it. A folder named step-… is therefore complete, and a reader trusts
+only the hashes: an HDF5 file whose writer was killed may open cleanly and be incomplete. No pickle anywhere.
+
+Boxes are of global arrays, so that ranks of any other mesh find theirs. A save in the background takes the memory of a
+snapshot of what this rank saves, any other that of a chunk.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import math
-import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,122 +29,63 @@ import h5py
 import msgspec
 import numpy as np
 
-from mlm_mpi import hdf5
-from mlm_mpi.backend.arrays import fill, snap, to_host
+from mlm_mpi.backend.arrays import new_pages, snap
 from mlm_mpi.comm.group import Group
-from mlm_mpi.cut import cut
+from mlm_mpi.cut import Box
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
-from mlm_mpi.files import publish, read_whole, sync_folder
+from mlm_mpi.files import publish, publishing, read_whole, sync_folder
 from mlm_mpi.params.store import FlatStore
+from mlm_mpi.train import part as part_file
+from mlm_mpi.train.manifest import (
+    FOLDER,
+    FORMAT,
+    PREFIX,
+    DamagedCheckpoint,
+    Manifest,
+    Part,
+    dataset,
+    read_manifest,
+    sealed,
+    step_of,
+)
+from mlm_mpi.train.part import Piece, Reader
 
-FORMAT = 1
-_CHUNK_BYTES = 1 << 20
-_PREFIX, _HIDDEN = "step-", ".writing-"
+_HIDDEN = ".writing-"
 TOKENIZER_FILE = "tokenizer.json"
 _TOKENIZER_BYTES = 256 << 20  # the largest in use, of 256,000 tokens, have some 35 MB
-_FOLDER = re.compile(_PREFIX + "([0-9]{8}|[1-9][0-9]{8,17})")  # as `_publish` names them
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file or a parameter: never a path
-_MANIFEST_BYTES = 64 << 20  # 1,000 writers of 1,000 parameters
-_LARGEST = 1 << 48  # elements of a parameter
 
 T = TypeVar("T")
 Buffers = dict[str, Any]  # "weights", "moment1", …: flat buffers of one store
-Pieces = dict[str, dict[str, Any]]  # buffer -> parameter -> the rows that one writer saves
 Say = Callable[[str], None]
-
-
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of a checkpoint, and the rows [start, stop) of each parameter it holds."""
-
-    file: str
-    bytes: int
-    sha256: str
-    rows: dict[str, tuple[int, int]]
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a checkpoint is. `step`: updates done, and the number of the next one."""
-
-    format: int
-    step: int
-    dtype: str
-    shapes: dict[str, list[int]]
-    buffers: list[str]
-    parts: list[Part]
-    config: dict[str, dict[str, Any]]
-    vocabulary: int
-    tokenizer: str
-    catalog: str
-    fingerprint: dict[str, Any]
-    incomparable: str | None = None  # why bits of this run cannot be compared with others, once and for all
-    corpus: str = ""  # what the catalog held and how it was made, in words
-    plugins: dict[str, str] = {}  # "models/mine.py" -> SHA-256 of each file of --plugins that was used
-
-
-class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
-    """The content of manifest.json: a manifest and the SHA-256 of its bytes."""
-
-    sha256: str
-    manifest: msgspec.Raw
-
-
-class _Versioned(msgspec.Struct):
-    """What the manifest of any version holds."""
-
-    format: int
-
-
 Check = Callable[[Path, Manifest], None]
 
 
-class DamagedCheckpoint(CheckpointError):
-    """A part or manifest that is missing, truncated or altered: the checkpoint before may still do."""
+def boxes_of(store: FlatStore) -> dict[str, Box]:
+    """What this rank saves of each parameter; parameters of which it saves nothing are left out."""
+    boxes = {span.parameter.name: span.parameter.layout.share(store.grid) for span in store.spans}
+    return {name: box for name, box in boxes.items() if math.prod(box.shape)}
 
 
-def row_ranges(store: FlatStore, writers: int, writer: int) -> dict[str, tuple[int, int]]:
-    """Rows of dim 0 of each parameter that a writer saves; parameters of which it saves none are left out."""
-    ranges = {span.parameter.name: cut(span.shape[0], writers, writer) for span in store.spans}
-    return {name: (start, stop) for name, (start, stop) in ranges.items() if stop > start}
-
-
-def pieces_of(store: FlatStore, buffers: Buffers, rows: dict[str, tuple[int, int]]) -> Pieces:
-    """Views of the given rows of every buffer."""
+def pieces_of(store: FlatStore, buffers: Buffers, boxes: dict[str, Box]) -> list[Piece]:
+    """Views of the given boxes of every buffer, one part's content."""
+    held = {span.parameter.name: span.parameter.layout.box(store.grid) for span in store.spans}
     named = {kind: store.named(flat) for kind, flat in buffers.items()}
-    return {kind: {name: views[name][a:b] for name, (a, b) in rows.items()} for kind, views in named.items()}
+    return [
+        Piece(dataset(kind, name, 0), box, views[name][box.within(held[name])[0]])
+        for kind, views in named.items()
+        for name, box in boxes.items()
+    ]
 
 
-def part_image(pieces: Pieces, rows: dict[str, tuple[int, int]]) -> bytes:
-    """An HDF5 file with /<buffer>/<parameter> of the given rows, as bytes; no timestamps, all checksummed.
-
-    Raises FormatError where `restore` could not read it: an HDF5 that writes something else.
-    """
-    dtype = next(np.dtype(value.dtype) for values in pieces.values() for value in values.values())
-    memory = io.BytesIO()
-    with h5py.File(memory, "w", libver="latest") as file:
-        for kind, values in pieces.items():
-            for name, value in values.items():
-                row_bytes = max(1, value[:1].nbytes)
-                chunk = (max(1, min(len(value), _CHUNK_BYTES // row_bytes)), *value.shape[1:])
-                dataset = file.create_dataset(
-                    f"{kind}/{name}", data=to_host(value), chunks=chunk, fletcher32=True, track_times=False
-                )
-                dataset.attrs["first_row"] = rows[name][0]
-    image = memory.getvalue()
-    _examine(image, {kind: {name: v.shape for name, v in values.items()} for kind, values in pieces.items()}, dtype)
-    return image
-
-
-def _examine(
-    image: bytes, shapes: dict[str, dict[str, tuple[int, ...]]], dtype: np.dtype[Any]
-) -> dict[str, hdf5.Dataset]:
-    """The datasets of a part by path, `shapes` being those of its rows. Raises FormatError."""
-    expected = {
-        f"{kind}/{name}": hdf5.Expected(shape, dtype, hdf5.SUMMED)
-        for kind, named in shapes.items()
-        for name, shape in named.items()
-    }
-    view = memoryview(image)
-    return hdf5.examine(lambda offset, size: view[offset : offset + size], len(image), expected)[0]
+def snapshot_of(pieces: Sequence[Piece], dtype: np.dtype[Any]) -> list[Piece]:
+    """The same pieces, copied into the CPU's memory. Raises MemoryError."""
+    ends = [0, *itertools.accumulate(math.prod(piece.box.shape) for piece in pieces)]
+    pages = new_pages(ends[-1] * dtype.itemsize).view(dtype)
+    copies = []
+    for piece, (start, stop) in zip(pieces, itertools.pairwise(ends), strict=True):
+        copies.append(Piece(piece.path, piece.box, pages[start:stop].reshape(piece.box.shape)))
+        snap(piece.value, copies[-1].value)
+    return copies
 
 
 def index_image(manifest: Manifest) -> bytes:
@@ -150,16 +93,16 @@ def index_image(manifest: Manifest) -> bytes:
     memory = io.BytesIO()
     with h5py.File(memory, "w", libver="latest") as file:
         file.attrs["step"] = manifest.step
+        places: dict[str, list[tuple[Part, int, Box]]] = {name: [] for name in manifest.shapes}
+        for part in manifest.parts:
+            for name, number, box in part.held():
+                places[name].append((part, number, box))
         for kind in manifest.buffers:
             for name, shape in manifest.shapes.items():
                 layout = h5py.VirtualLayout(tuple(shape), dtype=manifest.dtype)
-                for part in manifest.parts:
-                    if name in part.rows:
-                        start, stop = part.rows[name]
-                        source = h5py.VirtualSource(
-                            part.file, f"{kind}/{name}", (stop - start, *shape[1:]), manifest.dtype
-                        )
-                        layout[start:stop] = source
+                for part, number, box in places[name]:
+                    path = dataset(kind, name, number)
+                    layout[box.slices] = h5py.VirtualSource(part.file, path, box.shape, manifest.dtype)
                 file.create_virtual_dataset(f"{kind}/{name}", layout)
     return memory.getvalue()
 
@@ -200,33 +143,35 @@ class Saver:
         return self.write is not None and self.write.over
 
     def begin(self, step: int) -> None:
-        """Takes a snapshot of my rows and starts to write it; all ranks begin the same save."""
-        rows = row_ranges(self.store, self.group.size, self.group.rank)
+        """Takes a snapshot of what I save and starts to write it; all ranks begin the same save."""
+        boxes = boxes_of(self.store)
         write = self.write = _Write(step)
-        pieces = pieces_of(self.store, self.buffers, rows)
+        pieces = pieces_of(self.store, self.buffers, boxes)
         if not self.background:
-            self._write_part(write, pieces, rows)
+            self._write_part(write, pieces, boxes)
             return
         try:
-            snapshot = {kind: {name: snap(value) for name, value in p.items()} for kind, p in pieces.items()}
+            pieces = snapshot_of(pieces, self.store.dtype)
         except MemoryError:
             write.error = "no memory for a snapshot: set checkpoint.background=false"
             return
         write.thread = threading.Thread(
-            target=self._write_part, args=(write, snapshot, rows), name="checkpoint", daemon=True
+            target=self._write_part, args=(write, pieces, boxes), name="checkpoint", daemon=True
         )
         write.thread.start()
 
-    def _write_part(self, write: _Write, pieces: Pieces, rows: dict[str, tuple[int, int]]) -> None:
+    def _write_part(self, write: _Write, pieces: list[Piece], boxes: dict[str, Box]) -> None:
         name = f"part-{self.group.rank:04}.h5"
         try:
             hidden = self._hidden(write.step)
             hidden.mkdir(parents=True, exist_ok=True)
-            image = part_image(pieces, rows)
-            digest = publish(hidden / name, image)
+            about = sum(math.prod(piece.box.shape) for piece in pieces) * self.store.dtype.itemsize
+            with publishing(hidden / name, about) as descriptor:
+                size, digest = part_file.write(descriptor, pieces, self.store.dtype)
             if self.group.rank == 0:
                 publish(hidden / TOKENIZER_FILE, self.tokenizer)
-            write.part = Part(name, len(image), digest, rows)
+            ranges = {parameter: [list(zip(box.starts, box.stops, strict=True))] for parameter, box in boxes.items()}
+            write.part = Part(name, size, digest, ranges)
         except MlmError as error:
             write.error = str(error)
         except Exception as error:  # whatever h5py raises: the save has failed, the run goes on
@@ -275,25 +220,23 @@ class Saver:
     def _publish(self, step: int, parts: list[Part], about: dict[str, Any]) -> None:
         manifest = Manifest(
             format=FORMAT, step=step, dtype=self.store.dtype.name,
-            shapes={s.parameter.name: list(s.shape) for s in self.store.spans},
+            shapes={s.parameter.name: list(s.parameter.layout.shape) for s in self.store.spans},
             buffers=list(self.buffers), parts=parts, tokenizer=hashlib.sha256(self.tokenizer).hexdigest(), **about,
         )  # fmt: skip
-        hidden, final = self._hidden(step), self.folder / f"{_PREFIX}{step:08}"
+        hidden, final = self._hidden(step), self.folder / f"{PREFIX}{step:08}"
         publish(hidden / "index.h5", index_image(manifest))
-        body = msgspec.json.encode(manifest, order="sorted")
-        seal = hashlib.sha256(body).hexdigest()
-        publish(hidden / "manifest.json", msgspec.json.encode({"sha256": seal, "manifest": msgspec.Raw(body)}))
+        publish(hidden / "manifest.json", sealed(manifest))
         if final.exists():  # the same step, saved by an earlier start of this run
             _withdraw(final)
         hidden.rename(final)
         sync_folder(self.folder)
         # a later one is damaged, or this run would have gone on from it: it may not push this one out
-        for old in [path for path in published(self.folder) if _step_of(path) <= step][self.keep :]:
+        for old in [path for path in published(self.folder) if step_of(path) <= step][self.keep :]:
             with contextlib.suppress(OSError):  # the next save tries again
                 _withdraw(old)
 
     def _hidden(self, step: int) -> Path:
-        return self.folder / f"{_HIDDEN}{_PREFIX}{step:08}"
+        return self.folder / f"{_HIDDEN}{PREFIX}{step:08}"
 
 
 def _withdraw(checkpoint: Path) -> None:
@@ -319,16 +262,12 @@ def read_tokenizer(checkpoint: Path, manifest: Manifest) -> bytes:
 def published(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first; none where there is no folder. Raises CheckpointError."""
     try:
-        named = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+        named = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}: give another --run") from None
-    return sorted(named, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
+    return sorted(named, key=step_of, reverse=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -345,89 +284,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its seal checked and its numbers sane. Raises DamagedCheckpoint."""
-    path = checkpoint / "manifest.json"
-    try:
-        sealed = msgspec.json.decode(read_whole(path, _MANIFEST_BYTES, checkpoint.parent), type=_Sealed)
-        body = bytes(sealed.manifest)
-        if sealed.sha256 != hashlib.sha256(body).hexdigest():
-            raise DamagedCheckpoint(f"{path} does not match its own SHA-256")
-        found = msgspec.json.decode(body, type=_Versioned).format
-        if found != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {found}, this version reads {FORMAT}: use the version that wrote it"
-            )
-        manifest = msgspec.json.decode(body, type=Manifest)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from None
-    step = _step_of(checkpoint) if _FOLDER.fullmatch(checkpoint.name) else manifest.step  # a copy may have any name
-    wrong = next(_oddities(manifest, step), None)
-    if wrong is not None:
-        raise DamagedCheckpoint(f"{path} {wrong}")
-    return manifest
-
-
-def _oddities(manifest: Manifest, step: int) -> Iterator[str]:
-    """What is wrong with a manifest whose seal is right: whoever writes one can seal it too."""
-    if manifest.step != step:
-        yield f"is of step {manifest.step}, its folder of step {step}"
-    if manifest.dtype not in ("float32", "float64"):
-        yield f"has the type {manifest.dtype!r}, neither float32 nor float64"
-    if manifest.vocabulary < 1:
-        yield f"has a vocabulary of {manifest.vocabulary}"
-    for kind, names in (
-        ("parameter", list(manifest.shapes)), ("buffer", manifest.buffers), ("file", [p.file for p in manifest.parts])
-    ):  # fmt: skip
-        odd = [name for name in names if not _NAME.fullmatch(name)]
-        if odd or not names or len(set(names)) != len(names):
-            yield f"names a {kind} {odd[0]!r}" if odd else f"names no {kind}, or one twice"
-    for name, shape in manifest.shapes.items():
-        if not shape or len(shape) > 8 or min(shape) < 1 or math.prod(shape) > _LARGEST:
-            yield f"gives {name} the shape {shape}"
-    yield from _uncovered(manifest)
-    for part in manifest.parts:
-        most = _most_bytes(part, manifest)
-        if not 0 <= part.bytes <= most:
-            yield f"gives {part.file} {part.bytes} bytes, its rows need at most {most}"
-
-
-def _uncovered(manifest: Manifest) -> Iterator[str]:
-    """Rows of a parameter that no part holds, or two, or that are not there."""
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.shapes}
-    for part in manifest.parts:
-        for name, rows in part.rows.items():
-            if name not in ranges:
-                yield f"has rows of {name!r} in {part.file}, which has no shape"
-                return
-            ranges[name].append(rows)
-    for name, parts in ranges.items():
-        at = 0
-        for start, stop in sorted(parts):
-            if start != at or stop <= start:
-                yield f"has rows {start} to {stop} of {name} where {at} should begin"
-                return
-            at = stop
-        if at != manifest.shapes[name][0]:
-            yield f"has parts with {at} rows of {name}, which has {manifest.shapes[name][0]}"
-
-
-def _most_bytes(part: Part, manifest: Manifest) -> int:
-    """What a part can need: chunks of up to twice its rows, and headers."""
-    item = np.dtype(manifest.dtype).itemsize
-    rows = sum((stop - start) * math.prod(manifest.shapes[name][1:]) for name, (start, stop) in part.rows.items())
-    return len(manifest.buffers) * (2 * rows * item + len(part.rows) * 4096) + (1 << 16)
-
-
 def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buffers) -> None:
-    """Fills flat buffers from every part, each verified before a byte of it is parsed.
+    """Fills this rank's boxes of flat buffers from whatever parts hold them, each verified before it is parsed.
 
-    Works for any number of writers and readers. Raises DamagedCheckpoint naming the file, CheckpointError
-    if the model is another one.
+    Works for any mesh of writers and any of readers, in the memory of a few chunks. What raises may have filled some.
+    Raises DamagedCheckpoint naming the file, CheckpointError if the model is another one.
     """
-    shapes = {span.parameter.name: list(span.shape) for span in store.spans}
+    shapes = {span.parameter.name: list(span.parameter.layout.shape) for span in store.spans}
     if shapes != manifest.shapes:
         raise CheckpointError(
             f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: "
@@ -441,43 +304,9 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
         raise CheckpointError(
             f"{checkpoint} holds {manifest.dtype}, this run computes in {store.dtype.name}: keep train.dtype"
         )
-    views = {kind: store.named(flat) for kind, flat in buffers.items()}
-    for part in manifest.parts:
-        path = checkpoint / part.file
-        content = _verified(path, part)
-        try:
-            _fill(views, content, part, manifest)
-        except hdf5.FormatError as error:
-            raise DamagedCheckpoint(f"{path} {error}") from None
-    store.refresh()
-
-
-def _fill(views: Pieces, content: bytes, part: Part, manifest: Manifest) -> None:
-    """Copies a part's rows into their places in `views`, straight from the verified bytes. Raises FormatError."""
-    shapes = {name: (stop - start, *manifest.shapes[name][1:]) for name, (start, stop) in part.rows.items()}
-    found = _examine(content, dict.fromkeys(manifest.buffers, shapes), np.dtype(manifest.dtype))
-    view = memoryview(content)
-    for kind, named in views.items():
-        for name, (start, _) in part.rows.items():
-            dataset = found[f"{kind}/{name}"]
-            if dataset.attributes != {"first_row": start}:
-                raise hdf5.FormatError(f"does not begin with row {start} of {kind}/{name}")
-            for row, values in dataset.chunks(lambda offset, size: view[offset : offset + size]):
-                fill(named[name][start + row : start + row + len(values)], values)
-
-
-def _verified(path: Path, part: Part) -> bytes:
-    try:
-        content = read_whole(path, part.bytes, path.parent)
-    except OSError as error:
-        raise DamagedCheckpoint(
-            f"{path} cannot be read: {error.strerror}; its manifest says {part.bytes} bytes"
-        ) from None
-    if len(content) != part.bytes:
-        raise DamagedCheckpoint(f"{path} has {len(content)} bytes, its manifest says {part.bytes}")
-    if hashlib.sha256(content).hexdigest() != part.sha256:
-        raise DamagedCheckpoint(f"{path} does not match the SHA-256 in its manifest")
-    return content
+    with Reader(checkpoint, manifest) as reader:
+        for kind, flat in buffers.items():
+            store.fill(reader.buffer(kind), flat)
 
 
 def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) -> str:

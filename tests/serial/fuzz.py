@@ -204,7 +204,7 @@ def part(folder: Path) -> Target:
         content = edited(image, edits)
         path.write_bytes(content)
         manifest.parts[0] = checkpoint.Part(
-            path.name, len(content), hashlib.sha256(content).hexdigest(), manifest.parts[0].rows
+            path.name, len(content), hashlib.sha256(content).hexdigest(), manifest.parts[0].boxes
         )
         return lambda: checkpoint.restore(saved.folder, manifest, store, buffers)
 

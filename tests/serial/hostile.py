@@ -15,14 +15,17 @@ import numpy as np
 from tiny import tiny_config
 
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.cut import Box
 from mlm_mpi.data import catalog
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.shards import write_shard
 from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.files import publishing
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
-from mlm_mpi.train import checkpoint
+from mlm_mpi.train import checkpoint, part
+from mlm_mpi.train.part import Piece
 
 Change = Callable[[h5py.File], object]
 DOCUMENTS = [np.append(np.arange(n) * 7 % 256, 256) for n in (3, 20_000, 500)]
@@ -103,6 +106,32 @@ class Corpus:
                 stream.close()
 
 
+class Grid:
+    """A mesh of one process that says it is part of a larger one: axis=(extent, coordinate)."""
+
+    def __init__(self, **axes: tuple[int, int]) -> None:
+        self.axes = axes
+
+    def size(self, axis: str | None) -> int:
+        return self.axes.get(axis or "", (1, 0))[0]
+
+    def coord(self, axis: str | None) -> int:
+        return self.axes.get(axis or "", (1, 0))[1]
+
+
+def write_part(path: Path, store: FlatStore, buffers: dict[str, Any]) -> checkpoint.Part:
+    """What one rank saves, and its entry in the manifest."""
+    boxes = checkpoint.boxes_of(store)
+    return write_pieces(path, checkpoint.pieces_of(store, buffers, boxes), {name: [box] for name, box in boxes.items()})
+
+
+def write_pieces(path: Path, pieces: list[Piece], boxes: dict[str, list[Box]], dtype: str = "f4") -> checkpoint.Part:
+    with publishing(path, 0) as descriptor:
+        size, digest = part.write(descriptor, pieces, np.dtype(dtype))
+    ranges = {name: [list(map(tuple, box.to_list())) for box in held] for name, held in boxes.items()}
+    return checkpoint.Part(path.name, size, digest, ranges)
+
+
 class Saved:
     """A checkpoint of step 3 as some writers would save it."""
 
@@ -112,15 +141,12 @@ class Saved:
     @classmethod
     def make(cls, folder: Path, writers: int = 2, layers: int = 2) -> "Saved":
         saved = cls(folder, writers, layers)
-        store, buffers = saved.buffers()
-        store.initialise(0)
         folder.mkdir(parents=True)
         parts = []
         for writer in range(writers):
-            rows = checkpoint.row_ranges(store, writers, writer)
-            image = checkpoint.part_image(checkpoint.pieces_of(store, buffers, rows), rows)
-            (folder / f"part-{writer:04}.h5").write_bytes(image)
-            parts.append(checkpoint.Part(f"part-{writer:04}.h5", len(image), hashlib.sha256(image).hexdigest(), rows))
+            store, buffers = saved.buffers(Grid(dp=(writers, writer)))
+            store.initialise(0)
+            parts.append(write_part(folder / f"part-{writer:04}.h5", store, buffers))
         manifest = checkpoint.Manifest(
             format=checkpoint.FORMAT, step=3, dtype="float32",
             shapes={s.parameter.name: list(s.shape) for s in store.spans}, buffers=list(buffers), parts=parts,
@@ -129,9 +155,9 @@ class Saved:
         saved.seal(msgspec.to_builtins(manifest))
         return saved
 
-    def buffers(self) -> tuple[FlatStore, dict[str, Any]]:
+    def buffers(self, grid: Any = None) -> tuple[FlatStore, dict[str, Any]]:
         model = tiny_config(f"model.layers={self.layers}").model
-        store = FlatStore(gpt.build(model, VOCABULARY).parameter_blocks(), Mesh(), "float32")
+        store = FlatStore(gpt.build(model, VOCABULARY).parameter_blocks(), grid or Mesh(), "float32")
         return store, {"weights": store.data, "moment1": store.new_buffer()}
 
     def copy(self, folder: Path) -> "Saved":

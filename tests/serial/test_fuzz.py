@@ -18,7 +18,7 @@ MANY = {
 
 def run_python(words: list[str]) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, [HERE, *HERE.parents[:2]])), "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     return subprocess.run(

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -210,7 +211,7 @@ STORAGE = {
     "many attributes": many_attributes,
     "huge attribute": huge_attribute,
     "vlen attribute": lambda file, name, other: with_attribute(format="text")(file, name, other),
-    "float attribute": lambda file, name, other: with_attribute(first_row=0.0, tokens=float(TOKENS))(file, name, other),
+    "float attribute": lambda file, name, other: with_attribute(box=0.0, tokens=float(TOKENS))(file, name, other),
 }  # fmt: skip
 
 
@@ -360,7 +361,7 @@ def test_a_part_of_a_size_that_its_rows_cannot_need(saved):
     table = saved.table
     table["parts"][1]["bytes"] = 10 << 30
     saved.seal(table)
-    refused(saved.read, "10737418240 bytes, its rows need at most", kind=DamagedCheckpoint)
+    refused(saved.read, "10737418240 bytes, its boxes need at most", kind=DamagedCheckpoint)
 
 
 def test_a_folder_that_leads_elsewhere_is_no_checkpoint(saved, tmp_path):
@@ -468,8 +469,8 @@ def test_json_that_is_nested_or_huge(corpus, saved, content):
     refused(saved.read, "manifest.json", kind=DamagedCheckpoint)
 
 
-def rows(number, **values):
-    return lambda table: table["parts"][number]["rows"].update({n.replace("_", "."): v for n, v in values.items()})
+def boxes(number, **values):
+    return lambda table: table["parts"][number]["boxes"].update({n.replace("_", "."): v for n, v in values.items()})
 
 
 MANIFESTS = {
@@ -479,14 +480,32 @@ MANIFESTS = {
     "absolute": (part(file="/etc/passwd"), "names a file '/etc/passwd'"),
     "the same file": (part(file="part-0001.h5"), "names no file, or one twice"),
     "no parts": (lambda table: table["parts"].clear(), "names no file"),
-    "a part less": (lambda table: table["parts"].pop(), "has parts with 19 rows of embed.tokens, which has 37"),
-    "overlap": (rows(0, embed_tokens=[0, 20]), "has rows 19 to 37 of embed.tokens where 20 should begin"),
-    "hole": (rows(0, embed_tokens=[0, 18]), "where 18 should begin"),
-    "negative": (rows(0, embed_tokens=[-1, 19]), "has rows -1 to 19"),
-    "backwards": (rows(0, embed_tokens=[19, 0]), "of embed.tokens where"),
-    "too many": (rows(1, embed_tokens=[19, 40]), "has parts with 40 rows"),
+    "a part less": (lambda table: table["parts"].pop(), "has no boxes with element [19, 0] of embed.tokens"),
+    "overlap": (boxes(0, embed_tokens=[[[0, 20], [0, 24]]]), "has 2 boxes with element [19, 0] of embed.tokens"),
+    "overlap in a corner": (
+        boxes(0, embed_tokens=[[[0, 19], [0, 24]], [[30, 33], [20, 24]]]),
+        "has 2 boxes with element [30, 20]",
+    ),
+    "a box twice": (boxes(0, embed_tokens=[[[0, 19], [0, 24]]] * 2), "has 2 boxes with element [0, 0] of embed.tokens"),
+    "hole": (boxes(0, embed_tokens=[[[0, 18], [0, 24]]]), "has no boxes with element [18, 0] of embed.tokens"),
+    "hole in a corner": (boxes(0, embed_tokens=[[[0, 19], [0, 23]]]), "has no boxes with element [0, 23]"),
+    "hole and overlap": (
+        boxes(0, embed_tokens=[[[0, 18], [0, 24]], [[19, 20], [0, 24]]]),
+        "has no boxes with element [18, 0]",
+    ),
+    "no boxes": (boxes(0, embed_tokens=[]), "has no boxes with element [0, 0] of embed.tokens"),
+    "negative": (boxes(0, embed_tokens=[[[-1, 19], [0, 24]]]), "has the box [[-1, 19], [0, 24]] of embed.tokens"),
+    "backwards": (boxes(0, embed_tokens=[[[19, 0], [0, 24]]]), "has the box [[19, 0], [0, 24]]"),
+    "empty": (boxes(0, embed_tokens=[[[0, 19], [7, 7]]]), "has the box [[0, 19], [7, 7]]"),
+    "too many": (boxes(1, embed_tokens=[[[19, 40], [0, 24]]]), "its shape is [37, 24]"),
+    "too wide": (boxes(1, embed_tokens=[[[19, 37], [0, 25]]]), "its shape is [37, 24]"),
+    "fewer dims": (boxes(1, embed_tokens=[[[19, 37]]]), "has the box [[19, 37]] of embed.tokens"),
+    "more dims": (boxes(1, embed_tokens=[[[19, 37], [0, 24], [0, 1]]]), "has the box [[19, 37], [0, 24], [0, 1]]"),
+    "an edge more": (boxes(1, embed_tokens=[[[19, 37, 40], [0, 24]]]), "cannot be read"),
+    "an edge of 400 digits": (boxes(1, embed_tokens=[[[19, 10**400], [0, 24]]]), "has the box"),
+    "a fraction": (boxes(1, embed_tokens=[[[19, 37.5], [0, 24]]]), "cannot be read"),
     "swapped": (lambda table: table["parts"].reverse(), None),
-    "unknown name": (rows(0, nobody=[0, 1]), "'nobody'"),
+    "unknown name": (boxes(0, nobody=[[[0, 1]]]), "'nobody'"),
     "negative bytes": (part(bytes=-1), "-1 bytes"),
     "dtype": (lambda table: table.update(dtype="object"), "has the type 'object'"),
     "other dtype": (lambda table: table.update(dtype="float64"), "float64"),
@@ -513,9 +532,31 @@ def test_a_manifest_that_makes_no_sense(saved, what):
         refused(saved.read, word, kind=MlmError if what == "other dtype" else DamagedCheckpoint)
 
 
-def test_a_part_that_holds_other_rows_than_the_manifest_says(saved):
-    saved.alter(lambda file: file["weights/embed.tokens"].attrs.__setitem__("first_row", 5))
-    refused(saved.read, "does not begin with row 19 of weights/embed.tokens", kind=DamagedCheckpoint)
+@pytest.mark.parametrize("box", [np.bytes_("5:23,0:24"), np.bytes_("0:18,0:24"), np.bytes_("19:37"), 19])
+def test_a_part_that_holds_another_box_than_the_manifest_says(saved, box):
+    saved.alter(lambda file: file["weights/embed.tokens"].attrs.__setitem__("box", box))
+    refused(saved.read, "does not hold 19:37,0:24 of weights/embed.tokens", kind=DamagedCheckpoint)
+
+
+def test_a_manifest_of_too_many_boxes_costs_no_time(saved):
+    """10,000 in eight dims, all of which are cut, have 2.6 million corners."""
+    table = saved.table
+    table["shapes"]["more"] = [1000, 2, 2, 2, 2, 2, 2, 2]
+    cube = [[0, 1]] * 8
+    table["parts"][0]["boxes"]["more"] = [cube] * 10_000
+    saved.seal(table)
+    begin = time.process_time()
+    with pytest.raises(DamagedCheckpoint, match="lists boxes with 256.... corners, at most 2097152 are read"):
+        saved.read()
+    assert time.process_time() - begin < 10
+
+
+def test_a_checkpoint_of_format_1_is_refused_in_one_line(saved):
+    table = saved.table | {"format": 1}
+    for part in table["parts"]:
+        part["rows"] = part.pop("boxes")
+    saved.seal(table)
+    refused(saved.read, "has format 1, this version reads 2: use the version that wrote it")
 
 
 def test_a_checkpoint_of_a_later_format_is_not_called_damaged(saved):

@@ -1,0 +1,47 @@
+"""Who fills weights: a source of global arrays by name, of which every rank reads its own box.
+
+A draw from a seed is one, a checkpoint of any mesh another (`train/checkpoint.py`); a file of another program can be.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlm_mpi.cut import Box
+from mlm_mpi.rng import key_of, normal
+
+Shape = tuple[int, ...]
+
+
+class Source(Protocol):
+    """Named global arrays. `read` returns values of any real type; the reader converts them."""
+
+    def shape(self, name: str) -> Shape | None:
+        """The global shape; None where there is no such array."""
+
+    def read(self, name: str, box: Box) -> Any:
+        """The elements of a box, in its shape. Raises MlmError."""
+
+
+class Drawn:
+    """Initial values keyed by (seed, name) and the *global* element: the same on any mesh, read in any pieces.
+
+    `parameters`: name -> (global shape, standard deviation of a centred normal, or "ones" or "zeros").
+    """
+
+    def __init__(self, seed: int, parameters: Mapping[str, tuple[Shape, float | str]]) -> None:
+        self._seed, self._parameters = seed, parameters
+
+    def shape(self, name: str) -> Shape | None:
+        return self._parameters[name][0] if name in self._parameters else None
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        shape, init = self._parameters[name]
+        if isinstance(init, str):
+            return np.full(box.shape, {"ones": 1.0, "zeros": 0.0}[init])
+        row = math.prod(shape[1:])
+        first, stop = box.starts[0], box.stops[0]
+        draws = init * normal(key_of(self._seed, "init", name), first * row, (stop - first) * row)
+        return draws.reshape(stop - first, *shape[1:])[(slice(None), *box.slices[1:])]
