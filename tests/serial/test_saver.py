@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from whole import blocks_of
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
@@ -17,8 +18,8 @@ ABOUT = {"config": {}, "vocabulary": 40, "catalog": "", "fingerprint": {}}
 
 def saver(folder: Path, tokenizer: bytes = b"{}") -> checkpoint.Saver:
     """One that keeps a single checkpoint."""
-    stack = gpt.build(gpt.Settings(layers=1, width=8, heads=1, context=8, feed_forward=8), 40)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), "f4")
+    settings = gpt.Settings(layers=1, width=8, heads=1, context=8, feed_forward=8)
+    store = FlatStore(blocks_of(settings, 40), Mesh(), "f4")
     store.initialise(1)
     return checkpoint.Saver(folder, store, {"weights": store.data}, tokenizer, Group(), 1, background=False)
 
