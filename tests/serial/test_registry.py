@@ -85,7 +85,7 @@ def test_an_unknown_op_is_one_line_that_names_the_choices() -> None:
 
 def test_every_op_that_asks_for_kernels_is_known_by_name() -> None:
     asking = set()
-    for room in ("ops", "optim", "backend"):
+    for room in ("ops", "optim", "params", "backend"):
         package = importlib.import_module(f"mlm_mpi.{room}")
         for name in (module.name for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_"):
             functions = vars(importlib.import_module(f"mlm_mpi.{room}.{name}")).values()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.layers.attention import SelfAttention
-from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.base import Sizes
+from mlm_mpi.models import gpt
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import ALIGN_ELEMENTS, FlatStore, Parameter
 from mlm_mpi.train.assignment import Assignment
@@ -61,7 +61,7 @@ def test_initial_values_do_not_depend_on_the_mesh(extent):
 
 def test_tp_cuts_between_heads():
     """Three heads of width 4 over two ranks: two and one, in the fused projection as in the rows of the output's."""
-    layer = SelfAttention("a", 12, 3, 0.02, 0.02, 0.0, Dropout("d", 0.0))
+    layer = gpt.build(gpt.Settings(layers=1, width=12, heads=3), Sizes(5)).parts[1].mixer
     shapes = [[parameter.layout.local_shape(Grid(2, at)) for parameter in layer.parameters()] for at in range(2)]
     assert shapes[0] == [(12, 3, 8), (3, 8), (8, 12), (12,)]
     assert shapes[1] == [(12, 3, 4), (3, 4), (4, 12), (12,)]
