@@ -64,7 +64,8 @@ class Plugins:
             near = difflib.get_close_matches(kind, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             where = "" if self.folder is None else f" in mlm_mpi or {self.folder}"
-            raise ConfigError(f"{key} = {kind!r} is no file of {room}/{where}; {hint}")
+            own = " (a file of your own: --plugins DIR)" if self.folder is None else ""
+            raise ConfigError(f"{key} = {kind!r} is no file of {room}/{where}; {hint}{own}")
         return importlib.import_module(f"{ROOMS[room]}.{kind}")
 
     def _files(self, room: str) -> dict[str, Path]:

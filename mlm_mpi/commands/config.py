@@ -1,11 +1,10 @@
 """`mlm-mpi config`: the manual of all keys."""
 
 import argparse
-from pathlib import Path
 
 from mlm_mpi.config import reference
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.plug import Plugins
+from mlm_mpi.plug import named
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +18,7 @@ def main(args: argparse.Namespace) -> int:
     """Prints what was asked for."""
     if args.name is not None and args.markdown:
         raise ConfigError(f"--markdown prints all keys, not {args.name} alone: leave one out")
-    plugins = Plugins(None if args.plugins is None else Path(args.plugins))
+    plugins = named(args.plugins)
     if args.markdown:
         print(reference.markdown(plugins), end="")
     else:

@@ -74,7 +74,7 @@ def _tell(
         print(f"held-out            {numbers['tokens']:,} targets; checkpoint of step {trained.step}")
         print(f"loss                {numbers['loss']:.4f} nats per target")
         for name in own:
-            print(f"{name:<19} {numbers[name]:.4g}")
+            print(f"{name}  {numbers[name]:.4g}")
         return
     size = f"{numbers['tokens']:,} tokens, {numbers['characters']:,} characters"
     print(f"held-out text       {size}; checkpoint of step {trained.step}")

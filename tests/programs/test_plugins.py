@@ -1,20 +1,23 @@
-"""A model, a task, an objective, an optimiser, a rate, a schedule, a reduction: a file each, in a folder of the user's.
+"""A model, a task, an objective, an optimiser, a rate, a schedule, a reduction, a format: one file each, in a folder.
 
-The files are those of docs/tutorial.md. `prepare` and its formats: serial/test_plug_formats.py.
+The files are those of docs/tutorial.md. More of `prepare` and its formats: serial/test_plug_formats.py.
 """
 
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from programs import Place, make_text, prepare
+from programs import Place, ended, make_text, prepare
 
+from mlm_mpi.plug import ROOMS
 from mlm_mpi.train.checkpoint import read_manifest
 
 MINE = Path(__file__).parents[2] / "docs" / "mine"
-FILES = sorted(str(path.relative_to(MINE)) for path in MINE.rglob("*.py"))
+ALL = sorted(str(path.relative_to(MINE)) for path in MINE.rglob("*.py"))
+FILES = [name for name in ALL if not name.startswith("formats/")]  # which a training reads
 CONFIG = """
 [model]
 kind = "bag"
@@ -63,9 +66,7 @@ def norms(home, run):
 
 
 def test_every_room_has_a_file_here():
-    assert {name.split("/")[0] for name in FILES} == {
-        "models", "tasks", "objectives", "optim", "rates", "schedules", "reductions"
-    }  # fmt: skip
+    assert [name.split("/")[0] for name in ALL] == sorted(ROOMS)
 
 
 def test_a_file_of_each_room_trains_the_same_bits_on_any_number_of_ranks(home, whole):
@@ -106,6 +107,31 @@ def test_a_resume_without_the_files_or_with_others_is_one_line(home, whole):
     (home.folder / "other" / "models" / "bag.py").open("a").write("# changed\n")
     home.program("evaluate", "resumed", "--plugins", "other").refused("models/bag.py")
     assert home.train("resumed", 2, "--plugins", "mine").weights == whole.weights
+
+
+def test_prepare_reads_the_format(home):
+    (home.folder / "a.fortune").write_text("one\n%\ntwo,\nand more\n%\none\n%\n")
+    words = ("prepare", "a.fortune", "--out", "fortunes", "--tokenizer", "bytes", "--heldout", "0", "--plugins", "mine")
+    done = home.program(*words)
+    assert done.code == 0 and "4 read, 2 kept" in done.out, done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("", "", "are right"),
+        ("/ positions(dy))[:, ::-1]", "/ positions(dy))[:, ::+1]", "backward says"),
+        ("ctx.cache is not None", "False", "with a cache"),
+    ],
+)
+def test_the_check_of_a_model(home, tmp_path, right, wrong, said):
+    source = (MINE / "models" / "bag.py").read_text()
+    assert right in source
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "bag.py").write_text(source.replace(right, wrong) if right else source)
+    words = [sys.executable, str(MINE.parent / "check_model.py"), str(tmp_path), "bag"]
+    done = ended(home.popen(words, OPENBLAS_NUM_THREADS="1"))
+    assert done.code == bool(right) and said in done.out, done.out + done.err
 
 
 def test_the_current_folder_is_never_searched(home):
