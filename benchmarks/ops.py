@@ -16,11 +16,11 @@ import harness
 import numpy as np
 from harness import SIZES, Report
 
-from mlm_mpi.backend import kernels, sums
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import choice, registry, sums
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
-from mlm_mpi.optim import adamw, clip
+from mlm_mpi.optim import adamw
+from mlm_mpi.params import clip
 
 # name, function, arguments, bytes moved, flops
 Row = tuple[str, Callable[..., Any], tuple[Any, ...], float, float]
@@ -106,7 +106,8 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--peer", choices=("torch",), help="PyTorch too, which this Python must have")
     args = parser.parse_args()
-    keep_freed_memory()
+    choice.keep_freed_memory()
+    choice.select()
     calls, shared = rows()
     torch_calls: dict[str, Callable[[], Any]] = {}
     if args.peer:
@@ -115,7 +116,7 @@ def main() -> None:
         torch_calls = peers(shared)
     flops_roof, bytes_roof = harness.peak_flops(), copy_bandwidth()
     report = Report("ops", "Time of each op", args)
-    report.say(f"kernels: {kernels.summary()}; sgemm {flops_roof / 1e9:.1f} GFLOP/s, copy {bytes_roof / 1e9:.1f} GB/s")
+    report.say(f"kernels: {registry.summary()}; sgemm {flops_roof / 1e9:.1f} GFLOP/s, copy {bytes_roof / 1e9:.1f} GB/s")
     report.say()
     report.head("op", "NumPy ms", "PyTorch ms", "kernel ms", "GB/s", "GFLOP/s", "of roof", "× NumPy", "× PyTorch")
     for name, function, arguments, moved, flops in calls:

@@ -6,7 +6,7 @@
     python benchmarks/step.py --ranks 2,4 --reductions canonical,allreduce
     python benchmarks/step.py --size gpt2-124m --peer torch --peers eager,kept --pairs 3 --steps 1
 
-The step is the trainer's own (`train.replica.Replica.step`): micro-batches, reduction, norm, clipping, AdamW.
+The step is the trainer's own (`train.engine.Engine.step`): micro-batches, reduction, norm, clipping, AdamW.
 Every rank runs one micro-batch, the tokens of every step are fresh, evaluation and saving are not included.
 Every variant is a process, or a job, of its own: page faults and peak memory are its alone (the rank with most).
 """
@@ -15,23 +15,25 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import harness
-import msgspec
 import numpy as np
 from harness import SIZES, Report, Worker, pair_ratio, start_ranks
 
 from mlm_mpi import config
-from mlm_mpi.backend import cpu, kernels
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend import choice, registry
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.data.loader import MicroBatch
+from mlm_mpi.data.batch import Batch
+from mlm_mpi.layers.base import Sizes
 from mlm_mpi.models import gpt
-from mlm_mpi.train.replica import Replica
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks import language_model
+from mlm_mpi.train.build import build
 
 MIB = 2**20
 
@@ -57,8 +59,8 @@ def configuration(size: dict[str, Any], ranks: int, threads: int, settings: list
 
 
 def work(job: dict[str, Any]) -> None:
-    """A rank: measures the roof, or holds a replica and runs steps, on request."""
-    keep_freed_memory()
+    """A rank: measures the roof, or holds an engine and runs steps, on request."""
+    choice.keep_freed_memory()
     group = launch.start()
     if job["settings"] is None:
 
@@ -71,17 +73,17 @@ def work(job: dict[str, Any]) -> None:
 
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
-    numerics = c.numerics
-    kernels.select(numerics.level, numerics.reference, numerics.products, numerics.threads)
-    replica = Replica(c, size["vocabulary"], Mesh(group))
-    replica.store.initialise(0)
+    place, plugins = choice.place_of(c, c.numerics.level), Plugins()
+    parts = language_model.parts(c, plugins, Sizes(size["vocabulary"]))
+    engine = build(c, plugins, parts, Mesh(group), place)
+    engine.machine.store.initialise(0)
     random = np.random.default_rng(group.rank)
     done = 0
 
-    def batch() -> MicroBatch:
+    def batch() -> Batch:
         rows = random.integers(0, size["vocabulary"], (size["rows"], size["context"] + 1)).astype(np.int32)
         ids, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-        return MicroBatch(done, group.rank, ids, targets, None, targets.size)
+        return Batch(done, group.rank, {"ids": ids}, {"ids": targets}, targets.size)
 
     def answer(steps: int) -> dict[str, Any]:
         nonlocal done
@@ -90,7 +92,7 @@ def work(job: dict[str, Any]) -> None:
             made = iter([batch()])
             group.barrier("a step")
             faults, start = harness.page_faults(), time.perf_counter()
-            result = replica.step(done, partial(next, made))
+            result = engine.step(done, partial(next, made))
             seconds = time.perf_counter() - start
             table.append([seconds, harness.page_faults() - faults, result.exposed_s, harness.peak_bytes()])
             done += 1
@@ -98,7 +100,7 @@ def work(job: dict[str, Any]) -> None:
         seconds, faults, exposed, peak = most.T.tolist()
         return {"seconds": seconds, "faults": faults, "exposed": exposed, "peak_bytes": max(peak)}
 
-    harness.serve(group, answer, {"about": kernels.summary(), "parameters": replica.store.count})
+    harness.serve(group, answer, {"about": registry.summary(), "parameters": engine.machine.store.count})
     launch.finish()
 
 
@@ -136,7 +138,7 @@ def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Var
         wanted[f"{reductions[0]}, kernels off"] = [*wanted[reductions[0]], "numerics.reference=all"]
     if args.recompute:
         wanted[f"{reductions[0]}, recompute"] = [*wanted[reductions[0]], "train.recompute=true"]
-    if args.products == "bf16" and not cpu.runs(cpu.BF16_LEVEL):
+    if args.products == "bf16" and not library.runs(library.BF16_LEVEL):
         report.say(f"{reductions[0]}, bf16 products is left out: this CPU has no AVX512-BF16")
     elif args.products == "bf16":
         wanted[f"{reductions[0]}, bf16 products"] = [*wanted[reductions[0]], "numerics.products=bf16"]
@@ -152,7 +154,7 @@ def start_peers(args: argparse.Namespace, ranks: int, report: Report) -> list[Va
     size, found = SIZES[args.size], []
     c = configuration(size, ranks, args.threads, [])
     job = {
-        "task": "step", "model": msgspec.to_builtins(c.model), "optim": msgspec.to_builtins(c.optim),
+        "task": "step", "model": asdict(c.model), "optim": asdict(c.optim),
         "rows": size["rows"], "vocabulary": size["vocabulary"], "threads": args.threads, "ranks": ranks,
         "keep_freed_memory": False, "compile": False, "bf16": False,
     }  # fmt: skip
@@ -176,7 +178,7 @@ def tell(args: argparse.Namespace, variants: list[Variant], roofs: dict[int, lis
     """The table and the ratios."""
     size, first = SIZES[args.size], {v.ranks: v for v in reversed(variants)}
     tokens = size["rows"] * size["context"]
-    flops = gpt.step_flops(configuration(size, 1, args.threads, []).model, size["vocabulary"], tokens)
+    flops = gpt.flops(configuration(size, 1, args.threads, []).model, Sizes(size["vocabulary"]), tokens)
     report.say()
     report.say(f"{args.size}: {variants[0].worker.hello['parameters']:,} parameters, {tokens} tokens a rank and step,")
     report.say(f"{args.threads} thread{'s' * (args.threads > 1)} a rank, {args.pairs} turns of {args.steps} steps.")

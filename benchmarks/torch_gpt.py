@@ -35,7 +35,7 @@ class PeerBlock(nn.Module):
 class PeerGPT(nn.Module):
     """GPT-2 as nanoGPT writes it: pre-norm, learned positions, tanh GELU, tied head.
 
-    `model`: the fields of `mlm_mpi.config.Model`, `feed_forward` given.
+    `model`: the `Settings` of `mlm_mpi.models.gpt`, `feed_forward` given.
     """
 
     def __init__(self, model: Any, vocabulary: int) -> None:

@@ -29,14 +29,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_gpt import PeerGPT, make_adamw
 
 from mlm_mpi import config
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.choice import keep_freed_memory
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import Loader, TokenStream, heldout_batches
-from mlm_mpi.data.sampler import Sampler, windows_of
+from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.objectives import causal
+from mlm_mpi.data.sampler import Sampler
+from mlm_mpi.data.stream import TokenStream
+from mlm_mpi.layers.base import Sizes
 from mlm_mpi.models import gpt
-from mlm_mpi.optim.schedule import learning_rate
+from mlm_mpi.optim.adamw import Settings
 from mlm_mpi.params.store import FlatStore
+from mlm_mpi.plug import Plugins
+from mlm_mpi.rates import learning_rate
+from mlm_mpi.tasks import language_model
 
 
 def train_step(
@@ -96,7 +103,7 @@ def turns(rank: int) -> Iterator[int]:
         yield int(steps)
 
 
-def best_adamw(model: PeerGPT, optim: config.Optim) -> tuple[str, torch.optim.AdamW]:
+def best_adamw(model: PeerGPT, optim: Settings) -> tuple[str, torch.optim.AdamW]:
     """PyTorch's fastest AdamW on the gradients at hand; tried one after the other, so one state is held at a time."""
     kinds = ("fused", "foreach")
     seconds = []
@@ -122,7 +129,7 @@ def measure(job: dict[str, Any]) -> None:
         if rank == 0:
             print(json.dumps(value), flush=True)
 
-    model_config, optim = config.Model(**job["model"]), config.Optim(**job["optim"])
+    model_config, optim = gpt.Settings(**job["model"]), Settings(**job["optim"])
     rows, vocabulary = job["rows"], job["vocabulary"]
     plain = PeerGPT(model_config, vocabulary)
     nn.init.normal_(plain.tokens.weight, std=0.02)
@@ -171,12 +178,16 @@ def quality(job: dict[str, Any]) -> None:
     train, context = c.train, c.model.context
     torch.set_default_dtype({"float32": torch.float32, "float64": torch.float64}[train.dtype])
     model = PeerGPT(c.model, vocabulary)
-    store = FlatStore(gpt.build(c.model, vocabulary).parameter_blocks(), Mesh(), train.dtype)
+    store = FlatStore(
+        [part.parameters() for part in language_model.parts(c, Plugins(), Sizes(vocabulary))], Mesh(), train.dtype
+    )
     store.initialise(train.seed)
     model.load(store.named(store.data))
     adamw = make_adamw(model, c.optim, fused=True)
-    sampler = Sampler(train.seed, windows_of(corpus.tokens("train"), context), train.micro_batches, train.rows)
-    loader = Loader(TokenStream(corpus, "train"), sampler, context, c.data.prefetch)
+    samples = causal.samples(TokenStream(corpus, "train"), context, training=True)
+    sampler = Sampler(train.seed, len(samples), train.micro_batches, train.rows)
+    loader = Loader(samples, sampler, c.data.prefetch)
+    decay = Plugins().find("rates", c.optim.schedule, "optim.schedule").rate
     print(json.dumps({"torch": torch.__version__}), flush=True)
     sys.stdin.readline()
 
@@ -186,26 +197,36 @@ def quality(job: dict[str, Any]) -> None:
         total = 0.0
         for index in range(train.micro_batches):
             batch = loader.micro_batch(step, index)
-            loss = model(torch.from_numpy(batch.ids).long(), torch.from_numpy(batch.targets).long(), "sum") / targets
+            loss = model(*_tensors(batch), "sum") / targets
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
         if c.optim.clip:
             nn.utils.clip_grad_norm_(model.parameters(), c.optim.clip)
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(c.optim, train.steps, step)
+            group["lr"] = learning_rate(
+                c.optim.learning_rate, c.optim.warmup_steps, c.optim.final_fraction, decay, train.steps, step
+            )
         adamw.step()
         adamw.zero_grad(set_to_none=True)
 
     nats, count = 0.0, 0
-    stream = TokenStream(corpus, "heldout")
+    heldout = causal.samples(TokenStream(corpus, "heldout"), context, training=False)
+    rows = min(c.eval.rows, len(heldout))
     with torch.no_grad():
-        for batch in heldout_batches(stream, context, c.eval.rows):
-            wanted = batch.targets if batch.mask is None else np.where(batch.mask, batch.targets, -100)
-            nats += float(model(torch.from_numpy(batch.ids).long(), torch.from_numpy(wanted).long(), "sum"))
-            count += batch.targets_count
+        for number, start in enumerate(range(0, len(heldout), rows)):
+            batch = heldout.batch(range(start, min(start + rows, len(heldout))), 0, number, rows)
+            nats += float(model(*_tensors(batch), "sum"))
+            count += batch.count
     bits = nats / math.log(2.0) / corpus.characters("heldout")
     print(json.dumps({"losses": losses, "loss": nats / count, "bits_per_character": bits}), flush=True)
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and targets, -100 where they do not count."""
+    wanted, mask = batch.targets["ids"], batch.targets.get("mask")
+    wanted = wanted if mask is None else np.where(mask, wanted, -100)
+    return torch.from_numpy(batch.inputs["ids"]).long(), torch.from_numpy(wanted).long()
 
 
 def main() -> None:

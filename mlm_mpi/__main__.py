@@ -17,10 +17,15 @@ from mlm_mpi.output import open_streams
 # name -> (module, needs all ranks' group, one line); a module is imported only when its command is given
 COMMANDS = {
     "prepare": ("mlm_mpi.data.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
-    "train": ("mlm_mpi.train.command", False, "train a model (under mpiexec; alone it is one rank)"),
+    "train": ("mlm_mpi.commands.train", False, "train a model (under mpiexec; alone it is one rank)"),
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
-    "evaluate": ("mlm_mpi.tasks.evaluate", False, "loss, perplexity and bits per character of a run"),
-    "generate": ("mlm_mpi.tasks.generate", False, "continue a prompt with a trained run"),
+    "evaluate": (
+        "mlm_mpi.commands.evaluate",
+        True,
+        "held-out loss and bits per character of a run (also under mpiexec)",
+    ),
+    "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
+    "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),
     "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
 }
 

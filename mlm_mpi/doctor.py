@@ -265,17 +265,16 @@ def cgroup_limit_bytes() -> int | None:
 
 
 def _gpu() -> Iterator[Finding]:
-    from mlm_mpi.backend import arrays, kernels
+    from mlm_mpi.backend import arrays, choice, registry
 
     library, gpus = arrays.gpus()
     yield Finding("gpu", "cupy", library if gpus else f"{library}: ranks calculate on the CPU")
     for number, description in enumerate(gpus):
         yield Finding("gpu", f"gpu {number}", description)
     if gpus:
-        kernels.select(device="cuda")
-        for op, implementation in kernels.serving().items():
+        choice.select(device="cuda")
+        for op, implementation in registry.serving().items():
             yield Finding("gpu", op, implementation)
-        kernels.select()
 
 
 def _slurm() -> Iterator[Finding]:
@@ -285,14 +284,17 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
-    from mlm_mpi.backend import cpu
-    from mlm_mpi.backend.kernels import serving
+    from mlm_mpi.backend import choice, registry
+    from mlm_mpi.backend.cpu import library
 
-    bf16 = f"possible ({cpu.BF16_LEVEL})" if cpu.runs(cpu.BF16_LEVEL) else "not possible: no AVX512-BF16"
-    portable = os.environ.get(cpu.BF16_VARIABLE) == "portable"
-    slow = f"{cpu.BF16_VARIABLE}=portable computes bf16 products in plain C, for tests: unset it" if portable else ""
+    possible = library.runs(library.BF16_LEVEL)
+    bf16 = f"possible ({library.BF16_LEVEL})" if possible else "not possible: no AVX512-BF16"
+    name = library.BF16_VARIABLE
+    portable = os.environ.get(name) == "portable"
+    slow = f"{name}=portable computes bf16 products in plain C, for tests: unset it" if portable else ""
     yield Finding("ops", "bf16 products", bf16, slow)
-    for op, implementation in serving().items():
+    choice.select()
+    for op, implementation in registry.serving().items():
         yield Finding("ops", op, implementation)
 
 

@@ -33,16 +33,17 @@ from mlm_mpi import arrivals, config
 from mlm_mpi.arrivals import Arrivals
 from mlm_mpi.banners import BannerFilter
 from mlm_mpi.comm import launch
+from mlm_mpi.commands import train as training
 from mlm_mpi.errors import CommError, LaunchError
 from mlm_mpi.files import HeldError, Lock
-from mlm_mpi.train import command as training
+from mlm_mpi.plug import named
 
 GRACE_S = 60.0
 START_S = 300.0
 _WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
-_JOINERS = ("train", "prepare")  # commands whose ranks call MPI_Init
+_JOINERS = ("train", "prepare", "evaluate")  # commands whose ranks call MPI_Init
 _SHARED_MEMORY = Path("/dev/shm")
 _OLD_S = 86400.0
 
@@ -101,7 +102,8 @@ def _check_training(words: Sequence[str], ranks: int) -> None:
     """Finds here, before a hundred processes start, what each of them would find."""
     parser = argparse.ArgumentParser(prog="mlm-mpi train")
     training.configure(parser)
-    config.check_ranks(training.settings(parser.parse_args(words)), ranks)
+    args = parser.parse_args(words)
+    config.check_ranks(training.settings(args, named(args.plugins)), ranks)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,13 @@ _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE_BYTES = 1 << 20
 
 
+def named(text: str | None) -> "Plugins":
+    """What a command's --plugins names. Raises ConfigError."""
+    if text == "":  # an unset variable; as a path it would be the current folder
+        raise ConfigError("--plugins '' names no folder: give one, or leave it out")
+    return Plugins(None if text is None else Path(text))
+
+
 @dataclass(frozen=True)
 class Plugins:
     """The kinds of every room. `used`: "models/mine.py" -> SHA-256 of each file of the folder that was loaded."""
@@ -63,8 +70,11 @@ class Plugins:
     def _files(self, room: str) -> dict[str, Path]:
         if self.folder is None:
             return {}
-        paths = (self.folder / room).glob("*.py")
-        return {path.stem: path for path in paths if _KIND.fullmatch(path.stem)}
+        paths = sorted(path for path in (self.folder / room).glob("*.py") if not path.name.startswith((".", "_")))
+        for path in paths:
+            if not _KIND.fullmatch(path.stem):
+                raise ConfigError(f"{path} names no kind: give it a name of a-z, 0-9 and _ that begins with a letter")
+        return {path.stem: path for path in paths}
 
     def _load(self, room: str, kind: str, path: Path) -> ModuleType:
         name = f"{room}/{kind}.py"
@@ -73,14 +83,15 @@ class Plugins:
                 content = read_whole(path, _FILE_BYTES, self.folder)
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}: mend it, or give another --plugins") from None
-            module = ModuleType(f"mlm_mpi_plugins.{room}.{kind}", f"{path}, given by --plugins")
+            digest = hashlib.sha256(content).hexdigest()
+            module = ModuleType(f"mlm_mpi_plugins.{room}.{kind}.{digest[:16]}", f"{path}, given by --plugins")
             module.__file__ = str(path)
             sys.modules[module.__name__] = module  # dataclasses and type hints look their module up there
             try:
                 exec(compile(content, path, "exec"), module.__dict__)
             except MlmError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # after an exit the other ranks would wait
                 raise ConfigError(f"{path} does not load: {type(error).__name__}: {error}: mend it") from error
-            self._loaded[name], self.used[name] = module, hashlib.sha256(content).hexdigest()
+            self._loaded[name], self.used[name] = module, digest
         return self._loaded[name]

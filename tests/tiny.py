@@ -4,7 +4,7 @@ import numpy as np
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
-from mlm_mpi.data.loader import MicroBatch
+from mlm_mpi.data.batch import Batch
 
 VOCABULARY = 37
 
@@ -22,12 +22,12 @@ def batches(config: Config, plan: list[tuple[int, int]]):
     iterator = iter(plan)
     shape = (config.train.rows, config.model.context)
 
-    def next_batch() -> MicroBatch:
+    def next_batch() -> Batch:
         step, index = next(iterator)
         random = np.random.default_rng([step, index])
         ids = random.integers(0, VOCABULARY, shape).astype(np.int32)
         targets = random.integers(0, VOCABULARY, shape).astype(np.int32)
         mask = random.random(shape) < 0.7
-        return MicroBatch(step, index, ids, targets, mask, int(mask.sum()))
+        return Batch(step, index, {"ids": ids}, {"ids": targets, "mask": mask}, int(mask.sum()))
 
     return next_batch

@@ -1,4 +1,4 @@
-// Sums of squares in float64, one per block of elements: mlm_mpi/optim/clip.py. A thread block takes one.
+// Sums of squares in float64, one per block of elements: mlm_mpi/params/clip.py. A thread block takes one.
 #include "common.cuh"
 
 constexpr int THREADS = 32 * WARPS;

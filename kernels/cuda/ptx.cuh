@@ -245,7 +245,8 @@ __device__ __forceinline__ void mbar_wait(uint64_t *barrier, int parity) {
 
 // ---- TMA: tiles between global and shared memory (sm_90) --------------------------------------
 // One thread starts a copy of the map's box at coordinates x (innermost), y, z, w. A load counts its bytes at `barrier`;
-// elements outside the tensor are loaded as 0 and not stored.
+// elements outside the tensor are loaded as 0 and not stored. x has to be a multiple of 16 bytes, also outside the tensor,
+// and no coordinate of a store may be negative: else the GPU reports an illegal instruction.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap *map) {
 #ifndef CU_CPU

@@ -1,0 +1,54 @@
+"""Where arrays live, and which code computes on them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlm_mpi.config.keys import key
+
+Device = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the ranks calculate."""
+
+    device: Literal["cpu", "gpu"] = key(
+        "cpu", says="The ranks calculate on the CPU, or each on a GPU of its node; `--device` sets the same."
+    )
+    memory_gib: float = key(
+        0.0, says="A rank takes at most this much of its GPU's memory; 0 means no limit.", unit="GiB", least=0
+    )
+    graphs: bool = key(
+        False,
+        says="If true, a GPU replays forward and backward as CUDA graphs, for fewer launches and the same bits "
+        "(LOG.md, 2026-11-27).",
+    )
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What decides bits beside the mathematics; read before all else, as BLAS and NumPy need it when they load."""
+
+    threads: int = key(
+        1,
+        says="This many threads of a rank share a matrix product, of our kernels or of BLAS.",
+        unit="threads",
+        least=1,
+        most=1024,  # CPU_SETSIZE of Linux
+        remedy="a process can be bound to 1024 CPUs at most",
+    )
+    level: Literal["auto", "base", "avx2"] = key(
+        "auto",
+        says="Our kernels, BLAS and NumPy use at most this instruction set: auto is all that the CPU has, avx2 lets "
+        "CPUs with and without AVX-512 share a run, base does without AVX2 too.",
+    )
+    products: Literal["float32", "bf16"] = key(
+        "float32",
+        says="The operands of matrix products are rounded to this type: with bf16 sums are in float32, and so is all "
+        "else on a CPU, which needs AVX512-BF16, while a GPU keeps activations in bf16 too.",
+    )
+    reference: str = key(
+        "",
+        says='NumPy (CuPy) computes these operations in place of a kernel, "gelu,attention" or "all", so that the '
+        "kernel that spoils a loss can be found.",
+    )

@@ -1,10 +1,9 @@
-"""Array modules and what they do not share: where arrays live, which module one belongs to, memory.
+"""Array modules and what they do not share: where arrays live, which module one belongs to.
 
 `cupy` is imported in this package only, and only by a run that asks for a GPU.
 """
 
 import contextlib
-import ctypes
 import mmap
 import warnings
 from collections.abc import Iterator
@@ -189,18 +188,3 @@ def deposit(value: Any, out: Any, accumulate: bool) -> None:
         out += value
     else:
         out[...] = value
-
-
-def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed blocks of any size for the next step instead of returning them to the kernel.
-
-    By default every block above 32 MiB is mapped and unmapped anew, and the page faults cost as much as
-    the arithmetic (LOG.md 2026-11-23). Returns False where the C library has no `mallopt`.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-    never = -1  # 1 GiB, the first try, gave GPT-2 124M 45,000 faults a step
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, never) and mallopt(m_top_pad, 64 << 20))

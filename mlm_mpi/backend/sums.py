@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlm_mpi.backend.arrays import row_blocks
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 
 
 @served

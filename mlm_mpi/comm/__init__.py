@@ -1,0 +1,39 @@
+"""Ranks: how they start, wait for each other and sum their gradients."""
+
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+from mlm_mpi.config.keys import key
+
+
+@dataclass(frozen=True)
+class Comm:
+    """How gradients are summed over the ranks."""
+
+    reduction: str = key(
+        "canonical",
+        says="Gradients are summed in this way: canonical gives the same bits on any number of ranks, allreduce "
+        "leaves the order to the MPI library, nccl sums between GPUs.",
+        room="reductions",
+    )
+    overlap: bool = key(True, says="If true, gradients are sent while the backward of the last micro-batch still runs.")
+    bucket_mib: float = key(
+        4.0,
+        says="A round of messages carries this much of the gradients.",
+        unit="MiB",
+        least=0.001,
+        remedy="every bucket is a message to each rank",
+    )
+    gpu_aware: Literal["auto", "yes", "no"] = key(
+        "auto",
+        says="This says whether MPI reads a GPU's memory itself: auto asks the library, and no copies through host "
+        "memory.",
+    )
+    timeout_s: float = key(
+        600.0,
+        says="A rank waits this long for the others before it says who is missing and ends the job.",
+        unit="s",
+        above=0,
+        most=threading.TIMEOUT_MAX,
+    )

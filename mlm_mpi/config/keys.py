@@ -3,9 +3,11 @@
     @dataclass(frozen=True)
     class Settings:
         '''One sentence on the section.'''
-        rows: int = key(8, says="rows of a micro-batch", least=1)
+        rows: int = key(8, says="A micro-batch holds this many windows of text.", least=1)
 
-Types: int, float, bool, str, or Literal["one", "other"]. The reader checks type and bounds, and the reference prints them.
+        def resolved(self) -> "Settings": ...  # may be left out: rules among these keys, defaults that need another
+
+Types: int, float, bool, str, or Literal["one", "other"]. The reader checks type and bounds, the reference prints them.
 """
 
 from dataclasses import MISSING, dataclass, field
@@ -25,8 +27,9 @@ class Key:
     above: float | None = None
     below: float | None = None
     remedy: str = ""  # what follows a refusal, for example why the bound is there
+    room: str = ""  # the value is the name of a kind, a file of this room (plug.py)
 
 
 def key(default: Any = MISSING, says: str = "", **about: Any) -> Any:
-    """A field of a section: its default, one sentence, and what else `Key` knows."""
-    return field(default=default, metadata={META: Key(says, **about)})
+    """A field of a section, given by name: its default (none: it must be set), one sentence, what else `Key` knows."""
+    return field(default=default, kw_only=True, metadata={META: Key(says, **about)})

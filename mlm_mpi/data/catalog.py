@@ -165,6 +165,9 @@ def document_digest(ids: np.ndarray) -> bytes:
 def content_digest(tokenizer_hash: str, documents: Mapping[str, Iterable[bytes]]) -> str:
     """SHA-256 in hex of what a corpus says, however it is stored: of the tokenizer's hash and of one SHA-256 for each
     split, over the digests of its documents (in pieces of any length) in their order.
+
+    How documents were read is no part of it: a format of `--plugins` shows here, and in the catalog, by the text that
+    it gave, so that two which give the same text make the same corpus. Its own SHA-256 stands in prepared.json.
     """
     whole = hashlib.sha256(tokenizer_hash.encode())
     for split in SPLITS:

@@ -28,13 +28,16 @@ import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
-from mlm_mpi.data import builtin, catalog, formats, similar, sources
+from mlm_mpi.data import builtin, catalog, similar, sources
+from mlm_mpi.data.decoding import check_encoding, check_repaired
+from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.errors import ConfigError, DataError, agreed
 from mlm_mpi.files import cannot_write, publish_all
+from mlm_mpi.plug import Plugins, named
 from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
@@ -81,6 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte-order mark (utf-8)")
     add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
     add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
+    add("--plugins", metavar="DIR", help="folder of your own Python: formats/*.py read the files with their SUFFIXES")
 
 
 def main(args: argparse.Namespace, group: Ranks) -> int:
@@ -89,6 +93,8 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
     group = group.with_timeout(_PATIENCE_S)
     with group.together("checking the command line"):
         _check(args)
+        formats = Formats(named(args.plugins))
+    _check_same(formats.plugins, group)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     folder = None
@@ -96,7 +102,7 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
         if group.rank == 0:
             folder = CorpusFolder(Path(args.out))
     try:
-        manifest, missing = _prepare(args, group)
+        manifest, missing = _prepare(args, formats, group)
         is_replaced = False
         with group.together("publishing the corpus"):
             if folder is not None:
@@ -126,13 +132,28 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed} must be in [0, {(1 << 63) - 1}]")
     if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
         raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
-    formats.check_encoding(args.encoding)
+    check_encoding(args.encoding)
 
 
-def _prepare(args: argparse.Namespace, group: Ranks) -> tuple[catalog.Manifest, int]:
+def _check_same(plugins: Plugins, group: Ranks) -> None:
+    """Raises ConfigError on all ranks unless all have loaded the same files. Collective."""
+    first, *others = group.allgather(plugins.used, "plug-ins")
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            mine, found = (used[name][:12] if name in used else "none" for used in (first, other))
+            if mine != found:
+                raise agreed(
+                    ConfigError(
+                        f"--plugins differ between ranks: {name} is {mine} on rank 0 and {found} on rank {rank}: "
+                        "give all ranks the same folder"
+                    )
+                )
+
+
+def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:
     """(what is staged, built-in documents that this Python lacks)."""
     spool = _Spool(Path(args.out) / FOLDER)
-    counts, missing = _clean(args, group, spool)
+    counts, missing = _clean(args, formats, group, spool)
     with group.together("arranging documents"):
         plan = _arrange(spool.records(group.size), args.heldout, args.seed, math.ceil(args.shard_mib * _MIB))
     tokenizer = _tokenizer(args, group, plan, spool)
@@ -158,7 +179,9 @@ def _prepare(args: argparse.Namespace, group: Ranks) -> tuple[catalog.Manifest, 
     with group.together("writing the catalog"):
         if group.rank == 0:
             manifest = replace(manifest, content=spool.content(tokenizer.hash, plan.shards))
-            prepared = Prepared(_command(args), platform.python_version(), __version__, manifest.content)
+            prepared = Prepared(
+                _command(args), platform.python_version(), __version__, manifest.content, formats.plugins.used
+            )
             publish_all([
                 (spool.folder / manifest.tokenizer.file, tokenizer.content),
                 (spool.folder / catalog.FILE_NAME, catalog.encode(manifest)),
@@ -173,7 +196,7 @@ def _command(args: argparse.Namespace) -> str:
     configure(parser)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
     words += ["--builtin"] if args.builtin else []
-    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed"):
+    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed", "plugins"):
         value = getattr(args, name)
         if value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
@@ -188,10 +211,12 @@ class _Document:
     cleaned: Cleaned
 
 
-def _clean(args: argparse.Namespace, group: Ranks, spool: "_Spool") -> tuple[list[int], int]:
+def _clean(
+    args: argparse.Namespace, formats: Formats, group: Ranks, spool: "_Spool"
+) -> tuple[list[int], int]:  # fmt: skip
     """([read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks). Collective."""
     with group.together("cleaning documents"):
-        found = sources.find(args.inputs, args.builtin, Path(args.out))
+        found = sources.find(args.inputs, args.builtin, Path(args.out), formats)
         # of each source that ranks share: documents, replaced places, characters
         tallies = {index: [0, 0, 0] for index, source in enumerate(found) if source.is_shared}
         counts = spool.fill(_documents(args, group, found, tallies), group.rank)
@@ -200,10 +225,10 @@ def _clean(args: argparse.Namespace, group: Ranks, spool: "_Spool") -> tuple[lis
     missing = 0
     with group.together("checking encodings"):
         for index, (documents, replaced, characters) in zip(tallies, totals, strict=True):
-            if found[index].kind == "builtin":
+            if found[index].format is None:
                 missing = builtin.count() - documents
             else:
-                formats.check_repaired(found[index].path, replaced, characters)
+                check_repaired(found[index].path, replaced, characters)
     return np.sum([part for part, _ in every], axis=0).tolist(), missing
 
 
@@ -214,15 +239,18 @@ def _documents(
     for index, source in enumerate(found):
         if not source.is_shared and index % group.size != group.rank:
             continue
+        tally = tallies[index] if source.is_shared else [0, 0, 0]
+        last = None  # held back until the verdict on the encoding of the whole file
         for raw in sources.read(source, args.field, args.encoding, group.rank, group.size):
+            if last is not None:
+                yield last
             cleaned = clean(raw.content)
-            if source.is_shared:
-                tallies[index] = [
-                    a + b for a, b in zip(tallies[index], (1, cleaned.replaced, len(raw.content)), strict=True)
-                ]
-            else:
-                formats.check_repaired(source.path, cleaned.replaced, len(raw.content))
-            yield _Document(index, raw.number, cleaned)
+            tally[:] = [a + b for a, b in zip(tally, (1, cleaned.replaced, len(raw.content)), strict=True)]
+            last = _Document(index, raw.number, cleaned)
+        if not source.is_shared:
+            check_repaired(source.path, *tally[1:])
+        if last is not None:
+            yield last
 
 
 class _Spool:

@@ -10,11 +10,6 @@ from mlm_mpi.errors import DataError
 from mlm_mpi.rng import key_of, permute
 
 
-def windows_of(tokens: int, context: int) -> int:
-    """Whole windows of T+1 tokens in a stream: window w holds tokens wT … wT+T."""
-    return max(0, (tokens - 1) // context)
-
-
 class Sampler:
     """Every window once per epoch, in an order keyed by seed and epoch; a step may straddle epochs."""
 

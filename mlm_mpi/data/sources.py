@@ -1,32 +1,32 @@
-"""Where documents come from: text files, folders, globs, JSON lines, and Python's own documentation.
+"""Where documents come from: files, folders, globs, and Python's own documentation.
 
 A list of sources is a pure function of the inputs, and so is the number of a document in its source.
-Ranks share the work by these numbers: a file as a whole, JSON lines line by line.
+Ranks share the work by these numbers: a file as a whole, or document by document where its format says so.
 """
 
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from mlm_mpi.data import builtin, formats
+from mlm_mpi.data import builtin
+from mlm_mpi.data.decoding import Content
+from mlm_mpi.data.reading import Format, Formats
 from mlm_mpi.errors import DataError
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file (or Python's library) that holds one or more documents."""
+    """A file and its format, or (without both) Python's library."""
 
-    kind: Literal["text", "jsonl", "builtin"]
     path: Path = Path()
+    format: Format | None = None
 
     @property
     def is_shared(self) -> bool:
         """Whether all ranks read parts of it; otherwise one rank reads it as a whole."""
-        return self.kind != "text"
+        return self.format is None or self.format.is_shared
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Raw:
     content: str
 
 
-def find(inputs: Sequence[str], has_builtin: bool, out: Path) -> list[Source]:
+def find(inputs: Sequence[str], has_builtin: bool, out: Path, formats: Formats) -> list[Source]:
     """The sources behind the command line, in a fixed order, each once.
 
     Files below `out` are no input, so that `prepare . --out corpus` can run twice; nor are those of other corpora.
@@ -51,24 +51,21 @@ def find(inputs: Sequence[str], has_builtin: bool, out: Path) -> list[Source]:
         raise DataError(
             f"cannot look for input at {error.filename} ({error.strerror}): mend its permissions, or give another input"
         ) from None
-    sources = [Source("jsonl" if formats.suffix(path) in (".jsonl", ".ndjson") else "text", path) for path in files]
-    return sources + ([Source("builtin")] if has_builtin else [])
+    return [Source(path, formats.serving(path)) for path in files] + ([Source()] if has_builtin else [])
 
 
 def read(source: Source, field: str, encoding: str, rank: int, size: int) -> Iterator[Raw]:
     """Documents of a source that rank `rank` of `size` is to read (of a shared one every size-th).
 
-    Raises DataError naming file (and line): unreadable, no text, not JSON, or without the field.
+    Raises DataError naming file (and line): unreadable, or not what its format takes.
     """
-    if source.kind == "builtin":
+    if source.format is None:
         found = builtin.documents()
         yield from (Raw(number, found[number]) for number in sorted(found) if number % size == rank)
-    elif source.kind == "jsonl":
-        for number, line in enumerate(formats.read_lines(source.path, encoding)):
-            if number % size == rank and line.strip():
-                yield Raw(number, _field(line, field, f"{source.path}:{number + 1}"))
     else:
-        yield Raw(0, formats.read_text(source.path, encoding))
+        mine = (rank, size) if source.is_shared else (0, 1)
+        content = Content(source.path, encoding, field)
+        yield from (Raw(number, text) for number, text in source.format.texts(content, *mine))
 
 
 def _expand(text: str) -> list[Path]:
@@ -115,15 +112,3 @@ def _matches(pattern: str) -> list[str]:
         return tops
     folders = (folder for top in tops for folder, _ in _folders_below(Path(top)))
     return [match for folder in folders for match in _matches(str(Path(glob.escape(str(folder)), *parts[cut + 1 :])))]
-
-
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        keys = ", ".join(sorted(record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f"{where} has no text in field {field!r}, it has {keys[:200]!r}: choose one with --field")
-    return value

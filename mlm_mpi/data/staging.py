@@ -31,13 +31,17 @@ _STAGED = re.compile(
 _HOLDER = re.compile(rb"(pid \d+ on [^\n]*\n)?")
 
 
-class Prepared(msgspec.Struct):
-    """The content of prepared.json: how the corpus was made."""
+class Prepared(msgspec.Struct, omit_defaults=True):
+    """The content of prepared.json: how the corpus was made.
+
+    `plugins`: "formats/mine.py" -> SHA-256 of each file of `--plugins` that was loaded.
+    """
 
     command: str
     python: str
     mlm_mpi: str
     content: str
+    plugins: dict[str, str] = {}
 
 
 class _File(msgspec.Struct):

@@ -37,16 +37,13 @@ class KeyValueCache:
 class SelfAttention:
     """Shapes: (B, T, C) -> (B, T, C). Heads will be cut along tp: qkv by dim 2, the projection by rows."""
 
-    def __init__(
-        self, name: str, width: int, heads: int, std: float, out_std: float, dropout: float, drop: Dropout
-    ) -> None:
-        self.name, self.heads = name, heads
-        head = width // heads
-        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, head))
+    def __init__(self, name: str, heads: int, project: ResidualLinear, std: float, drop: Dropout) -> None:
+        """`project` joins the heads' values to the residual stream; `drop` is for the probabilities."""
+        self.name, self.heads, self.project, self.drop = name, heads, project, drop
+        width = project.inputs
+        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, width // heads))
         self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
-        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, head)), "zeros")
-        self.project = ResidualLinear(f"{name}.project", width, width, out_std, drop, unit=head)
-        self.drop = Dropout(f"{name}.probabilities", dropout)
+        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, width // heads)), "zeros")
 
     def parameters(self) -> list[Parameter]:
         return [self.qkv_weight, self.qkv_bias, *self.project.parameters()]
@@ -77,6 +74,6 @@ class SelfAttention:
         dqkv = module_of(dy).empty_like(qkv)
         dq, dk, dv = self._split(dqkv, batch)
         attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw)
-        weight, dweight = self.qkv_weight.data.reshape(width, -1), self.qkv_weight.grad.reshape(width, -1)
-        linear.backward_weight(dqkv, flat, dweight, self.qkv_bias.grad.reshape(-1), ctx.accumulate)
+        weight, dweight = self.qkv_weight.data.reshape(width, -1), ctx.grad(self.qkv_weight).reshape(width, -1)
+        linear.backward_weight(dqkv, flat, dweight, ctx.grad(self.qkv_bias).reshape(-1), ctx.accumulate)
         return linear.backward_input(dqkv, weight).reshape(dy.shape)

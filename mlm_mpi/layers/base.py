@@ -1,18 +1,24 @@
-"""What every layer is: parameters, a forward that returns what backward needs, and where it all happens."""
+"""What layers and parts are: parameters, a forward that returns what backward needs, and where it all happens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.params.store import Parameter
+
+Array = Any  # NumPy's, or CuPy's
+Flow = tuple[Array, ...]  # the arrays that cross the border between two parts
 
 
 @dataclass(frozen=True)
 class Context:
-    """Immutable: where and when a forward or backward runs.
+    """Immutable: where and when a forward or backward runs, on which micro-batch, and where its gradients go.
 
-    `accumulate`: gradients are added to what the buffer holds; otherwise written over it, so that the
-    first micro-batch of a lane needs no zeroed buffer. `cache`: keys and values of earlier positions.
+    `gradients`: views of the buffer of the lane at hand. `accumulate`: gradients are added to what it holds; otherwise
+    written over it, so that the first micro-batch of a lane needs no zeroed buffer. `tally`: takes the sums that the
+    head forms, "loss" among them. `cache`: keys and values of earlier positions.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -20,13 +26,57 @@ class Context:
     step: int = 0
     micro_batch: int = 0
     training: bool = False
+    batch: Batch | None = None
+    tally: dict[str, Any] = field(default_factory=dict)
+    gradients: Mapping[Parameter, Array] = field(default_factory=dict)
     accumulate: bool = False
     cache: "Any | None" = None
 
+    def grad(self, parameter: Parameter) -> Array:
+        """Where the gradient of a parameter belongs."""
+        return self.gradients[parameter]
+
 
 class Layer(Protocol):
-    """A forward/backward pair. Nothing about an activation stays in the layer."""
+    """A forward/backward pair over one array. Nothing about an activation stays in the layer."""
 
     def parameters(self) -> list[Parameter]: ...
-    def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]: ...
-    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any: ...
+    def forward(self, x: Array, ctx: Context) -> tuple[Array, Any]: ...
+    def backward(self, dy: Array, saved: Any, ctx: Context) -> Array: ...
+
+
+class Part(Protocol):
+    """What lies between two places where a pipeline may be cut.
+
+    The first part of a model takes the empty flow and reads `ctx.batch.inputs`. The last one, the task's head, reads
+    `ctx.batch.targets`, returns the empty flow and tallies: in training its forward keeps x only, and its backward
+    computes the loss, so that gradients leave in the order of backwards, whatever the order of forwards was.
+    """
+
+    def parameters(self) -> list[Parameter]: ...
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]: ...
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow: ...
+
+
+class Sizes(NamedTuple):
+    """What a model must know of its data."""
+
+    vocabulary: int
+
+
+class Least(NamedTuple):
+    """Lower bounds in numbers, before anything is built that may not fit."""
+
+    parts: int
+    parameters: int
+    kept: int = 0  # elements that a training forward keeps for its backward
+    passing: int = 0  # elements of the largest array between two parts
+
+
+class Trunk(NamedTuple):
+    """A model without its head: the parts, and what a head over them needs."""
+
+    parts: list[Part]
+    norm: Layer  # the final one, before the head
+    width: int
+    table: Parameter  # of token embeddings, for a head that is tied to it

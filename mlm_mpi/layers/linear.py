@@ -15,6 +15,7 @@ class Linear:
     """
 
     def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None, unit: int = 1) -> None:
+        self.inputs, self.outputs = inputs, outputs
         axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
         units = {"in": (unit, 1), "out": (1, unit), None: (1, 1)}[cut]
         self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units), std, decay=True)
@@ -34,7 +35,7 @@ class Linear:
         return linear.backward_input(dy, self.weight.data, pre)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
-        linear.backward_weight(dy, saved, self.weight.grad, self.bias.grad, ctx.accumulate)
+        linear.backward_weight(dy, saved, ctx.grad(self.weight), ctx.grad(self.bias), ctx.accumulate)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         self.backward_weight(dy, saved, ctx)
@@ -45,7 +46,7 @@ class ResidualLinear(Linear):
     """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (N, K), (N, F) -> (N, F)."""
 
     def __init__(self, name: str, inputs: int, outputs: int, std: float, drop: Dropout, unit: int = 1) -> None:
-        super().__init__(name, inputs, outputs, std, "in", unit)
+        super().__init__(name, inputs, outputs, std, cut="in", unit=unit)
         self.drop = drop
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:

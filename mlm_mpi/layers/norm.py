@@ -26,5 +26,5 @@ class LayerNorm:
     def backward(self, dy: Any, saved: Any, ctx: Context, add: Any = None) -> Any:
         """dx, plus `add` (N, C) where given: the gradient that went past this branch."""
         x, statistics = saved
-        gain, bias = self.gain, self.bias
-        return layernorm.backward(dy, x, gain.data, statistics, gain.grad, bias.grad, ctx.accumulate, add)
+        dgain, dbias = ctx.grad(self.gain), ctx.grad(self.bias)
+        return layernorm.backward(dy, x, self.gain.data, statistics, dgain, dbias, ctx.accumulate, add)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import module_of, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import dropout
 
 TILE = 128  # query rows at a time: a tile of scores of 6 heads and 256 columns is 786 KB

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 
 
 @served

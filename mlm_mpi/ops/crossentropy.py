@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import module_of, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import matmul
 
 GPU_CHUNK_ROWS = 8192  # fills a GPU; logits of 50,304 tokens take 0.8 GB in bfloat16

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlm_mpi.backend.arrays import module_of, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 from mlm_mpi.rng import Key, uniform
 
 

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from mlm_mpi.backend.arrays import module_of, row_blocks, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 
 _ROOT = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715

@@ -6,7 +6,7 @@ Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 from typing import Any
 
 from mlm_mpi.backend.arrays import deposit, module_of, row_blocks, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 
 
 @served

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mlm_mpi.backend.arrays import deposit, wide
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import gelu, matmul
 
 

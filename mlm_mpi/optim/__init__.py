@@ -1,13 +1,39 @@
-"""Optimisers over flat buffers, schedules, clipping."""
+"""Optimisers over flat buffers: `optim.name` names the file, with `Settings(Common)` and `build(settings, store)`."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from mlm_mpi.optim.adamw import AdamW
-from mlm_mpi.optim.sgd import SGD
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.config.keys import key
 
-if TYPE_CHECKING:  # see models/gpt.py
-    from mlm_mpi.config import Optim
+
+@dataclass(frozen=True)
+class Common:
+    """What every optimiser has: a learning rate over the run, clipping, decay."""
+
+    name: str = key("adamw", says="This optimiser updates the weights.", room="optim")
+    learning_rate: float = key(1e-3, says="The learning rate rises to this value during the warm-up.", least=0)
+    schedule: str = key("cosine", says="After the warm-up the learning rate follows this curve.", room="rates")
+    warmup_steps: int = key(
+        0, says="The learning rate rises linearly to its largest value during this many steps.", unit="steps", least=0
+    )
+    final_fraction: float = key(
+        0.0,
+        says="At the last step this fraction of the largest learning rate is left, unless it is constant.",
+        least=0,
+        most=1,
+    )
+    clip: float = key(
+        1.0,
+        says="A gradient whose global norm is larger is scaled down to this norm; 0 means no clipping (Pascanu, "
+        "Mikolov, Bengio, arXiv:1211.5063).",
+        least=0,
+    )
+    weight_decay: float = key(
+        0.1,
+        says="Each step takes this much, times the learning rate, of a weight off it, apart from the gradient; gains "
+        "and biases keep theirs.",
+        least=0,
+    )
 
 
 class Optimizer(Protocol):
@@ -15,8 +41,3 @@ class Optimizer(Protocol):
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
     def state(self) -> dict[str, Any]: ...
-
-
-def make_optimizer(optim: "Optim", store: FlatStore) -> Optimizer:
-    """The optimiser a configuration names."""
-    return AdamW(optim, store) if optim.name == "adamw" else SGD(optim, store)

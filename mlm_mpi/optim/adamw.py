@@ -4,16 +4,32 @@ Source: Kingma, Ba, arXiv:1412.6980; Loshchilov, Hutter, arXiv:1711.05101.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from mlm_mpi.backend.arrays import module_of
-from mlm_mpi.backend.kernels import served
+from mlm_mpi.backend.registry import served
+from mlm_mpi.config.keys import key
+from mlm_mpi.optim import Common
 from mlm_mpi.params.store import FlatStore
 
-if TYPE_CHECKING:  # see models/gpt.py
-    from mlm_mpi.config import Optim
-
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """AdamW: every weight moves by its mean gradient over the root of its mean squared gradient."""
+
+    name: str = key("adamw", says="This optimiser updates the weights.", room="optim")
+    beta1: float = key(0.9, says="This much of the running mean of gradients is kept at each step.", least=0, below=1)
+    beta2: float = key(
+        0.95,
+        says="This much of the running mean of their squares is kept at each step, 0.95 as in GPT-3 (Brown et al., "
+        "arXiv:2005.14165) and not the 0.999 of Adam's paper.",
+        least=0,
+        below=1,
+    )
+    epsilon: float = key(1e-8, says="This is added to the root of the mean square, against division by zero.", above=0)
 
 
 @served
@@ -53,7 +69,7 @@ def update(
 class AdamW:
     """Moments as flat buffers; decay only on parameters that ask for it (not on norms and biases)."""
 
-    def __init__(self, optim: "Optim", store: FlatStore) -> None:
+    def __init__(self, optim: Settings, store: FlatStore) -> None:
         self.optim, self.store = optim, store
         self.moment1, self.moment2 = store.new_buffer(), store.new_buffer()
 
@@ -73,3 +89,8 @@ class AdamW:
                 self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
                 scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink, working,
             )  # fmt: skip
+
+
+def build(settings: Settings, store: FlatStore) -> AdamW:
+    """The optimiser over the parameters of a store."""
+    return AdamW(settings, store)

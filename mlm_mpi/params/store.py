@@ -22,7 +22,7 @@ ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the g
 
 @dataclass(eq=False)
 class Parameter:
-    """A name that does not depend on the mesh, a Layout, and views into the flat store.
+    """A name that does not depend on the mesh, a Layout, and a view into the flat store.
 
     `init`: standard deviation of a centred normal, or "ones" or "zeros". `decay`: weight decay applies.
     """
@@ -32,7 +32,6 @@ class Parameter:
     init: float | str
     decay: bool = False
     data: Any = field(default=None, repr=False)
-    grad: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,9 @@ class FlatStore:
         """Named pieces of a flat buffer, one per span, in span order."""
         return [flat[span.start : span.stop].reshape(span.shape) for span in self.spans]
 
-    def point_gradients(self, flat: Any) -> None:
-        """From now on every `parameter.grad` is a view into `flat`."""
-        for span, view in zip(self.spans, self.views(flat), strict=True):
-            span.parameter.grad = view
+    def by_parameter(self, flat: Any) -> dict[Parameter, Any]:
+        """Parameter -> view into a flat buffer: where a context finds gradients."""
+        return {span.parameter: view for span, view in zip(self.spans, self.views(flat), strict=True)}
 
     def fill(self, source: Source, flat: Any = None) -> None:
         """Reads every parameter's box of the global array into `flat`, by default `data`, a few rows at a time.

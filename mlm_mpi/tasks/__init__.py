@@ -1,1 +1,1 @@
-"""What a trained model is for: data, head and metrics of a task."""
+"""What a model is for: `task.kind` names the file, which has `Settings`, `build`, `parts` and `least`."""

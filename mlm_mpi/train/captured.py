@@ -1,39 +1,41 @@
 """Forward and backward by CUDA graphs."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from mlm_mpi.backend.arrays import fill
+from mlm_mpi.backend.arrays import Place, fill
 from mlm_mpi.backend.cuda.graphs import Graphs
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Context
-from mlm_mpi.models.stack import Stack
-from mlm_mpi.params.store import FlatStore
-
-if TYPE_CHECKING:  # a step needs no msgspec, see models/gpt.py
-    from mlm_mpi.data.loader import MicroBatch
+from mlm_mpi.layers.chain import Chain
 
 
 class Captured:
-    """Forward and backward of a micro-batch as CUDA graphs, one for each gradient buffer and way to add to it."""
+    """Forward and backward of a micro-batch as CUDA graphs, one for each gradient buffer and way to add to it.
 
-    def __init__(self, stack: Stack, store: FlatStore) -> None:
-        self.stack, self.store = stack, store
-        self.graphs = Graphs(store.xp)
-        self.inputs: tuple[Any, ...] | None = None  # the arrays that graphs read
+    All but the first part's own gradients: an embedding sorts ids, and a sort waits.
+    """
 
-    def loss_and_grad(self, batch: "MicroBatch", ctx: Context) -> Any:
-        """As `Stack.loss_and_grad`, for micro-batches of one shape and without dropout."""
-        hosts = (batch.ids, batch.targets, batch.mask)
+    def __init__(self, chain: Chain, place: Place) -> None:
+        self.chain, self.place = chain, place
+        self.graphs = Graphs(place.xp)
+        self.inputs: Batch | None = None  # the arrays that graphs read
+
+    def forward_backward(self, ctx: Context) -> None:
+        """Writes or adds every gradient and tallies, for micro-batches of one shape and without dropout."""
+        assert ctx.batch is not None
         if self.inputs is None:
-            self.inputs = tuple(map(self.store.place.put, hosts))
+            self.inputs = ctx.batch.map(self.place.put)
         else:
-            for array, host in zip(self.inputs, hosts, strict=True):
-                if host is not None:
-                    fill(array, host)
-        ids, targets, mask = self.inputs
-        gradient = self.store.spans[0].parameter.grad
-        loss, dx, saved = self.graphs.run(
-            (gradient.data.ptr, ctx.accumulate),
-            lambda: self.stack.down_to_embedding(ids, targets, mask, ctx, lambda block: None),
-        )
-        self.stack.embedding.backward(dx, saved, ctx)
-        return loss.copy()  # the next replay writes over it
+            for array, host in zip(self.inputs.arrays(), ctx.batch.arrays(), strict=True):
+                fill(array, host)
+        ctx_there = replace(ctx, batch=self.inputs, tally={})
+        gradient = next(iter(ctx.gradients.values()))
+        tally, dy, kept = self.graphs.run((gradient.data.ptr, ctx.accumulate), lambda: self._both_ways(ctx_there))
+        self.chain.parts[0].backward(dy, kept[0], ctx_there)
+        ctx.tally.update({name: value.copy() for name, value in tally.items()})  # the next replay writes over them
+
+    def _both_ways(self, ctx: Context) -> tuple[dict[str, Any], Any, list[Any]]:
+        _, kept = self.chain.forward((), ctx)
+        dy = self.chain.backward((), kept, ctx, down_to=1)
+        return ctx.tally, dy, kept

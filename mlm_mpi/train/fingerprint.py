@@ -13,13 +13,13 @@ import numpy as np
 import threadpoolctl
 
 import mlm_mpi
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
 
-def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
-    """Named facts, plain data."""
+def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str], stable: bool) -> dict[str, Any]:
+    """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins in use; `stable`: of the reduction."""
     blas = [
         f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
         for library in threadpoolctl.threadpool_info()
@@ -33,7 +33,7 @@ def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
         "blas": blas,
         "threads": config.numerics.threads,
         "level": config.numerics.level,
-        "kernels": kernels.summary(config.train.dtype),
+        "kernels": registry.summary(config.train.dtype),
         "device": place.description,
         "dtype": config.train.dtype,
         "products": config.numerics.products,
@@ -44,8 +44,10 @@ def fingerprint(config: Config, ranks: int, place: Place) -> dict[str, Any]:
     }
     if place.on_gpu:
         facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
-    if config.comm.reduction != "canonical":
+    if not stable:
         facts["ranks"] = ranks  # its order of summation is the library's
+    if plugins:
+        facts["plugins"] = dict(sorted(plugins.items()))
     return facts
 
 

@@ -12,10 +12,9 @@ import platform
 import shlex
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
@@ -101,7 +100,7 @@ def findable(config: Config) -> Config:
         path.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"data.dir = {path!r} is no UTF-8, which files of a run are written in: rename it") from None
-    return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, dir=path))
+    return replace(config, data=replace(config.data, dir=path))
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -6,7 +6,7 @@ from unittest import mock
 import cupy
 import numpy as np
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # of the norm; half an ulp of bfloat16 is 2^-9 = 2e-3
 
@@ -45,7 +45,7 @@ def run(function, *arguments):
     """The result of a kernel, the reference not asked, written to arrays that were full of NaN."""
     with poisoned():
         result = function(*arguments)
-    assert not kernels.fallbacks()
+    assert not registry.fallbacks()
     return result
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
 
 import cupy  # noqa: E402  the real one or the stand-in
 
-from mlm_mpi.backend import kernels  # noqa: E402
+from mlm_mpi.backend import choice  # noqa: E402
 from mlm_mpi.backend.cuda import nvrtc  # noqa: E402
 
 BUILDS = set(nvrtc.builds())  # those that test_nvrtc.py compiles
@@ -59,9 +59,9 @@ def gpu(request, monkeypatch):
     if not ON_GPU:
         cupy.seed(request.param)
         monkeypatch.setattr(cupy.cuda.Device, "multiprocessors", PROCESSORS[request.param])
-    device = kernels.select(device="cuda").library
+    device = choice.select(device="cuda").first.library
     yield device
-    kernels.select()
+    choice.select()
     assert_recorded(device.builds)
 
 

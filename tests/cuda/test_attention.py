@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from agreement import TOLERANCE, assert_close, device, poisoned
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.ops import attention
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
@@ -54,11 +54,11 @@ def _fused(q, k, v):
 
 def _only(variant, monkeypatch):
     """Takes the other variants away."""
-    chosen = kernels.selection()
+    chosen = registry.in_force()
     for name in ("attention.forward", "attention.backward"):
-        kept = [entry for entry in chosen.candidates(name) if entry.variant == variant]
+        kept = [pair for pair in chosen.candidates(name) if pair[1].variant == variant]
         if not kept:
-            pytest.skip(f"not on {chosen.level}")
+            pytest.skip(f"not on {chosen.first.level}")
         monkeypatch.setitem(chosen._candidates, name, kept)
 
 
@@ -90,7 +90,7 @@ def _run(q, k, v, do, causal, lengths, draw=None):
     with poisoned():
         o, lse = attention.forward(q, k, v, causal, draw, lengths)
         attention.backward(device(do), q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    assert not kernels.fallbacks()
+    assert not registry.fallbacks()
     return o, lse, dq, dk, dv
 
 
@@ -222,5 +222,5 @@ def test_what_does_not_fit_is_refused(gpu):
 )
 def test_variants_by_capability(gpu, monkeypatch, capability, names):
     monkeypatch.setattr(gpu, "capability", capability)
-    candidates = kernels.selection().candidates("attention.forward")
-    assert [entry.variant for entry in candidates if entry.device == "cuda"] == names
+    candidates = registry.in_force().candidates("attention.forward")
+    assert [kernel.variant for provider, kernel in candidates if provider.name == "CUDA"] == names

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import assert_recorded
 
-from mlm_mpi.backend import kernels
 from mlm_mpi.backend.arrays import bfloat16
 from mlm_mpi.backend.cuda.device import Device
+from mlm_mpi.backend.cuda.provider import KERNELS
 
 GPUS = {"A100": ((8, 0), 108), "H100 PCIe": ((9, 0), 114), "H100": ((9, 0), 132), "B200": ((10, 0), 148)}
 ROWS = (1, 512, 1024, 8192, 32768)
@@ -79,9 +79,9 @@ def calls(rows, width, vocabulary, dtype):
 
 
 def launch(gpu, name, arguments):
-    """By the first kernel that takes it, as in `kernels.select`."""
-    known = [entry for entry in kernels.entries("cuda").values() if entry.name == name and not entry.lacks(gpu)]
-    next(entry for entry in known if not entry.contract(*arguments)).launch(gpu, *arguments)
+    """By the first kernel that takes it, as in `registry.served`."""
+    known = [kernel for kernel in KERNELS[name] if not kernel.lacks(gpu)]
+    next(kernel for kernel in known if not kernel.contract(*arguments)).launch(gpu, *arguments)
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from agreement import device, run, same_bits, shifted
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.ops import cast
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -31,4 +31,4 @@ def test_ties_infinities_and_what_is_no_number(gpu):
 def test_the_same_type_is_left_to_the_reference(gpu, dtype):
     out = device(np.zeros(9, dtype))
     cast.to(device(np.ones(9, dtype)), out)
-    assert kernels.fallbacks() == {"cast.to: the same type": 1} and (out.get().astype("f4") == 1).all()
+    assert registry.fallbacks() == {"cast.to: the same type": 1} and (out.get().astype("f4") == 1).all()

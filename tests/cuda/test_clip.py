@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from agreement import device, run, same_bits, shifted
 
-from mlm_mpi.optim import clip
+from mlm_mpi.params import clip
 
 
 @pytest.mark.parametrize(("size", "block"), [(1, 100), (7, 3), (333, 100), (5000, 512), (5000, 7000), (70_000, 65_536)])

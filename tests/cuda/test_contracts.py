@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from agreement import device
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend.cuda.provider import KERNELS
 from mlm_mpi.rng import key_of
 
 DRAW = (0.3, key_of(1, "test"), 2, 3)
@@ -40,7 +40,7 @@ FITTING = {
     "cast.to": lambda: [vector(), vector(ml_dtypes.bfloat16)],
 }  # fmt: skip
 MODULES = ("mlm_mpi.backend.cuda.elementwise", "mlm_mpi.backend.cuda.rows")
-NAMES = {name for name, entry in kernels.entries("cuda").items() if entry.launch.__module__ in MODULES}
+NAMES = {name for name, entry in KERNELS.entries().items() if entry.launch.__module__ in MODULES}
 
 
 def strided(x):
@@ -78,13 +78,13 @@ def test_every_entry_has_arguments():
 
 @pytest.mark.parametrize("name", FITTING)
 def test_what_fits_is_taken(name):
-    assert kernels.entries("cuda")[name].contract(*FITTING[name]()) == ""
+    assert KERNELS.entries()[name].contract(*FITTING[name]()) == ""
 
 
 @pytest.mark.parametrize("change", [strided, transposed, other_type, other_shape, on_host])
 @pytest.mark.parametrize("name", FITTING)
 def test_what_does_not_fit_is_refused(name, change):
-    contract = kernels.entries("cuda")[name].contract
+    contract = KERNELS.entries()[name].contract
     alone = ("gelu.forward", "clip.squares", "embedding.forward")  # any shape fits
     if change is other_shape and name in alone:
         return
@@ -100,5 +100,5 @@ def test_what_does_not_fit_is_refused(name, change):
 
 
 def test_masks_for_the_cpu_are_refused():
-    contract = kernels.entries("cuda")["dropout.mask"].contract
+    contract = KERNELS.entries()["dropout.mask"].contract
     assert contract(DRAW, (3, 4), 0, "f4") and contract(DRAW, (3, 4), 0, "f8", cupy)

@@ -17,7 +17,8 @@ import gpu_cases  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_workers  # noqa: E402
 
-from mlm_mpi.backend import kernels  # noqa: E402
+from mlm_mpi.backend import choice  # noqa: E402
+from mlm_mpi.backend.cuda.provider import KERNELS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("MLM_MPI_TEST_GPU") == "1", reason="gpu_check.py itself runs on the GPU")
 
@@ -25,16 +26,15 @@ pytestmark = pytest.mark.skipif(os.environ.get("MLM_MPI_TEST_GPU") == "1", reaso
 @pytest.fixture(scope="module")
 def library():
     """The device, while references compute everything."""
-    yield kernels.select(reference="all", device="cuda").library
-    kernels.select()
+    yield choice.select(reference="all", device="cuda").first.library
+    choice.select()
 
 
 def test_every_case_fits_a_kernel(library, dtype):
-    entries = kernels.entries("cuda").values()
     for case in gpu_cases.cases(gpu_cases.SMALL, dtype):
         arguments = case.make(gpu_cases.Bank(cupy, 1, 1 << 10))
-        mine = [entry for entry in entries if entry.name == case.function and not entry.lacks(library)]
-        assert "" in [entry.contract(*arguments) for entry in mine], (case.function, case.name)
+        mine = [kernel for kernel in KERNELS[case.function] if not kernel.lacks(library)]
+        assert "" in [kernel.contract(*arguments) for kernel in mine], (case.function, case.name)
 
 
 def test_the_same_seed_gives_the_same_arrays():
@@ -83,7 +83,7 @@ def test_a_worker_that_never_starts_is_given_up(tmp_path, monkeypatch):
     assert drive.pending is None and not drive.rows and "no CuPy" in drive.words
 
 
-@pytest.mark.parametrize(("cublas", "faster"), [(9.0, "bfloat16 4x4x4 nn"), (11.0, "")])
+@pytest.mark.parametrize(("cublas", "faster"), [(9.0, "bfloat16 4x4x4 nn"), (9.9, ""), (11.0, "")])
 def test_what_cublas_does_faster(cublas, faster):
     variants = {"cuBLAS": {"kind": "peer", "us": cublas}, "plain": {"kind": "ours", "us": 50.0}}
     variants |= {"hopper": {"kind": "ours", "us": 10.0}, "mma": {"kind": "ours", "failed": "wrong"}}

@@ -8,7 +8,7 @@ import pytest
 from conftest import ON_GPU
 from probes import probe
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="a planted bug is undefined behaviour on a GPU")
 
@@ -28,6 +28,9 @@ BUGS = {  # kernel -> how its bug shows: a wrong answer, or what the report says
     "missing_wgmma_wait": WRONG,
     "wgmma_group_never_committed": "wgmma: the block ended before its wait",
     "missing_wgmma_fence": "wgmma: no wgmma.fence since the last wait",
+    "load_between_16_bytes": "TMA load: an innermost coordinate of 2, not a multiple of 16 bytes",
+    "store_between_16_bytes": "TMA store: an innermost coordinate of 2, not a multiple of 16 bytes",
+    "store_before_the_tensor": "TMA store: a negative coordinate, -1",
     "store_without_a_fence": "TMA store: no thread has called fence_proxy_async",
     "store_without_a_wait": "TMA store: the block ended before its wait",
     "tile_reused_before_its_store_has_read_it": WRONG,
@@ -44,14 +47,20 @@ BUGS = {  # kernel -> how its bug shows: a wrong answer, or what the report says
     "misaligned_cp_async": "cp.async: an address that is no multiple of 16",
     "sum_in_the_order_of_arrival": WRONG,
 }
-TILE_OF_Y = ("store_without_a_fence", "store_without_a_wait", "tile_reused_before_its_store_has_read_it")
+TILE_OF_Y = (
+    "store_between_16_bytes",
+    "store_before_the_tensor",
+    "store_without_a_fence",
+    "store_without_a_wait",
+    "tile_reused_before_its_store_has_read_it",
+)
 SHORT = ("write_before_y", "write_behind_shared_memory")  # 125 elements: canaries on the array's own pages
 
 
 @pytest.fixture
 def gpu():
-    yield kernels.select(device="cuda").library
-    kernels.select()
+    yield choice.select(device="cuda").first.library
+    choice.select()
 
 
 def outcome(gpu, name, bug, seed):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from agreement import assert_close, device, run, same_bits, shifted
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import registry
 from mlm_mpi.ops import layernorm
 
 SHAPES = [(19, 7), (9, 768), (3, 1000), (2, 5000)]  # a warp, two and more to a row; few, because each is a compilation
@@ -112,4 +112,4 @@ def test_twice_the_same_bits(gpu, dtype, rng):
 def test_a_row_too_long_for_the_registers_is_refused(gpu, dtype):
     x, weight = device(np.ones((1, 12289), dtype)), device(np.ones(12289, dtype))
     layernorm.forward(x, weight, weight, EPSILON)
-    assert kernels.fallbacks() == {"layernorm.forward: rows too long": 1}
+    assert registry.fallbacks() == {"layernorm.forward: rows too long": 1}

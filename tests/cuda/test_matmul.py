@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from agreement import assert_close, device, poisoned
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.cuda import matmul as launches
+from mlm_mpi.backend.cuda.provider import KERNELS
 from mlm_mpi.ops import linear, matmul
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -21,7 +22,7 @@ F32 = np.dtype(np.float32)
 
 def run(gpu, variant, name, *arguments, **named):
     """A function by one of its kernels, whose contract must hold."""
-    entry = kernels.entries(device="cuda")[f"{name}/{variant}"]
+    entry = KERNELS.entries()[f"{name}/{variant}"]
     assert entry.contract(*arguments, **named) == ""
     with poisoned():
         return entry.launch(gpu, *arguments, **named)
@@ -188,7 +189,7 @@ def test_pieces_of_several_tiles(gpu, variant, epilogues, always_cut, rng, monke
 def test_a_long_sum_is_cut_for_every_block_of_the_gpu(gpu, variant, cut, rng):
     """What `plan` chooses by itself, for as many multiprocessors as there are."""
     tiles, dtype = getattr(launches, f"{variant.upper()}_TILES"), F32 if variant == "plain" else BF16
-    k = max(64 * tile.k + tile.k * tile.blocks * gpu.processors for tile in tiles)
+    k = max(tile.k * int(tile.cut) * (64 + tile.blocks * gpu.processors) for tile in tiles)
     (a, on_a), (b, on_b) = matrix(rng, 9, k, dtype, align=8), matrix(rng, k, 16, dtype, align=8)
     out, on_out = matrix(rng, 9, 16, F32, align=4)
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
@@ -202,9 +203,9 @@ def test_a_long_sum_is_cut_for_every_block_of_the_gpu(gpu, variant, cut, rng):
 def chosen(function, *arguments):
     """The variant that serves a call."""
     name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-    for entry in kernels.selection().candidates(name):
-        if not entry.contract(*arguments):
-            return entry.variant
+    for _, kernel in registry.in_force().candidates(name):
+        if not kernel.contract(*arguments):
+            return kernel.variant
     return "reference"
 
 
@@ -228,7 +229,7 @@ def test_every_variant_is_reached_through_the_ops(gpu):
     y, pre = linear.forward_gelu(x, w, b)
     linear.backward_input(y, w, ones(8, 16))
     linear.backward_weight(y, x, ones(16, 24, dtype=F32), ones(24, dtype=F32), accumulate=True)
-    assert not kernels.fallbacks()
+    assert not registry.fallbacks()
     assert_close(pre, np.full((8, 24), 17.0), BF16)
 
 
@@ -250,12 +251,12 @@ def test_every_variant_is_reached_through_the_ops(gpu):
 )
 def test_what_no_kernel_takes(reason, call):
     for variant in ("plain", "mma", "hopper"):
-        assert reason in kernels.entries(device="cuda")[f"matmul.add/{variant}"].contract(*call())
+        assert reason in KERNELS.entries()[f"matmul.add/{variant}"].contract(*call())
 
 
 def test_a_bias_of_another_shape_or_dtype_is_refused():
     x, w = ones(8, 16), ones(16, 24)
-    contract = kernels.entries(device="cuda")["linear.forward/hopper"].contract
+    contract = KERNELS.entries()["linear.forward/hopper"].contract
     assert contract(x, w, ones(24)) == ""
     assert contract(x, w, ones(16)) and contract(x, w, ones(24, dtype=F32)) and contract(x, w, ones(48)[::2])
     assert contract(x, w, ones(24), ones(8, 16)) and contract(x, w, ones(24), ones(24, 8).T)
@@ -288,6 +289,25 @@ def test_plan_cuts_few_tiles_of_a_long_sum():
     assert shares == tile.count(768, 768)  # too short to be worth a second kernel
 
 
+@pytest.mark.parametrize(
+    ("sizes", "number", "cut"),
+    [
+        ((4096, 4096, 4096), 0, False),
+        ((8192, 8192, 8192), 0, False),
+        ((768, 768, 32768), 1, True),
+        ((768, 2304, 32768), 1, False),
+        ((768, 3072, 32768), 0, False),
+        ((3072, 768, 32768), 0, False),
+        ((512, 768, 50304), 1, True),
+        ((8192, 768, 50304), 1, False),
+    ],
+)
+def test_plan_is_what_an_h200_does_fastest(sizes, number, cut):
+    """Each tile was timed whole and cut (LOG.md, 2026-11-27)."""
+    tile, shares = launches.plan(sizes, launches.HOPPER_TILES, 132)
+    assert (tile, shares != tile.count(*sizes[:2])) == (launches.HOPPER_TILES[number], cut)
+
+
 @pytest.mark.parametrize("processors", [4, 108, 114, 132, 148])
 @pytest.mark.parametrize("kernel", ["PLAIN", "MMA", "HOPPER"])
 def test_plan_never_cuts_finer_than_a_step(kernel, processors, rng):
@@ -305,7 +325,7 @@ def test_cublas_serves_what_was_measured(gpu, tmp_path, monkeypatch):
     table = tmp_path / "cublas.json"
     table.write_text(json.dumps({"architecture": gpu.architecture, "faster": ["float32 8x24x16 nn"]}))
     monkeypatch.setattr(launches, "MEASURED", table)
-    kernels.select(device="cuda")
+    choice.select(device="cuda")
     assert chosen(matmul.add, a, b, out, False) == "cublas"
     assert chosen(matmul.add, a, b, out, True) == "plain"
     assert chosen(matmul.add, b.T, a.T, ones(24, 8, dtype=F32), False) == "plain"

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from mlm_mpi.backend import arrays
+from mlm_mpi.comm.buckets import Setup
 from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.reduction import Nccl
+from mlm_mpi.comm.reductions.nccl import Nccl
 from mlm_mpi.errors import ConfigError
 
 try:
@@ -45,7 +46,7 @@ def test_an_address_is_a_python_int(which):
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_sum_of_one_rank_is_its_own(dtype, overlap):
     place = arrays.gpu(dtype, "float32", 0)
-    reduction = Nccl(Group(), [(0, 7), (7, 100)], 256, dtype, overlap, place)
+    reduction = Nccl(Setup(Group(), 1, [(0, 1)], [(0, 7), (7, 100)], 256, dtype, overlap, place))
     values = np.arange(100).astype(dtype)
     for _ in range(2):
         reduction.begin()

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="sanitizers of g++ see emulated k
 
 RUN = """
 import sys
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice
 from test_harness import outcome
-gpu = kernels.select(device="cuda").library
+gpu = choice.select(device="cuda").first.library
 for name in sys.argv[2:]:
     outcome(gpu, name, int(sys.argv[1]), seed=1)
 """

@@ -5,16 +5,15 @@ from types import SimpleNamespace
 import cupy
 import numpy as np
 import pytest
+from whole import Whole
 
-from mlm_mpi.backend import kernels
+from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
-from mlm_mpi.models import gpt
-from mlm_mpi.optim import make_optimizer
-from mlm_mpi.optim.clip import clip_factor, norm
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.optim import adamw
+from mlm_mpi.params.clip import clip_factor, norm
 
 VOCABULARY = 129
 HEAD = 64  # what the bf16 attention kernels are made for
@@ -28,19 +27,18 @@ def model(dropout=0.0):
 def step(place, dtype, rng, dropout=0.0, updates=2):
     """(losses, norms, gradients of the first update, weights after the last), two micro-batches an update."""
     optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip=0.5)
-    stack = gpt.build(model(dropout), VOCABULARY)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), dtype, place)
+    whole = Whole(model(dropout), VOCABULARY, dtype, place)
+    store, gradient = whole.store, whole.gradient
     store.initialise(7)
-    optimizer, gradient = make_optimizer(optim, store), store.new_buffer()
-    store.point_gradients(gradient)
+    optimizer = adamw.build(optim, store)
     losses, norms, first = [], [], None
     for number in range(updates):
         for micro_batch in range(2):
             ids = rng.integers(0, VOCABULARY, (3, 49)).astype(np.int32)
             mask = rng.random((3, 48)) < 0.9
-            ctx = Context(Mesh(), 1, number, micro_batch, True, micro_batch > 0)
+            ctx = Context(Mesh(), 1, number, micro_batch, True, accumulate=micro_batch > 0)
             inputs = map(place.put, (np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), mask))
-            losses.append(float(stack.loss_and_grad(*inputs, ctx)))
+            losses.append(float(whole.loss_and_grad(*inputs, ctx)))
         first = first or {name: to_host(view).copy() for name, view in store.named(gradient).items()}
         length, broken = norm(store, gradient)
         assert broken is None
@@ -61,8 +59,8 @@ def test_step_equals_numpy(gpu, products, dropout):
     place = gpu_place(np.float32, products, 0)
     assert place.compute == (bfloat16() if products == "bf16" else np.float32)
     losses, norms, gradients, weights = step(place, np.float32, np.random.default_rng(3), dropout)
-    served, fallen = kernels.serving(), kernels.fallbacks()
-    kernels.select("off")
+    served, fallen = registry.serving(), registry.fallbacks()
+    choice.select("off")
     exact = step(cpu("f8"), "f8", np.random.default_rng(3), dropout)
     of_loss, of_norm, of_gradient, of_weights = BOUNDS[products]
     assert losses == pytest.approx(exact[0], rel=of_loss)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from agreement import device, run, same_bits, shifted
 
-from mlm_mpi.backend import kernels, sums
-from mlm_mpi.comm.reduction import merges_of
+from mlm_mpi.backend import registry, sums
+from mlm_mpi.comm.tree import merges_of
 
 TREES = {  # name -> merges, as reductions make them
     "one": [0],
@@ -45,4 +45,4 @@ def test_more_leaves_than_a_launch_takes_are_the_references(gpu, rng):
     out, wanted = device(np.zeros(9, "f4")), np.empty(9, "f4")
     sums.tree([device(leaf) for leaf in leaves], merges, out)
     sums.tree.__wrapped__(list(leaves), merges, wanted)
-    assert same_bits(out, device(wanted)) and kernels.fallbacks() == {"sums.tree: more than 16 leaves": 1}
+    assert same_bits(out, device(wanted)) and registry.fallbacks() == {"sums.tree: more than 16 leaves": 1}

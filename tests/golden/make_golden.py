@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mlm_mpi import config
+from mlm_mpi.models import gpt
+from mlm_mpi.optim import adamw
 from mlm_mpi.rng import key_of, normal
 
 HERE = Path(__file__).parent
 FILE = HERE / "gpt.npz"
 VOCABULARY, ROWS, POSITIONS, STEPS = 61, 3, 21, 3
-MODEL = config.Model(layers=2, width=24, heads=4, context=24, feed_forward=96, init_std=0.2)
-OPTIM = config.Optim(weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, clip=1.0)
+MODEL = gpt.Settings(layers=2, width=24, heads=4, context=24, feed_forward=96, init_std=0.2)
+OPTIM = adamw.Settings(weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, clip=1.0)
 RATES = (1e-2, 2e-2, 1.5e-2)
 
 

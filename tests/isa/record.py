@@ -21,7 +21,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "serial"))
 import test_kernels
 
-from mlm_mpi.backend import cpu, kernels
+from mlm_mpi.backend import choice
+from mlm_mpi.backend.cpu import library
+from mlm_mpi.backend.cpu.matmul import ONE_ROW
+from mlm_mpi.backend.cpu.provider import KERNELS
 
 ARENA = (64 << 30) + (256 << 20)  # free in a process, and where bochs/rom.S maps it
 ARENA_BYTES = 64 << 20
@@ -104,6 +107,7 @@ class Recorder:
 
     def __init__(self, library: Any, arena: Arena) -> None:
         self._library, self._arena = library, arena
+        self.pointer = arena.pointer
         self.product = "matmul_float32"
         self.calls: list[tuple[str, tuple[Any, ...], dict[int, bytes], dict[int, bytes]]] = []
         self.seen: set[str] = set()  # names of all functions called
@@ -116,7 +120,7 @@ class Recorder:
             if function.restype is not None:  # floats of work space
                 return ROOM * function(*arguments)
             self.seen.add(name)
-            for letter, value in zip(cpu._SIGNATURES[name], arguments, strict=True):
+            for letter, value in zip(library.SIGNATURES[name], arguments, strict=True):
                 inside = letter != "p" or value is None or 0 <= value - ARENA < self._arena.used
                 assert inside, f"{name} is given memory outside the arena"
             before = self._arena.contents()
@@ -131,15 +135,12 @@ def record(name: str, case: Any, label: str, recorder: Recorder, arena: Arena) -
     arena.clear()
     copied: dict[int, int] = {}
     arguments = [in_arena(x, arena, copied) for x in case[0]]
-    given, entry = set(arena.pieces), kernels.entries()[name]
+    given, entry = set(arena.pieces), KERNELS.entries()[name]
     reason = entry.contract(*arguments)
-    if reason == cpu.ONE_ROW:
+    if reason == ONE_ROW:
         return []
     assert not reason, f"{label}: {reason}"
-    with (
-        mock.patch.multiple(np, empty=arena.empty, empty_like=arena.like),
-        mock.patch.object(cpu, "_pointer", arena.pointer),
-    ):
+    with mock.patch.multiple(np, empty=arena.empty, empty_like=arena.like):
         result = entry.launch(recorder, *arguments)
     returned = [x.ctypes.data for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
@@ -151,8 +152,8 @@ def record(name: str, case: Any, label: str, recorder: Recorder, arena: Arena) -
     calls = []
     for function, values, before, after in recorder.calls:
         chunks = [chunk(at, arena.pieces[at][1], data, after[at]) for at, data in before.items() if counts(at)]
-        numbers = b"".join(map(argument, cpu._SIGNATURES[function], values))
-        place = sorted(cpu._SIGNATURES).index(function)
+        numbers = b"".join(map(argument, library.SIGNATURES[function], values))
+        place = sorted(library.SIGNATURES).index(function)
         calls.append(CALL.pack(label.encode(), place, arena.used, len(chunks), numbers) + b"".join(chunks))
     recorder.calls.clear()
     return calls
@@ -191,7 +192,7 @@ def functions() -> str:
     types = {"n": "int64_t", "i": "int", "f": "float", "p": "void *"}
     constants = ("ARENA", "ARENA_BYTES", "LABEL_BYTES", "MAX_ARGUMENTS", "POISON")
     lines = [f"#define {name} {globals()[name]:#x}" for name in constants] + ["#define FUNCTIONS \\"]
-    for name, letters in sorted(cpu._SIGNATURES.items()):
+    for name, letters in sorted(library.SIGNATURES.items()):
         parameters = ", ".join(types[letter] for letter in letters)
         arguments = ", ".join(f"a[{i}].{letter}" for i, letter in enumerate(letters))
         lines.append(f"    FUNCTION({name}, ({parameters}), ({arguments})) \\")
@@ -211,11 +212,11 @@ def record_cases(name: str, makers: Any, random: np.random.Generator, recorder: 
 
 
 def main(folder: Path) -> None:
-    level = "avx2" if cpu.runs("avx2") else kernels.select().level
+    level = "avx2" if library.runs("avx2") else choice.select().first.level
     if level == "off" or (level == "base" and platform.machine() == "x86_64"):
         sys.exit("this CPU runs no level with a fused multiply-add: there is nothing to compare with")
     arena, random = Arena(), np.random.default_rng(test_kernels.SEED)
-    recorder = Recorder(kernels.select(level).library, arena)
+    recorder = Recorder(choice.select(level).first.library, arena)
     calls = []
     with np.errstate(all="ignore"):
         for name, (makers, _) in test_kernels.CASES.items():
@@ -223,7 +224,7 @@ def main(folder: Path) -> None:
         recorder.product = "matmul_bf16"  # in plain C, which every level has
         for name in ("matmul.add", "linear.forward"):
             calls += record_cases(name, test_kernels.CASES[name][0], random, recorder, arena)
-    ours = {name for name in cpu._SIGNATURES if not name.endswith("_work")}
+    ours = {name for name in library.SIGNATURES if not name.endswith("_work")}
     if missing := ours - recorder.seen:
         sys.exit(f"no case of tests/serial/test_kernels.py reaches {', '.join(sorted(missing))}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,35 +10,41 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import VOCABULARY, batches, tiny_config
+from whole import Listed, engine_of
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.errors import NumericsError
-from mlm_mpi.train.replica import Replica
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.chain import Chain
+from mlm_mpi.train.measure import measure
 
 
 def train(config, group):
-    replica = Replica(config, VOCABULARY, Mesh(group))
-    replica.store.initialise(config.train.seed)
-    source = batches(config, replica.plan(0, config.train.steps))
-    results = [replica.step(step, source) for step in range(config.train.steps)]
-    return replica, results
+    engine = engine_of(config, VOCABULARY, Mesh(group))
+    engine.machine.store.initialise(config.train.seed)
+    source = batches(config, engine.plan(0, config.train.steps))
+    results = [engine.step(step, source) for step in range(config.train.steps)]
+    return engine, results
 
 
 @pytest.mark.parametrize("overlap", ["true", "false"])
 def test_five_steps_have_the_same_bits_as_on_one_rank(group, overlap):
     config = tiny_config(f"comm.overlap={overlap}")
     alone, expected = train(config, Group())
-    replica, results = train(config, group)
+    engine, results = train(config, group)
     assert [r.loss for r in results] == [r.loss for r in expected]
     assert [r.gradient_norm for r in results] == [r.gradient_norm for r in expected]
-    assert replica.store.weights_sha256() == alone.store.weights_sha256()
-    assert np.array_equal(replica.optimizer.moment2, alone.optimizer.moment2)
+    assert engine.machine.store.weights_sha256() == alone.machine.store.weights_sha256()
+    assert np.array_equal(engine.machine.optimizer.moment2, alone.machine.optimizer.moment2)
 
 
 def test_sgd_too(group):
     config = tiny_config("optim.name=sgd", "model.dropout=0.0")
-    assert train(config, group)[0].store.weights_sha256() == train(config, Group())[0].store.weights_sha256()
+    assert (
+        train(config, group)[0].machine.store.weights_sha256()
+        == train(config, Group())[0].machine.store.weights_sha256()
+    )
 
 
 def test_allreduce_agrees_in_double_precision(group):
@@ -49,71 +56,82 @@ def test_allreduce_agrees_in_double_precision(group):
 def test_the_loss_is_divided_by_the_global_count_once(group):
     """Target counts differ between micro-batches: a mean of means would differ."""
     config = tiny_config("train.dtype=float64", "train.steps=1")
-    replica = Replica(config, VOCABULARY, Mesh(group))
-    replica.store.initialise(config.train.seed)
+    engine = engine_of(config, VOCABULARY, Mesh(group))
+    engine.machine.store.initialise(config.train.seed)
     every = [batches(config, [(0, index)])() for index in range(16)]
-    from mlm_mpi.layers.base import Context
-
-    sums = [
-        replica.stack.loss(b.ids, b.targets, b.mask, Context(seed=3, step=0, micro_batch=b.index, training=True))
-        for b in every
-    ]
-    result = replica.step(0, batches(config, replica.plan(0, 1)))
-    assert result.targets == sum(b.targets_count for b in every)
+    sums = []
+    for batch in every:
+        ctx = Context(seed=3, step=0, micro_batch=batch.index, training=True, batch=batch)
+        hidden, _ = Chain(engine.machine.chain.parts[:-1]).forward((), ctx)
+        engine.machine.chain.parts[-1].forward(hidden, replace(ctx, training=False))
+        sums.append(ctx.tally["loss"])
+    result = engine.step(0, batches(config, engine.plan(0, 1)))
+    assert result.targets == sum(b.count for b in every)
     np.testing.assert_allclose(result.loss, sum(sums) / result.targets, rtol=1e-12)
 
 
 def test_the_first_bucket_leaves_before_the_backward_ends(group):
     config = tiny_config()
-    replica = Replica(config, VOCABULARY, Mesh(group))
-    replica.store.initialise(3)
-    finish, ended = replica.reduction.finish, []
-    replica.reduction.finish = lambda: (ended.append(time.perf_counter()), finish())[1]
-    embedding, embedded = replica.stack.embedding.backward, []
+    engine = engine_of(config, VOCABULARY, Mesh(group))
+    engine.machine.store.initialise(3)
+    finish, ended = engine.machine.reduction.finish, []
+    engine.machine.reduction.finish = lambda: (ended.append(time.perf_counter()), finish())[1]
+    first = engine.machine.chain.parts[0]
+    embedding, embedded = first.backward, []
 
     def last_backward(*arguments):
-        embedding(*arguments)
+        dx = embedding(*arguments)
         embedded.append(time.perf_counter())
+        return dx
 
-    replica.stack.embedding.backward = last_backward
-    replica.step(0, batches(config, replica.plan(0, 1)))
-    assert replica.reduction.first_start_s < embedded[-1] < ended[0]
+    first.backward = last_backward
+    engine.step(0, batches(config, engine.plan(0, 1)))
+    assert engine.machine.reduction.first_start_s < embedded[-1] < ended[0]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_is_named_on_all_ranks_before_any_update(group, where):
     config = tiny_config("model.dropout=0.0")
-    replica = Replica(config, VOCABULARY, Mesh(group))
-    replica.store.initialise(3)
-    before = replica.store.weights_sha256()
-    source, run = batches(config, replica.plan(0, 1)), replica._loss_and_grad
+    engine = engine_of(config, VOCABULARY, Mesh(group))
+    engine.machine.store.initialise(3)
+    before = engine.machine.store.weights_sha256()
+    head, block, source = (
+        engine.machine.chain.parts[-1],
+        engine.machine.chain.parts[2],
+        batches(config, engine.plan(0, 1)),
+    )
 
-    def poisoned(batch, accumulate, ready):
-        loss = run(batch, accumulate, ready if where == "loss" or batch.index != 11 else None)
-        if batch.index == 11 and where == "loss":
-            return float("nan")
-        if batch.index == 11:
-            replica.stack.blocks[1].norm2.gain.grad[3] = np.inf
-            if ready is not None:
-                for block in range(3, -1, -1):
-                    ready(block)
-        return loss
+    def poisoned(part, spoil):
+        backward = part.backward
 
-    replica._loss_and_grad = poisoned
+        def run(dy, saved, ctx):
+            dx = backward(dy, saved, ctx)
+            if ctx.micro_batch == 11:
+                spoil(ctx)
+            return dx
+
+        part.backward = run
+
+    if where == "loss":
+        poisoned(head, lambda ctx: ctx.tally.update(loss=float("nan")))
+    else:
+        poisoned(block, lambda ctx: ctx.grad(block.norm2.gain).put(3, np.inf))
     name = "no parameter" if where == "loss" else "block1.norm2.gain"
     with pytest.raises(NumericsError, match=f"step 0, micro-batch 11: .*{name} is not finite") as caught:
-        replica.step(0, source)
+        engine.step(0, source)
     assert caught.value.agreed
-    assert replica.store.weights_sha256() == before
+    assert engine.machine.store.weights_sha256() == before
 
 
 def test_heldout_loss_is_the_same_on_any_number_of_ranks(group):
     config = tiny_config()
     losses = []
     for ranks in (Group(), group):
-        replica = Replica(config, VOCABULARY, Mesh(ranks))
-        replica.store.initialise(3)
-        losses.append(replica.heldout_loss(lambda number: batches(config, [(9, number)])(), 5))
+        engine = engine_of(config, VOCABULARY, Mesh(ranks))
+        engine.machine.store.initialise(3)
+        every = Listed([batches(config, [(9, number)])() for number in range(5)])
+        machine = engine.machine
+        losses.append(measure(machine.chain, every, 1, 0, machine.mesh, machine.place))
     assert losses[0] == losses[1]
 
 
@@ -122,14 +140,14 @@ def test_a_checkpoint_restores_the_same_bits_with_other_writers(group, writers, 
     from mlm_mpi.train import checkpoint
 
     config = tiny_config("train.steps=2")
-    replica, _ = train(config, group)
+    engine, _ = train(config, group)
     folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
-    saver = checkpoint.Saver(folder, replica.store, replica.state(), b"{}", group, 2, background=writers % 2 == 0)
+    saver = checkpoint.Saver(folder, engine.machine.store, engine.state(), b"{}", group, 2, background=writers % 2 == 0)
     saver.begin(2)
     about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
     assert saver.publish(about) is None
-    other = Replica(config, VOCABULARY, Mesh(Group()))
-    found = checkpoint.resume(folder, other.store, other.state(), group, print)
+    other = engine_of(config, VOCABULARY)
+    found = checkpoint.resume(folder, other.machine.store, other.state(), group, print)
     assert found is not None and found[1].step == 2
-    assert other.store.weights_sha256() == replica.store.weights_sha256()
-    assert np.array_equal(other.optimizer.moment1, replica.optimizer.moment1)
+    assert other.machine.store.weights_sha256() == engine.machine.store.weights_sha256()
+    assert np.array_equal(other.machine.optimizer.moment1, engine.machine.optimizer.moment1)

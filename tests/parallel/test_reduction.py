@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from mlm_mpi.comm.reduction import Allreduce, Canonical, maximal_nodes, middle, plan_lanes
+from mlm_mpi.comm.buckets import Setup
+from mlm_mpi.comm.reductions import allreduce, canonical, naive
+from mlm_mpi.comm.tree import maximal_nodes, middle, plan_lanes
 from mlm_mpi.cut import cut
 
 SEGMENTS = [[(0, 1000)], [(0, 100), (100, 160), (160, 5000)], [(0, 7), (7, 8), (8, 9)]]
@@ -31,24 +33,38 @@ def run_step(reduction, group, lanes, values, segments):
     return reduction.finish()
 
 
+def setup_of(group, lanes, segments, dtype="f4", overlap=True, bucket_bytes=4 * 300):
+    ranges = [cut(lanes, group.size, rank) for rank in range(group.size)]
+    return Setup(group, lanes, ranges, segments, bucket_bytes, dtype, overlap)
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4, 5, 7, 8, 11])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("segments", SEGMENTS, ids=["one block", "three blocks", "tiny blocks"])
 def test_canonical_sum_is_the_tree(group, lanes, overlap, segments):
     if group.size > lanes:
         pytest.skip("more ranks than lanes is refused at the start")
-    ranges = [cut(lanes, group.size, rank) for rank in range(group.size)]
-    reduction = Canonical(group, lanes, ranges, segments, 4 * 300, "f4", overlap)
+    reduction = canonical.build(setup_of(group, lanes, segments, overlap=overlap))
     for step in range(3):
         values = np.random.default_rng([lanes, step]).standard_normal((lanes, segments[-1][1])).astype("f4")
         total = run_step(reduction, group, lanes, values, segments)
         assert np.array_equal(total, tree(values, 0, lanes))
 
 
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_naive_is_the_definition(group, lanes):
+    if group.size > lanes:
+        pytest.skip("more ranks than lanes is refused at the start")
+    reduction = naive.build(setup_of(group, lanes, SEGMENTS[1]))
+    for step in range(2):
+        values = np.random.default_rng([lanes, step]).standard_normal((lanes, 5000)).astype("f4")
+        assert np.array_equal(run_step(reduction, group, lanes, values, SEGMENTS[1]), tree(values, 0, lanes))
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_allreduce_sums_all_lanes(group, overlap):
     segments, lanes = SEGMENTS[1], 8
-    reduction = Allreduce(group, segments, 4 * 300, "f8", overlap)
+    reduction = allreduce.build(setup_of(group, lanes, segments, "f8", overlap))
     for step in range(3):
         values = np.random.default_rng(step).standard_normal((lanes, 5000))
         total = run_step(reduction, group, lanes, values, segments)
@@ -56,8 +72,7 @@ def test_allreduce_sums_all_lanes(group, overlap):
 
 
 def test_a_step_that_differs_from_the_last_leaves_nothing_behind(group):
-    ranges = [cut(8, group.size, rank) for rank in range(group.size)]
-    reduction = Canonical(group, 8, ranges, SEGMENTS[1], 999, "f4", True)
+    reduction = canonical.build(setup_of(group, 8, SEGMENTS[1], bucket_bytes=999))
     run_step(reduction, group, 8, np.full((8, 5000), np.nan, "f4"), SEGMENTS[1])
     total = run_step(reduction, group, 8, np.ones((8, 5000), "f4"), SEGMENTS[1])
     assert (total == 8).all()

@@ -51,15 +51,15 @@ EVERY_TWO = ("checkpoint.every=2", "checkpoint.keep=3")
 FAULTY = """
 import os, sys
 from mlm_mpi.__main__ import entry
-from mlm_mpi.train.replica import Replica
+from mlm_mpi.train.engine import Engine
 
-inner = Replica.step
+inner = Engine.step
 
 def step(self, number, *rest):
     before_step(self.group.rank, number)
     return inner(self, number, *rest)
 
-Replica.step = step
+Engine.step = step
 {fault}
 entry()
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from programs import Place, ended, make_text, prepare, seen
 
-from mlm_mpi.backend import cpu
+from mlm_mpi.backend.cpu import library
 
 slow = pytest.mark.slow
 SEVERAL = pytest.mark.parametrize("ranks", [None, 3])
@@ -76,7 +76,7 @@ def test_junk_from_a_launcher(place, junk):
     assert not (place.folder / "run").exists()
 
 
-@pytest.mark.skipif(cpu.runs(cpu.BF16_LEVEL), reason="this CPU has AVX512-BF16")
+@pytest.mark.skipif(library.runs(library.BF16_LEVEL), reason="this CPU has AVX512-BF16")
 def test_bf16_products_on_a_cpu_without_them(place):
     place.train("run", None, "numerics.products=bf16").refused(
         'numerics.products = "bf16" needs a CPU with AVX512-BF16', 'set numerics.products = "float32"'
@@ -135,7 +135,7 @@ def test_a_flipped_bit_in_a_shard_is_found_before_a_token_is_used(own, ranks):
 
 UNLINK = """
 from pathlib import Path
-from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.stream import TokenStream
 reader = TokenStream._reader
 
 def _reader(self, number):

@@ -19,8 +19,10 @@ from programs import SOON_S, Ended, make_text
 from mlm_mpi.__main__ import main
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.tokenizer import Tokenizer
-from mlm_mpi.tasks import language_model as lm
+from mlm_mpi.generation import Sampling, continue_prompt
+from mlm_mpi.plug import Plugins
 from mlm_mpi.train import checkpoint
+from mlm_mpi.train.trained import load
 
 
 @pytest.fixture
@@ -109,18 +111,18 @@ def test_train_alone_needs_no_mpi(place, without_mpi):
 
 @pytest.mark.parametrize("prompt", ["", "a", "abcde fgh", "a prompt that is longer than the sixteen tokens of context"])
 def test_the_cache_changes_no_text_past_the_end_of_the_context(home, straight, prompt):
-    trained = lm.load(Path(home.folder, "straight"))
+    trained = load(Path(home.folder, "straight"), Plugins())
     ids = [trained.tokenizer.eot, *trained.tokenizer.encode(prompt)]
-    greedy = lm.Sampling(temperature=0)
+    greedy = Sampling(temperature=0)
     texts = []
     for cached in (True, False):
-        continuation = lm.continue_prompt(trained.stack, trained.config.model.context, ids, greedy, cached)
+        continuation = continue_prompt(trained.chain, trained.config.model.context, ids, greedy, cached)
         texts.append([next(continuation) for _ in range(50)])
     assert texts[0] == texts[1]
 
 
 ALTERED = {
-    "model.norm_epsilon": ("norm_epsilon = 0.00001", "norm_epsilon = 0.125"),
+    "model.norm_epsilon": ("norm_epsilon = 1e-05", "norm_epsilon = 0.125"),
     "model.heads": ("heads = 2", "heads = 4"),
     "model.context": ("context = 16", "context = 8"),
     "model.layers": ("layers = 1", "layers = 2"),

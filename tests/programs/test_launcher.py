@@ -390,12 +390,14 @@ def test_the_command_line(monkeypatch, tmp_path):
     launcher.main(parsed("--grace", "5", "--start-timeout", "9", "--", "train", str(config), "--run", "r"))
     launcher.main(parsed("--grace", "5", "--", "prepare"))
     launcher.main(parsed("--", "evaluate"))
+    launcher.main(parsed("--", "generate"))
     train = [sys.executable, "-m", "mlm_mpi", "train", str(config), "--run", "r"]
     assert calls == [
         (train, 2, None, "", Limits(60.0, 300.0, True)),
         (train, 3, None, "", Limits(5.0, 9.0, True)),
         ([*train[:3], "prepare"], 3, None, "", Limits(None, 300.0, True)),
-        ([*train[:3], "evaluate"], 3, None, "", Limits(None, 300.0, False)),
+        ([*train[:3], "evaluate"], 3, None, "", Limits(None, 300.0, True)),
+        ([*train[:3], "generate"], 3, None, "", Limits(None, 300.0, False)),
     ]
     with pytest.raises(LaunchError, match="nothing to run"):
         launcher.main(parsed("-n", "2"))

@@ -1,6 +1,7 @@
 """`prepare` under mpiexec: the same bytes and the same errors on any number of ranks."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -111,3 +112,83 @@ def test_a_wrong_command_line_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
     assert said == ["mlm-mpi: --heldout 2.0 must be in [0, 1)"]
+
+
+PIPE = """
+SUFFIXES = (".pipe",)
+SHARED = {shared}
+
+
+def documents(content):
+    for text in content.text().split("\\n|||\\n"):
+        yield text.__str__
+"""
+
+
+def plugin(folder: Path, content: str) -> Path:
+    (folder / "formats").mkdir(parents=True)
+    (folder / "formats" / "pipe.py").write_text(content)
+    return folder
+
+
+@pytest.fixture
+def piped(tmp_path: Path) -> Path:
+    draw = random.Random(6)
+    folder = tmp_path / "piped"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.pipe").write_text("\n|||\n".join(text(draw, 40) for _ in range(7)))
+    return folder
+
+
+def test_a_format_of_a_plugin_gives_the_same_bytes_on_any_number_of_ranks(piped: Path, tmp_path: Path) -> None:
+    made = []
+    for shared in (True, False):
+        folder = plugin(tmp_path / f"plugins-{shared}", PIPE.format(shared=shared))
+        for ranks in (1, 2, 3) if shared else (1, 2):
+            out = tmp_path / f"out-{shared}-{ranks}"
+            done = on_ranks(ranks, piped, "--out", out, "--vocab", 300, "--heldout", 0.2, "--plugins", folder)
+            assert done.returncode == 0 and "35 read, 35 kept" in done.stdout, done.stderr
+            found = contents(out)
+            digest = hashlib.sha256((folder / "formats" / "pipe.py").read_bytes()).hexdigest()
+            assert json.loads(found.pop("prepared.json"))["plugins"] == {"formats/pipe.py": digest}
+            made.append(found)
+    assert all(found == made[0] for found in made)
+
+
+def said_on_two(tmp_path: Path, *words: object) -> str:
+    """What two ranks say, each with a plug-in folder of its own: tmp_path/0 and tmp_path/1."""
+    program = [sys.executable, "-m", "mlm_mpi", "prepare", *map(str, words)]
+    launcher = str(MPIEXEC if MPIEXEC.exists() else "mpiexec")
+    first, second = ([*program, "--plugins", str(tmp_path / str(rank))] for rank in range(2))
+    done = subprocess.run(
+        [launcher, "--oversubscribe", "--bind-to", "none", "-n", "1", *first, ":", "-n", "1", *second],
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    return said[0]
+
+
+def test_ranks_with_different_plugins_end_with_one_line(piped: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plugin(tmp_path / "0", PIPE.format(shared=True))
+    plugin(tmp_path / "1", PIPE.format(shared=True) + "\n")
+    said = said_on_two(tmp_path, piped, "--out", out)
+    assert "--plugins differ between ranks: formats/pipe.py is " in said and "on rank 1: give all ranks" in said
+    (tmp_path / "1" / "formats" / "pipe.py").unlink()
+    assert "and none on rank 1" in said_on_two(tmp_path, piped, "--out", out)
+    (tmp_path / "1" / "formats" / "pipe.py").write_text("1 / 0\n")
+    assert "rank 1: " in (said := said_on_two(tmp_path, piped, "--out", out)) and "ZeroDivisionError" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("failure", ["1 / 0", "raise SystemExit(0)"])
+def test_a_plugin_that_fails_on_one_rank_ends_all_with_one_line(piped: Path, tmp_path: Path, failure: str) -> None:
+    body = f"    if content.path.name == '1.pipe':\n        {failure}\n    yield content.text()\n"
+    folder = plugin(tmp_path / "plugins", f"SUFFIXES = ('.pipe',)\n\ndef documents(content):\n{body}")
+    done = on_ranks(2, piped, "--out", tmp_path / "out", "--plugins", folder)
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert f"{folder}/formats/pipe.py:5 failed to read {piped}/1.pipe" in said[0]
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from programs import EVERY_TWO, make_text, prepare
 
-from mlm_mpi.backend import cpu
+from mlm_mpi.backend.cpu import library
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
@@ -49,7 +49,7 @@ def test_quiet_says_the_last_words_only(place):
     assert [line.split()[0] for line in run.out.splitlines()] == ["step", "fingerprint", "weights"]
 
 
-@pytest.mark.skipif(not cpu.runs("base"), reason="no compiled library")
+@pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
 def test_bf16_products_learn_as_float32_does(place):
     """In the plain C form, which has the instruction's bits: 30 steps from 5.6 nats end within 2 % of float32."""
     words = ("train.steps=30", "model.dropout=0", "checkpoint.every=0")
@@ -61,14 +61,14 @@ def test_bf16_products_learn_as_float32_does(place):
 
 
 def test_a_pinned_level_trains(place):
-    if not cpu.runs("base"):
+    if not library.runs("base"):
         pytest.skip("no compiled library")
     ended = place.train("run", None, "numerics.level=base", "--max-steps", "1")
     assert ended.code == 0, ended.err
     assert "C kernel (base)" in ended.out
 
 
-@pytest.mark.skipif(not cpu.runs("avx2"), reason="no AVX2, or no compiled library")
+@pytest.mark.skipif(not library.runs("avx2"), reason="no AVX2, or no compiled library")
 def test_another_kind_of_cpu_prints_the_same_line(place, straight):
     """This CPU, which may have AVX-512, as if it had AVX2 only: our kernels, BLAS and NumPy; and with two threads."""
     narrow = place.train("narrow", None, "numerics.level=avx2", "numerics.threads=2")

@@ -18,8 +18,8 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.cut import Box
 from mlm_mpi.data import catalog
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import TokenStream
 from mlm_mpi.data.shards import write_shard
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.files import publishing
 from mlm_mpi.models import gpt

@@ -12,6 +12,7 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.attention import KeyValueCache, SelfAttention
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.linear import ResidualLinear
 from mlm_mpi.ops import attention, dropout
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.params.store import FlatStore
@@ -157,33 +158,34 @@ def test_the_future_is_never_read() -> None:
     assert not np.allclose(changed[:, 150:], o[:, 150:])
 
 
-def _layer(rate: float) -> SelfAttention:
-    layer = SelfAttention("name", 12, 3, 0.4, 0.3, rate, Dropout("drop", rate))
+def _layer(rate: float) -> tuple[SelfAttention, FlatStore]:
+    project = ResidualLinear("name.project", 12, 12, 0.3, Dropout("drop", rate))
+    layer = SelfAttention("name", 3, project, 0.4, Dropout("name.probabilities", rate))
     store = FlatStore([layer.parameters()], Mesh(), "f8")
     store.initialise(0)
-    store.point_gradients(poisoned(store.size))
-    return layer
+    return layer, store
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("queries", [1, 9, 133])
 def test_layer(rate: float, queries: int) -> None:
-    layer = _layer(rate)
-    ctx = Context(training=True, seed=5, step=2, micro_batch=1)
+    layer, store = _layer(rate)
+    grad = store.by_parameter(poisoned(store.size))
+    ctx = Context(training=True, seed=5, step=2, micro_batch=1, gradients=grad)
     r = np.random.default_rng(2)
     x, dy = r.standard_normal((2, queries, 12)), r.standard_normal((2, queries, 12))
     _, saved = layer.forward(x, ctx)
     dx = layer.backward(dy, saved, ctx)
-    for value, gradient in [(x, dx)] + [(p.data, p.grad) for p in layer.parameters()]:
+    for value, gradient in [(x, dx)] + [(p.data, grad[p]) for p in layer.parameters()]:
         directional(lambda: float((layer.forward(x, ctx)[0] * dy).sum()), value, gradient)
-    before = [p.grad.copy() for p in layer.parameters()]
+    before = [grad[p].copy() for p in layer.parameters()]
     layer.backward(dy, saved, replace(ctx, accumulate=True))
     for p, once in zip(layer.parameters(), before, strict=True):
-        assert np.allclose(p.grad, 2 * once, rtol=1e-10, atol=1e-12)
+        assert np.allclose(grad[p], 2 * once, rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_of_a_row_does_not_depend_on_the_tile_that_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = _layer(0.5)
+    layer, _ = _layer(0.5)
     ctx = Context(training=True, seed=5)
     x = np.random.default_rng(2).standard_normal((2, 50, 12))
     whole, _ = layer.forward(x, ctx)
@@ -200,7 +202,7 @@ def test_dropout_differs_between_rows_heads_and_queries() -> None:
 
 
 def test_a_cache_gives_what_the_whole_sequence_gives() -> None:
-    layer = _layer(0.0)
+    layer, _ = _layer(0.0)
     x = np.random.default_rng(2).standard_normal((2, 40, 12))
     whole, _ = layer.forward(x, Context())
     cache = KeyValueCache(40)

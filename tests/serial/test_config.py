@@ -1,16 +1,24 @@
 """Every rule of the configuration, and that its errors name the value, the bound and the remedy."""
 
+import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mlm_mpi import config
+from mlm_mpi.config import reference
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.plug import ROOMS, Plugins
+
+ROOT = Path(__file__).parents[2]
 
 
-def refused(*overrides: str) -> str:
+def refused(*overrides: str, plugins: Plugins | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        config.load(None, overrides)
+        config.load(None, overrides, plugins)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -141,3 +149,216 @@ def test_more_ranks_than_lanes_are_refused_with_the_remedy() -> None:
 def test_a_configuration_is_frozen() -> None:
     with pytest.raises(AttributeError):
         config.load(None).train.steps = 4  # type: ignore[misc]
+
+
+# ---- what each key must be
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=many", "the defaults: train.steps = 'many': expected a whole number, got a string"),
+        ("train.steps=1.5", "the defaults: train.steps = 1.5: expected a whole number, got a number"),
+        ("train.rows=true", "the defaults: train.rows = True: expected a whole number, got true or false"),
+        ("optim.clip=[1]", "the defaults: optim.clip = [1]: expected a number, got an array"),
+        ("comm.overlap=1", "the defaults: comm.overlap = 1: expected true or false, got a whole number"),
+        ("data.dir=2020-01-01", "the defaults: data.dir = datetime.date(2020, 1, 1): expected a string, got a date"),
+        ("train.dtype=float16", "the defaults: train.dtype = 'float16' must be \"float32\" or \"float64\""),
+        ("train.dtype=1", 'the defaults: train.dtype = 1 must be "float32" or "float64"'),
+        ("model.kind=3", "the defaults: model.kind = 3: expected a string, got a whole number"),
+        ("train.rows=0", "train.rows = 0 must be at least 1"),
+        ("eval.every=-1", "eval.every = -1 must not be negative"),
+        ("optim.epsilon=0", "optim.epsilon = 0.0 must be positive"),
+        ("model.dropout=1.0", "model.dropout = 1.0 must be in [0, 1)"),
+        ("optim.clip=inf", "optim.clip = inf must be a finite number"),
+        ("comm.bucket_mib=0", "comm.bucket_mib = 0.0 must be at least 0.001: every bucket is a message to each rank"),
+        ("train.seed=18446744073709551616", "the defaults: train.seed = 18446744073709551616 must fit into 64 bits"),
+        ("comm.reduction=ring", "comm.reduction = 'ring' is no file of reductions/; known: allreduce, canonical"),
+    ],
+)  # fmt: skip
+def test_a_refusal_in_full(override: str, said: str) -> None:
+    assert refused(override).startswith(said)
+
+
+def test_a_long_value_is_cut() -> None:
+    assert len(refused(f"train.steps={'x' * 4000}")) < 200
+
+
+def test_a_whole_number_is_a_number() -> None:
+    clip = config.load(None, ["optim.clip=2"]).optim.clip
+    assert (type(clip), clip) == (float, 2.0)
+
+
+@pytest.mark.parametrize("name", ["optim.clip", "train.steps"])
+def test_a_number_that_no_checkpoint_could_hold(name: str) -> None:
+    for sign in ("", "-"):
+        assert f"{name} = {sign}1000" in refused(f"{name}={sign}1{'0' * 400}")
+
+
+NOT_ZERO = [
+    "model.layers", "model.width", "model.heads", "model.context", "train.steps", "train.micro_batches", "train.rows",
+    "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
+    "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s",
+]  # fmt: skip
+NOT_NEGATIVE = [
+    "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
+    "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
+    "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum",
+]  # fmt: skip
+BELOW_ONE = ["model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"]
+
+
+def of(name: str) -> list[str]:
+    """Overrides under which a key is known."""
+    return ["optim.name=sgd"] if name == "optim.momentum" else []
+
+
+@pytest.mark.parametrize("name", NOT_ZERO)
+def test_zero_is_refused(name: str) -> None:
+    assert f"{name} = 0" in refused(f"{name}=0")
+
+
+@pytest.mark.parametrize("name", [*NOT_ZERO, *NOT_NEGATIVE])
+def test_a_negative_number_is_refused(name: str) -> None:
+    assert f"{name} = -1" in refused(*of(name), f"{name}=-1")
+
+
+@pytest.mark.parametrize("name", BELOW_ONE)
+def test_one_is_refused(name: str) -> None:
+    assert f"{name} = 1" in refused(*of(name), f"{name}=1")
+
+
+def declared() -> list[reference.Declared]:
+    return list(reference.declared(Plugins()))
+
+
+def test_every_number_is_in_the_lists_above() -> None:
+    numbers = {e.full for found in declared() for e in found.entries.values() if e.type in (int, float)}
+    assert numbers == {*NOT_ZERO, *NOT_NEGATIVE}
+
+
+# ---- sections are declared by rooms
+
+
+def test_every_key_says_in_one_sentence_what_it_is() -> None:
+    for found in declared():
+        assert found.says.endswith((".", ")."))
+        for entry in found.entries.values():
+            says = entry.about.says
+            assert says[0].isupper() and says.endswith(".") and says.isprintable(), entry.full
+            assert len(says.split()) >= 5, entry.full
+
+
+def test_every_default_is_its_own_type() -> None:
+    c = config.load(None)
+    for section in dataclasses.fields(c):
+        for field in dataclasses.fields(getattr(c, section.name)):
+            value = getattr(getattr(c, section.name), field.name)
+            assert type(value) in (int, float, bool, str)
+
+
+def test_a_key_of_another_kind_says_whose_it_is() -> None:
+    assert refused("optim.name=sgd", "optim.beta1=0.5") == (
+        'the defaults: unknown key optim.beta1 of optim.name = "sgd"; "adamw" knows it'
+    )
+    assert refused("optim.momentum=0.5").endswith('of optim.name = "adamw"; "sgd" knows it')
+
+
+def test_an_unknown_kind_names_the_nearest_one() -> None:
+    assert refused("optim.name=adam").startswith("optim.name = 'adam' is no file of optim/; did you mean 'adamw'?")
+
+
+def test_a_room_holds_kinds_only() -> None:
+    """`ls` is the registry: whatever else a kind needs stands in another room."""
+    has = {"models": "Settings", "tasks": "Settings", "optim": "Settings", "objectives": "samples", "rates": "rate",
+           "schedules": "instructions", "reductions": "build", "formats": "SUFFIXES"}  # fmt: skip
+    assert set(has) == set(ROOMS)
+    for room, name in has.items():
+        for kind in Plugins().kinds(room):
+            assert hasattr(Plugins().find(room, kind, room), name), f"{room}/{kind}.py"
+
+
+MINE = """
+from dataclasses import dataclass, replace
+from mlm_mpi.config.keys import key
+from mlm_mpi.errors import ConfigError
+
+@dataclass(frozen=True)
+class Settings:
+    '''A model of the user's.'''
+    kind: str = key("mine", says="The run trains this model.", room="models")
+    depth: int = key(says="The model is this deep.", least=1, most=9, unit="layers")
+    width: int = key(0, says="The model is this wide; 0 means twice its depth.")
+
+    def resolved(self) -> "Settings":
+        if self.depth == 7:
+            raise ConfigError("model.depth = 7 does not work: set 8")
+        return replace(self, width=self.width or 2 * self.depth)
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path) -> Plugins:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine.py").write_text(MINE)
+    return Plugins(tmp_path)
+
+
+def test_a_kind_of_the_users_own_declares_its_keys(plugins: Plugins) -> None:
+    mine = ["model.kind=mine"]
+    c = config.load(None, [*mine, "model.depth=3"], plugins)
+    assert config.to_table(c)["model"] == {"kind": "mine", "depth": 3, "width": 6}
+    assert config.from_table(config.to_table(c), "a table", plugins) == c
+    assert refused(*mine, plugins=plugins) == "the defaults: model.depth has no default: set it"
+    assert refused(*mine, "model.depth=10", plugins=plugins) == "model.depth = 10 must be in [1, 9]"
+    assert refused(*mine, "model.depth=7", plugins=plugins) == "model.depth = 7 does not work: set 8"
+    assert refused("model.depth=3", plugins=plugins).endswith('of model.kind = "gpt"; "mine" knows it')
+    assert "no file of models/" in refused(*mine, "model.depth=3")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("depth: int", "depth: list", "Settings.depth is a <class 'list'>: make it int, float, bool, str or a Literal"),
+        ("depth: int", "depth: 'Gone'", "name 'Gone' is not defined: mend it"),
+        ('key(says="The model is this deep.", least=1, most=9, unit="layers")', "3", "depth is not made by key(…)"),
+        ("    kind: str", "    sort: str", "models/mine.py: Settings has no key kind: declare it"),
+        ("class Settings", "class Setting", "models/mine.py has no dataclass Settings"),
+        ("from dataclasses", "from dataklasses", "mine.py does not load: ModuleNotFoundError"),
+    ],
+)
+def test_a_kind_that_is_declared_wrong(plugins: Plugins, tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in MINE
+    (tmp_path / "models" / "mine.py").write_text(MINE.replace(old, new, 1))
+    assert said in refused("model.kind=mine", "model.depth=3", plugins=plugins)
+
+
+ALONE = """
+import os, sys
+import mlm_mpi.backend, mlm_mpi.comm, mlm_mpi.data, mlm_mpi.models, mlm_mpi.monitor, mlm_mpi.optim, mlm_mpi.tasks
+import mlm_mpi.train, mlm_mpi.commands.train
+from mlm_mpi import config
+
+def pin(numerics):
+    assert (numerics.level, numerics.threads) == ("base", 3)
+    assert not {"numpy", "msgspec", "mpi4py"} & set(sys.modules), "loaded too early"
+    config.prepare_environment(numerics)
+
+config.load(None, ["numerics.threads=3", "model.layers=2", "numerics.level=base"], pin=pin)
+assert "numpy" in sys.modules
+assert os.environ["OPENBLAS_NUM_THREADS"] == "3" and os.environ["OPENBLAS_CORETYPE"] == "Nehalem"
+"""
+
+
+def test_numerics_are_read_and_pinned_before_numpy_loads() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_section_in_which_every_character_is_written_as_toml(tmp_path: Path) -> None:
+    c = config.load(None)
+    odd = dataclasses.replace(c, data=dataclasses.replace(c.data, dir="".join(map(chr, range(1, 0x250))) + "😀"))
+    path = tmp_path / "saved.toml"
+    path.write_bytes(config.to_toml(odd).encode())
+    assert config.load(path) == odd

@@ -10,7 +10,7 @@ from collections import namedtuple
 import pytest
 
 from mlm_mpi import doctor, launcher
-from mlm_mpi.backend import cpu
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.errors import ranges
 
 
@@ -111,9 +111,9 @@ def test_one_core_is_a_warning(monkeypatch, no_probe):
 
 
 def test_whether_bf16_products_are_possible(monkeypatch, no_probe):
-    monkeypatch.setattr(cpu, "runs", lambda level: level == "avx512bf16")
+    monkeypatch.setattr(library, "runs", lambda level: level == "avx512bf16")
     assert only("ops", "bf16 products").value == "possible (avx512bf16)"
-    monkeypatch.setattr(cpu, "runs", lambda level: False)
+    monkeypatch.setattr(library, "runs", lambda level: False)
     assert "no AVX512-BF16" in only("ops", "bf16 products").value and not only("ops", "bf16 products").warning
     monkeypatch.setenv("MLM_MPI_BF16", "portable")
     assert "MLM_MPI_BF16=portable computes bf16 products in plain C" in only("ops", "bf16 products").warning

@@ -1,8 +1,11 @@
 """Rows of a table; equal indices add in position order; the tied table."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numerics import directional, poisoned, same_bits, strided
+from whole import batch_of
 
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
@@ -40,18 +43,20 @@ def test_layer_adds_to_the_tied_table_and_writes_every_position() -> None:
     store.initialise(0)
     r = np.random.default_rng(1)
     ids, dy = r.integers(0, 13, (3, 7)), r.standard_normal((3, 7, 4))
-    store.point_gradients(poisoned(store.size))
-    layer.tokens.grad[...] = 2.0  # what the head has written
-    x, saved = layer.forward(ids, Context())
+    grad = store.by_parameter(poisoned(store.size))
+    tokens, positions = grad[layer.tokens], grad[layer.positions]
+    tokens[...] = 2.0  # what the head has written
+    ctx = Context(batch=batch_of(ids, ids), gradients=grad)
+    (x,), saved = layer.forward((), ctx)
     assert np.allclose(x, layer.tokens.data[ids] + layer.positions.data[:7])
-    layer.backward(dy, saved, Context())
+    layer.backward((dy,), saved, ctx)
 
     def objective() -> float:
-        return float((layer.forward(ids, Context())[0] * dy).sum())
+        return float((layer.forward((), ctx)[0][0] * dy).sum())
 
-    directional(objective, layer.tokens.data, layer.tokens.grad - 2.0)
-    directional(objective, layer.positions.data, layer.positions.grad)
-    assert not layer.positions.grad[7:].any()
-    before = layer.positions.grad.copy()
-    layer.backward(dy, saved, Context(accumulate=True))
-    assert np.allclose(layer.positions.grad, 2 * before)
+    directional(objective, layer.tokens.data, tokens - 2.0)
+    directional(objective, layer.positions.data, positions)
+    assert not positions[7:].any()
+    before = positions.copy()
+    layer.backward((dy,), saved, replace(ctx, accumulate=True))
+    assert np.allclose(positions, 2 * before)

@@ -23,9 +23,9 @@ from corpora import contents, run_prepare, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlm_mpi.data import formats
+from mlm_mpi.data import decoding as formats
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import TokenStream
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.text import clean
 from mlm_mpi.errors import ConfigError, DataError
 
@@ -260,7 +260,7 @@ def test_a_folder_that_may_not_be_searched_is_one_line(tmp_path):
 BOMB = """
 import sys
 from pathlib import Path
-from mlm_mpi.data import formats
+from mlm_mpi.data import decoding as formats
 from mlm_mpi.errors import DataError
 
 def peak_mib():

@@ -11,6 +11,7 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.block import FeedForward
 from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.ops import gelu
 from mlm_mpi.params.store import FlatStore
 
@@ -50,14 +51,15 @@ def test_twice_gives_equal_bits_and_nan_stays_visible() -> None:
 
 
 def test_feed_forward() -> None:
-    layer = FeedForward("name", 6, 10, 0.4, 0.3, Dropout("drop", 0.0))
+    down = ResidualLinear("name.down", 10, 6, 0.3, Dropout("drop", 0.0))
+    layer = FeedForward(Linear("name.up", 6, 10, 0.4, cut="out"), down)
     store = FlatStore([layer.parameters()], Mesh(), "f8")
     store.initialise(0)
     r = np.random.default_rng(0)
     x, dy = r.standard_normal((9, 6)), r.standard_normal((9, 6))
-    store.point_gradients(poisoned(store.size))
+    grad = store.by_parameter(poisoned(store.size))
     _, saved = layer.forward(x, Context())
-    dx = layer.backward(dy, saved, Context())
-    pairs = [(x, dx)] + [(p.data, p.grad) for p in layer.parameters()]
+    dx = layer.backward(dy, saved, Context(gradients=grad))
+    pairs = [(x, dx)] + [(p.data, grad[p]) for p in layer.parameters()]
     for value, gradient in pairs:
         directional(lambda: float((layer.forward(x, Context())[0] * dy).sum()), value, gradient)

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole import Whole
 
-from mlm_mpi.backend import cpu, kernels
-from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.backend import choice
+from mlm_mpi.backend.cpu import library
 from mlm_mpi.layers.base import Context
-from mlm_mpi.models import gpt
-from mlm_mpi.models.stack import Stack
-from mlm_mpi.optim import make_optimizer
-from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.optim import adamw
+from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -28,13 +27,12 @@ def record() -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _build(dtype: str = "f8") -> tuple[Stack, FlatStore]:
-    stack = gpt.build(MODEL, VOCABULARY)
-    store = FlatStore(stack.parameter_blocks(), Mesh(), dtype)
+def _build(dtype: str = "f8") -> tuple[Whole, FlatStore]:
+    whole = Whole(MODEL, VOCABULARY, dtype)
+    store = whole.store
     for name, value in store.named(store.data).items():
         value[...] = golden_weights(name, value.shape)
-    store.point_gradients(store.new_buffer())
-    return stack, store
+    return whole, store
 
 
 def _batch(record: dict[str, np.ndarray], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,55 +51,53 @@ def test_names_and_sizes_are_those_that_were_recorded() -> None:
 
 
 def test_loss_and_every_gradient(record: dict[str, np.ndarray]) -> None:
-    stack, store = _build()
-    total = stack.loss_and_grad(*_batch(record, 0), Context(training=True))
+    whole, store = _build()
+    total = whole.loss_and_grad(*_batch(record, 0), Context(training=True))
     assert total == pytest.approx(record["losses"][0], rel=RELATIVE)
     for span in store.spans:
-        _agree(span.parameter.grad, record[f"gradient/{span.parameter.name}"], span.parameter.name)
+        _agree(whole[span.parameter], record[f"gradient/{span.parameter.name}"], span.parameter.name)
 
 
 def test_three_steps_of_adamw_with_clipping(record: dict[str, np.ndarray]) -> None:
     _three_steps(record, "f8", RELATIVE)
 
 
-@pytest.mark.parametrize("level", ["off", *kernels.LEVELS])
+@pytest.mark.parametrize("level", ["off", *library.LEVELS])
 def test_three_steps_in_float32_with_and_without_kernels(record: dict[str, np.ndarray], level: str) -> None:
-    if level != "off" and not cpu.runs(level):
+    if level != "off" and not library.runs(level):
         pytest.skip(f"this CPU or installation cannot run {level}")
-    chosen = kernels.select(level)
+    chosen = choice.select(level)
     try:
         _three_steps(record, "f4", 1e-4)
     finally:
-        kernels.select()
+        choice.select()
     assert not chosen.fallen, "a contract did not hold in training"
 
 
 def test_three_steps_with_bf16_products(record: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 keeps 8 bits: losses and norms agree to 3e-3, which is not what float32 does."""
-    monkeypatch.setenv(cpu.BF16_VARIABLE, "portable")
-    chosen = kernels.select(products="bf16")
+    monkeypatch.setenv(library.BF16_VARIABLE, "portable")
+    chosen = choice.select(products="bf16")
     try:
         _three_steps(record, "f4", 3e-3)
         with pytest.raises(AssertionError):
             _three_steps(record, "f4", 1e-5)
     finally:
-        kernels.select()
+        choice.select()
     assert not chosen.fallen, "a contract did not hold in training"
 
 
 def _three_steps(record: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
-    stack, store = _build(dtype)
-    optimizer = make_optimizer(OPTIM, store)
-    gradient = store.new_buffer()
-    store.point_gradients(gradient)
+    whole, store = _build(dtype)
+    optimizer = adamw.build(OPTIM, store)
     for step, rate in enumerate(RATES):
         ids, targets, mask = _batch(record, step)
-        total = stack.loss_and_grad(ids.astype("i4"), targets.astype("i4"), mask, Context(training=True))
+        total = whole.loss_and_grad(ids.astype("i4"), targets.astype("i4"), mask, Context(training=True))
         assert total == pytest.approx(record["losses"][step], rel=tolerance)
-        length, broken = norm(store, gradient)
+        length, broken = norm(store, whole.gradient)
         length /= mask.sum()
         assert broken is None and length == pytest.approx(record["norms"][step], rel=tolerance)
-        optimizer.step(gradient, rate, clip_factor(OPTIM.clip, length) / mask.sum(), step + 1)
+        optimizer.step(whole.gradient, rate, clip_factor(OPTIM.clip, length) / mask.sum(), step + 1)
     assert min(record["norms"]) > OPTIM.clip, "clipping acts in every step"
     weights = store.named(store.data)
     if dtype == "f8":

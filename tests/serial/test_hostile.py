@@ -392,7 +392,7 @@ def test_the_file_that_was_compared_is_the_file_that_is_read(corpus, monkeypatch
         return found
 
     from mlm_mpi.data.catalog import Catalog
-    from mlm_mpi.data.loader import TokenStream
+    from mlm_mpi.data.stream import TokenStream
 
     monkeypatch.setattr(hashlib, "file_digest", swap)
     stream = TokenStream(Catalog.open(corpus.folder), "train")

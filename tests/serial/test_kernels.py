@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 from numerics import same_bits, strided
 
-from mlm_mpi.backend import arrays, cpu, kernels, sums
+from mlm_mpi.backend import choice, registry, sums
+from mlm_mpi.backend.cpu import elementwise, library
+from mlm_mpi.backend.cpu import matmul as products
+from mlm_mpi.backend.cpu.provider import KERNELS
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
-from mlm_mpi.optim import adamw, clip
+from mlm_mpi.optim import adamw
+from mlm_mpi.params import clip
 from mlm_mpi.rng import key_of, words
 
 MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, sums, adamw, clip)
@@ -30,9 +34,9 @@ RANDOM = np.random.default_rng(SEED)
 NAN = np.nan
 
 AVAILABLE = [
-    level for level in kernels.LEVELS if (kernels.select().library or False) and cpu.runs(level)
+    level for level in library.LEVELS if choice.select().first.library and library.runs(level)
 ]  # fmt: skip
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no kernels: {kernels.selection().reason}")
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"no kernels: {registry.in_force().first.lacks}")
 
 Case = tuple[tuple[Any, ...], tuple[int, ...]]  # arguments, positions of those that are written
 
@@ -167,15 +171,15 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
 
 # tails of every vector width, more than a tile of queries and of keys, more than a block of rows
 SIZES = [(1, 1), (2, 3), (5, 8), (7, 17), (49, 33), (130, 64), (303, 5), (66, 384)]
-NAMES = sorted(kernels.entries())
+NAMES = sorted(KERNELS)
 EPSILON = float(np.finfo("f4").eps)
 
 
 @pytest.fixture(params=AVAILABLE)
 def level(request: pytest.FixtureRequest) -> Any:
     """Each dispatch level this CPU runs."""
-    yield kernels.select(request.param)
-    kernels.select()
+    yield choice.select(request.param)
+    choice.select()
 
 
 def _copy(x: Any, shift: int | None = None) -> Any:
@@ -224,13 +228,13 @@ def test_every_entry_has_a_case_and_every_case_an_entry() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", SIZES)
-def test_against_the_reference_in_float64(name: str, size: tuple[int, int], level: kernels.Selection) -> None:
+def test_against_the_reference_in_float64(name: str, size: tuple[int, int], level: registry.Choice) -> None:
     makers, units = CASES[name]
     for make in makers:
         case = make(size)
         level.fallen.clear()
         got = _call(_function(name), case)
-        allowed = {(name, cpu.ONE_ROW)} if size[0] == 1 else set()
+        allowed = {(name, products.ONE_ROW)} if size[0] == 1 else set()
         assert set(level.fallen) <= allowed, "the kernel did not run"
         expected = _call(_function(name).__wrapped__, _wide(case))
         for a, b in zip(got, expected, strict=True):
@@ -254,7 +258,7 @@ def test_the_same_bits_twice_and_wherever_the_buffers_lie(name, size, level) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_contiguous_or_not_float32_falls_back_and_is_counted(name: str) -> None:
-    chosen = kernels.select()
+    chosen = choice.select()
     for change in (strided, lambda x: x.astype("f8")):
         for make in CASES[name][0]:
             case = make((7, 17))
@@ -266,8 +270,8 @@ def test_what_is_not_contiguous_or_not_float32_falls_back_and_is_counted(name: s
             assert sum(chosen.fallen.values()) > before, "ran a kernel"
             expected = _call(_function(name).__wrapped__, (arguments, case[1]))
             assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
-    assert any(text.startswith(name) for text in kernels.fallbacks())
-    kernels.select()
+    assert any(text.startswith(name) for text in registry.fallbacks())
+    choice.select()
 
 
 # ops whose every output row depends on its input row alone: (name, argument made bad, output looked at)
@@ -318,7 +322,7 @@ LAYOUTS = {
 def test_products_have_the_bits_of_the_order_they_state(shape, lay, level) -> None:  # type: ignore[no-untyped-def]
     m, n, k = shape
     a, b, bias, base = _f(m, k), _f(k, n), _f(n), _f(m, n)
-    fused = level.level != "base" or platform.machine() != "x86_64"
+    fused = level.first.level != "base" or platform.machine() != "x86_64"
     c, zero = base.copy(), np.zeros((m, n), "f4")
     matmul.add(lay(a), lay(b), c, accumulate=True)
     assert same_bits(c, _in_order(a, b, base, fused))
@@ -332,11 +336,11 @@ def test_threads_share_a_product_and_change_no_bit() -> None:
     a, b, bias, base, got = _f(401, 50), _f(50, 70), _f(70), _f(401, 70), []
     try:
         for threads in (1, 2, 3, 8):
-            chosen = kernels.select(threads=threads)
+            chosen = choice.select(threads=threads)
             got += [linear.forward(a, b, bias, base), linear.forward(a[::-1], b, bias)[::-1], matmul.product(a[:97], b)]
             assert not chosen.fallen
     finally:
-        kernels.select()
+        choice.select()
     assert all(same_bits(np.ascontiguousarray(x), np.ascontiguousarray(got[i % 3])) for i, x in enumerate(got))
     assert same_bits(got[2], got[5]) and same_bits(matmul.product(a, b)[:97], got[2])
 
@@ -367,10 +371,10 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, start: np.ndarray) -> np.ndarr
 
 
 @pytest.fixture
-def bf16(level: kernels.Selection, monkeypatch: pytest.MonkeyPatch) -> kernels.Selection:
+def bf16(level: registry.Choice, monkeypatch: pytest.MonkeyPatch) -> registry.Choice:
     """bf16 products in the plain C of each dispatch level; the fixture `level` puts float32 back."""
-    monkeypatch.setenv(cpu.BF16_VARIABLE, "portable")
-    return kernels.select(level.level, products="bf16")
+    monkeypatch.setenv(library.BF16_VARIABLE, "portable")
+    return choice.select(level.first.level, products="bf16")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -385,10 +389,10 @@ def test_bf16_products_have_the_bits_of_the_instruction(shape, lay, scale, bf16)
     if scale == 1:  # where nothing is flushed to zero
         exact = _rounded_to_bf16(a).astype("f8") @ _rounded_to_bf16(b) + bias + base
         assert np.abs(got - exact).max() <= 16 * EPSILON * np.abs(exact).max()
-    assert not bf16.fallen and "bf16 products in plain C" in kernels.summary()
+    assert not bf16.fallen and "bf16 products in plain C" in registry.summary()
 
 
-def test_operands_are_rounded_to_nearest_even(bf16: kernels.Selection) -> None:
+def test_operands_are_rounded_to_nearest_even(bf16: registry.Choice) -> None:
     unit = 2.0**-7
     x = np.array([1 + unit / 2, 1 + 3 * unit / 2, 1 + unit / 2 + 2**-20, -1 - unit / 2, 1e-39, 3e38], "f4")
     got = matmul.product(np.stack([x, x]), np.eye(6, dtype="f4"))[0]
@@ -402,32 +406,32 @@ def test_operands_are_rounded_to_nearest_even(bf16: kernels.Selection) -> None:
         assert finite[:4].all() and finite[5:].all() and not finite[4].any()
 
 
-@pytest.mark.skipif(not cpu.runs(cpu.BF16_LEVEL), reason="this CPU has no AVX512-BF16")
+@pytest.mark.skipif(not library.runs(library.BF16_LEVEL), reason="this CPU has no AVX512-BF16")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 2e-19])
 def test_the_bf16_instruction_gives_the_bits_of_the_plain_c(shape, scale, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     m, n, k = shape
     a, b, got = _f(m, k, scale=scale), _f(k, n, scale=scale), []
     try:
-        kernels.select(products="bf16")
+        choice.select(products="bf16")
         got.append(matmul.product(a, b))
-        monkeypatch.setenv(cpu.BF16_VARIABLE, "portable")
-        kernels.select(products="bf16")
+        monkeypatch.setenv(library.BF16_VARIABLE, "portable")
+        choice.select(products="bf16")
         got.append(matmul.product(a, b))
     finally:
-        kernels.select()
+        choice.select()
     assert same_bits(*got)
 
 
-@pytest.mark.skipif(cpu.runs(cpu.BF16_LEVEL), reason="this CPU has AVX512-BF16")
+@pytest.mark.skipif(library.runs(library.BF16_LEVEL), reason="this CPU has AVX512-BF16")
 def test_bf16_without_the_instruction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cpu.BF16_VARIABLE, raising=False)
+    monkeypatch.delenv(library.BF16_VARIABLE, raising=False)
     with pytest.raises(ConfigError, match=r'numerics.products = "bf16" needs a CPU with AVX512-BF16 .* set'):
-        kernels.select(products="bf16")
-    assert kernels.summary() == f"C kernel ({AVAILABLE[-1]})", "the selection before stands"
+        choice.select(products="bf16")
+    assert registry.summary() == f"C kernel ({AVAILABLE[-1]})", "the selection before stands"
 
 
-def test_a_product_with_nothing_in_it_is_the_references(level: kernels.Selection) -> None:
+def test_a_product_with_nothing_in_it_is_the_references(level: registry.Choice) -> None:
     out = _f(3, 4)
     expected = out.copy()
     matmul.add(_f(3, 0), _f(0, 4), out, accumulate=True)
@@ -452,7 +456,7 @@ def test_what_is_not_finite_stays_in_its_row_as_in_the_reference(name, position,
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_attention_shows_what_is_not_finite(bad: float, level: kernels.Selection) -> None:
+def test_attention_shows_what_is_not_finite(bad: float, level: registry.Choice) -> None:
     make = _attention_backward(True, None)
     for position in range(3):
         case = make((70, 16))
@@ -468,7 +472,7 @@ def test_attention_shows_what_is_not_finite(bad: float, level: kernels.Selection
     assert not level.fallen
 
 
-def test_extreme_scores_pick_one_key(level: kernels.Selection) -> None:
+def test_extreme_scores_pick_one_key(level: registry.Choice) -> None:
     q, k = np.full((1, 1, 2, 4), 200, "f4"), np.full((1, 1, 300, 4), -200, "f4")
     k[0, 0, 270] = 200
     v = _f(1, 1, 300, 4)
@@ -479,14 +483,14 @@ def test_extreme_scores_pick_one_key(level: kernels.Selection) -> None:
     assert all(np.isfinite(g).all() for g in gradients)
 
 
-def test_gelu_is_accurate_relative_to_each_element(level: kernels.Selection) -> None:
+def test_gelu_is_accurate_relative_to_each_element(level: registry.Choice) -> None:
     x = np.concatenate([np.linspace(-5, 30, 400_001), [-1e4, -60, 0, 1e-30, 1e4]]).astype("f4")
     exact, got = gelu.forward.__wrapped__(x.astype("f8")[None])[0], gelu.forward(x[None])[0]
     assert (np.abs(got - exact) <= 3e-6 * np.abs(exact) + 1e-30)[np.abs(x) < 4].all()
     assert np.allclose(got, exact, rtol=2e-6, atol=1e-9)
 
 
-def test_exp_is_within_two_units_in_the_last_place(level: kernels.Selection) -> None:
+def test_exp_is_within_two_units_in_the_last_place(level: registry.Choice) -> None:
     """exp(x − 0) through the softmax: rows (x, 0 wanted) whose maximum is 0."""
     x = np.concatenate([np.linspace(-104, 0, 500_001), [-1e30, -np.inf]]).astype("f4")
     logits = np.stack([np.zeros_like(x), x], axis=1)
@@ -496,7 +500,7 @@ def test_exp_is_within_two_units_in_the_last_place(level: kernels.Selection) -> 
     assert (np.abs(logits[:, 1] - exact) / unit).max() < 4  # exp, the sum and the division
 
 
-def test_masks_are_those_of_rng(level: kernels.Selection) -> None:
+def test_masks_are_those_of_rng(level: registry.Choice) -> None:
     draw = _draw(0.25)
     for start in (0, 1, 2, 3, 1001, 2**33 + 2):
         drawn = words(draw.key, start, 777, draw.step, draw.micro_batch)
@@ -507,7 +511,7 @@ def test_masks_are_those_of_rng(level: kernels.Selection) -> None:
     assert not level.fallen
 
 
-def test_a_tree_of_sums_has_the_references_bits_and_may_end_in_a_leaf(level: kernels.Selection) -> None:
+def test_a_tree_of_sums_has_the_references_bits_and_may_end_in_a_leaf(level: registry.Choice) -> None:
     merges = (0, 1, 0, 2, 0, 1, 2)
     leaves = _f(len(merges), 100_003)
     expected = np.empty(leaves.shape[1], "f4")
@@ -520,7 +524,7 @@ def test_a_tree_of_sums_has_the_references_bits_and_may_end_in_a_leaf(level: ker
         assert same_bits(own[at], expected)
     assert not level.fallen
     for wrong in ((0, 1, 0), (1, 0, 0, 0, 0, 0, 0), (0, 2, 0, 2, 0, 1, 1), (0,) * 7, (*[0] * 39, 39)):
-        assert cpu._fit_sums([expected] * len(wrong), wrong, expected).startswith("no tree")
+        assert elementwise._fit_sums([expected] * len(wrong), wrong, expected).startswith("no tree")
 
 
 @pytest.mark.skipif("avx512" not in AVAILABLE, reason="this CPU has no AVX-512")
@@ -530,10 +534,10 @@ def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
         for size in SIZES:
             case, got = make(size), []
             for wanted in ("avx2", "avx512"):
-                kernels.select(wanted)
+                choice.select(wanted)
                 got.append(_call(_function(name), case))
             assert all(same_bits(a, b) for a, b in zip(*got, strict=True))
-    kernels.select()
+    choice.select()
 
 
 def test_ids_out_of_bounds_never_reach_a_kernel() -> None:
@@ -546,40 +550,40 @@ def test_ids_out_of_bounds_never_reach_a_kernel() -> None:
 def test_selection_by_level_and_op() -> None:
     x = _f(3, 5)
     try:
-        assert kernels.select("off").library is None and set(kernels.serving().values()) != set()
-        assert all("reference" in by for by in kernels.serving().values())
+        assert choice.select("off").first.library is None and set(registry.serving().values()) != set()
+        assert all("reference" in by for by in registry.serving().values())
         assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x))
-        kernels.select("auto", "gelu, attention")
-        assert "asks for it" in kernels.serving()["gelu"] and "C kernel" in kernels.serving()["layernorm"]
-        assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x)) and not kernels.fallbacks()
-        assert all("reference" in by for by in kernels.serving("float64").values())
+        choice.select("auto", "gelu, attention")
+        assert "asks for it" in registry.serving()["gelu"] and "C kernel" in registry.serving()["layernorm"]
+        assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x)) and not registry.fallbacks()
+        assert all("reference" in by for by in registry.serving("float64").values())
         with pytest.raises(ConfigError, match="names 'gelo'"):
-            kernels.select("auto", "gelo")
+            choice.select("auto", "gelo")
         if "avx512" not in AVAILABLE:
             with pytest.raises(ConfigError, match="avx512"):
-                kernels.select("avx512")
+                choice.select("avx512")
     finally:
-        kernels.select()
+        choice.select()
 
 
 def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv(cpu.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     try:
-        assert kernels.select().level == "off" and "cannot be loaded" in kernels.serving()["gelu"]
+        assert choice.select().first.level == "off" and "cannot be loaded" in registry.serving()["gelu"]
         x = _f(3, 5)
         assert same_bits(gelu.forward(x), gelu.forward.__wrapped__(x))
     finally:
         monkeypatch.undo()
-        kernels.select()
+        choice.select()
 
 
 def test_keep_freed_memory_is_there() -> None:
-    assert isinstance(arrays.keep_freed_memory(), bool) and ctypes.sizeof(cpu._Draw) == 24
+    assert isinstance(choice.keep_freed_memory(), bool) and ctypes.sizeof(library.Draw) == 24
 
 
-def test_what_only_a_gpu_does_is_left_to_the_references(level: kernels.Selection) -> None:
+def test_what_only_a_gpu_does_is_left_to_the_references(level: registry.Choice) -> None:
     case, copy = _adamw((7, 17)), np.zeros(7 * 17, "f4")
     adamw.update(*case[0], copy)
     assert same_bits(copy, case[0][0]), "the copy is p after the update"
-    assert "adamw.update: working copy" in kernels.fallbacks()
-    assert dropout.mask(_draw(), (3, 5), 0, "f4", np).shape == (3, 5) and len(kernels.fallbacks()) == 1
+    assert "adamw.update: working copy" in registry.fallbacks()
+    assert dropout.mask(_draw(), (3, 5), 0, "f4", np).shape == (3, 5) and len(registry.fallbacks()) == 1

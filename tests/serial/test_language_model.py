@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from whole import Whole
 
-from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.config import Model
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.models import gpt
-from mlm_mpi.params.store import FlatStore
-from mlm_mpi.tasks.language_model import Quality, Sampling, choose, continue_prompt
+from mlm_mpi.generation import Sampling, choose, continue_prompt
+from mlm_mpi.models.gpt import Settings
+from mlm_mpi.tasks.language_model import quality
+from mlm_mpi.train.measure import Sums
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
 
@@ -71,11 +71,11 @@ def test_impossible_sampling_is_refused(bad):
 
 
 def test_cached_and_uncached_continuations_agree_beyond_the_context():
-    stack = gpt.build(Model(layers=2, width=24, heads=3, context=16, feed_forward=48, init_std=0.3), 40)
-    FlatStore(stack.parameter_blocks(), Mesh(), "f8").initialise(2)
+    whole = Whole(Settings(layers=2, width=24, heads=3, context=16, feed_forward=48, init_std=0.3), 40)
+    whole.store.initialise(2)
     greedy = Sampling(temperature=0)
     texts = [
-        list(itertools.islice(continue_prompt(stack, 16, [1, 2, 3], greedy, cached=cached), 60))
+        list(itertools.islice(continue_prompt(whole.chain, 16, [1, 2, 3], greedy, cached=cached), 60))
         for cached in (True, False)
     ]
     assert texts[0] == texts[1]
@@ -83,4 +83,4 @@ def test_cached_and_uncached_continuations_agree_beyond_the_context():
 
 
 def test_bits_per_character_compare_across_tokenizers():
-    assert Quality(loss=np.log(2.0), tokens=300, characters=100).bits_per_character == pytest.approx(3.0)
+    assert quality(Sums(300 * np.log(2.0), 300), 100)["bits_per_character"] == pytest.approx(3.0)

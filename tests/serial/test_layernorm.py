@@ -84,7 +84,7 @@ def test_layer() -> None:
     x, _, _, dy = _draw(9, 6)
     y, saved = layer.forward(x, Context())
     assert np.allclose(y.mean(axis=1), 0, atol=1e-12) and np.allclose(y.var(axis=1), 1, atol=1e-3)
-    store.point_gradients(poisoned(store.size))
-    dx = layer.backward(dy, saved, Context())
-    for value, gradient in ((x, dx), (layer.gain.data, layer.gain.grad), (layer.bias.data, layer.bias.grad)):
+    grad = store.by_parameter(poisoned(store.size))
+    dx = layer.backward(dy, saved, Context(gradients=grad))
+    for value, gradient in ((x, dx), *((p.data, grad[p]) for p in layer.parameters())):
         directional(lambda: float((layer.forward(x, Context())[0] * dy).sum()), value, gradient)

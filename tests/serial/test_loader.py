@@ -8,10 +8,13 @@ import h5py
 import numpy as np
 import pytest
 from corpora import run_prepare, write_texts
+from whole import mask_of
 
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import Loader, TokenStream, heldout_batches, heldout_count
-from mlm_mpi.data.sampler import Sampler, windows_of
+from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.objectives import causal
+from mlm_mpi.data.sampler import Sampler
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.errors import DataError
 
 T, B, M = 16, 4, 3
@@ -35,8 +38,8 @@ def everything(catalog, split):
 
 @pytest.fixture
 def loader(catalog):
-    stream = TokenStream(catalog, "train")
-    made = Loader(stream, Sampler(0, windows_of(stream.tokens, T), M, B), T, prefetch=2)
+    samples = causal.samples(TokenStream(catalog, "train"), T, training=True)
+    made = Loader(samples, Sampler(0, len(samples), M, B), prefetch=2)
     yield made
     made.close()
 
@@ -45,9 +48,17 @@ PLAN = [(step, index) for step in range(5) for index in range(M)]
 
 
 def same(a, b):
-    return (
-        (a.step, a.index) == (b.step, b.index) and np.array_equal(a.ids, b.ids) and np.array_equal(a.targets, b.targets)
-    )
+    arrays = zip(a.arrays(), b.arrays(), strict=True)
+    return (a.step, a.index) == (b.step, b.index) and all(np.array_equal(x, y) for x, y in arrays)
+
+
+def heldout_batches(stream, context, rows, windows=0):
+    """What `measure` asks for."""
+    samples = causal.samples(stream, context, training=False)
+    total = min(len(samples), windows or len(samples))
+    rows = min(rows, total)
+    for number in range(-(-total // rows)):
+        yield samples.batch(range(number * rows, min((number + 1) * rows, total)), 0, number, rows)
 
 
 @pytest.mark.parametrize("open_shards", [1, 2, 32])
@@ -79,11 +90,12 @@ def test_micro_batch_is_its_windows(catalog, loader):
     whole = everything(catalog, "train")
     for step, index in PLAN:
         made = loader.micro_batch(step, index)
-        assert made.ids.shape == made.targets.shape == (B, T) and made.ids.dtype == made.targets.dtype == np.int32
-        assert made.mask is None and made.targets_count == B * T
+        ids, targets = made.inputs["ids"], made.targets["ids"]
+        assert ids.shape == targets.shape == (B, T) and ids.dtype == targets.dtype == np.int32
+        assert "mask" not in made.targets and made.count == B * T
         for row, window in enumerate(loader._sampler.positions(step, index)):
-            assert np.array_equal(made.ids[row], whole[window * T : window * T + T])
-            assert np.array_equal(made.targets[row], whole[window * T + 1 : window * T + T + 1])
+            assert np.array_equal(ids[row], whole[window * T : window * T + T])
+            assert np.array_equal(targets[row], whole[window * T + 1 : window * T + T + 1])
 
 
 def test_thread_follows_the_plan(loader):
@@ -176,28 +188,28 @@ def test_heldout_covers_every_target_once(catalog, context, rows):
     stream = TokenStream(catalog, "heldout")
     whole = everything(catalog, "heldout").astype(np.int32)
     made = list(heldout_batches(stream, context, rows))
-    assert len(made) == heldout_count(stream.tokens, context, rows)
-    assert sum(m.targets_count for m in made) == stream.tokens - 1
-    full = [np.ones_like(m.ids, bool) if m.mask is None else m.mask for m in made]
-    assert np.array_equal(np.concatenate([m.ids[k] for m, k in zip(made, full, strict=True)]), whole[:-1])
-    assert np.array_equal(np.concatenate([m.targets[k] for m, k in zip(made, full, strict=True)]), whole[1:])
-    assert all(m.targets_count == k.sum() for m, k in zip(made, full, strict=True))
+    assert sum(m.count for m in made) == stream.tokens - 1
+    full = [mask_of(m) for m in made]
+    ids, targets = ([m.inputs["ids"] for m in made], [m.targets["ids"] for m in made])
+    assert np.array_equal(np.concatenate([m[k] for m, k in zip(ids, full, strict=True)]), whole[:-1])
+    assert np.array_equal(np.concatenate([m[k] for m, k in zip(targets, full, strict=True)]), whole[1:])
+    assert all(m.count == k.sum() for m, k in zip(made, full, strict=True))
     windows = -(-(stream.tokens - 1) // context)
-    assert {m.ids.shape for m in made} == {(min(rows, windows), context)}
+    assert {m.shape for m in ids} == {(min(rows, windows), context)}
 
 
 def test_more_heldout_rows_than_windows_cost_nothing(catalog):
     """A hundred billion rows were allocated, after the training."""
     stream = TokenStream(catalog, "heldout")
     (whole,) = heldout_batches(stream, T, 10**11)
-    assert whole.targets_count == stream.tokens - 1 and whole.ids.size < 2 * stream.tokens
+    assert whole.count == stream.tokens - 1 and whole.inputs["ids"].size < 2 * stream.tokens
 
 
 def test_heldout_of_some_windows(catalog):
     stream = TokenStream(catalog, "heldout")
     made = list(heldout_batches(stream, T, 4, windows=10))
-    assert [m.index for m in made] == [0, 1, 2] and sum(m.targets_count for m in made) == 10 * T
-    assert made[0].mask is None and made[2].mask is not None and made[2].mask.sum(axis=1).tolist() == [T, T, 0, 0]
+    assert [m.index for m in made] == [0, 1, 2] and sum(m.count for m in made) == 10 * T
+    assert "mask" not in made[0].targets and made[2].targets["mask"].sum(axis=1).tolist() == [T, T, 0, 0]
 
 
 def test_heldout_without_text(tmp_path, capsys):
@@ -206,4 +218,4 @@ def test_heldout_without_text(tmp_path, capsys):
     stream = TokenStream(Catalog.open(tmp_path / "out"), "heldout")
     assert stream.read(0, 0).size == 0
     with pytest.raises(DataError, match="heldout has 0 tokens, a target needs 2: prepare with a larger --heldout"):
-        next(heldout_batches(stream, T, B))
+        causal.samples(stream, T, training=False).batch([0], 0, 0)

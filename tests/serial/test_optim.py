@@ -2,17 +2,15 @@
 
 import math
 
-import msgspec
 import numpy as np
 import pytest
 
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.config import Optim
-from mlm_mpi.optim import make_optimizer
-from mlm_mpi.optim.clip import BLOCK_ELEMENTS, clip_factor, norm
-from mlm_mpi.optim.schedule import learning_rate
+from mlm_mpi.optim import adamw, sgd
+from mlm_mpi.params.clip import BLOCK_ELEMENTS, clip_factor, norm
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import FlatStore, Parameter
+from mlm_mpi.rates import constant, cosine, learning_rate, linear
 
 
 def store_of(dtype="f8", rows=700):
@@ -32,9 +30,9 @@ def gradient_of(store, seed):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_adamw_is_its_formula(decay):
-    optim = Optim(weight_decay=decay)
+    optim = adamw.Settings(weight_decay=decay)
     store = store_of()
-    optimizer = make_optimizer(optim, store)
+    optimizer = adamw.build(optim, store)
     p = {n: v.copy() for n, v in store.named(store.data).items()}
     m = {n: np.zeros_like(v) for n, v in p.items()}
     v = {n: np.zeros_like(w) for n, w in p.items()}
@@ -54,7 +52,7 @@ def test_adamw_is_its_formula(decay):
 
 def test_sgd_is_its_formula():
     store = store_of()
-    optimizer = make_optimizer(Optim(name="sgd", momentum=0.8, weight_decay=0.1), store)
+    optimizer = sgd.build(sgd.Settings(momentum=0.8, weight_decay=0.1), store)
     before = {n: w.copy() for n, w in store.named(store.data).items()}
     flats = [gradient_of(store, number) for number in (1, 2)]
     for number, flat in enumerate(flats, 1):
@@ -66,10 +64,10 @@ def test_sgd_is_its_formula():
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_gaps_between_parameters_stay_zero(name):
+@pytest.mark.parametrize("kind", [adamw, sgd])
+def test_gaps_between_parameters_stay_zero(kind):
     store = store_of()
-    optimizer = make_optimizer(Optim(name=name), store)
+    optimizer = kind.build(kind.Settings(), store)
     optimizer.step(gradient_of(store, 1), 0.1, 1.0, 1)
     used = np.zeros(store.size, bool)
     for span in store.spans:
@@ -78,15 +76,17 @@ def test_gaps_between_parameters_stay_zero(name):
 
 
 def test_schedules_at_their_corners():
-    optim = Optim(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
-    assert learning_rate(optim, 110, 0) == 0.1
-    assert learning_rate(optim, 110, 9) == 1.0
-    assert learning_rate(optim, 110, 10) == 1.0
-    assert learning_rate(optim, 110, 60) == pytest.approx(0.55)
-    assert learning_rate(optim, 110, 110) == pytest.approx(0.1)
-    linear = msgspec.structs.replace(optim, schedule="linear")
-    assert learning_rate(linear, 110, 85) == pytest.approx(0.1 + 0.9 * 0.25)
-    assert learning_rate(msgspec.structs.replace(optim, schedule="constant"), 110, 100) == 1.0
+    def at(step, kind=cosine, warmup=10):
+        return learning_rate(1.0, warmup, 0.1, kind.rate, 110, step)
+
+    assert at(0) == 0.1
+    assert at(9) == 1.0
+    assert at(10) == 1.0
+    assert at(60) == pytest.approx(0.55)
+    assert at(110) == pytest.approx(0.1)
+    assert at(85, linear) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert at(100, constant) == 1.0
+    assert at(0, warmup=0) == 1.0
 
 
 def test_norm_is_exact_in_float64_and_names_what_is_not_finite():

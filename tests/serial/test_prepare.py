@@ -18,8 +18,8 @@ import mlm_mpi
 from mlm_mpi import files
 from mlm_mpi.data import prepare
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.loader import TokenStream
 from mlm_mpi.data.shards import ShardReader
+from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.errors import ConfigError, DataError
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlm_mpi.data.sampler import Sampler, windows_of
+from mlm_mpi.data.objectives.causal import windows_of
+from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import DataError
 from mlm_mpi.rng import key_of, permute
 

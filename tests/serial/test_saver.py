@@ -8,7 +8,6 @@ import pytest
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.config import Model
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import checkpoint
@@ -18,7 +17,7 @@ ABOUT = {"config": {}, "vocabulary": 40, "catalog": "", "fingerprint": {}}
 
 def saver(folder: Path, tokenizer: bytes = b"{}") -> checkpoint.Saver:
     """One that keeps a single checkpoint."""
-    stack = gpt.build(Model(layers=1, width=8, heads=1, context=8, feed_forward=8), 40)
+    stack = gpt.build(gpt.Settings(layers=1, width=8, heads=1, context=8, feed_forward=8), 40)
     store = FlatStore(stack.parameter_blocks(), Mesh(), "f4")
     store.initialise(1)
     return checkpoint.Saver(folder, store, {"weights": store.data}, tokenizer, Group(), 1, background=False)

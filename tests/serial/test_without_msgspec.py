@@ -8,30 +8,34 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 STEP = """
-from types import SimpleNamespace
-
 import numpy as np
 
+from mlm_mpi.backend import choice
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.layers.base import Context
+from mlm_mpi.data.batch import Batch
+from mlm_mpi.layers.base import Context, Sizes
+from mlm_mpi.layers.chain import Chain
+from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.models import gpt
-from mlm_mpi.optim import make_optimizer
-from mlm_mpi.optim.clip import clip_factor, norm
+from mlm_mpi.optim import adamw
+from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore
 
-model = SimpleNamespace(
-    layers=1, width=8, heads=2, context=4, feed_forward=32, dropout=0.0, init_std=0.02, norm_epsilon=1e-5
-)
-optim = SimpleNamespace(name="adamw", beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
-stack = gpt.build(model, 11)
-store = FlatStore(stack.parameter_blocks(), Mesh(), "float32")
+model = gpt.Settings(layers=1, width=8, heads=2, context=4).resolved()
+choice.select()
+trunk = gpt.build(model, Sizes(11))
+chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
+store = FlatStore(chain.parameter_blocks(), Mesh(), "float32")
 store.initialise(0)
-optimizer, gradient = make_optimizer(optim, store), store.new_buffer()
-store.point_gradients(gradient)
+optimizer, gradient = adamw.build(adamw.Settings(), store), store.new_buffer()
 ids = np.arange(8, dtype=np.int32).reshape(2, 4)
 losses = []
 for number in range(1, 4):
-    losses.append(float(stack.loss_and_grad(ids, ids + 1, None, Context(training=True))))
+    batch = Batch(0, 0, {"ids": ids}, {"ids": ids + 1}, ids.size)
+    ctx = Context(training=True, batch=batch, gradients=store.by_parameter(gradient))
+    _, kept = chain.forward((), ctx)
+    chain.backward((), kept, ctx)
+    losses.append(float(ctx.tally["loss"]))
     length, broken = norm(store, gradient)
     assert broken is None
     optimizer.step(gradient, 1e-2, clip_factor(1.0, length / 8) / 8, number)

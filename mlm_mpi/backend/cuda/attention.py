@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
-from mlm_mpi.backend.kernels import kernel
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
 
 # attention.cuh: Problem, View
 PROBLEM = np.dtype(
@@ -175,7 +177,7 @@ def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
     return gpu.tensor_map(x, (1, 1, rows, 64))
 
 
-@kernel("attention.forward", _fit_hopper, device="cuda", variant="hopper", lacks=_lacks_hopper)
+@KERNELS.kernel("attention.forward", _fit_hopper, variant="hopper", lacks=_lacks_hopper)
 def _hopper_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
@@ -190,7 +192,7 @@ def _hopper_forward(
     return o, lse
 
 
-@kernel("attention.backward", _fit_hopper_backward, device="cuda", variant="hopper", lacks=_lacks_hopper)
+@KERNELS.kernel("attention.backward", _fit_hopper_backward, variant="hopper", lacks=_lacks_hopper)
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
@@ -218,7 +220,7 @@ MMA_THREADS = 128  # attention_bf16.cu
 MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
 
 
-@kernel("attention.forward", _fit_mma, device="cuda", variant="mma", lacks=_lacks)
+@KERNELS.kernel("attention.forward", _fit_mma, variant="mma", lacks=_lacks)
 def _mma_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
@@ -232,7 +234,7 @@ def _mma_forward(
     return o, lse
 
 
-@kernel("attention.backward", _fit_mma_backward, device="cuda", variant="mma", lacks=_lacks)
+@KERNELS.kernel("attention.backward", _fit_mma_backward, variant="mma", lacks=_lacks)
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,
@@ -264,7 +266,7 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
     return head, tile, 4 * tile * (head + 4), 4 * tile * (tile + 4)
 
 
-@kernel("attention.forward", _fit, device="cuda", variant="plain", lacks=_lacks)
+@KERNELS.kernel("attention.forward", _fit, variant="plain", lacks=_lacks)
 def _plain_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
 ) -> tuple[Any, Any]:
@@ -280,7 +282,7 @@ def _plain_forward(
     return o, lse
 
 
-@kernel("attention.backward", _fit_backward, device="cuda", variant="plain", lacks=_lacks)
+@KERNELS.kernel("attention.backward", _fit_backward, variant="plain", lacks=_lacks)
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None,

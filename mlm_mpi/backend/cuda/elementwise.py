@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, width
-from mlm_mpi.backend.kernels import kernel
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
 
 THREADS = 256
 LEAVES = 16  # arrays that sums.tree adds: pointers among a kernel's arguments
@@ -19,14 +21,14 @@ def _launch(gpu: Any, name: str, size: int, wide: int, arguments: tuple[Any, ...
 # ---- gelu
 
 
-@kernel("gelu.forward", dense, device="cuda")
+@KERNELS.kernel("gelu.forward", dense)
 def _gelu_forward(gpu: Any, x: Any) -> Any:
     y = gpu.cupy.empty(x.shape, x.dtype)
     _launch(gpu, "gelu_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
     return y
 
 
-@kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out), device="cuda")
+@KERNELS.kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
 def _gelu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
     dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
     _launch(gpu, "gelu_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
@@ -48,7 +50,7 @@ def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any
     return "" if np.dtype(dtype).name in ELEMENTS else str(np.dtype(dtype))
 
 
-@kernel("dropout.mask", _fit_mask, device="cuda")
+@KERNELS.kernel("dropout.mask", _fit_mask)
 def _dropout_mask(gpu: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any) -> Any:
     out = gpu.cupy.empty(shape, dtype)
     wide = width(out) if start % 4 == 0 else 1  # a pack is whole counters of four words
@@ -56,9 +58,7 @@ def _dropout_mask(gpu: Any, draw: Any, shape: tuple[int, ...], start: int, dtype
     return out
 
 
-@kernel(
-    "dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual), device="cuda"
-)
+@KERNELS.kernel("dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual))
 def _dropout_forward(gpu: Any, x: Any, draw: Any, residual: Any = None) -> Any:
     y = gpu.cupy.empty(x.shape, x.dtype)
     wide = width(x, residual, y)
@@ -78,7 +78,7 @@ def _fit_adamw(
     return dense(p, g, m, v, dtype=np.float32) or dense(working) or shaped(p.shape, g, m, v, working)
 
 
-@kernel("adamw.update", _fit_adamw, device="cuda")
+@KERNELS.kernel("adamw.update", _fit_adamw)
 def _adamw_update(
     gpu: Any, p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
     root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
@@ -96,7 +96,7 @@ def _fit_tree(leaves: Any, merges: Any, out: Any) -> str:
     return few or dense(out, *leaves, dtype=np.float32) or shaped(out.shape, *leaves)
 
 
-@kernel("sums.tree", _fit_tree, device="cuda")
+@KERNELS.kernel("sums.tree", _fit_tree)
 def _sums_tree(gpu: Any, leaves: Any, merges: Any, out: Any) -> None:
     pointers = (*leaves, *[None] * (LEAVES - len(leaves)))
     order = ",".join(map(str, merges))
@@ -107,6 +107,6 @@ def _fit_cast(x: Any, out: Any) -> str:
     return dense(x) or dense(out) or shaped(x.shape, out) or ("the same type" if x.dtype == out.dtype else "")
 
 
-@kernel("cast.to", _fit_cast, device="cuda")
+@KERNELS.kernel("cast.to", _fit_cast)
 def _cast_to(gpu: Any, x: Any, out: Any) -> None:
     _launch(gpu, "cast_to", x.size, width(x, out), (x, out), FROM=element(x), TO=element(out))

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
-from mlm_mpi.backend.kernels import kernel
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
 
 MAX_PITCH = 1 << 24  # elements: offsets within a tile are 32-bit
 PIECE_THREADS, PIECE_RUN = 256, 4  # matmul_pieces.cu
@@ -131,7 +133,9 @@ def _all_aligned(product: Product) -> bool:
 class Tile:
     """m x n elements of the result, k a step; `blocks` of them run on a multiprocessor; `rate`: speed per element.
 
-    `rate` is an assumption until `gpu-check` has measured it: a smaller tile reads more per multiplication.
+    `cut`: what a step costs where several blocks share a tile, over what it costs where none do: then blocks are at
+    different places along k and find less in the L2 cache. Hopper's two are measured (LOG.md, 2026-11-27); the others
+    are assumptions: a smaller tile reads more per multiplication.
     """
 
     m: int
@@ -139,6 +143,7 @@ class Tile:
     k: int
     blocks: int
     rate: float = 1.0
+    cut: float = 1.0
 
     def count(self, m: int, n: int) -> int:
         return -(-m // self.m) * -(-n // self.n)
@@ -156,7 +161,7 @@ def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) 
         step_cost = tile.m * tile.n * tile.k / tile.rate
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
         if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
-            best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost, tile, blocks))
+            best.append(((-(-count * steps // blocks) + PIECES_COST) * step_cost * tile.cut, tile, blocks))
     _, tile, shares = min(best, key=lambda entry: entry[0])
     return tile, shares
 
@@ -296,7 +301,7 @@ def _lacks_mma(gpu: Any) -> str:
 
 # ---- matmul_hopper.cu
 
-HOPPER_TILES = (Tile(128, 256, 64, blocks=1), Tile(128, 128, 64, blocks=1, rate=0.9))
+HOPPER_TILES = (Tile(128, 256, 64, blocks=1, cut=2.0), Tile(128, 128, 64, blocks=1, rate=0.95, cut=2.0))
 HOPPER_THREADS = 384
 SHARED_BYTES = 227 << 10  # of a block
 CHUNK = 64, 128  # rows, bytes
@@ -389,7 +394,7 @@ def _lacks_cublas(gpu: Any) -> str:
     return "" if _measured(MEASURED)["architecture"] == gpu.architecture else "no shape was measured on this GPU"
 
 
-# ---- the registry: every function by every kernel, the fastest first
+# ---- the table: every function by every kernel, the fastest first
 
 FUNCTIONS: dict[str, Callable[..., Product]] = {
     "matmul.add": _add,
@@ -399,7 +404,7 @@ FUNCTIONS: dict[str, Callable[..., Product]] = {
 }
 
 
-def _register(
+def _enter(
     name: str, variant: str, contract: Callable[[Product], str], run: Callable[[Any, Product], Any], lacks: Any
 ) -> None:
     def fits(*arguments: Any, **named: Any) -> str:
@@ -408,11 +413,11 @@ def _register(
     def launch(gpu: Any, *arguments: Any, **named: Any) -> Any:
         return run(gpu, FUNCTIONS[name](*arguments, **named))
 
-    kernel(name, fits, device="cuda", variant=variant, lacks=lacks)(launch)
+    KERNELS.kernel(name, fits, variant, lacks)(launch)
 
 
-_register("matmul.add", "cublas", prefers_cublas, _cublas, _lacks_cublas)
+_enter("matmul.add", "cublas", prefers_cublas, _cublas, _lacks_cublas)
 for _name in FUNCTIONS:
-    _register(_name, "hopper", _hopper_fits, _hopper, _lacks_hopper)
-    _register(_name, "mma", _mma_fits, _mma, _lacks_mma)
-    _register(_name, "plain", _fits, _plain, lambda gpu: "")
+    _enter(_name, "hopper", _hopper_fits, _hopper, _lacks_hopper)
+    _enter(_name, "mma", _mma_fits, _mma, _lacks_mma)
+    _enter(_name, "plain", _fits, _plain, lambda gpu: "")

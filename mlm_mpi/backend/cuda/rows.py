@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import dense, element, on_device, shaped, width
-from mlm_mpi.backend.kernels import kernel
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
 
 LANES = 32
 ROWS = 8  # warps of a block that share the columns, each with rows of its own
@@ -45,7 +47,7 @@ def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool) -> str:
     return dense(dy) or dense(db, dtype=np.float32) or ("" if dy.ndim == 2 else "no matrix") or shaped(dy.shape[1:], db)
 
 
-@kernel("linear.bias_gradient", _fit_bias_gradient, device="cuda")
+@KERNELS.kernel("linear.bias_gradient", _fit_bias_gradient)
 def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool) -> None:
     rows, columns = dy.shape
     wide = width(dy, columns=columns)
@@ -100,7 +102,7 @@ def _fit_norm_forward(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
     return _fit_norm(x, (gain, bias))
 
 
-@kernel("layernorm.forward", _fit_norm_forward, device="cuda")
+@KERNELS.kernel("layernorm.forward", _fit_norm_forward)
 def _layernorm_forward(gpu: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
     rows, columns = x.shape
     y, statistics = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty((2, rows), np.float32)
@@ -121,7 +123,7 @@ def _fit_norm_backward(
     )  # fmt: skip
 
 
-@kernel("layernorm.backward", _fit_norm_backward, device="cuda")
+@KERNELS.kernel("layernorm.backward", _fit_norm_backward)
 def _layernorm_backward(
     gpu: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
 ) -> Any:
@@ -155,7 +157,7 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
     )  # fmt: skip
 
 
-@kernel("crossentropy.rows", _fit_rows, device="cuda")
+@KERNELS.kernel("crossentropy.rows", _fit_rows)
 def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     """A target outside the vocabulary, which only the device can see, makes its loss NaN."""
     rows, columns = logits.shape
@@ -174,7 +176,7 @@ def _fit_lookup(ids: Any, table: Any) -> str:
     return dense(ids, dtype=np.int32) or dense(table) or ("" if table.ndim == 2 else "no matrix")
 
 
-@kernel("embedding.forward", _fit_lookup, device="cuda")
+@KERNELS.kernel("embedding.forward", _fit_lookup)
 def _embedding_forward(gpu: Any, ids: Any, table: Any) -> Any:
     """An id outside the table, which only the device can see, gives a row of NaN."""
     vocabulary, columns = table.shape
@@ -192,7 +194,7 @@ def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
     return why or dims or shaped((ids.size, dtable.shape[1]), dy)
 
 
-@kernel("embedding.backward", _fit_scatter, device="cuda")
+@KERNELS.kernel("embedding.backward", _fit_scatter)
 def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
     """Rows of an id outside the table are left out."""
     (count, columns), vocabulary = dy.shape, dtable.shape[0]
@@ -210,7 +212,7 @@ def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
 # ---- clip
 
 
-@kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32), device="cuda")
+@KERNELS.kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32))
 def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
     out = gpu.cupy.empty(-(-x.size // block), np.float64)
     run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block), WARPS=CLIP_WARPS)

@@ -174,6 +174,44 @@ extern "C" __global__ void store_without_a_fence(const __grid_constant__ CUtenso
     }
 }
 
+extern "C" __global__ void load_between_16_bytes(const __grid_constant__ CUtensorMap map, const float *x, float *y, int n) {
+    DYNAMIC_SMEM(float, tile);
+    __shared__ uint64_t full;
+    if (threadIdx.x == 0) {
+        mbar_init(&full, 1);
+        mbar_fence_init();
+        mbar_expect_tx(&full, 512);
+        tma_load_2d(tile, &map, &full, BUG ? 2 : 0, 0);
+    }
+    __syncthreads();
+    mbar_wait(&full, 0);
+    y[threadIdx.x] = tile[n - 1 - threadIdx.x];
+}
+
+extern "C" __global__ void store_between_16_bytes(const __grid_constant__ CUtensorMap map, const float *x, float *y, int n) {
+    DYNAMIC_SMEM(float, tile);
+    tile[threadIdx.x] = x[n - 1 - threadIdx.x];
+    fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma_store_2d(&map, tile, BUG ? 2 : 0, 0);
+        tma_store_commit();
+        tma_store_wait_read<0>();
+    }
+}
+
+extern "C" __global__ void store_before_the_tensor(const __grid_constant__ CUtensorMap map, const float *x, float *y, int n) {
+    DYNAMIC_SMEM(float, tile);
+    tile[threadIdx.x] = x[n - 1 - threadIdx.x];
+    fence_proxy_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        tma_store_2d(&map, tile, 0, BUG ? -1 : 0);
+        tma_store_commit();
+        tma_store_wait_read<0>();
+    }
+}
+
 extern "C" __global__ void store_without_a_wait(const __grid_constant__ CUtensorMap map, const float *x, float *y, int n) {
     DYNAMIC_SMEM(float, tile);
     tile[threadIdx.x] = x[n - 1 - threadIdx.x];

@@ -1,0 +1,30 @@
+"""Why arguments do not fit a C kernel, or "": the contracts that launches share."""
+
+from typing import Any
+
+import numpy as np
+
+
+def dense(*arrays: Any, dtype: Any = np.float32) -> str:
+    """Every array (None is left out) lies in this machine's memory, C-contiguous and aligned, of that dtype."""
+    for array in arrays:
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            return "not in the CPU's memory"
+        if array.dtype != dtype:
+            return str(array.dtype)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            return "not contiguous"
+    return ""
+
+
+def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
+    """Every array (None is left out) has that shape: nothing is broadcast."""
+    return "" if all(a is None or a.shape == shape for a in arrays) else "shapes differ"
+
+
+def within(ids: Any, stop: int) -> str:
+    """Dense int32 in [0, stop)."""
+    inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < stop
+    return dense(ids, dtype=np.int32) or ("" if inside else "out of bounds")

@@ -1,0 +1,95 @@
+"""Launches of the kernels that work element by element."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.cpu.contracts import dense, shaped
+from mlm_mpi.backend.cpu.library import at, c_draw
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
+
+
+# ---- gelu
+
+
+@KERNELS.kernel("gelu.forward", dense)
+def _gelu_forward(lib: Any, x: Any) -> Any:
+    y = np.empty_like(x)
+    lib.gelu_forward(x.size, at(x), at(y))
+    return y
+
+
+@KERNELS.kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+def _gelu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = np.empty_like(x) if out is None else out
+    lib.gelu_backward(x.size, at(dy), at(x), at(dx))
+    return dx
+
+
+# ---- dropout
+
+
+def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
+    if xp is not np:
+        return "not in the CPU's memory"
+    return "" if np.dtype(dtype) == np.float32 else str(np.dtype(dtype))
+
+
+@KERNELS.kernel("dropout.mask", _fit_mask)
+def _dropout_mask(lib: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> Any:
+    out, drawn = np.empty(shape, np.float32), c_draw(draw)
+    lib.dropout_mask(out.size, lib.pointer(drawn), start, at(out))
+    return out
+
+
+@KERNELS.kernel("dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual))
+def _dropout_forward(lib: Any, x: Any, draw: Any, residual: Any = None) -> Any:
+    y, drawn = np.empty_like(x), c_draw(draw)
+    lib.dropout_forward(x.size, at(x), lib.pointer(drawn), 0, at(residual), at(y))
+    return y
+
+
+# ---- sums
+
+
+def _fit_sums(leaves: Any, merges: Any, out: Any) -> str:
+    height = highest = 0
+    for count in merges:
+        height += 1
+        highest = max(highest, height)
+        height -= count
+        if count < 0 or height < 1:
+            return "no tree"
+    if len(merges) != len(leaves) or height != 1 or highest > 32:  # HEIGHT of kernels/cpu/sums.c
+        return "no tree of at most 31 levels"
+    return dense(*leaves, out) or shaped(out.shape, *leaves)
+
+
+@KERNELS.kernel("sums.tree", _fit_sums)
+def _sums_tree(lib: Any, leaves: Any, merges: Any, out: Any) -> None:
+    addresses, counts = (ctypes.c_void_p * len(leaves))(*map(at, leaves)), (ctypes.c_int32 * len(leaves))(*merges)
+    lib.sums_tree(out.size, len(leaves), lib.pointer(addresses), lib.pointer(counts), at(out))
+
+
+# ---- adamw
+
+
+def _fit_adamw(
+    p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
+) -> str:  # fmt: skip
+    return "working copy" if working is not None else dense(p, g, m, v) or shaped(p.shape, g, m, v)
+
+
+@KERNELS.kernel("adamw.update", _fit_adamw)
+def _adamw_update(
+    lib: Any, p: Any, g: Any, m: Any, v: Any, scale: float, beta1: float, beta2: float,
+    root: float, epsilon: float, rate: float, shrink: float, working: Any = None,
+) -> None:  # fmt: skip
+    lib.adamw_update(
+        p.size, at(p), at(g), at(m), at(v), scale, beta1, beta2, 1.0 - beta1, 1.0 - beta2,
+        root, epsilon, rate, shrink,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The CPU kernels: finds and loads the shared library built from `kernels/cpu`; what its functions are given.
+
+The library needs no Python headers and no NumPy; ctypes calls it, and lets go of the interpreter lock
+meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_avx2`.
+"""
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mlm_mpi.errors import ConfigError
+
+LEVELS = ("base", "avx2", "avx512")  # narrow to wide
+LIBRARY_VARIABLE = "MLM_MPI_CPU_LIBRARY"  # another build of the library, for example with sanitizers
+BF16_VARIABLE = "MLM_MPI_BF16"  # "portable": bf16 products in plain C, for tests: the same bits, far slower
+BF16_LEVEL = "avx512bf16"  # has products and nothing else
+
+_TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctypes.c_void_p}
+SIGNATURES = {
+    "adamw_update": "npppp" + 9 * "f",
+    "attention_backward": 10 * "p" + "fpp",
+    "attention_forward": 6 * "p" + "fpp",
+    "attention_work": "nn",
+    "clip_squares": "nnpp",
+    "crossentropy_rows": "nnpppip",
+    "dropout_forward": "nppnpp",
+    "dropout_mask": "npnp",
+    "embedding_backward": "nnppp",
+    "embedding_forward": "nnppp",
+    "gelu_backward": "nppp",
+    "gelu_forward": "npp",
+    "layernorm_backward": "nn" + 9 * "p" + "ip",
+    "layernorm_forward": "nnpppfppp",
+    "linear_bias_gradient": "nnppi",
+    "matmul_bf16": "pp",
+    "matmul_float32": "pp",
+    "matmul_work": "nnn",
+    "sums_tree": "nnppp",
+}
+
+
+class Library:
+    """The functions of one dispatch level as attributes; arguments are numbers and addresses."""
+
+    def __init__(self, handle: ctypes.CDLL, level: str, threads: int) -> None:
+        self.handle = handle
+        for name in SIGNATURES:
+            setattr(self, name, _function(handle, name, level))
+        self.multiply = self.matmul_float32
+        self.multiply_work = self.matmul_work
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads, "products") if threads > 1 else None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    @staticmethod
+    def pointer(structure: Any) -> int | None:
+        """The address of a ctypes structure, which the caller keeps; None stays None."""
+        return None if structure is None else ctypes.addressof(structure)
+
+
+def _function(handle: ctypes.CDLL, name: str, level: str) -> Any:
+    function = getattr(handle, f"{name}_{level}")
+    function.argtypes = [_TYPES[letter] for letter in SIGNATURES[name]]
+    function.restype = ctypes.c_int64 if name.endswith("_work") else None
+    return function
+
+
+def _library_path() -> str | None:
+    return os.environ.get(LIBRARY_VARIABLE) or next(map(str, Path(__file__).parents[1].glob("_cpu*.so")), None)
+
+
+def runs(level: str) -> bool:
+    """Whether there is a library and this CPU can run its functions of that level."""
+    path = _library_path()
+    return path is not None and bool(ctypes.CDLL(path).level_available(level.encode()))
+
+
+def load(level: str, threads: int = 1) -> tuple[str, Library | None, str]:
+    """(level, library, "") or ("off", None, why not). Raises ConfigError for a level this CPU lacks."""
+    if level == "off":
+        return "off", None, "kernels are switched off"
+    path = _library_path()
+    if path is None:
+        return "off", None, "no compiled library: install again with a C compiler (gcc or clang) at hand"
+    try:
+        handle = ctypes.CDLL(path)
+        available = [name for name in LEVELS if handle.level_available(name.encode())]
+    except (OSError, AttributeError) as error:
+        return "off", None, f"{path} cannot be loaded ({error}): install again"
+    if level not in ("auto", *available):
+        raise ConfigError(f"numerics.level = {level!r} is not among what this CPU runs: {', '.join(available)}, auto")
+    chosen = available[-1] if level == "auto" else level
+    try:
+        return chosen, Library(handle, chosen, threads), ""
+    except AttributeError as error:
+        return "off", None, f"{path} is of another version ({error}): install again"
+
+
+def take_bf16(library: Library | None, level: str) -> str:
+    """Lets the library's products round their operands to bf16; says how. Raises ConfigError where nothing can."""
+    wanted = 'numerics.products = "bf16"'
+    if library is None:
+        raise ConfigError(f'{wanted} needs the C kernels, and there are none here: set numerics.products = "float32"')
+    if os.environ.get(BF16_VARIABLE) == "portable":
+        library.multiply = library.matmul_bf16
+        return f"bf16 products in plain C, {BF16_VARIABLE}=portable"
+    if not library.handle.level_available(BF16_LEVEL.encode()):
+        raise ConfigError(
+            f"{wanted} needs a CPU with AVX512-BF16 (Cooper Lake, Sapphire Rapids, Zen 4 or later), and this one has "
+            'none: set numerics.products = "float32"'
+        )
+    library.multiply = _function(library.handle, "matmul_bf16", BF16_LEVEL)
+    library.multiply_work = _function(library.handle, "matmul_work", BF16_LEVEL)
+    return f"bf16 products by {BF16_LEVEL}"
+
+
+# ---- arguments
+
+
+def at(array: Any) -> int | None:
+    """The address of an array's first element; None stays None."""
+    return None if array is None else array.ctypes.data
+
+
+class Draw(ctypes.Structure):
+    """`struct draw` of kernels/cpu/dropout.c: an `ops.dropout.Draw`."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("key0", "key1", "step", "micro_batch")] + [
+        (name, ctypes.c_float) for name in ("rate", "factor")
+    ]
+
+
+def c_draw(draw: Any) -> Draw | None:
+    """A draw of `ops/dropout.py` as the C functions take it; None stays None."""
+    if draw is None:
+        return None
+    low = 0xFFFFFFFF
+    return Draw(*draw.key, draw.step & low, draw.micro_batch & low, draw.rate, 1.0 / (1.0 - draw.rate))

@@ -1,0 +1,96 @@
+"""Launches of the kernels over rows of matrices, or over blocks of a flat array."""
+
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.backend.cpu.contracts import dense, shaped, within
+from mlm_mpi.backend.cpu.library import at
+from mlm_mpi.backend.registry import Table
+
+KERNELS = Table()
+
+
+# ---- linear
+
+
+@KERNELS.kernel("linear.bias_gradient", lambda dy, db, accumulate: dense(dy, db) or shaped(dy.shape[1:], db))
+def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool) -> None:
+    lib.linear_bias_gradient(*dy.shape, at(dy), at(db), accumulate)
+
+
+# ---- layernorm
+
+
+def _fit_norm(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
+    return dense(x, gain, bias) or shaped(x.shape[1:], gain, bias)
+
+
+@KERNELS.kernel("layernorm.forward", _fit_norm)
+def _layernorm_forward(lib: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
+    y, statistics = np.empty_like(x), np.empty((2, x.shape[0]), np.float32)
+    lib.layernorm_forward(*x.shape, at(x), at(gain), at(bias), epsilon, at(y), at(statistics[0]), at(statistics[1]))
+    return y, statistics
+
+
+def _fit_norm_backward(
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> str:
+    return dense(dy, x, gain, statistics, dgain, dbias, add) or shaped(x.shape, dy, add) or (
+        shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics)
+    )  # fmt: skip
+
+
+@KERNELS.kernel("layernorm.backward", _fit_norm_backward)
+def _layernorm_backward(
+    lib: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+) -> Any:
+    dx, work = np.empty_like(x), np.empty(4 * x.shape[1], np.float32)
+    lib.layernorm_backward(
+        *x.shape, at(dy), at(x), at(gain), at(statistics[0]), at(statistics[1]), at(add), at(dx), at(dgain),
+        at(dbias), accumulate, at(work),
+    )  # fmt: skip
+    return dx
+
+
+# ---- embedding, crossentropy
+
+
+@KERNELS.kernel("embedding.forward", lambda ids, table: dense(table) or within(ids, table.shape[0]))
+def _embedding_forward(lib: Any, ids: Any, table: Any) -> Any:
+    out = np.empty((*ids.shape, table.shape[1]), np.float32)
+    lib.embedding_forward(ids.size, table.shape[1], at(ids), at(table), at(out))
+    return out
+
+
+def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
+    return dense(dy, dtable) or within(ids, dtable.shape[0]) or shaped((ids.size, dtable.shape[1]), dy)
+
+
+@KERNELS.kernel("embedding.backward", _fit_scatter)
+def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
+    lib.embedding_backward(*dy.shape, at(dy), at(ids), at(dtable))
+
+
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+    return (
+        dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
+        or shaped(logits.shape[:1], targets, mask)
+    )  # fmt: skip
+
+
+@KERNELS.kernel("crossentropy.rows", _fit_rows)
+def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+    losses = np.empty(logits.shape[0])
+    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, at(losses))
+    return losses
+
+
+# ---- clip
+
+
+@KERNELS.kernel("clip.squares", lambda x, block: dense(x))
+def _clip_squares(lib: Any, x: Any, block: int) -> Any:
+    out = np.empty(-(-x.size // block))
+    lib.clip_squares(x.size, block, at(x), at(out))
+    return out

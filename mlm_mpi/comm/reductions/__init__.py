@@ -1,0 +1,1 @@
+"""Strategies that sum gradients: `comm.reduction` names the file. Begin with `naive`."""

@@ -1,0 +1,85 @@
+"""`mlm-mpi evaluate RUN`: held-out quality of a trained model, on any number of ranks. Alone it needs no MPI."""
+
+import argparse
+from typing import Any
+
+import msgspec
+
+from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data import baselines
+from mlm_mpi.errors import DataError, agreed
+from mlm_mpi.plug import named
+from mlm_mpi.train.measure import measure
+from mlm_mpi.train.task import Task
+from mlm_mpi.train.trained import Trained, load, note, open_corpus
+
+_TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from elsewhere
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mlm-mpi evaluate`."""
+    parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
+    parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
+    parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
+
+
+def main(args: argparse.Namespace, group: Group) -> int:
+    """Runs the command. Collective."""
+    say, on_node = note if group.rank == 0 else _silent, group.on_node()
+    with group.together("loading the model"):
+        trained = load(args.run, named(args.plugins), args.device, say, on_node)
+        task = trained.task_over(open_corpus(trained, args.data, say))
+    numbers, own = _measured(trained, task, group)
+    if group.rank == 0:
+        _tell(args, trained, task, numbers | own, list(own))
+    return 0
+
+
+def _silent(text: str) -> None:
+    """Rank 0 speaks for all."""
+
+
+def _measured(trained: Trained, task: Task, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every target of the held-out split: what all tasks have, and what this one says of it."""
+    rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // task.row_tokens))
+    sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place)
+    if sums is None:
+        raise agreed(
+            DataError(
+                f"heldout has {task.tokens('heldout')} tokens, a target needs 2: "
+                "prepare with a larger --heldout or more text"
+            )
+        )
+    return {"step": trained.step, "loss": sums.mean, "tokens": sums.targets}, task.quality(sums)
+
+
+def _tell(
+    args: argparse.Namespace, trained: Trained, task: Task, numbers: dict[str, Any], own: list[str]
+) -> None:  # fmt: skip
+    about = task.about()
+    numbers |= {"catalog": about["catalog"], "trained_on": trained.manifest.catalog}
+    if args.baselines:
+        catalog, tokenizer = open_corpus(trained, args.data, _silent), trained.tokenizer
+        numbers["unigram_bits_per_character"] = baselines.unigram_bits_per_character(catalog, tokenizer.vocab_size)
+        alone, after = baselines.xz_bits_per_character(catalog, tokenizer)
+        numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}
+    if args.json:
+        print(msgspec.json.encode(numbers).decode())
+        return
+    if "bits_per_character" not in numbers:  # another task, with figures of its own
+        print(f"held-out            {numbers['tokens']:,} targets; checkpoint of step {trained.step}")
+        print(f"loss                {numbers['loss']:.4f} nats per target")
+        for name in own:
+            print(f"{name:<19} {numbers[name]:.4g}")
+        return
+    size = f"{numbers['tokens']:,} tokens, {numbers['characters']:,} characters"
+    print(f"held-out text       {size}; checkpoint of step {trained.step}")
+    print(f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}")
+    print(f"bits per character  {numbers['bits_per_character']:.3f}")
+    if args.baselines:
+        print(f"  unigram tokens    {numbers['unigram_bits_per_character']:.3f}")
+        print(f"  xz -9e            {alone:.3f}; {after:.3f} with the training text in its window")

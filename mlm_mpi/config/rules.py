@@ -1,0 +1,48 @@
+"""The rules that span sections. What concerns one section alone stands where it is declared."""
+
+from mlm_mpi.config.sections import Config
+from mlm_mpi.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where sections contradict each other."""
+    train, optim, numerics, backend = config.train, config.optim, config.numerics, config.backend
+    _require(
+        numerics.products == "float32" or train.dtype == "float32",
+        f'numerics.products = "bf16" needs train.dtype = "float32", not "{train.dtype}": set one of them to "float32"',
+    )
+    handed_back = {op.strip() for op in numerics.reference.split(",")} & {"matmul", "linear", "all"}
+    _require(
+        numerics.products == "float32" or not handed_back or backend.device == "gpu",
+        f'numerics.products = "bf16" and numerics.reference = "{numerics.reference}": NumPy has no bf16 '
+        'products; set numerics.products = "float32"',
+    )
+    dropout = getattr(config.model, "dropout", 0.0)  # which not every kind of model has
+    _require(
+        not backend.graphs or (backend.device == "gpu" and dropout == 0.0),
+        f"backend.graphs needs a GPU and no dropout: backend.device = {backend.device}, "
+        f"model.dropout = {dropout}: set backend.graphs = false",
+    )
+    _require(
+        config.comm.reduction != "nccl" or backend.device == "gpu",
+        "comm.reduction = nccl sums between GPUs: set backend.device = gpu, or choose canonical or allreduce",
+    )
+    _require(
+        optim.warmup_steps <= train.steps,
+        f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {train.steps}: lower it",
+    )
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """1 <= ranks <= J: a rank without a lane has nothing to do. Raises ConfigError."""
+    lanes = config.train.lanes
+    _require(
+        ranks <= lanes,
+        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes}: "
+        f"start {lanes} ranks, or set train.lanes to {ranks} or more (it changes the bits)",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

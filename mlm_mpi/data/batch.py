@@ -1,0 +1,30 @@
+"""What a micro-batch holds, wherever it lies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Micro-batch `index` of `step`: named arrays that the model reads, named arrays that its head compares with.
+
+    `count`: targets that count, what the summed loss of all micro-batches is divided by.
+    Shapes of a language model: ids (B, T) int32; targets ids (B, T) int32, mask (B, T) bool where some do not count.
+    """
+
+    step: int
+    index: int
+    inputs: dict[str, Any]
+    targets: dict[str, Any]
+    count: int
+
+    def map(self, change: Callable[[Any], Any]) -> "Batch":
+        """The same with every array changed, for example brought to a GPU."""
+        inputs = {name: change(array) for name, array in self.inputs.items()}
+        targets = {name: change(array) for name, array in self.targets.items()}
+        return replace(self, inputs=inputs, targets=targets)
+
+    def arrays(self) -> list[Any]:
+        """All arrays, in a fixed order."""
+        return [*self.inputs.values(), *self.targets.values()]

@@ -1,0 +1,64 @@
+"""Parts one after another: a model, or the stage of a pipeline."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlm_mpi.layers.base import Context, Flow, Part
+from mlm_mpi.params.store import Parameter
+
+Ready = Callable[[int], None]
+
+
+def _nobody_waits(part: int) -> None:
+    pass
+
+
+class Chain:
+    """The parts in the order of a forward."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+
+    def parameter_blocks(self) -> list[list[Parameter]]:
+        """Parameters by part, in forward order: the segments of the flat store."""
+        return [part.parameters() for part in self.parts]
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
+        """What leaves the last part, and what each backward needs; outside training nothing is kept."""
+        kept = []
+        for part in self.parts:
+            x, saved = part.forward(x, ctx)
+            if ctx.training:
+                kept.append(saved)
+        return x, kept
+
+    def backward(self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = _nobody_waits, down_to: int = 0) -> Flow:
+        """Writes or adds every gradient of parts [down_to, …), the last first; empties `kept` as it goes.
+
+        `ready(i)` is called as soon as those of part i are final.
+        """
+        for number in range(len(self.parts) - 1, down_to - 1, -1):
+            dy = self.parts[number].backward(dy, kept.pop(), ctx)
+            ready(number)
+        return dy
+
+
+class Recomputed:
+    """A part that keeps only what flows in, and runs its forward a second time before its backward.
+
+    The same bits for a third more arithmetic. Source: Chen et al., arXiv:1604.06174.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def parameters(self) -> list[Parameter]:
+        return self.part.parameters()
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        y, _ = self.part.forward(x, ctx)
+        return y, x
+
+    def backward(self, dy: Flow, saved: Flow, ctx: Context) -> Flow:
+        _, again = self.part.forward(saved, ctx)
+        return self.part.backward(dy, again, ctx)

@@ -1,0 +1,45 @@
+"""The head of a language model: final norm, output projection tied to the token table, cross-entropy."""
+
+from typing import Any
+
+from mlm_mpi.layers.base import Array, Context, Flow, Layer
+from mlm_mpi.ops import crossentropy, matmul
+from mlm_mpi.params.store import Parameter
+
+
+class TokenHead:
+    """Shapes: (B, T, C) -> the tally's "loss", summed over targets, in nats.
+
+    The token table is the embedding's parameter; this head's gradient comes first and the embedding adds to it.
+    """
+
+    def __init__(self, norm: Layer, table: Parameter) -> None:
+        self.norm, self.table = norm, table
+
+    def parameters(self) -> list[Parameter]:
+        """Its own; the token table belongs to the embedding."""
+        return self.norm.parameters()
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        (hidden,) = x
+        if not ctx.training:
+            n, _ = self.norm.forward(hidden.reshape(-1, hidden.shape[2]), ctx)
+            ctx.tally["loss"] = crossentropy.loss(n, self.table.data, *self._wanted(ctx))
+        return (), hidden
+
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        n, s_norm = self.norm.forward(saved.reshape(-1, saved.shape[2]), ctx)
+        ctx.tally["loss"], dn = crossentropy.loss_and_grad(
+            n, self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate
+        )
+        return (self.norm.backward(dn, s_norm, ctx).reshape(saved.shape),)
+
+    def logits(self, hidden: Array, ctx: Context) -> Array:
+        """Shapes: (B, T, C) -> (B, T, V)."""
+        n, _ = self.norm.forward(hidden.reshape(-1, hidden.shape[2]), ctx)
+        return matmul.product(n, self.table.data.T).reshape(*hidden.shape[:2], -1)
+
+    def _wanted(self, ctx: Context) -> tuple[Array, Array | None]:
+        assert ctx.batch is not None, "a head reads its targets from the context"
+        targets, mask = ctx.batch.targets["ids"], ctx.batch.targets.get("mask")
+        return targets.reshape(-1), None if mask is None else mask.reshape(-1)

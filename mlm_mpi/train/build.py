@@ -1,0 +1,53 @@
+"""A configuration -> an engine."""
+
+from mlm_mpi.backend.arrays import Place
+from mlm_mpi.comm.buckets import Reduction, Setup
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.transport import transport
+from mlm_mpi.config import Config
+from mlm_mpi.layers.base import Part
+from mlm_mpi.layers.chain import Chain, Recomputed
+from mlm_mpi.params.store import FlatStore
+from mlm_mpi.plug import Plugins
+from mlm_mpi.rates import learning_rate
+from mlm_mpi.train.assignment import Assignment
+from mlm_mpi.train.captured import Captured
+from mlm_mpi.train.engine import Engine, Machine
+
+
+def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place: Place) -> Engine:
+    """The engine of a run on this rank, its weights not yet drawn or read. Collective over dp."""
+    train, optim = config.train, config.optim
+    if train.recompute:
+        parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
+    chain = Chain(parts)
+    store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place)
+    assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp"))
+    rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
+    return Engine(
+        Machine(
+            mesh, place, chain, store,
+            plugins.find("optim", optim.name, "optim.name").build(optim, store),
+            _reduction(config, plugins, store, assignment, mesh, place),
+            assignment,
+            plugins.find("schedules", train.schedule, "train.schedule").instructions,
+            lambda step: learning_rate(
+                optim.learning_rate, optim.warmup_steps, optim.final_fraction, rate, train.steps, step
+            ),
+            optim.clip, train.seed,
+            Captured(chain, place) if config.backend.graphs else None,
+        )
+    )  # fmt: skip
+
+
+def _reduction(
+    config: Config, plugins: Plugins, store: FlatStore, assignment: Assignment, mesh: Mesh, place: Place
+) -> Reduction:
+    comm = config.comm
+    group = mesh.group("dp").duplicate()  # tags of gradients must not meet other messages
+    setup = Setup(
+        group, config.train.lanes, [assignment.lanes_of(rank) for rank in range(group.size)], store.segments,
+        comm.bucket_mib * 2**20, config.train.dtype, comm.overlap, place, transport(place, group, comm.gpu_aware),
+    )  # fmt: skip
+    reduction: Reduction = plugins.find("reductions", comm.reduction, "comm.reduction").build(setup)
+    return reduction

@@ -1,0 +1,39 @@
+"""When checkpoints are begun and made visible, and what is said of one that fails."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mlm_mpi.train.checkpoint import Saver
+
+
+class Keeper:
+    """The saves of a run. `check(step)` raises where weights may not be saved; `about()` is for the manifest."""
+
+    def __init__(
+        self, saver: Saver, check: Callable[[int], None], about: Callable[[], dict[str, Any]],
+        alarm: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.saver, self.check, self.about, self.alarm = saver, check, about, alarm
+
+    @property
+    def written(self) -> bool:
+        """My part of the save under way is on disk, or has failed."""
+        return self.saver.written
+
+    def begin(self, step: int) -> None:
+        """Starts to save in the background; an earlier save that is still under way is waited for. Collective."""
+        self.publish()
+        self.check(step)
+        self.saver.begin(step)
+
+    def publish(self) -> None:
+        """Publishes the save under way, if any; a failure is an alarm, and training goes on. Collective."""
+        if self.saver.busy:
+            problem = self.saver.publish(self.about())
+            if problem is not None:
+                self.alarm(f"ALARM checkpoint not saved, training goes on: {problem}")
+
+    def save(self, step: int) -> str | None:
+        """The last checkpoint, which must succeed; returns what went wrong. Collective."""
+        self.begin(step)
+        return self.saver.publish(self.about())

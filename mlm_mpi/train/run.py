@@ -1,0 +1,206 @@
+"""A run from its start to its last words.
+
+open the data · build the engine · resume · train (trainer.py) · report
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlm_mpi import config as configuration
+from mlm_mpi.backend import registry
+from mlm_mpi.backend.choice import place_of
+from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config import Config
+from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.sampler import Sampler
+from mlm_mpi.errors import DataError, MlmError, agreed
+from mlm_mpi.monitor.metrics import MetricsLog
+from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
+from mlm_mpi.plug import Plugins
+from mlm_mpi.train import checkpoint
+from mlm_mpi.train.build import build
+from mlm_mpi.train.corpus import origin
+from mlm_mpi.train.fingerprint import differences, digest, fingerprint
+from mlm_mpi.train.folder import RunFolder, findable
+from mlm_mpi.train.keeper import Keeper
+from mlm_mpi.train.ledger import Ledger
+from mlm_mpi.train.measure import measure
+from mlm_mpi.train.memory import check_memory
+from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerprints
+from mlm_mpi.train.stop import StopRequest
+from mlm_mpi.train.table import plan_rows
+from mlm_mpi.train.task import Task
+from mlm_mpi.train.trainer import Rhythm, Trainer
+
+OpenTask = Callable[[Config, Plugins], Task]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a start of a run may choose without changing what the run computes."""
+
+    run: Path
+    resume: str = "auto"  # auto | never | must
+    max_time_s: float | None = None
+    max_steps: int | None = None
+    quiet: bool = False
+    plugins: Plugins = field(default_factory=Plugins)
+
+
+class Run:
+    """A run on one rank: its data, its engine, its folder."""
+
+    def __init__(self, config: Config, options: Options, open_task: OpenTask, group: Group) -> None:
+        self.options, self.plugins = options, options.plugins
+        self.group = group.with_timeout(config.comm.timeout_s)
+        self.stop = StopRequest(options.max_time_s, options.max_steps)
+        self.folder = RunFolder(options.run)
+        on_node = self.group.on_node()
+        with self.group.together("opening the data"):
+            configuration.check_ranks(config, group.size)
+            self.place = place_of(config, config.numerics.level, on_node)
+            self.task = self._open(config, open_task)
+            self.samples, self.heldout = self.task.samples("train"), self.task.samples("heldout")
+            self.sampler = Sampler(config.train.seed, len(self.samples), config.train.micro_batches, config.train.rows)
+            check_memory(config, self.task, self.place, on_node[1])
+            self.config = findable(config)
+        self.mesh = Mesh(self.group)
+        self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place)
+        self.facts = fingerprint(
+            self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
+        )
+        self.incomparable = compare_fingerprints(self.group, self.facts)
+
+    def _open(self, config: Config, open_task: OpenTask) -> Task:
+        try:
+            return open_task(config, self.plugins)
+        except DataError as error:  # say what a run that stands already was trained on
+            manifest = checkpoint.newest_manifest(self.folder.checkpoints)
+            trained = f"; {self.folder.path} was trained on {origin(manifest)}" if manifest else ""
+            raise DataError(f"{error}{trained}") from None
+
+    def run(self) -> int:
+        """Trains to the last step, or to the agreed stop. Collective."""
+        with self.stop.listening():
+            return self._run()
+
+    def _run(self) -> int:
+        with self.group.together("taking the run folder"):
+            check_wish(self.options.resume, self.folder.path, self.folder.checkpoints)
+            if self.group.rank == 0:
+                self.folder.acquire()
+                checkpoint.remove_unfinished(self.folder.checkpoints)
+        first = self._resume()
+        ledger = self._open_ledger(first)
+        keeper = self._keeper(ledger)
+        config = self.config
+        loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
+        rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
+        try:
+            step = Trainer(rhythm, self.engine, loader, keeper, ledger, self.stop, self._measure).train(first)
+        except MlmError as error:
+            if error.agreed:  # all ranks are here: what was begun before is not lost
+                keeper.publish()
+            raise
+        finally:
+            loader.close()
+            ledger.close()
+        return self._report(step, ledger)
+
+    def _measure(self) -> float | None:
+        """Held-out loss in nats per target, None where the corpus holds nothing out. Collective."""
+        wanted = self.config.eval
+        sums = measure(self.engine.machine.chain, self.heldout, wanted.rows, wanted.windows, self.mesh, self.place)
+        return None if sums is None else sums.mean
+
+    def _keeper(self, ledger: Ledger) -> Keeper:
+        saving, engine = self.config.checkpoint, self.engine
+        saver = checkpoint.Saver(
+            self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
+            saving.keep, saving.background,
+        )  # fmt: skip
+        return Keeper(saver, engine.check_weights, self._about, ledger.alarm)
+
+    def _about(self) -> dict[str, Any]:
+        return self.task.about() | {
+            "config": configuration.to_table(self.config), "fingerprint": self.facts,
+            "incomparable": self.incomparable, "plugins": dict(self.plugins.used),
+        }  # fmt: skip
+
+    def _resume(self) -> int:
+        """The step to go on with: 0, or where the newest sound checkpoint stands. Collective."""
+        store, state = self.engine.machine.store, self.engine.state()
+        found = checkpoint.resume(
+            self.folder.checkpoints, store, state, self.group, self._say,
+            lambda path, manifest: check_same_run(path, manifest, self.config, self.task, self.plugins, self._say),
+        )  # fmt: skip
+        if found is None:
+            store.initialise(self.config.train.seed)
+            return 0
+        manifest = found[1]
+        if manifest.fingerprint != self.facts:
+            changed = differences(manifest.fingerprint, self.facts)[0]
+            self.incomparable = self.incomparable or f"the run was resumed with another {changed}"
+        self.incomparable = manifest.incomparable or self.incomparable
+        return manifest.step
+
+    def _say(self, text: str) -> None:
+        if self.group.rank == 0:
+            print(text, flush=True)
+
+    def _open_ledger(self, step: int) -> Ledger:
+        """Run folder's files, start table, progress; on rank 0 only."""
+        if self.group.rank != 0:
+            return Ledger(None, Silent())
+        self.folder.describe(self.config, self.facts, self.group.size)
+        metrics = MetricsLog.open(self.folder.metrics, step)
+        if not self.options.quiet:
+            rows = plan_rows(self.config, self.task, self.engine, step, digest(self.facts))
+            show_plan(f"training {self.folder.path}", rows)
+        if self.incomparable:
+            self._say(f"ALARM bits are not comparable: {self.incomparable}: pin numerics.level and numerics.threads")
+        show: Reporter = Progress(self.config.train.steps, step, self.config.log.every, self.options.quiet)
+        return Ledger(metrics, show)
+
+    def _report(self, step: int, ledger: Ledger) -> int:
+        """The last words: curve, DONE, and the hash of the weights as the last line."""
+        weights = self.engine.machine.store.weights_sha256()
+        everybody = self.group.allgather(weights, "hashes of the weights")
+        self.group.note("its last words")
+        if len(set(everybody)) > 1:
+            raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
+        if self.group.rank == 0:
+            if ledger.metrics is not None:
+                ledger.metrics.close()
+            if step >= self.config.train.steps:
+                self.folder.finish(step, weights)
+            else:
+                self._say(
+                    f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
+                    "the same command goes on"
+                )
+            self._draw_curve()
+            self._say_what_was_handed_on()
+            self._say(f"fingerprint {digest(self.facts)}  corpus {self.task.content}  run {self.folder.path}")
+            self._say(
+                f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")
+            )
+        return 0
+
+    def _say_what_was_handed_on(self) -> None:
+        if self.config.train.dtype == "float32" and (fallen := registry.fallbacks()):
+            self._say(f"note: the reference ran where no kernel's contract held: {fallen}")
+        refused = {text: times for text, times in registry.refusals().items() if not text.endswith("memory")}
+        if self.place.on_gpu and refused:  # sums on their way through host memory are no news
+            self._say(f"note: kernels handed work to the next variant: {refused}")
+
+    def _draw_curve(self) -> None:
+        try:
+            from mlm_mpi.monitor.report import loss_curve  # matplotlib takes half a second to import
+
+            loss_curve(self.folder.metrics, self.folder.curve)
+        except Exception as problem:  # a picture is not worth a finished run
+            self._say(f"no loss curve: {problem}")

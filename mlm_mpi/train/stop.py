@@ -1,0 +1,41 @@
+"""When a run leaves before its last step: signals and limits, acted on by all ranks together."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopRequest:
+    """SIGUSR1, SIGTERM or SIGINT, or a limit of this start: a wish to stop, of this rank alone."""
+
+    def __init__(self, max_time_s: float | None, max_steps: int | None) -> None:
+        self.reason: str | None = None
+        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._steps_left = max_steps
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handles the signals while the block runs."""
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":  # asked twice: now
+            signal.default_int_handler(number, frame)
+        self.reason = signal.Signals(number).name
+
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop after the step at hand; asked once per step."""
+        if self._steps_left is not None:
+            self._steps_left -= 1
+            if self._steps_left <= 0:
+                self.reason = self.reason or "--max-steps"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.reason = self.reason or "--max-time"
+        return self.reason is not None

@@ -1,0 +1,40 @@
+"""What a run asks of a task. Nothing in this room names one; `tasks/` holds them, a file each."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlm_mpi.data.objectives import Samples
+from mlm_mpi.layers.base import Least, Part
+from mlm_mpi.train.checkpoint import Manifest
+from mlm_mpi.train.measure import Sums
+
+
+class Task(Protocol):
+    """Data, model and head of a run on one rank; opening it has verified what can be verified without reading all."""
+
+    model: str  # the kind of the model, for the start table
+    vocabulary: int
+    row_tokens: int  # positions of a row, T
+    tokenizer: bytes  # saved with every checkpoint, so that the model outlives its corpus
+    content: str  # hash of the corpus' content, printed beside that of the weights
+
+    def samples(self, split: str) -> Samples:
+        """The samples of "train" or "heldout". Raises DataError where there are none to train with."""
+
+    def tokens(self, split: str) -> int:
+        """The size of a split."""
+
+    def parts(self) -> list[Part]:
+        """The model, newly made, ended by this task's head."""
+
+    def least(self, rows: int) -> Least:
+        """Lower bounds for micro-batches of B rows."""
+
+    def about(self) -> dict[str, Any]:
+        """The manifest's fields `vocabulary`, `catalog` and `corpus`."""
+
+    def quality(self, sums: Sums) -> dict[str, Any]:
+        """Figures of held-out sums beside the mean loss, for people."""
+
+    def refuse_other(self, path: Path, manifest: Manifest) -> None:
+        """Raises CheckpointError where a checkpoint was trained on other data than this."""

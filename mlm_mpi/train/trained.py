@@ -1,0 +1,153 @@
+"""A trained model read from its run folder, on one process: settings, tokenizer and weights of a sound checkpoint."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlm_mpi import config as configuration
+from mlm_mpi.backend import Device
+from mlm_mpi.backend.arrays import Place
+from mlm_mpi.backend.choice import place_of
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config import Config
+from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.errors import CheckpointError, ConfigError, DataError
+from mlm_mpi.layers.base import Sizes
+from mlm_mpi.layers.chain import Chain
+from mlm_mpi.params.store import FlatStore
+from mlm_mpi.plug import Plugins
+from mlm_mpi.train import checkpoint
+from mlm_mpi.train.checkpoint import Manifest, Say
+from mlm_mpi.train.corpus import origin
+from mlm_mpi.train.folder import checkpoints_of, is_checkpoint
+from mlm_mpi.train.same_run import check_plugins, config_differences
+from mlm_mpi.train.task import Task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a sound checkpoint, on one process; all of it from that checkpoint's folder."""
+
+    checkpoint: Path
+    manifest: Manifest
+    config: Config
+    tokenizer: Tokenizer
+    chain: Chain
+    place: Place
+    plugins: Plugins
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def task_over(self, catalog: Catalog) -> Task:
+        """The task it was trained for, over a corpus."""
+        config = replace(self.config, data=replace(self.config.data, dir=str(catalog.folder)))
+        made: Task = self.plugins.find("tasks", config.task.kind, "task.kind").build(config, self.plugins)
+        return made
+
+
+def load(
+    run: str | Path, plugins: Plugins, device: Device | None = None, say: Say | None = None,
+    on_node: tuple[int, int] = (0, 1),
+) -> Trained:  # fmt: skip
+    """The newest sound checkpoint of a run folder, or the one that `run` itself is. Settings are the sealed ones.
+
+    `device`: "cpu" or "gpu", by default where it was trained. `say` takes notes, by default stderr: a damaged
+    checkpoint, the one before which is tried, and a config.toml that differs. Raises ConfigError, CheckpointError.
+    """
+    folder, say = Path(named(run, "RUN")), say or note
+    if is_checkpoint(folder):
+        return _restored(folder, checkpoint.read_manifest(folder), plugins, device, on_node)
+    trained = checkpoint.newest_sound(
+        checkpoints_of(folder), lambda path, manifest: _restored(path, manifest, plugins, device, on_node), say
+    )
+    _compare_settings(folder / "config.toml", trained, plugins, say)
+    return trained
+
+
+def named(path: str | Path, what: str) -> str:
+    """The same path. Raises ConfigError for an empty one, which would be the working directory."""
+    if not str(path):
+        raise ConfigError(f"{what} is empty: give a folder")
+    return str(path)
+
+
+def note(text: str) -> None:
+    """A line that is no result."""
+    print(text, file=sys.stderr)
+
+
+def _restored(
+    path: Path, manifest: Manifest, plugins: Plugins, device: Device | None, on_node: tuple[int, int]
+) -> Trained:
+    config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json", plugins), device)
+    place = place_of(config, on_node=on_node)
+    tokenizer = Tokenizer(checkpoint.read_tokenizer(path, manifest), f"{path}/{checkpoint.TOKENIZER_FILE}")
+    if tokenizer.vocab_size != manifest.vocabulary:
+        raise CheckpointError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {manifest.vocabulary}: "
+            "not saved by mlm-mpi; give another"
+        )
+    chain = _chain(path, manifest, config, plugins)
+    check_plugins(path, manifest.plugins, plugins.used, ("models", "tasks", "objectives"))
+    try:
+        store = FlatStore(chain.parameter_blocks(), Mesh(), config.train.dtype, place)
+    except MemoryError:
+        raise CheckpointError(f"{path}: its weights do not fit into the memory that is free here") from None
+    checkpoint.restore(path, manifest, store, {"weights": store.data})
+    return Trained(path, manifest, config, tokenizer, chain, place, plugins)
+
+
+def _chain(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> Chain:
+    """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
+    task = plugins.find("tasks", config.task.kind, "task.kind")
+    sizes = Sizes(manifest.vocabulary)
+    if task.least(config, plugins, sizes, 1).parts <= len(manifest.shapes):  # more might have no end
+        chain = Chain(task.parts(config, plugins, sizes))
+        shapes = {p.name: list(p.layout.shape) for block in chain.parameter_blocks() for p in block}
+        if shapes == manifest.shapes:
+            return chain
+    raise CheckpointError(f"{path}: its parameters are not those of its settings: not saved by mlm-mpi; give another")
+
+
+def _runnable(config: Config, device: Device | None) -> Config:
+    if device is not None:
+        config = replace(config, backend=replace(config.backend, device=device))
+    if config.backend.device == "cpu":  # any CPU may read what a GPU or a CPU with bf16 has trained
+        config = replace(config, numerics=replace(config.numerics, products="float32"))
+    return config
+
+
+def _compare_settings(path: Path, trained: Trained, plugins: Plugins, say: Say) -> None:
+    sealed = configuration.from_table(trained.manifest.config, str(trained.checkpoint), plugins)
+    try:
+        changes = config_differences(configuration.to_table(configuration.load(path, (), plugins)), sealed)
+    except ConfigError as error:
+        changes = [str(error)]
+    if changes:
+        say(f"note: the settings are those of {trained.checkpoint.name}, not of {path}: {', '.join(changes)}")
+
+
+def open_corpus(trained: Trained, data: str | None = None, say: Say = note) -> Catalog:
+    """The corpus that a model was trained on, or the one in `data`; another text is noted on stderr.
+
+    Raises DataError, naming the model's corpus and how to get it back, if it is gone or has another tokenizer.
+    """
+    wanted = f"the model was trained on {origin(trained.manifest)}"
+    try:
+        catalog = Catalog.open(trained.config.data.dir if data is None else named(data, "--data"))
+        catalog.check_files()
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error}; {wanted}: make it again there, or give its folder by --data DIR") from None
+    if catalog.manifest.tokenizer.hash != trained.manifest.tokenizer:
+        raise DataError(
+            f"{catalog.folder} has another tokenizer than the model; {wanted}: give its folder by --data DIR, or for "
+            f"another text prepare it with --tokenizer {trained.checkpoint / checkpoint.TOKENIZER_FILE}"
+        )
+    if catalog.digest != trained.manifest.catalog:
+        say(f"note: the figures are of another text, corpus {catalog.digest[:12]} in {catalog.folder}; {wanted}")
+    return catalog
