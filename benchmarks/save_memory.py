@@ -1,7 +1,6 @@
 """Peak memory of a run with saves, and of a resume: what they take over that of the steps themselves.
 
     python benchmarks/save_memory.py                       # 64, 256 and 1024 MiB of weights and two moments
-    PYTHONPATH=/old/checkout python benchmarks/save_memory.py   # the same of another version
 
 One rank, whose step is a fake one: it touches a quarter of the state and frees it, so that its peak is known. Every
 figure is the VmHWM of a process of its own: steps alone; steps with two saves in the background, which go on while
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.choice import keep_freed_memory
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.params.layout import Layout

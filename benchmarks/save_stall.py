@@ -1,11 +1,10 @@
 """How long a save in the background holds up the steps beside it: the longest step against the usual one.
 
-    python benchmarks/save_stall.py                        # 1 and 2 GiB of state, two saves each
-    PYTHONPATH=/old/checkout python benchmarks/save_stall.py    # the same of another version
+    python benchmarks/save_stall.py                        # 1 and 2 GiB of state, three saves each
 
-A step is matrix products and 2,000 short NumPy calls on one thread, about half a second: what it needs the interpreter's
-lock for is spread over it as in training. A round is 12 steps without a save and then steps until a save is published;
-`begin` (the snapshot) and `publish` are the loop's own, everything else is the thread's.
+A step is matrix products and 2,000 short NumPy calls on one thread, about half a second: what it needs the
+interpreter's lock for is spread over it as in training. A round is 12 steps without a save and then steps until a save
+is published. `begin` (the snapshot) and `tend` are the loop's own, everything else is done by threads.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from save_memory import ABOUT, state
 
-from mlm_mpi.backend.arrays import keep_freed_memory
+from mlm_mpi.backend.choice import keep_freed_memory
 from mlm_mpi.comm.group import Group
 from mlm_mpi.train import checkpoint
 
@@ -31,6 +30,12 @@ def timed(action) -> float:
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
+
+
+def go_on(saver: checkpoint.Saver) -> None:
+    """What the loop does when all have written."""
+    problem = saver.tend(ABOUT)
+    assert problem is None, problem
 
 
 def work(mib: int, folder: Path) -> None:
@@ -52,16 +57,15 @@ def work(mib: int, folder: Path) -> None:
         alone = [timed(step) for _ in range(12)]
         began = time.perf_counter()
         begin = timed(lambda number=number: saver.begin(number))
-        beside = []
-        while not saver.written:
+        beside, tends = [], []
+        while saver.busy:
             beside.append(timed(step))
+            if saver.written:
+                tends.append(timed(lambda: go_on(saver)))
         took = time.perf_counter() - began
-        problem: list[str | None] = []
-        publish = timed(lambda problem=problem: problem.append(saver.publish(ABOUT)))
-        assert problem == [None], problem
         print(
             f"| {mib} MiB | {number} | {statistics.median(alone):.3f} | {max(alone):.3f} | {begin:.3f} | "
-            f"{statistics.median(beside):.3f} | {max(beside):.3f} | {publish:.3f} | {took:.1f} |", flush=True,
+            f"{statistics.median(beside):.3f} | {max(beside):.3f} | {max(tends):.3f} | {took:.1f} |", flush=True,
         )  # fmt: skip
 
 
@@ -76,7 +80,7 @@ def main() -> None:
         return
     print(
         "| state | save | median step alone, s | longest alone | begin (snapshot) | median beside the save | "
-        "longest beside | publish | save took |\n|---|---|---|---|---|---|---|---|---|", flush=True,
+        "longest beside | publish or longest tend | save took |\n|---|---|---|---|---|---|---|---|---|", flush=True,
     )  # fmt: skip
     for size in options.sizes.split(","):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
