@@ -25,6 +25,12 @@ def batch_of(ids, targets, mask=None, step=0, index=0) -> Batch:
     return Batch(step, index, {"ids": ids}, wanted, int(targets.size if mask is None else mask.sum()))
 
 
+def blocks_of(settings, vocabulary):
+    """The parameters of a GPT with its head, by part: what a store is made of."""
+    trunk = gpt.build(settings, Sizes(vocabulary))
+    return [part.parameters() for part in (*trunk.parts, TokenHead(trunk.norm, trunk.table))]
+
+
 class Whole:
     """A model with its head, its store and one flat buffer of gradients."""
 

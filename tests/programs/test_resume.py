@@ -7,11 +7,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from whole import blocks_of
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import checkpoint
 
@@ -72,9 +72,7 @@ def test_the_index_opens_in_plain_h5py(place):
     ]
     assert (folder / "tokenizer.json").read_bytes() == Catalog.open(place.corpus).tokenizer().content
     manifest = checkpoint.read_manifest(folder)
-    store = FlatStore(
-        gpt.build(configuration.load(place.config).model, manifest.vocabulary).parameter_blocks(), Mesh(), "f4"
-    )
+    store = FlatStore(blocks_of(configuration.load(place.config).model, manifest.vocabulary), Mesh(), "f4")
     buffers = {name: store.new_buffer() for name in manifest.buffers} | {"weights": store.data}
     checkpoint.restore(folder, manifest, store, buffers)
     assert store.weights_sha256() == run.weights

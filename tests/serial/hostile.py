@@ -13,6 +13,7 @@ import h5py
 import msgspec
 import numpy as np
 from tiny import tiny_config
+from whole import blocks_of
 
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.cut import Box
@@ -22,7 +23,6 @@ from mlm_mpi.data.shards import write_shard
 from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.files import publishing
-from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import checkpoint, part
 from mlm_mpi.train.part import Piece
@@ -157,7 +157,7 @@ class Saved:
 
     def buffers(self, grid: Any = None) -> tuple[FlatStore, dict[str, Any]]:
         model = tiny_config(f"model.layers={self.layers}").model
-        store = FlatStore(gpt.build(model, VOCABULARY).parameter_blocks(), grid or Mesh(), "float32")
+        store = FlatStore(blocks_of(model, VOCABULARY), grid or Mesh(), "float32")
         return store, {"weights": store.data, "moment1": store.new_buffer()}
 
     def copy(self, folder: Path) -> "Saved":
