@@ -3,7 +3,6 @@
 `cupy` is imported in this package only, and only by a run that asks for a GPU.
 """
 
-import contextlib
 import mmap
 import warnings
 from collections.abc import Iterator
@@ -130,15 +129,12 @@ def snap(array: Any, out: np.ndarray) -> None:
 def new_pages(size_bytes: int) -> np.ndarray:
     """Bytes in pages of their own, zero, that go back to the kernel with the last view of them.
 
-    The allocator would keep them for ever (`keep_freed_memory`), in pieces between those of the steps. Huge pages,
-    where the kernel has them, spare the faults. Raises MemoryError.
+    The allocator would keep them for ever (`keep_freed_memory`). Raises MemoryError.
     """
     try:
         pages = mmap.mmap(-1, max(1, size_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError):
         raise MemoryError(f"no {size_bytes} bytes of memory") from None
-    with contextlib.suppress(OSError, AttributeError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)[:size_bytes]
 
 

@@ -17,7 +17,7 @@ class Keeper:
 
     @property
     def written(self) -> bool:
-        """My part of the save under way is on disk, or has failed."""
+        """What the save under way needs of me now is done, or has failed."""
         return self.saver.written
 
     def begin(self, step: int) -> None:
@@ -26,12 +26,18 @@ class Keeper:
         self.check(step)
         self.saver.begin(step)
 
+    def tend(self) -> None:
+        """Goes on with a save of which all have `written` what it needs of them; no disk is waited for. Collective."""
+        self._tell(self.saver.tend(self.about()))
+
     def publish(self) -> None:
         """Publishes the save under way, if any; a failure is an alarm, and training goes on. Collective."""
         if self.saver.busy:
-            problem = self.saver.publish(self.about())
-            if problem is not None:
-                self.alarm(f"ALARM checkpoint not saved, training goes on: {problem}")
+            self._tell(self.saver.publish(self.about()))
+
+    def _tell(self, problem: str | None) -> None:
+        if problem is not None:
+            self.alarm(f"ALARM checkpoint not saved, training goes on: {problem}")
 
     def save(self, step: int) -> str | None:
         """The last checkpoint, which must succeed; returns what went wrong. Collective."""

@@ -120,7 +120,7 @@ class Run:
         saving, engine = self.config.checkpoint, self.engine
         saver = checkpoint.Saver(
             self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
-            saving.keep, saving.background,
+            saving.keep, saving.background and saving.every > 0,  # nothing goes on beside a save at the end
         )  # fmt: skip
         return Keeper(saver, engine.check_weights, self._about, ledger.alarm)
 

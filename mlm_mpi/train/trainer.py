@@ -65,9 +65,9 @@ class Trainer:
         return step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
 
     def _save(self, step: int, done: StepResult, stopping: bool) -> str | None:
-        """Publishes what all have written, begins what is due; the last save is waited for. Returns what went wrong."""
+        """Tends what all have written, begins what is due; the last save is waited for. Returns what went wrong."""
         if done.notes[:, _WRITTEN].all():
-            self.keeper.publish()
+            self.keeper.tend()
         if stopping:
             return self.keeper.save(step)
         if self.rhythm.is_time(self.rhythm.save_every, step):
