@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Protocol
 
-from mlm_mpi.errors import ConfigError, MlmError
+from mlm_mpi.errors import ConfigError, MlmError, agreed
 from mlm_mpi.files import read_whole
 
 # room -> the package that holds its kinds
@@ -96,3 +97,24 @@ class Plugins:
                 raise ConfigError(f"{path} does not load: {type(error).__name__}: {error}: mend it") from error
             self._loaded[name], self.used[name] = module, digest
         return self._loaded[name]
+
+
+class Ranks(Protocol):
+    """What `check_same` asks of a group of ranks."""
+
+    def allgather(self, value: Any, what: str) -> list[Any]: ...
+
+
+def check_same(plugins: Plugins, group: Ranks) -> None:
+    """Raises ConfigError on all ranks unless all have loaded the same files. Collective."""
+    first, *others = group.allgather(plugins.used, "plug-ins")
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            mine, found = (used[name][:12] if name in used else "none" for used in (first, other))
+            if mine != found:
+                raise agreed(
+                    ConfigError(
+                        f"--plugins differ between ranks: {name} is {mine} on rank 0 and {found} on rank {rank}: "
+                        "give all ranks the same folder"
+                    )
+                )

@@ -35,9 +35,9 @@ from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from mlm_mpi.errors import ConfigError, DataError, agreed
+from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.files import cannot_write, publish_all
-from mlm_mpi.plug import Plugins, named
+from mlm_mpi.plug import check_same, named
 from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
     with group.together("checking the command line"):
         _check(args)
         formats = Formats(named(args.plugins))
-    _check_same(formats.plugins, group)
+    check_same(formats.plugins, group)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     folder = None
@@ -133,21 +133,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
         raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
     check_encoding(args.encoding)
-
-
-def _check_same(plugins: Plugins, group: Ranks) -> None:
-    """Raises ConfigError on all ranks unless all have loaded the same files. Collective."""
-    first, *others = group.allgather(plugins.used, "plug-ins")
-    for rank, other in enumerate(others, 1):
-        for name in sorted(first.keys() | other.keys()):
-            mine, found = (used[name][:12] if name in used else "none" for used in (first, other))
-            if mine != found:
-                raise agreed(
-                    ConfigError(
-                        f"--plugins differ between ranks: {name} is {mine} on rank 0 and {found} on rank {rank}: "
-                        "give all ranks the same folder"
-                    )
-                )
 
 
 def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:

@@ -19,7 +19,7 @@ from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import DataError, MlmError, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
-from mlm_mpi.plug import Plugins
+from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build
 from mlm_mpi.train.corpus import origin
@@ -67,6 +67,7 @@ class Run:
             self.sampler = Sampler(config.train.seed, len(self.samples), config.train.micro_batches, config.train.rows)
             check_memory(config, self.task, self.place, on_node[1])
             self.config = findable(config)
+        check_same(self.plugins, self.group)
         self.mesh = Mesh(self.group)
         self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place)
         self.facts = fingerprint(

@@ -144,3 +144,12 @@ def test_a_file_that_does_not_load_is_one_line(home, tmp_path):
     (tmp_path / "broken" / "rates" / "root.py").write_text("def rate(progress) return 1\n")
     home.train("broken", 2, "--plugins", str(tmp_path / "broken")).refused("root.py does not load: SyntaxError")
     home.train("empty", None, "--plugins", "").refused("--plugins '' names no folder")
+
+
+def test_ranks_with_different_files_end_with_one_line(home, tmp_path):
+    shutil.copytree(MINE, tmp_path / "other")
+    (tmp_path / "other" / "optim" / "signs.py").open("a").write("# changed\n")
+    second = "os.environ.get('OMPI_COMM_WORLD_RANK') == '1'"
+    change = f"if {second}: sys.argv[sys.argv.index('mine')] = {str(tmp_path / 'other')!r}"
+    ended = home.faulty(change, "differ", 2, "--plugins", "mine")
+    ended.refused("--plugins differ between ranks: optim/signs.py is ", "give all ranks the same folder")
