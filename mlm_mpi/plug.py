@@ -26,6 +26,11 @@ ROOMS = {
     "optim": "mlm_mpi.optim", "rates": "mlm_mpi.rates", "schedules": "mlm_mpi.schedules",
     "reductions": "mlm_mpi.comm.reductions", "formats": "mlm_mpi.data.formats",
 }  # fmt: skip
+# room -> functions that a file of it has beside its settings
+FUNCTIONS = {
+    "models": ("build",), "tasks": ("build", "parts", "least"), "objectives": ("samples",), "optim": ("build",),
+    "rates": ("rate",), "schedules": ("instructions",), "reductions": ("build",),
+}  # fmt: skip
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FILE_BYTES = 1 << 20
 
@@ -95,6 +100,9 @@ class Plugins:
                 raise
             except (Exception, SystemExit) as error:  # after an exit the other ranks would wait
                 raise ConfigError(f"{path} does not load: {type(error).__name__}: {error}: mend it") from error
+            for function in FUNCTIONS.get(room, ()):
+                if not callable(getattr(module, function, None)):
+                    raise ConfigError(f"{path} has no function {function}, which a file of {room}/ has: add it")
             self._loaded[name], self.used[name] = module, digest
         return self._loaded[name]
 

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace, group: Group) -> int:
     with group.together("loading the model"):
         trained = load(args.run, named(args.plugins), args.device, say, on_node)
         task = trained.task_over(open_corpus(trained, args.data, say))
-    numbers, own = _measured(trained, task, group)
+    numbers, own = _measured(trained, task, group.with_timeout(trained.config.comm.timeout_s))
     if group.rank == 0:
         _tell(args, trained, task, numbers | own, list(own))
     return 0

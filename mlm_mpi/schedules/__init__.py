@@ -4,7 +4,10 @@ A file has `instructions(stage, stages, micros)`: a pure generator without MPI. 
 backwards must each come in the order of micro-batches, for that alone keeps the sum of gradients the same.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from mlm_mpi.errors import ConfigError, agreed
 
 
 class Forward(NamedTuple):
@@ -20,3 +23,20 @@ class Backward(NamedTuple):
 
 
 Instruction = Forward | Backward
+
+
+def check(order: Iterable[Instruction], micros: int, kind: str) -> None:
+    """Raises ConfigError unless each of `micros` micro-batches runs forward, then back, both in their order."""
+    forwards = backwards = 0
+    for what in order:
+        due = forwards if isinstance(what, Forward) else backwards
+        if what.micro != due or due >= micros or (isinstance(what, Backward) and due >= forwards):
+            raise agreed(ConfigError(f"train.schedule = {kind!r}: {what} comes out of turn: mend it, or give another"))
+        forwards, backwards = forwards + isinstance(what, Forward), backwards + isinstance(what, Backward)
+    if forwards != micros or backwards != micros:
+        raise agreed(
+            ConfigError(
+                f"train.schedule = {kind!r} runs {forwards} forwards and {backwards} backwards of {micros} "
+                "micro-batches: mend it, or give another"
+            )
+        )

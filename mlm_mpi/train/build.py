@@ -1,5 +1,6 @@
 """A configuration -> an engine."""
 
+from mlm_mpi import schedules
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.buckets import Reduction, Setup
 from mlm_mpi.comm.mesh import Mesh
@@ -23,6 +24,10 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     chain = Chain(parts)
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp"))
+    instructions = plugins.find("schedules", train.schedule, "train.schedule").instructions
+    for rank in range(assignment.ranks):
+        micros = len(assignment.of_rank(rank))
+        schedules.check(instructions(0, 1, micros), micros, train.schedule)
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
@@ -30,7 +35,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
             plugins.find("optim", optim.name, "optim.name").build(optim, store),
             _reduction(config, plugins, store, assignment, mesh, place),
             assignment,
-            plugins.find("schedules", train.schedule, "train.schedule").instructions,
+            instructions,
             lambda step: learning_rate(
                 optim.learning_rate, optim.warmup_steps, optim.final_fraction, rate, train.steps, step
             ),

@@ -143,6 +143,8 @@ def test_a_file_that_does_not_load_is_one_line(home, tmp_path):
     shutil.copytree(MINE, tmp_path / "broken")
     (tmp_path / "broken" / "rates" / "root.py").write_text("def rate(progress) return 1\n")
     home.train("broken", 2, "--plugins", str(tmp_path / "broken")).refused("root.py does not load: SyntaxError")
+    (tmp_path / "broken" / "rates" / "root.py").write_text("def rating(progress):\n    return 1\n")
+    home.train("broken", 2, "--plugins", str(tmp_path / "broken")).refused("root.py has no function rate")
     home.train("empty", None, "--plugins", "").refused("--plugins '' names no folder")
 
 

@@ -294,6 +294,10 @@ class Settings:
         if self.depth == 7:
             raise ConfigError("model.depth = 7 does not work: set 8")
         return replace(self, width=self.width or 2 * self.depth)
+
+
+def build(settings, sizes):
+    pass
 """
 
 
