@@ -20,6 +20,10 @@ class Settings(Common):
     '''An optimiser of the user's.'''
     name: str = key("mine", says="This optimiser updates the weights.", room="optim")
     slope: float = key(says="The weights move by this much.", above=0, unit="a step")
+
+
+def build(settings, store):
+    pass
 """
 
 
