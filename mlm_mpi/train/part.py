@@ -4,7 +4,8 @@ Never more than a chunk of it is in memory (about 1 MiB, or one row), on either 
 
 Writing. HDF5 makes the structure and every chunk goes past its filters (`write_direct_chunk`, with a Fletcher-32 of our
 own): nothing is copied into HDF5, and the interpreter's lock is free in every long call. HDF5 writes through an object
-that keeps the first OSError to itself, because h5py on a full disk takes the interpreter down with it at exit.
+that keeps the first OSError to itself: HDF5's own file on a full disk takes the interpreter down at exit, and an error
+raised through it comes out as another one.
 
 Reading. A part is compared with the size and SHA-256 of its manifest, then read a second time, so that no unverified
 byte is parsed and none has to be kept. That the second reading sees the bytes of the first has three reasons: the
