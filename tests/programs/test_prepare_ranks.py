@@ -141,6 +141,7 @@ def piped(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # the mechanism of the test above once more
 def test_a_format_of_a_plugin_gives_the_same_bytes_on_any_number_of_ranks(piped: Path, tmp_path: Path) -> None:
     made = []
     for shared in (True, False):
@@ -170,6 +171,7 @@ def said_on_two(tmp_path: Path, *words: object) -> str:
     return said[0]
 
 
+@pytest.mark.slow  # the mechanism is tested in training too
 def test_ranks_with_different_plugins_end_with_one_line(piped: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plugin(tmp_path / "0", PIPE.format(shared=True))
