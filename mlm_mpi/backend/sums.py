@@ -1,4 +1,4 @@
-"""The sum of arrays in the order of a tree: the gradient sums of `comm.reduction`, which may not see `ops`."""
+"""The sum of arrays in the order of a tree: the gradient sums of `comm.reductions`, which may not see `ops`."""
 
 from collections.abc import Sequence
 from typing import Any
