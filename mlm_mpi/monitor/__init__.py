@@ -7,8 +7,9 @@ from mlm_mpi.config.keys import key
 
 @dataclass(frozen=True)
 class Log:
-    """How much a run prints."""
+    """What a run says of itself."""
 
     every: int = key(
         10, says="A line is printed every so many steps where there is no terminal.", unit="steps", least=1
     )
+    curve: bool = key(True, says="If true, a run draws its losses into loss.png when it ends.")

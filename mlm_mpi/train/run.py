@@ -183,7 +183,8 @@ class Run:
                     f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
                     "the same command goes on"
                 )
-            self._draw_curve()
+            if self.config.log.curve:
+                self._draw_curve()
             self._say_what_was_handed_on()
             self._say(f"fingerprint {digest(self.facts)}  corpus {self.task.content}  run {self.folder.path}")
             self._say(

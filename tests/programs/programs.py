@@ -43,6 +43,7 @@ bucket_mib = 0.02
 timeout_s = 60
 [log]
 every = 1
+curve = false
 """
 
 EVERY_TWO = ("checkpoint.every=2", "checkpoint.keep=3")

@@ -53,14 +53,14 @@ def test_a_terminal_without_our_characters(place):
 
 
 def test_a_user_without_a_home(place):
-    run = shell(place, place.words("run", None, "train.steps=2"), "", HOME="")
+    run = shell(place, place.words("run", None, "train.steps=2", "log.curve=true"), "", HOME="")
     assert (run.returncode, run.stderr) == (0, "")
     bare = subprocess.run(
-        ["env", "-u", "HOME", *COMMAND, *place.words("other", None, "train.steps=2")], cwd=place.folder,
-        capture_output=True, text=True, timeout=TIMEOUT_S,
+        ["env", "-u", "HOME", *COMMAND, *place.words("other", None, "train.steps=2", "log.curve=true")],
+        cwd=place.folder, capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert (bare.returncode, bare.stderr) == (0, "")
-    assert (place.folder / "other" / "loss.png").exists()
+    assert (place.folder / "other" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_reader_that_leaves_is_no_error(place, home, straight):

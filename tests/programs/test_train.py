@@ -27,7 +27,7 @@ def test_an_allreduce_comes_close(place, home, straight):
 def test_what_a_run_leaves_behind(home, straight):
     folder = home.folder / "straight"
     assert json.loads((folder / "DONE").read_text()) == {"step": 6, "weights_sha256": straight.weights}
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "loss.png").exists(), "log.curve is off in these tests: it takes a second a run"
     assert "steps = 6" in (folder / "config.toml").read_text()
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["fingerprint"]["lanes"] == 8
