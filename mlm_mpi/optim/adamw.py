@@ -16,6 +16,9 @@ from mlm_mpi.params.store import FlatStore
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
 
 
+MOMENTS = 2  # flat buffers that `state` holds
+
+
 @dataclass(frozen=True)
 class Settings(Common):
     """AdamW: every weight moves by its mean gradient over the root of its mean squared gradient."""

@@ -11,6 +11,8 @@ from mlm_mpi.ops import cast
 from mlm_mpi.optim import Common
 from mlm_mpi.params.store import FlatStore
 
+MOMENTS = 1  # flat buffers that `state` holds
+
 
 @dataclass(frozen=True)
 class Settings(Common):

@@ -16,12 +16,12 @@ _LEVERS = {
 _PART_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by tracemalloc, 1,000 blocks of width 8
 
 
-def check_memory(config: Config, task: Task, place: Place, on_node: int = 1) -> None:
+def check_memory(config: Config, task: Task, moments: int, place: Place, on_node: int = 1) -> None:
     """Refuses what cannot fit where the ranks of a node calculate: a lower bound, made before anything is built.
 
-    `on_node`: ranks that share the node. Raises ConfigError.
+    `moments`: flat buffers of the optimiser. `on_node`: ranks that share the node. Raises ConfigError.
     """
-    needed = least_bytes(config, task)
+    needed = least_bytes(config, task, moments)
     present, where, share = psutil.virtual_memory().total, f"this machine, with {on_node} rank(s),", on_node
     if place.on_gpu:
         present, where, share = place.xp.cuda.Device().mem_info[1], "its GPU", 1
@@ -33,11 +33,11 @@ def check_memory(config: Config, task: Task, place: Place, on_node: int = 1) -> 
         )
 
 
-def least_bytes(config: Config, task: Task) -> dict[str, int]:
+def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
     """What a rank holds at least, in bytes: parameters with gradients and moments, one array of B·T·C a block, …"""
     size, rows = np.dtype(config.train.dtype).itemsize, config.train.rows
     least = task.least(rows)
-    copies = 3 + (config.optim.name == "adamw")
+    copies = 2 + moments
     return {
         "parameters": copies * size * least.parameters + least.parts * _PART_BYTES,
         "activations": size * least.kept,

@@ -65,6 +65,12 @@ def test_sgd_is_its_formula():
 
 
 @pytest.mark.parametrize("kind", [adamw, sgd])
+def test_moments_are_counted_as_they_are_held(kind):
+    """The lower bound of a rank's memory rests on it; a kind that says nothing counts as holding none."""
+    assert len(kind.build(kind.Settings(), store_of()).state()) == kind.MOMENTS
+
+
+@pytest.mark.parametrize("kind", [adamw, sgd])
 def test_gaps_between_parameters_stay_zero(kind):
     store = store_of()
     optimizer = kind.build(kind.Settings(), store)
