@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlm_mpi import arrivals
+from mlm_mpi import signs
 from mlm_mpi.errors import CommError, LaunchError, MlmError
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def _start_limit() -> float:
 
 
 def _tell_launcher(rank: int, state: str) -> None:
-    if arrivals.VARIABLE in os.environ:
-        os.write(2, arrivals.sign(rank, state))
+    if signs.is_heard():
+        os.write(2, signs.arrival(rank, state))
 
 
 @contextmanager
