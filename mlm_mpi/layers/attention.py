@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
@@ -37,13 +38,18 @@ class KeyValueCache:
 class SelfAttention:
     """Shapes: (B, T, C) -> (B, T, C). Heads will be cut along tp: qkv by dim 2, the projection by rows."""
 
-    def __init__(self, name: str, heads: int, project: ResidualLinear, std: float, drop: Dropout) -> None:
-        """`project` joins the heads' values to the residual stream; `drop` is for the probabilities."""
+    def __init__(
+        self, name: str, heads: int, project: ResidualLinear, std: float, drop: Dropout, shares: int = order.MOST
+    ) -> None:
+        """`project` joins the heads' values to the residual stream; `drop` is for the probabilities; `shares`: at most,
+        of a sum over heads or positions.
+        """
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
-        width = project.inputs
-        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, width // heads))
+        width, unit = project.inputs, project.inputs // heads
+        self.most, self.shares = shares, order.shares(heads, shares)
+        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, unit), self.shares)
         self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
-        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, width // heads)), "zeros")
+        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, unit), self.shares), "zeros")
 
     def parameters(self) -> list[Parameter]:
         return [self.qkv_weight, self.qkv_bias, *self.project.parameters()]
@@ -54,26 +60,28 @@ class SelfAttention:
         return parts[0], parts[1], parts[2]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
-        """`residual` (N, C) or None: what the result is added to."""
-        batch, _, width = x.shape
+        """`residual` or None: what the result is added to."""
+        batch, length, width = x.shape
         flat = x.reshape(-1, width)
         qkv = linear.forward(flat, self.qkv_weight.data.reshape(width, -1), self.qkv_bias.data.reshape(-1))  # (N, 3C)
         q, k, v = self._split(qkv, batch)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
         draw = self.drop.draw(ctx)
-        o, lse = attention.forward(q, k, v, draw=draw)  # (B, T, H, D)
-        y, s_project = self.project.join(o.reshape(flat.shape[0], -1), residual, ctx)
-        return y.reshape(x.shape), (flat, qkv, o, lse, draw, s_project)
+        share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
+        o, lse = attention.forward(q, k, v, draw=draw, share=share)  # (B, T, H, D)
+        y, s_project = self.project.join(o.reshape(batch, length, -1), residual, ctx)
+        return y, (flat, qkv, o, lse, draw, share, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        flat, qkv, o, lse, draw, s_project = saved
+        flat, qkv, o, lse, draw, share, s_project = saved
         batch, _, width = dy.shape
-        do = self.project.backward(dy.reshape(-1, width), s_project, ctx).reshape(o.shape)
+        do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
         q, k, v = self._split(qkv, batch)
         dqkv = module_of(dy).empty_like(qkv)
         dq, dk, dv = self._split(dqkv, batch)
-        attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw)
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw, share=share)
         weight, dweight = self.qkv_weight.data.reshape(width, -1), ctx.grad(self.qkv_weight).reshape(width, -1)
-        linear.backward_weight(dqkv, flat, dweight, ctx.grad(self.qkv_bias).reshape(-1), ctx.accumulate)
-        return linear.backward_input(dqkv, weight).reshape(dy.shape)
+        dbias, pieces = ctx.grad(self.qkv_bias).reshape(-1), ctx.pieces(dy)
+        linear.backward_weight(dqkv, flat, dweight, dbias, ctx.accumulate, pieces)
+        return linear.backward_input(dqkv, weight, shares=self.shares, segments=3).reshape(dy.shape)

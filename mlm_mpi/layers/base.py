@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from mlm_mpi import order
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.params.store import Parameter
@@ -18,7 +19,7 @@ class Context:
 
     `gradients`: views of the buffer of the lane at hand. `accumulate`: gradients are added to what it holds; otherwise
     written over it, so that the first micro-batch of a lane needs no zeroed buffer. `tally`: takes the sums that the
-    head forms, "loss" among them. `cache`: keys and values of earlier positions.
+    head forms, "loss" among them. `cache`: keys and values of earlier positions. `shares`: at most, of a sum over rows.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -31,10 +32,15 @@ class Context:
     gradients: Mapping[Parameter, Array] = field(default_factory=dict)
     accumulate: bool = False
     cache: "Any | None" = None
+    shares: int = order.MOST
 
     def grad(self, parameter: Parameter) -> Array:
         """Where the gradient of a parameter belongs."""
         return self.gradients[parameter]
+
+    def pieces(self, x: Array) -> int:
+        """In so many pieces sums over the rows of an activation are formed. Shapes: x (B, T, …); (N, …) is one piece."""
+        return order.pieces(x.shape[0], x.shape[1], self.shares) if x.ndim > 2 else 1
 
 
 class Layer(Protocol):
@@ -59,9 +65,10 @@ class Part(Protocol):
 
 
 class Sizes(NamedTuple):
-    """What a model must know of its data."""
+    """What a model must know of its data, and how many shares a sum that a mesh may cut may have."""
 
     vocabulary: int
+    shares: int = order.MOST
 
 
 class Least(NamedTuple):

@@ -8,7 +8,7 @@ from mlm_mpi.params.store import Parameter
 
 
 class Norm(Protocol):
-    """A normalisation whose backward can add the gradient that went past its branch. Shapes: (N, C) -> (N, C)."""
+    """A normalisation whose backward can add the gradient that went past its branch. Shapes: (B, T, C) -> the same."""
 
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Array, ctx: Context) -> tuple[Array, Any]: ...
@@ -16,7 +16,7 @@ class Norm(Protocol):
 
 
 class Branch(Protocol):
-    """A mixer of positions, (B, T, C) -> (B, T, C), or an mlp, (N, C) -> (N, C); adds `residual` (N, C) at its end."""
+    """A mixer of positions or an mlp; adds `residual` at its end. Shapes: (B, T, C) -> (B, T, C)."""
 
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]: ...
@@ -24,7 +24,7 @@ class Branch(Protocol):
 
 
 class FeedForward:
-    """x -> GELU(x W₁ + b₁) W₂ + b₂. Shapes: (N, C) -> (N, C), (N, F) in between."""
+    """x -> GELU(x W₁ + b₁) W₂ + b₂. Shapes: (B, T, C) -> (B, T, C), (B, T, F) in between."""
 
     def __init__(self, up: Linear, down: ResidualLinear) -> None:
         self.up, self.down = up, down
@@ -33,9 +33,9 @@ class FeedForward:
         return self.up.parameters() + self.down.parameters()
 
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]:
-        """`residual` (N, C) or None: what the result is added to."""
-        hidden, pre = self.up.forward_gelu(x)  # (N, F)
-        y, s_down = self.down.join(hidden, residual, ctx)  # (N, C)
+        """`residual` or None: what the result is added to."""
+        hidden, pre = self.up.forward_gelu(x)  # (B, T, F)
+        y, s_down = self.down.join(hidden, residual, ctx)
         return y, (x, pre, s_down)
 
     def backward(self, dy: Array, saved: Any, ctx: Context) -> Array:
@@ -57,19 +57,13 @@ class Block:
         return [p for part in parts for p in part.parameters()]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
-        shape = x[0].shape
-        flat = x[0].reshape(-1, shape[2])  # (N, C)
-        n1, s_norm1 = self.norm1.forward(flat, ctx)
-        a, s_mixer = self.mixer.forward(n1.reshape(shape), ctx, residual=flat)
-        middle = a.reshape(flat.shape)
+        n1, s_norm1 = self.norm1.forward(x[0], ctx)
+        middle, s_mixer = self.mixer.forward(n1, ctx, residual=x[0])
         n2, s_norm2 = self.norm2.forward(middle, ctx)
         y, s_mlp = self.mlp.forward(n2, ctx, residual=middle)
-        return (y.reshape(shape),), (s_norm1, s_mixer, s_norm2, s_mlp)
+        return (y,), (s_norm1, s_mixer, s_norm2, s_mlp)
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         s_norm1, s_mixer, s_norm2, s_mlp = saved
-        shape = dy[0].shape
-        flat = dy[0].reshape(-1, shape[2])
-        d = self.norm2.backward(self.mlp.backward(flat, s_mlp, ctx), s_norm2, ctx, add=flat)  # (N, C)
-        a = self.mixer.backward(d.reshape(shape), s_mixer, ctx)
-        return (self.norm1.backward(a.reshape(flat.shape), s_norm1, ctx, add=d).reshape(shape),)
+        d = self.norm2.backward(self.mlp.backward(dy[0], s_mlp, ctx), s_norm2, ctx, add=dy[0])
+        return (self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d),)

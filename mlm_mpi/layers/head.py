@@ -3,6 +3,7 @@
 from typing import Any
 
 from mlm_mpi.layers.base import Array, Context, Flow, Layer
+from mlm_mpi.layers.linear import flat
 from mlm_mpi.ops import crossentropy, matmul
 from mlm_mpi.params.store import Parameter
 
@@ -23,21 +24,24 @@ class TokenHead:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x
         if not ctx.training:
-            n, _ = self.norm.forward(hidden.reshape(-1, hidden.shape[2]), ctx)
-            ctx.tally["loss"] = crossentropy.loss(n, self.table.data, *self._wanted(ctx))
+            n, _ = self.norm.forward(hidden, ctx)
+            ctx.tally["loss"] = crossentropy.loss(
+                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(hidden)
+            )
         return (), hidden
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
-        n, s_norm = self.norm.forward(saved.reshape(-1, saved.shape[2]), ctx)
+        n, s_norm = self.norm.forward(saved, ctx)
         ctx.tally["loss"], dn = crossentropy.loss_and_grad(
-            n, self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate
-        )
-        return (self.norm.backward(dn, s_norm, ctx).reshape(saved.shape),)
+            flat(n), self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate,
+            self.table.layout.shares, ctx.pieces(saved),
+        )  # fmt: skip
+        return (self.norm.backward(dn.reshape(saved.shape), s_norm, ctx),)
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
         """Shapes: (B, T, C) -> (B, T, V)."""
-        n, _ = self.norm.forward(hidden.reshape(-1, hidden.shape[2]), ctx)
-        return matmul.product(n, self.table.data.T).reshape(*hidden.shape[:2], -1)
+        n, _ = self.norm.forward(hidden, ctx)
+        return matmul.product(flat(n), self.table.data.T).reshape(*hidden.shape[:2], -1)
 
     def _wanted(self, ctx: Context) -> tuple[Array, Array | None]:
         assert ctx.batch is not None, "a head reads its targets from the context"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mlm_mpi import order
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.ops import dropout, linear
@@ -9,33 +10,52 @@ from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
 
 
+def flat(x: Any) -> Any:
+    """(…, C) -> (N, C), a view."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class Linear:
-    """y = x W + b. Shapes: (N, K) -> (N, F). `cut` names which side the tp axis will cut: "in" or "out", and
-    `unit` how many of its elements stay together.
+    """y = x W + b. Shapes: (…, K) -> (…, F). `cut` names which side the tp axis will cut, "in" or "out", `unit` how many
+    of its elements stay together, and `shares` how many shares a sum over that side has at most.
     """
 
-    def __init__(self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None, unit: int = 1) -> None:
+    def __init__(
+        self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None, unit: int = 1,
+        shares: int = order.MOST,
+    ) -> None:  # fmt: skip
         self.inputs, self.outputs = inputs, outputs
         axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
         units = {"in": (unit, 1), "out": (1, unit), None: (1, 1)}[cut]
-        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units), std, decay=True)
-        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:], units[1:]), "zeros")
+        self.shares_in = order.shares(inputs // unit, shares) if cut == "in" else 1  # of the forward
+        self.shares_out = order.shares(outputs // unit, shares) if cut == "out" else 1  # of the backward
+        count = max(self.shares_in, self.shares_out)
+        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units, count), std, decay=True)
+        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:], units[1:], self.shares_out), "zeros")
 
     def parameters(self) -> list[Parameter]:
         return [self.weight, self.bias]
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        return linear.forward(x, self.weight.data, self.bias.data), x
+        return self._map(x), x
+
+    def _map(self, x: Any, residual: Any = None) -> Any:
+        added = None if residual is None else flat(residual)
+        y = linear.forward(flat(x), self.weight.data, self.bias.data, added, self.shares_in)
+        return y.reshape(*x.shape[:-1], -1)
 
     def forward_gelu(self, x: Any) -> tuple[Any, Any]:
         """(gelu(pre), pre) with pre what `forward` gives."""
-        return linear.forward_gelu(x, self.weight.data, self.bias.data)
+        y, pre = linear.forward_gelu(flat(x), self.weight.data, self.bias.data)
+        return y.reshape(*x.shape[:-1], -1), pre.reshape(*x.shape[:-1], -1)
 
     def backward_input(self, dy: Any, pre: Any = None) -> Any:
-        return linear.backward_input(dy, self.weight.data, pre)
+        dx = linear.backward_input(flat(dy), self.weight.data, None if pre is None else flat(pre), self.shares_out)
+        return dx.reshape(*dy.shape[:-1], -1)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
-        linear.backward_weight(dy, saved, ctx.grad(self.weight), ctx.grad(self.bias), ctx.accumulate)
+        dw, db = ctx.grad(self.weight), ctx.grad(self.bias)
+        linear.backward_weight(flat(dy), flat(saved), dw, db, ctx.accumulate, ctx.pieces(dy))
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         self.backward_weight(dy, saved, ctx)
@@ -43,18 +63,20 @@ class Linear:
 
 
 class ResidualLinear(Linear):
-    """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (N, K), (N, F) -> (N, F)."""
+    """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (…, K), (…, F) -> (…, F)."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, std: float, drop: Dropout, unit: int = 1) -> None:
-        super().__init__(name, inputs, outputs, std, cut="in", unit=unit)
+    def __init__(
+        self, name: str, inputs: int, outputs: int, std: float, drop: Dropout, unit: int = 1, shares: int = order.MOST
+    ) -> None:
+        super().__init__(name, inputs, outputs, std, "in", unit, shares)
         self.drop = drop
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:
         """As `forward`, with what the result is added to (None: nothing)."""
         draw = self.drop.draw(ctx)
         if draw is None:
-            return linear.forward(x, self.weight.data, self.bias.data, residual), (x, None)
-        return dropout.forward(linear.forward(x, self.weight.data, self.bias.data), draw, residual), (x, draw)
+            return self._map(x, residual), (x, None)
+        return dropout.forward(self._map(x), draw, residual), (x, draw)
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return self.join(x, None, ctx)

@@ -3,13 +3,14 @@
 from typing import Any
 
 from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.linear import flat
 from mlm_mpi.ops import layernorm
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
 
 
 class LayerNorm:
-    """Shapes: (N, C) -> (N, C)."""
+    """Shapes: (…, C) -> (…, C)."""
 
     def __init__(self, name: str, width: int, epsilon: float) -> None:
         self.gain = Parameter(f"{name}.gain", Layout((width,)), "ones")
@@ -20,11 +21,14 @@ class LayerNorm:
         return [self.gain, self.bias]
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        y, statistics = layernorm.forward(x, self.gain.data, self.bias.data, self.epsilon)
-        return y, (x, statistics)
+        y, statistics = layernorm.forward(flat(x), self.gain.data, self.bias.data, self.epsilon)
+        return y.reshape(x.shape), (x, statistics)
 
     def backward(self, dy: Any, saved: Any, ctx: Context, add: Any = None) -> Any:
-        """dx, plus `add` (N, C) where given: the gradient that went past this branch."""
+        """dx, plus `add` (…, C) where given: the gradient that went past this branch."""
         x, statistics = saved
-        dgain, dbias = ctx.grad(self.gain), ctx.grad(self.bias)
-        return layernorm.backward(dy, x, self.gain.data, statistics, dgain, dbias, ctx.accumulate, add)
+        dx = layernorm.backward(
+            flat(dy), flat(x), self.gain.data, statistics, ctx.grad(self.gain), ctx.grad(self.bias), ctx.accumulate,
+            None if add is None else flat(add), ctx.pieces(x),
+        )  # fmt: skip
+        return dx.reshape(x.shape)

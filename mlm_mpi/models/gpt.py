@@ -6,6 +6,7 @@ Source: Radford et al. 2019. Residual projections start with std / √(2 L), as 
 import math
 from dataclasses import dataclass, replace
 
+from mlm_mpi import order
 from mlm_mpi.config.keys import key
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import SelfAttention
@@ -70,20 +71,20 @@ class Settings:
 def build(settings: Settings, sizes: Sizes) -> Trunk:
     """A GPT of these settings, with parameters not yet bound to memory."""
     embedding = _embedding(settings, sizes)
-    blocks = [_block(f"block{number}", settings) for number in range(settings.layers)]
+    blocks = [_block(f"block{number}", settings, sizes.shares) for number in range(settings.layers)]
     return Trunk([embedding, *blocks], _final_norm(settings), settings.width, embedding.tokens)
 
 
 def _embedding(settings: Settings, sizes: Sizes) -> Embedding:
     shape = sizes.vocabulary, settings.context, settings.width
-    return Embedding("embed", *shape, settings.init_std, settings.dropout)
+    return Embedding("embed", *shape, settings.init_std, settings.dropout, sizes.shares)
 
 
 def _final_norm(settings: Settings) -> LayerNorm:
     return LayerNorm("final.norm", settings.width, settings.norm_epsilon)
 
 
-def _block(name: str, settings: Settings) -> Block:
+def _block(name: str, settings: Settings, shares: int = order.MOST) -> Block:
     width, hidden, std = settings.width, settings.feed_forward or 4 * settings.width, settings.init_std
     out_std = std / math.sqrt(2 * settings.layers)
 
@@ -91,11 +92,11 @@ def _block(name: str, settings: Settings) -> Block:
         return Dropout(f"{name}.{where}", settings.dropout)
 
     def join(where: str, inputs: int, number: int, unit: int = 1) -> ResidualLinear:
-        return ResidualLinear(f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"), unit)
+        return ResidualLinear(f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"), unit, shares)
 
     project = join("attention.project", width, 1, unit=width // settings.heads)  # tp cuts whole heads
-    mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"))
-    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut="out")
+    mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"), shares)
+    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut="out", shares=shares)
     mlp = FeedForward(up, join("feed_forward.down", hidden, 2))
     norms = (LayerNorm(f"{name}.norm{number}", width, settings.norm_epsilon) for number in (1, 2))
     return Block(next(norms), mixer, next(norms), mlp)
