@@ -1,0 +1,267 @@
+"""The order of additions holds on a mesh: what tensor-parallel ranks would compute, on cut operands, computed here one
+after another and joined by the tree, has the bits of the uncut model.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from numerics import same_bits
+from whole import Whole, batch_of
+
+from mlm_mpi import order
+from mlm_mpi.comm.tree import middle
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.linear import flat
+from mlm_mpi.models import gpt
+from mlm_mpi.ops import attention, crossentropy, dropout, linear, matmul
+
+VOCABULARY, LENGTH, ROWS = 8192, 64, 2
+SETTINGS = gpt.Settings(
+    layers=8, width=384, heads=8, context=LENGTH, feed_forward=1536, dropout=0.1, init_std=0.02
+)  # fmt: skip
+
+
+def joined(partials):
+    """The tree over whole partial sums."""
+    if len(partials) == 1:
+        return partials[0]
+    centre = middle(0, len(partials))
+    return joined(partials[:centre]) + joined(partials[centre:])
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of `size` tensor-parallel ranks: what a Layout needs of a mesh, and what it cuts of a parameter."""
+
+    number: int
+    ranks: int
+
+    def size(self, axis):
+        return self.ranks if axis == "tp" else 1
+
+    def coord(self, axis):
+        return self.number if axis == "tp" else 0
+
+    def of(self, parameter):
+        return np.ascontiguousarray(self.mine(parameter, parameter.data))
+
+    def mine(self, parameter, array):
+        return array[parameter.layout.slices(self)]
+
+
+class Cut:
+    """Forward and backward of a GPT as `ranks` tensor-parallel ranks compute them; gradients by (rank, parameter)."""
+
+    def __init__(self, whole: Whole, ranks: int) -> None:
+        self.whole, self.ranks = whole, [Rank(number, ranks) for number in range(ranks)]
+        self.gradients: dict[tuple[int, str], np.ndarray] = {}
+
+    def loss_and_grad(self, ids, targets, ctx):
+        batch = batch_of(ids, targets)
+        ctx = replace(ctx, training=True, batch=batch, tally={}, gradients=_Same(self), lane={})
+        embedding, *blocks, head = self.whole.chain.parts
+        (x,), s_embedding = embedding.forward((), ctx)
+        saved = []
+        for block in blocks:
+            x, kept = self.block(block, x, ctx)
+            saved.append(kept)
+        dx = self.head(head, x, targets, ctx)
+        for block, kept in zip(reversed(blocks), reversed(saved), strict=True):
+            dx = self.block_backward(block, dx, kept, ctx)
+        embedding.backward((dx,), s_embedding, ctx)
+        return ctx.tally["loss"]
+
+    def grad(self, rank, parameter):
+        """Where a rank keeps the gradient of its part of a parameter."""
+        key = (rank.number, parameter.name)
+        if key not in self.gradients:
+            self.gradients[key] = np.full(parameter.layout.local_shape(rank), np.nan, "f4")
+        return self.gradients[key]
+
+    # ---- blocks
+
+    def block(self, block, x, ctx):
+        n1, s_norm1 = block.norm1.forward(x, ctx)
+        middle_, s_mixer = self.mixer(block.mixer, n1, x, ctx)
+        n2, s_norm2 = block.norm2.forward(middle_, ctx)
+        y, s_mlp = self.mlp(block.mlp, n2, middle_, ctx)
+        return y, (s_norm1, s_mixer, s_norm2, s_mlp)
+
+    def block_backward(self, block, dy, saved, ctx):
+        s_norm1, s_mixer, s_norm2, s_mlp = saved
+        d = block.norm2.backward(self.mlp_backward(block.mlp, dy, s_mlp, ctx), s_norm2, ctx, add=dy)
+        return block.norm1.backward(self.mixer_backward(block.mixer, d, s_mixer, ctx), s_norm1, ctx, add=d)
+
+    def row_parallel(self, layer, parts, residual, ctx):
+        """Every rank's columns of x times its rows of W, joined; then bias, dropout and residual."""
+        shares = layer.shares_in // len(self.ranks)
+        partials = [
+            matmul.product(flat(x), rank.of(layer.weight), shares) for rank, x in zip(self.ranks, parts, strict=True)
+        ]
+        tree, base, draw = joined(partials), flat(residual), layer.drop.draw(ctx)
+        if draw is None:
+            return ((layer.bias.data + base) + tree).reshape(residual.shape), None
+        return dropout.forward((layer.bias.data + tree).reshape(residual.shape), draw, residual), draw
+
+    def row_parallel_backward(self, layer, dy, parts, draw, ctx):
+        """(dy after dropout, flat); gradients of every rank's rows of W."""
+        d = flat(layer.drop.backward(dy, draw, ctx))
+        for rank, x in zip(self.ranks, parts, strict=True):
+            dw, db = self.grad(rank, layer.weight), self.grad(rank, layer.bias)
+            linear.backward_weight(d, flat(x), dw, db, ctx.accumulate, ctx.pieces(dy))
+        return d
+
+    def mixer(self, mixer, x, residual, ctx):
+        kept, outs = [], []
+        for rank in self.ranks:
+            weight, bias = rank.of(mixer.qkv_weight), rank.of(mixer.qkv_bias)
+            qkv = linear.forward(flat(x), weight.reshape(weight.shape[0], -1), bias.reshape(-1))
+            q, k, v = self.heads(mixer, qkv, x.shape[0])
+            draw, share = self.drawn(mixer, rank, q, ctx), order.share_length(x.shape[1])
+            o, lse = attention.forward(q, k, v, draw=draw, share=share)
+            outs.append(o.reshape(*x.shape[:2], -1))
+            kept.append((qkv, o, lse, draw, share))
+        y, draw = self.row_parallel(mixer.project, outs, residual, ctx)
+        return y, (x, kept, outs, draw)
+
+    def mixer_backward(self, mixer, dy, saved, ctx):
+        x, kept, outs, draw = saved
+        d = self.row_parallel_backward(mixer.project, dy, outs, draw, ctx)
+        partials = []
+        for rank, (qkv, o, lse, drop, share) in zip(self.ranks, kept, strict=True):
+            do = linear.backward_input(d, rank.of(mixer.project.weight)).reshape(o.shape)
+            dqkv = np.empty_like(qkv)
+            batch = x.shape[0]
+            attention.backward(
+                do, *self.heads(mixer, qkv, batch), o, lse, *self.heads(mixer, dqkv, batch), draw=drop, share=share
+            )
+            weight, bias = self.grad(rank, mixer.qkv_weight), self.grad(rank, mixer.qkv_bias)
+            linear.backward_weight(
+                dqkv, flat(x), weight.reshape(weight.shape[0], -1), bias.reshape(-1), ctx.accumulate, ctx.pieces(dy)
+            )
+            w = rank.of(mixer.qkv_weight)
+            partials.append(
+                linear.backward_input(
+                    dqkv, w.reshape(w.shape[0], -1), shares=mixer.shares // len(self.ranks), segments=3
+                )
+            )
+        return joined(partials).reshape(dy.shape)
+
+    def heads(self, mixer, qkv, batch):
+        mine = mixer.heads // len(self.ranks)
+        parts = qkv.reshape(batch, -1, 3, mine, qkv.shape[1] // (3 * mine)).transpose(2, 0, 3, 1, 4)
+        return parts[0], parts[1], parts[2]
+
+    def drawn(self, mixer, rank, q, ctx):
+        """The mask of this rank's heads: a cut of that of (B, H, T, T)."""
+        draw = mixer.drop.draw(ctx)
+        if draw is None:
+            return None
+        _, mine, length, _ = q.shape
+        one = length * length
+        return draw._replace(start=rank.number * mine * one, strides=(mixer.heads * one, one, length, 1))
+
+    def mlp(self, mlp, x, residual, ctx):
+        pairs = [
+            linear.forward_gelu(flat(x), rank.of(mlp.up.weight), rank.of(mlp.up.bias)) for rank in self.ranks
+        ]
+        hidden = [h.reshape(*x.shape[:2], -1) for h, _ in pairs]
+        y, draw = self.row_parallel(mlp.down, hidden, residual, ctx)
+        return y, (x, [pre for _, pre in pairs], hidden, draw)
+
+    def mlp_backward(self, mlp, dy, saved, ctx):
+        x, pres, hidden, draw = saved
+        d = self.row_parallel_backward(mlp.down, dy, hidden, draw, ctx)
+        partials = []
+        for rank, pre in zip(self.ranks, pres, strict=True):
+            dpre = linear.backward_input(d, rank.of(mlp.down.weight), pre)
+            dw, db = self.grad(rank, mlp.up.weight), self.grad(rank, mlp.up.bias)
+            linear.backward_weight(dpre, flat(x), dw, db, ctx.accumulate, ctx.pieces(dy))
+            partials.append(
+                linear.backward_input(dpre, rank.of(mlp.up.weight), shares=mlp.up.shares_out // len(self.ranks))
+            )
+        return joined(partials).reshape(dy.shape)
+
+    # ---- the vocabulary-parallel head
+
+    def head(self, head, x, targets, ctx):
+        n, s_norm = head.norm.forward(x, ctx)
+        flat_n, wanted, rows = flat(n), targets.reshape(-1), np.arange(targets.size)
+        tables = [rank.of(head.table) for rank in self.ranks]
+        shares, width = head.table.layout.shares // len(self.ranks), tables[0].shape[0]
+        logits = [matmul.product(flat_n, table.T) for table in tables]
+        top = np.max([part.max(axis=1) for part in logits], axis=0)  # exact, in any order
+        picked = np.concatenate(logits, axis=1)[rows, wanted].copy()  # one rank has it
+        total = joined([crossentropy.exponentials(part, top, shares) for part in logits])
+        losses = crossentropy.losses(total, top, picked)
+        for number, part in enumerate(logits):
+            local = wanted - number * width
+            here = (local >= 0) & (local < width)
+            crossentropy.gradient(part, total, np.where(here, local, -1).astype("i4"))
+        ctx.tally["loss"] = crossentropy.summed(losses, ctx.pieces(x))
+        partials = []
+        for rank, part, table in zip(self.ranks, logits, tables, strict=True):
+            partials.append(matmul.product(part, table, shares))
+            matmul.add(part.T, flat_n, self.grad(rank, head.table), ctx.accumulate)
+        return head.norm.backward(joined(partials).reshape(x.shape), s_norm, ctx)
+
+
+class _Same:
+    """Gradients of what every rank computes alike: kept once, as those of rank 0."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+
+    def __getitem__(self, parameter):
+        if "tp" in parameter.layout.axes:  # the embedding's sum joins the head's, row by row of the vocabulary
+            return _Joined(self.cut, parameter)
+        return self.cut.grad(self.cut.ranks[0], parameter)
+
+
+class _Joined:
+    """The ranks' parts of a table as one array that can be added to."""
+
+    def __init__(self, cut, parameter):
+        self.cut, self.parameter = cut, parameter
+
+    def __iadd__(self, other):
+        for rank in self.cut.ranks:
+            self.cut.grad(rank, self.parameter)[...] += rank.mine(self.parameter, other)
+        return self
+
+
+@pytest.fixture(scope="module")
+def uncut():
+    """(model, micro-batches, losses, gradients) of two micro-batches of a lane."""
+    whole = Whole(SETTINGS, VOCABULARY, "f4")
+    whole.store.initialise(1)
+    random = np.random.default_rng(0)
+    data = [random.integers(0, VOCABULARY, (2, ROWS, LENGTH)).astype("i4") for _ in range(2)]
+    losses = run(lambda ids, targets, ctx: whole.loss_and_grad(ids, targets, None, ctx), data)
+    return whole, data, losses, whole.gradient.copy()
+
+
+def run(loss_and_grad, data):
+    lane: dict = {}
+    return [
+        loss_and_grad(
+            ids, targets,
+            Context(
+                seed=3, step=4, micro_batch=index, accumulate=index > 0, lane=lane, closes=index == len(data) - 1,
+                training=True,
+            ),
+        )
+        for index, (ids, targets) in enumerate(data)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
+    whole, data, losses, gradient = uncut
+    cut = Cut(whole, ranks)
+    assert run(cut.loss_and_grad, data) == losses
+    for parameter, wanted in whole.store.by_parameter(gradient).items():
+        for rank in cut.ranks if "tp" in parameter.layout.axes else cut.ranks[:1]:
+            found = cut.grad(rank, parameter)
+            assert same_bits(found, np.ascontiguousarray(rank.mine(parameter, wanted))), f"{parameter.name}, {rank}"
