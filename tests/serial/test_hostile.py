@@ -648,10 +648,10 @@ ODD = ['{"step":1,"loss":"x"}', '{"step":1,"loss":[]}', '{"step":1,"loss":true}'
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
 def test_junk_in_the_metrics_is_left_out_on_resume(tmp_path, junk, capsys):
     path = tmp_path / "metrics.jsonl"
-    good = b'{"step": 0, "loss": 2.0}\n'
-    path.write_bytes(good + junk.encode() + b"\n" + b'{"step": 1, "loss": 1.5}\n' + b'{"step": 5}\n')
+    good = b'{"step": 1, "loss": 2.0}\n'
+    path.write_bytes(good + junk.encode() + b"\n" + b'{"step": 2, "loss": 1.5}\n' + b'{"step": 5}\n')
     metrics.MetricsLog.open(path, 3).close()
-    assert path.read_bytes() == good + b'{"step": 1, "loss": 1.5}\n'
+    assert path.read_bytes() == good + b'{"step": 2, "loss": 1.5}\n'
     assert capsys.readouterr().err == ""
 
 
