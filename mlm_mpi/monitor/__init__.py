@@ -22,8 +22,8 @@ class Log:
     )
     wandb: str = key(
         "",
-        says="A run also sends its numbers to this project at Weights & Biases, or keeps them in RUN/wandb if it cannot; "
-        "empty: no. Needs pip install 'mlm-mpi[wandb]'.",
+        says="A run also sends its numbers to this project at Weights & Biases, or keeps them in RUN/wandb if it "
+        "cannot; empty: no. Needs pip install 'mlm-mpi[wandb]'.",
     )
 
     def resolved(self) -> "Log":

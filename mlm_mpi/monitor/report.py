@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ def _name(axes: Axes, run: _Run, title: str, last: int) -> None:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize="small")
-    tokens = run.step_tokens
-    if tokens:
-        top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens, lambda seen: seen / tokens))
+    if tokens := run.step_tokens:
+        there, back = partial(np.multiply, tokens), partial(np.multiply, 1 / tokens)
+        top = axes.secondary_xaxis("top", functions=(there, back))
         top.set_xlabel("tokens seen", fontsize="small")
         top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_words(value)))
         top.tick_params(labelsize="small")
@@ -169,10 +170,10 @@ def _read(path: Path) -> _Run:
     for record in read_metrics(path):
         step = record["step"]
         for name, values in found.items():
-            value = record.get(name)
+            value: Any = record.get(name)
             if is_loss(value) and len(values) < _POINTS:
-                values[step] = float(value)  # type: ignore[arg-type]
-        tokens = record.get("tokens")
+                values[step] = float(value)
+        tokens: Any = record.get("tokens")
         if is_loss(tokens) and step and tokens > 0:
             step_tokens = tokens / step
     loss, heldout, rate = map(_series, found.values())

@@ -3,21 +3,23 @@
 A sink may fail, and need not be handled with care: whoever writes to it leaves it out from its first exception on.
 """
 
-import importlib
-import queue
+import contextlib
+import importlib.util
+import json
+import os
 import secrets
 import socket
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.files import publish
 from mlm_mpi.monitor import Log
 
-_MODULES = {"tensorboard": "tensorboard.summary.writer.record_writer", "wandb": "wandb"}  # key of [log] -> what it needs
-_BEHIND = 10_000  # steps that may wait for wandb
+_PIPE_BYTES = 1 << 20  # 3,000 steps, beside those that the program holds; no user is allowed more
 
 
 class Sink(Protocol):
@@ -34,20 +36,19 @@ class Sink(Protocol):
 
 
 def check(log: Log) -> None:
-    """Raises ConfigError where a package is missing, or broken, that [log] asks for."""
-    for key, module in _MODULES.items():
-        if getattr(log, key):
-            try:
-                importlib.import_module(module)
-            except Exception as problem:  # a package may fail to load for any reason
+    """Raises ConfigError where a package is missing that [log] asks for."""
+    for package in ("tensorboard", "wandb"):
+        if getattr(log, package):
+            found = importlib.util.find_spec(package)
+            if found is None or found.origin is None:  # a folder of that name is no package
                 raise ConfigError(
-                    f"log.{key} needs a package that does not load here ({problem}): "
-                    f"pip install 'mlm-mpi[{key}]', or leave log.{key} out"
-                ) from None
+                    f"log.{package} needs the package {package}, which is not installed here: "
+                    f"pip install 'mlm-mpi[{package}]', or leave log.{package} out"
+                )
 
 
 def opened(log: Log, folder: Path, config: dict[str, Any], patience_s: float) -> list[Sink]:
-    """The sinks that [log] asks for, for the run in `folder`; the others as in `Wandb`."""
+    """The sinks that [log] asks for, of the run in `folder`; the others as in `Wandb`."""
     board: list[Sink] = [TensorBoard(folder / "tensorboard")] if log.tensorboard else []
     return board + ([Wandb(log.wandb, folder, config, patience_s)] if log.wandb else [])
 
@@ -82,7 +83,7 @@ class TensorBoard:
 
         self.folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # TensorBoard reads in the order of names
-        self._file = RecordWriter(open(self.folder / name, "xb"))
+        self._file = RecordWriter((self.folder / name).open("xb"))
 
     def _put(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -97,67 +98,77 @@ class TensorBoard:
 
 
 class Wandb:
-    """Sends numbers to a project at Weights & Biases, in a thread of its own, so that no service holds up a step.
+    """Hands numbers to a program that sends them to a project at Weights & Biases (wandb_sender.py).
 
-    Where it cannot send (no API key, no network) it keeps them in `folder`/wandb, for `wandb sync`. The run's id stands
-    in `folder`/wandb/run-id, so that another start goes on with its curves.
+    Where that cannot send (no API key, no network) it keeps them in `folder`/wandb, for `wandb sync`. The run's id
+    stands in `folder`/wandb/run-id, so that another start goes on with its curves.
     """
 
     name = "log.wandb"
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any], patience_s: float) -> None:
         """`config`: what the service shows of the run. `close` waits at most `patience_s`."""
-        self._folder, self._patience_s = folder, patience_s
-        self._about = {"project": project, "name": folder.absolute().name, "dir": str(folder), "config": config}
-        self._steps: queue.Queue[dict[str, Any] | None] = queue.Queue(_BEHIND)
-        self._said: str | None = None
-        self._problem: Exception | None = None
-        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
-        self._thread.start()
+        self._about = {"project": project, "name": folder.absolute().name, "config": config}
+        self._folder, self._patience_s = folder.absolute(), patience_s
+        self._sender: subprocess.Popen[bytes] | None = None
 
     def write(self, **values: Any) -> str | None:
-        """Hands the numbers to the thread. Raises what went wrong there, or queue.Full where it does not keep up."""
-        self._steps.put_nowait(values)
-        return self._news()
+        """Never waits. Raises what went wrong with the program, or where it does not keep up."""
+        sender = self._sender or self._start()
+        try:
+            self._send(sender, values)
+        except BlockingIOError:
+            sender.kill()
+            raise TimeoutError("it takes no more numbers") from None
+        except BrokenPipeError:
+            return self._last_words(sender)
+        return self._news(sender)
 
     def close(self) -> str | None:
-        """Waits for the thread to send what it has. Raises what went wrong there, or TimeoutError."""
-        self._steps.put(None, timeout=self._patience_s)
-        self._thread.join(self._patience_s)
-        if self._thread.is_alive():
-            raise TimeoutError(f"not all was sent within {self._patience_s:g} s: wandb sync {self._folder}/wandb/run-*")
-        return self._news()
+        """Waits for the program to send what it has. Raises what went wrong there, or TimeoutError."""
+        if self._sender is None:
+            return None
+        with contextlib.suppress(OSError):  # its end is awaited all the same
+            self._send(self._sender, None)
+        _input(self._sender).close()
+        try:
+            self._sender.wait(self._patience_s)
+        except subprocess.TimeoutExpired:
+            self._sender.kill()
+            late = f"not all was sent within {self._patience_s:g} s: wandb sync {self._folder}/wandb/*run-*"
+            raise TimeoutError(late) from None
+        return self._last_words(self._sender)
 
-    def _news(self) -> str | None:
-        if self._problem is not None:
-            raise self._problem
-        said, self._said = self._said, None
+    def _start(self) -> "subprocess.Popen[bytes]":
+        sender = self._sender = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("wandb_sender.py"))], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, pipesize=_PIPE_BYTES,
+        )  # fmt: skip
+        about = self._about | {"id": self._id()}
+        self._send(sender, {"folder": str(self._folder), "patience_s": self._patience_s, "about": about})
+        os.set_blocking(_input(sender).fileno(), False)
+        os.set_blocking(_output(sender).fileno(), False)
+        return sender
+
+    def _send(self, sender: "subprocess.Popen[bytes]", values: dict[str, Any] | None) -> None:
+        os.write(_input(sender).fileno(), json.dumps(values, default=float).encode() + b"\n")  # short: all or nothing
+
+    def _news(self, sender: "subprocess.Popen[bytes]") -> str | None:
+        """What the program has said since. Raises RuntimeError where it has failed."""
+        said = (_output(sender).read() or b"").decode(errors="replace")
+        for line in said.splitlines():
+            kind, _, text = line.partition(" ")
+            if kind == "failed":
+                raise RuntimeError(text)
+            return f"note: {self.name}: {text}"
+        return None
+
+    def _last_words(self, sender: "subprocess.Popen[bytes]") -> str | None:
+        """The same of a program that is ending. Raises RuntimeError also where it ends badly without a word."""
+        said = self._news(sender)
+        if code := sender.wait():
+            raise RuntimeError(f"its program ended with exit code {code}")
         return said
-
-    def _serve(self) -> None:
-        try:
-            run = self._start()
-            while (values := self._steps.get()) is not None:
-                run.log({name: value for name, value in values.items() if name != "time"}, step=values["step"])
-            run.finish()
-        except Exception as problem:  # told by the thread that writes
-            self._problem = problem
-
-    def _start(self) -> Any:
-        import wandb
-
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, init_timeout=30)
-        mode = wandb.setup(settings).settings.mode
-        about = self._about | {"id": self._id(), "resume": "allow", "settings": settings}
-        reason = "no API key, which `wandb login` or WANDB_API_KEY gives"
-        try:
-            if mode != "online" or wandb.login(prompt=False, verify=False):
-                return wandb.init(**about)
-        except wandb.Error as error:
-            reason = str(error).partition("\n")[0]
-        run = wandb.init(**about, mode="offline")
-        self._said = f"note: log.wandb: {reason}: kept on disk, send it by wandb sync {self._folder}/wandb/offline-run-*"
-        return run
 
     def _id(self) -> str:
         path = self._folder / "wandb" / "run-id"
@@ -165,3 +176,13 @@ class Wandb:
         if not path.exists():
             publish(path, secrets.token_hex(8).encode())
         return path.read_text()
+
+
+def _input(process: "subprocess.Popen[bytes]") -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
+
+
+def _output(process: "subprocess.Popen[bytes]") -> IO[bytes]:
+    assert process.stdout is not None
+    return process.stdout

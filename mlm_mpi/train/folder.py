@@ -78,8 +78,8 @@ class RunFolder:
     def describe(self, config: Config, facts: dict[str, Any], ranks: int) -> None:
         """Writes the effective configuration and what it runs on."""
         environment = {
-            "command": _command(), "started": _now(), "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
-            "python": platform.python_version(), "fingerprint": facts,
+            "command": _command(), "started": _now(), "ranks": ranks, "host": socket.gethostname(),
+            "platform": platform.platform(), "python": platform.python_version(), "fingerprint": facts,
         }  # fmt: skip
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())

@@ -39,7 +39,8 @@ class Ledger:
             said = act()
         except Exception as problem:
             self.sinks.remove(sink)
-            said = f"ALARM {sink.name}: {' '.join(str(problem).split()) or type(problem).__name__}: the run goes on without it"
+            reason = " ".join(str(problem).split()) or type(problem).__name__
+            said = f"ALARM {sink.name}: {reason}: the run goes on without it"
         if said is not None:
             self.alarm(said)
 

@@ -22,8 +22,8 @@ from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.monitor.sinks import check, opened
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
-from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.build import build
+from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint
 from mlm_mpi.train.folder import RunFolder, findable
@@ -203,8 +203,10 @@ class Run:
         weights = self._weights()
         if self.group.rank == 0:
             self.folder.confirm()
-            ended = f", ended {when}" if when.isprintable() and when else ""
-            self._say(f"{self.folder.path} is complete: all {manifest.step} steps are made{ended}; nothing is left to do")
+            ended = f" (ended {when})" if when.isprintable() and when else ""
+            self._say(
+                f"{self.folder.path} is complete: all {manifest.step} steps are made{ended}, nothing is left to do"
+            )
             self._say(f"to go on, raise train.steps above {manifest.step}; to train anew, give another --run")
             self._say_hashes(manifest.fingerprint, weights, manifest.incomparable)
         return 0
@@ -233,7 +235,7 @@ class Run:
         try:
             from mlm_mpi.monitor.report import loss_curve  # matplotlib takes half a second to import
 
-            count = self.engine.machine.store.count
-            loss_curve(self.folder.metrics, self.folder.curve, f"{self.folder.path}: {self.task.model}, {count:,} parameters")
+            model = f"{self.task.model}, {self.engine.machine.store.count:,} parameters"
+            loss_curve(self.folder.metrics, self.folder.curve, f"{self.folder.path}: {model}")
         except Exception as problem:  # a picture is not worth a finished run
             self._say(f"no loss curve: {problem}")

@@ -49,7 +49,7 @@ def test_a_finished_run_does_no_step_and_says_the_same(place, home, straight):
     again = place.train("straight", 2, "checkpoint.every=2", "checkpoint.keep=3")
     assert again.weights == straight.weights
     said = again.out.splitlines()
-    assert said[0].startswith("straight is complete: all 6 steps are made, ended 20")
+    assert said[0].startswith("straight is complete: all 6 steps are made (ended 20")
     assert said[1].startswith("to go on, raise train.steps above 6; to train anew, give another --run")
     assert [line.split()[0] for line in said[2:]] == ["fingerprint", "weights"]
     assert said[-2:] == straight.out.splitlines()[-2:]
