@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from mlm_mpi.monitor.progress import Reporter
+from mlm_mpi.monitor.progress import Done, Reporter
 from mlm_mpi.monitor.sinks import Sink
 from mlm_mpi.train.engine import StepResult
 
@@ -17,16 +17,15 @@ class Ledger:
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
         """Step number `step`, counted from 1, is done."""
-        rate = done.targets / done.step_s
         self.show.update(
-            step, done.loss, rate, done.exposed_s / done.step_s, waited_s / done.step_s, done.learning_rate, heldout
+            Done(step, done.loss, done.targets, done.step_s, done.exposed_s, waited_s, done.learning_rate), heldout
         )
         if not self.sinks:
             return
         values = {
             "step": step, "tokens": step * self.step_tokens, "loss": done.loss, "learning_rate": done.learning_rate,
-            "gradient_norm": done.gradient_norm, "tokens_per_s": rate, "step_s": done.step_s, "comm_s": done.exposed_s,
-            "wait_s": waited_s, "time": time.time(),
+            "gradient_norm": done.gradient_norm, "tokens_per_s": done.targets / done.step_s, "step_s": done.step_s,
+            "comm_s": done.exposed_s, "wait_s": waited_s, "time": time.time(),
         }  # fmt: skip
         if heldout is not None:
             values["heldout_loss"] = heldout
