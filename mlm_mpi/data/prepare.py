@@ -10,13 +10,10 @@ Everything after `clean` is a function of the documents and the settings; the nu
 only who does it, so the bytes of every file are the same on any number of ranks.
 """
 
-import argparse
 import hashlib
 import math
 import os
 import platform
-import shlex
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +26,13 @@ import numpy as np
 
 from mlm_mpi import __version__
 from mlm_mpi.data import builtin, catalog, similar, sources
-from mlm_mpi.data.decoding import check_encoding, check_repaired
+from mlm_mpi.data.decoding import check_repaired
 from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
-from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.errors import DataError
 from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.plug import check_same, named
 from mlm_mpi.rng import key_of
@@ -46,8 +43,6 @@ _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of 
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
-_LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
-_LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
 _MOST_SHARDS = 100_000  # a catalog of more is not read
 
 # What is known of a document without its text; 24 band hashes are most of its 236 bytes.
@@ -60,7 +55,7 @@ _RECORD = np.dtype(
 
 
 class Ranks(Protocol):
-    """What `main` needs of a `comm.group.Group`."""
+    """What `prepare` needs of a `comm.group.Group`."""
 
     rank: int
     size: int
@@ -71,38 +66,53 @@ class Ranks(Protocol):
     def together(self, what: str) -> AbstractContextManager[None]: ...
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """The command line of `mlm-mpi prepare`."""
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl; .gz .xz .bz2 .zst too")
-    add("--out", required=True, metavar="DIR", help="folder of the corpus: new, empty, or of an earlier corpus")
-    add("--builtin", action="store_true", help="add documentation that every Python from 3.11 on ships")
-    add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
-    add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
-    add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
-    add("--field", default="text", metavar="NAME", help="field of a JSON line that holds its text (text)")
-    add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte-order mark (utf-8)")
-    add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
-    add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
-    add("--plugins", metavar="DIR", help="folder of your own Python: formats/*.py read the files with their SUFFIXES")
+@dataclass(frozen=True)
+class Recipe:
+    """What a corpus is to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
+
+    `command`: the command line to be written down, which makes the same corpus again.
+    """
+
+    inputs: tuple[str, ...]
+    out: Path
+    has_builtin: bool
+    tokenizer: str
+    vocab: int
+    heldout: float
+    field: str
+    encoding: str
+    shard_mib: float
+    seed: int
+    plugins: str | None
+    command: str
 
 
-def main(args: argparse.Namespace, group: Ranks) -> int:
-    """Prepares a corpus in `args.out`. Collective. Returns 0; raises DataError or ConfigError on all ranks."""
-    begin = time.perf_counter()
+@dataclass(frozen=True)
+class Made:
+    """What there is to tell of a corpus that is in its place.
+
+    `missing`: built-in documents that this Python lacks; `is_replaced`: an earlier corpus was in the folder.
+    """
+
+    manifest: catalog.Manifest
+    missing: int
+    is_replaced: bool
+
+
+def prepare(recipe: Recipe, group: Ranks) -> Made:
+    """Prepares a corpus in `recipe.out`. Collective. Raises DataError or ConfigError on all ranks."""
     group = group.with_timeout(_PATIENCE_S)
-    with group.together("checking the command line"):
-        _check(args)
-        formats = Formats(named(args.plugins))
+    with group.together("loading formats"):
+        formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     folder = None
     with group.together("opening the corpus folder"):
         if group.rank == 0:
-            folder = CorpusFolder(Path(args.out))
+            folder = CorpusFolder(recipe.out)
     try:
-        manifest, missing = _prepare(args, formats, group)
+        manifest, missing = _stage(recipe, formats, group)
         is_replaced = False
         with group.together("publishing the corpus"):
             if folder is not None:
@@ -113,35 +123,16 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
         raise
     if folder is not None:
         folder.close()
-        print(_report(manifest, args.out, missing, is_replaced, time.perf_counter() - begin), flush=True)
-    return 0
+    return Made(manifest, missing, is_replaced)
 
 
-def _check(args: argparse.Namespace) -> None:
-    if not args.out:
-        raise ConfigError("--out '' names no folder: give one")
-    if not args.inputs and not args.builtin:
-        raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
-    if not args.field:
-        raise ConfigError("--field '' names no field: give the one that holds the text")
-    if not 0 <= args.heldout < 1:
-        raise ConfigError(f"--heldout {args.heldout} must be in [0, 1)")
-    if not 0 <= args.shard_mib <= _LARGEST_SHARD_MIB:
-        raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {_LARGEST_SHARD_MIB}]")
-    if not 0 <= args.seed < 1 << 63:
-        raise ConfigError(f"--seed {args.seed} must be in [0, {(1 << 63) - 1}]")
-    if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
-        raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
-    check_encoding(args.encoding)
-
-
-def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:
+def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:
     """(what is staged, built-in documents that this Python lacks)."""
-    spool = _Spool(Path(args.out) / FOLDER)
-    counts, missing = _clean(args, formats, group, spool)
+    spool = _Spool(recipe.out / FOLDER)
+    counts, missing = _clean(recipe, formats, group, spool)
     with group.together("arranging documents"):
-        plan = _arrange(spool.records(group.size), args.heldout, args.seed, math.ceil(args.shard_mib * _MIB))
-    tokenizer = _tokenizer(args, group, plan, spool)
+        plan = _arrange(spool.records(group.size), recipe.heldout, recipe.seed, math.ceil(recipe.shard_mib * _MIB))
+    tokenizer = _tokenizer(recipe, group, plan, spool)
     with group.together("writing shards"):
         mine = {n: _write(n, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)}
     shards = _gather(mine, group)
@@ -150,7 +141,7 @@ def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[
         format=catalog.FORMAT,
         content="",
         tokenizer=catalog.TokenizerEntry(
-            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash, _kind(args.tokenizer), tokenizer.vocab_size,
+            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash, _kind(recipe.tokenizer), tokenizer.vocab_size,
             tokenizer.eot,
         ),
         shards=shards,
@@ -158,14 +149,14 @@ def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[
         cleaning=catalog.Cleaning(
             documents, empty, plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
         ),
-        seed=args.seed,
-        heldout=args.heldout,
+        seed=recipe.seed,
+        heldout=recipe.heldout,
     )  # fmt: skip
     with group.together("writing the catalog"):
         if group.rank == 0:
             manifest = replace(manifest, content=spool.content(tokenizer.hash, plan.shards))
             prepared = Prepared(
-                _command(args), platform.python_version(), __version__, manifest.content, formats.plugins.used
+                recipe.command, platform.python_version(), __version__, manifest.content, formats.plugins.used
             )
             publish_all([
                 (spool.folder / manifest.tokenizer.file, tokenizer.content),
@@ -173,20 +164,6 @@ def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[
                 (spool.folder / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
             ])  # fmt: skip
     return manifest, missing
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line that prepares the same corpus, options with their default left out."""
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    words += ["--builtin"] if args.builtin else []
-    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed", "plugins"):
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            flag = "--" + name.replace("_", "-")
-            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
-    return os.fsencode(shlex.join(words)).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -197,14 +174,14 @@ class _Document:
 
 
 def _clean(
-    args: argparse.Namespace, formats: Formats, group: Ranks, spool: "_Spool"
+    recipe: Recipe, formats: Formats, group: Ranks, spool: "_Spool"
 ) -> tuple[list[int], int]:  # fmt: skip
     """([read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks). Collective."""
     with group.together("cleaning documents"):
-        found = sources.find(args.inputs, args.builtin, Path(args.out), formats)
+        found = sources.find(recipe.inputs, recipe.has_builtin, recipe.out, formats)
         # of each source that ranks share: documents, replaced places, characters
         tallies = {index: [0, 0, 0] for index, source in enumerate(found) if source.is_shared}
-        counts = spool.fill(_documents(args, group, found, tallies), group.rank)
+        counts = spool.fill(_documents(recipe, group, found, tallies), group.rank)
     every = group.allgather([counts, list(tallies.values())], "counts of cleaning")
     totals = np.sum([part for _, part in every], axis=0).tolist()
     missing = 0
@@ -218,7 +195,7 @@ def _clean(
 
 
 def _documents(
-    args: argparse.Namespace, group: Ranks, found: Sequence[sources.Source], tallies: dict[int, list[int]]
+    recipe: Recipe, group: Ranks, found: Sequence[sources.Source], tallies: dict[int, list[int]]
 ) -> Iterator[_Document]:  # fmt: skip
     """This rank's part of all documents, in order."""
     for index, source in enumerate(found):
@@ -226,7 +203,7 @@ def _documents(
             continue
         tally = tallies[index] if source.is_shared else [0, 0, 0]
         last = None  # held back until the verdict on the encoding of the whole file
-        for raw in sources.read(source, args.field, args.encoding, group.rank, group.size):
+        for raw in sources.read(source, recipe.field, recipe.encoding, group.rank, group.size):
             if last is not None:
                 yield last
             cleaned = clean(raw.content)
@@ -429,21 +406,21 @@ def _cut_shards(split: str, records: np.ndarray, limit_bytes: int) -> list[_Shar
     return [_ShardPlan(split, f"{split}-{n:05d}", records[a:b]) for n, (a, b) in enumerate(pairwise(borders))]
 
 
-def _tokenizer(args: argparse.Namespace, group: Ranks, plan: _Plan, spool: _Spool) -> Tokenizer:
+def _tokenizer(recipe: Recipe, group: Ranks, plan: _Plan, spool: _Spool) -> Tokenizer:
     content = ""
     with group.together("making the tokenizer"):
         if group.rank == 0:
-            content = _make_tokenizer(args, plan, spool).content.decode()
+            content = _make_tokenizer(recipe, plan, spool).content.decode()
     return Tokenizer(group.broadcast(content, "the tokenizer").encode())
 
 
-def _make_tokenizer(args: argparse.Namespace, plan: _Plan, spool: _Spool) -> Tokenizer:
-    if args.tokenizer == "bytes":
+def _make_tokenizer(recipe: Recipe, plan: _Plan, spool: _Spool) -> Tokenizer:
+    if recipe.tokenizer == "bytes":
         return Tokenizer.bytes()
-    if args.tokenizer != "bpe":
-        return Tokenizer.load(args.tokenizer)
+    if recipe.tokenizer != "bpe":
+        return Tokenizer.load(recipe.tokenizer)
     every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
-    return Tokenizer.train((piece for piece, _ in _pieces(spool.texts(plan.training[::every]))), args.vocab)
+    return Tokenizer.train((piece for piece, _ in _pieces(spool.texts(plan.training[::every]))), recipe.vocab)
 
 
 def _kind(choice: str) -> str:
@@ -502,30 +479,3 @@ def _gather(mine: dict[int, ShardEntry], group: Ranks) -> tuple[ShardEntry, ...]
     plain = [[number, asdict(entry)] for number, entry in mine.items()]
     found = sorted(pair for part in group.allgather(plain, "shards") for pair in part)
     return tuple(msgspec.convert(entry, ShardEntry) for _, entry in found)
-
-
-def _report(manifest: catalog.Manifest, out: str, missing: int, is_replaced: bool, seconds: float) -> str:
-    cleaning, totals = manifest.cleaning, manifest.totals
-    kept = sum(part.documents for part in totals.values())
-    characters = sum(part.characters for part in totals.values())
-    lines = [
-        f"documents   {cleaning.documents:,} read, {kept:,} kept, {characters:,} characters",
-        f"removed     {cleaning.duplicates:,} exact duplicates, {cleaning.empty:,} empty documents",
-        f"repaired    {cleaning.invalid_utf8:,} invalid UTF-8, {cleaning.control_characters:,} control characters",
-        f"similar     {cleaning.near_documents:,} documents in {cleaning.near_clusters:,} near-duplicate clusters",
-        f"tokenizer   {manifest.tokenizer.kind}, vocabulary {manifest.tokenizer.vocab_size:,}",
-    ]
-    for split, part in totals.items():
-        ratio = part.characters / part.tokens if part.tokens else 0.0
-        lines.append(
-            f"{split:<12}{part.tokens:,} tokens, {part.documents:,} documents, {part.characters:,} characters "
-            f"({part.characters / characters:.1%}), {ratio:.2f} characters per token, shards: {part.shards}"
-        )
-    if missing:
-        lines.append(
-            f"built-in    {missing:,} of {builtin.count():,} documents are not in Python {platform.python_version()}: "
-            "hashes cannot be compared with those of other Pythons"
-        )
-    if is_replaced:
-        lines.append(f"replaced    the corpus that was in {out}")
-    return "\n".join([*lines, f"{out} is ready after {seconds:.1f} s, content {manifest.content[:12]}"])
