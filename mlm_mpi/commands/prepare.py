@@ -16,6 +16,8 @@ from mlm_mpi.errors import ConfigError
 _LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
 _LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
 
+_MOST_CUTS = 5  # lines
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi prepare`."""
@@ -26,6 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
     add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
     add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
+    add(
+        "--cut", choices=("auto", "never", "always"), default="auto",
+        help="cut long texts into documents, their tails held out (auto: those that are too long to hold out whole)",
+    )  # fmt: skip
     add("--field", default="text", metavar="NAME", help="field of a JSON line that holds its text (text)")
     add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte-order mark (utf-8)")
     add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
@@ -64,8 +70,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     return Recipe(
-        tuple(args.inputs), Path(args.out), args.builtin, args.tokenizer, args.vocab, args.heldout, args.field,
-        args.encoding, args.shard_mib, args.seed, args.plugins, _command(args),
+        tuple(args.inputs), Path(args.out), args.builtin, args.tokenizer, args.vocab, args.heldout, args.cut,
+        args.field, args.encoding, args.shard_mib, args.seed, args.plugins, _command(args),
     )  # fmt: skip
 
 
@@ -75,12 +81,24 @@ def _command(args: argparse.Namespace) -> str:
     configure(parser)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
     words += ["--builtin"] if args.builtin else []
-    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed", "plugins"):
+    for name in ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins"):
         value = getattr(args, name)
         if value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return os.fsencode(shlex.join(words)).decode(errors="replace")
+
+
+def _cuts(made: Made) -> list[str]:
+    """What became of long texts: a line for each source, a last one for those that are too many."""
+    lines = []
+    for name, cut in made.cuts[:_MOST_CUTS]:
+        lines.append(f"cut         {f'{cut.texts:,} texts of ' if cut.texts > 1 else ''}{name} {cut}")
+    more = [cut for _, cut in made.cuts[_MOST_CUTS:]]
+    if more:
+        documents, held = sum(cut.documents for cut in more), sum(cut.held for cut in more)
+        lines.append(f"cut         {len(more):,} more files into {documents:,} documents, {held:,} of them held out")
+    return lines
 
 
 def _report(made: Made, out: str, seconds: float) -> str:
@@ -94,6 +112,7 @@ def _report(made: Made, out: str, seconds: float) -> str:
         f"similar     {cleaning.near_documents:,} documents in {cleaning.near_clusters:,} near-duplicate clusters",
         f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}",
     ]
+    lines[1:1] = _cuts(made)
     for split, part in totals.items():
         ratio = part.characters / part.tokens if part.tokens else 0.0
         lines.append(

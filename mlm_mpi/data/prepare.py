@@ -1,6 +1,7 @@
 """`mlm-mpi prepare`: from text to a corpus of tokenised shards.
 
     clean    every rank reads its part of the documents and spools the cleaned text into DIR/.staging
+    cut      texts too long to be held out whole: every rank cuts its share of them into documents
     arrange  every rank reads all records (not texts): duplicates out, clusters, sides, shard borders
     train    rank 0 trains the tokenizer on the training side
     shards   every rank tokenises and writes its share of the shards there
@@ -17,15 +18,16 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
 from mlm_mpi.data import builtin, catalog, similar, sources
+from mlm_mpi.data.arranging import RECORD, Cut, Plan, ShardPlan, arrange, first_of_each, ordered, too_long
+from mlm_mpi.data.cutting import cut
 from mlm_mpi.data.decoding import check_repaired
 from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
@@ -35,7 +37,6 @@ from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.plug import check_same, named
-from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
 
@@ -43,15 +44,6 @@ _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of 
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
-_MOST_SHARDS = 100_000  # a catalog of more is not read
-
-# What is known of a document without its text; 24 band hashes are most of its 236 bytes.
-_RECORD = np.dtype(
-    [
-        ("source", "<u4"), ("number", "<i8"), ("rank", "<u4"), ("start", "<i8"), ("size", "<i8"),
-        ("characters", "<i8"), ("digest", "<u8", (2,)), ("bands", "<u8", (similar.BANDS,)),
-    ]
-)  # fmt: skip
 
 
 class Ranks(Protocol):
@@ -79,6 +71,7 @@ class Recipe:
     tokenizer: str
     vocab: int
     heldout: float
+    cut: Literal["auto", "never", "always"]
     field: str
     encoding: str
     shard_mib: float
@@ -91,10 +84,12 @@ class Recipe:
 class Made:
     """What there is to tell of a corpus that is in its place.
 
-    `missing`: built-in documents that this Python lacks; `is_replaced`: an earlier corpus was in the folder.
+    `cuts`: what became of the long texts in each file; `missing`: built-in documents that this Python lacks;
+    `is_replaced`: an earlier corpus was in the folder.
     """
 
     manifest: catalog.Manifest
+    cuts: tuple[tuple[str, Cut], ...]
     missing: int
     is_replaced: bool
 
@@ -112,26 +107,27 @@ def prepare(recipe: Recipe, group: Ranks) -> Made:
         if group.rank == 0:
             folder = CorpusFolder(recipe.out)
     try:
-        manifest, missing = _stage(recipe, formats, group)
-        is_replaced = False
+        made = _stage(recipe, formats, group)
         with group.together("publishing the corpus"):
             if folder is not None:
-                is_replaced = folder.publish([manifest.tokenizer.file, *(shard.file for shard in manifest.shards)])
+                files = [made.manifest.tokenizer.file, *(shard.file for shard in made.manifest.shards)]
+                made = replace(made, is_replaced=folder.publish(files))
     except BaseException:
         if folder is not None:
             folder.abandon()  # every rank is here, or the job is at its end
         raise
     if folder is not None:
         folder.close()
-    return Made(manifest, missing, is_replaced)
+    return made
 
 
-def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:
-    """(what is staged, built-in documents that this Python lacks)."""
+def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> Made:
+    """What is staged."""
     spool = _Spool(recipe.out / FOLDER)
-    counts, missing = _clean(recipe, formats, group, spool)
+    found, counts, missing = _clean(recipe, formats, group, spool)
+    records, duplicates = _cut(recipe, group, spool)
     with group.together("arranging documents"):
-        plan = _arrange(spool.records(group.size), recipe.heldout, recipe.seed, math.ceil(recipe.shard_mib * _MIB))
+        plan = arrange(records, recipe.heldout, recipe.seed, math.ceil(recipe.shard_mib * _MIB))
     tokenizer = _tokenizer(recipe, group, plan, spool)
     with group.together("writing shards"):
         mine = {n: _write(n, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)}
@@ -147,23 +143,25 @@ def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> tuple[catalog.Mani
         shards=shards,
         totals=catalog.totals(shards),
         cleaning=catalog.Cleaning(
-            documents, empty, plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
+            documents, empty, duplicates + plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
         ),
         seed=recipe.seed,
         heldout=recipe.heldout,
     )  # fmt: skip
+    cuts = tuple((found[cut.source].name, cut) for cut in plan.cuts)
     with group.together("writing the catalog"):
         if group.rank == 0:
             manifest = replace(manifest, content=spool.content(tokenizer.hash, plan.shards))
             prepared = Prepared(
-                recipe.command, platform.python_version(), __version__, manifest.content, formats.plugins.used
-            )
+                recipe.command, platform.python_version(), __version__, manifest.content, formats.plugins.used,
+                {name: str(cut) for name, cut in cuts},
+            )  # fmt: skip
             publish_all([
                 (spool.folder / manifest.tokenizer.file, tokenizer.content),
                 (spool.folder / catalog.FILE_NAME, catalog.encode(manifest)),
                 (spool.folder / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
             ])  # fmt: skip
-    return manifest, missing
+    return Made(manifest, cuts, missing, False)
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,11 @@ class _Document:
 
 def _clean(
     recipe: Recipe, formats: Formats, group: Ranks, spool: "_Spool"
-) -> tuple[list[int], int]:  # fmt: skip
-    """([read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks). Collective."""
+) -> tuple[list[sources.Source], list[int], int]:  # fmt: skip
+    """(sources, [read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks).
+
+    Collective.
+    """
     with group.together("cleaning documents"):
         found = sources.find(recipe.inputs, recipe.has_builtin, recipe.out, formats)
         # of each source that ranks share: documents, replaced places, characters
@@ -191,7 +192,7 @@ def _clean(
                 missing = builtin.count() - documents
             else:
                 check_repaired(found[index].path, replaced, characters)
-    return np.sum([part for part, _ in every], axis=0).tolist(), missing
+    return found, np.sum([part for part, _ in every], axis=0).tolist(), missing
 
 
 def _documents(
@@ -215,8 +216,28 @@ def _documents(
             yield last
 
 
+def _cut(recipe: Recipe, group: Ranks, spool: "_Spool") -> tuple[np.ndarray, int]:
+    """(records of all documents, long texts cut into theirs; documents that were there twice). Collective."""
+    with group.together("looking for long texts"):
+        records = spool.records(group.size)
+        if not len(records):
+            raise DataError("the corpus is empty: no input holds any text: give other files, or --builtin")
+        kept = records[first_of_each(records)]
+        long = too_long(kept, recipe.heldout, recipe.cut)
+    if not long.any():
+        return records, 0
+    with group.together("cutting long texts"):
+        spool.cut(kept[long][group.rank :: group.size], recipe.heldout, group.rank)
+    with group.together("reading what was cut"):
+        whole = ordered(np.concatenate([kept[~long], *spool.pieces(group.size)]))
+    return whole, len(records) - len(kept)
+
+
 class _Spool:
-    """Cleaned documents on the way to their shards: one text file and one table of records per rank."""
+    """Cleaned documents on the way to their shards: one text file and one table of records per rank.
+
+    A document that is cut from a long text is a table's record more; its text stays where it lies.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -224,7 +245,7 @@ class _Spool:
     def fill(self, documents: Iterable[_Document], rank: int) -> list[int]:
         """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters]."""
         counts = np.zeros(4, np.int64)
-        tables = [np.empty(0, _RECORD)]
+        tables = [np.empty(0, RECORD)]
         start = 0
         try:
             with open(self._texts(rank), "wb") as file:
@@ -234,8 +255,12 @@ class _Spool:
                         len(batch), len(batch) - len(kept), sum(d.cleaned.replaced for d in batch),
                         sum(d.cleaned.controls for d in batch),
                     ]  # fmt: skip
-                    encoded = [document.cleaned.text.encode() for document in kept]
-                    tables.append(_records(kept, encoded, rank, start))
+                    table, encoded = _described([document.cleaned.text for document in kept])
+                    table["source"] = [document.source for document in kept]
+                    table["number"] = [document.number for document in kept]
+                    table["rank"] = rank
+                    table["start"] = start + np.cumsum(table["size"]) - table["size"]
+                    tables.append(table)
                     start += file.write(b"".join(encoded))
             self._table(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
@@ -244,11 +269,21 @@ class _Spool:
 
     def records(self, ranks: int) -> np.ndarray:
         """The records of all ranks, in the order of documents."""
+        return ordered(np.concatenate(self._tables(self._table, ranks)))
+
+    def cut(self, records: np.ndarray, fraction: float, rank: int) -> None:
+        """Writes the records of the documents that these texts are cut into. Raises StorageError."""
+        tables = [np.empty(0, RECORD)]
+        for record, text in zip(records, self.texts(records), strict=True):
+            tables += _cut_records(record, text, fraction)
         try:
-            table = np.concatenate([np.fromfile(self._table(rank), _RECORD) for rank in range(ranks)])
+            self._pieces(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
-            raise self._not_shared(error) from None
-        return table[np.lexsort((table["number"], table["source"]))]
+            raise cannot_write(self._pieces(rank), sum(table.nbytes for table in tables), error) from None
+
+    def pieces(self, ranks: int) -> list[np.ndarray]:
+        """What all ranks have cut."""
+        return self._tables(self._pieces, ranks)
 
     def texts(self, records: np.ndarray) -> Iterator[str]:
         """The texts of some records, whoever cleaned them."""
@@ -269,7 +304,7 @@ class _Spool:
         except OSError as error:
             raise cannot_write(self._contents(shard), len(digests), error) from None
 
-    def content(self, tokenizer_hash: str, shards: Sequence["_ShardPlan"]) -> str:
+    def content(self, tokenizer_hash: str, shards: Sequence["ShardPlan"]) -> str:
         """The digest of the corpus, from those of all documents. Raises DataError."""
         numbers = {split: [n for n, shard in enumerate(shards) if shard.split == split] for split in catalog.SPLITS}
         try:
@@ -277,6 +312,12 @@ class _Spool:
                 tokenizer_hash,
                 {split: (self._contents(n).read_bytes() for n in mine) for split, mine in numbers.items()},
             )
+        except OSError as error:
+            raise self._not_shared(error) from None
+
+    def _tables(self, path: Callable[[int], Path], ranks: int) -> list[np.ndarray]:
+        try:
+            return [np.fromfile(path(rank), RECORD) for rank in range(ranks)]
         except OSError as error:
             raise self._not_shared(error) from None
 
@@ -292,121 +333,45 @@ class _Spool:
     def _table(self, rank: int) -> Path:
         return self.folder / f"records-{rank}.bin"
 
+    def _pieces(self, rank: int) -> Path:
+        return self.folder / f"pieces-{rank}.bin"
+
     def _contents(self, shard: int) -> Path:
         return self.folder / f"contents-{shard}.bin"
 
 
-def _records(documents: Sequence[_Document], encoded: Sequence[bytes], rank: int, start: int) -> np.ndarray:
-    table = np.zeros(len(documents), _RECORD)
-    if not documents:
-        return table
-    table["source"] = [document.source for document in documents]
-    table["number"] = [document.number for document in documents]
-    table["rank"] = rank
-    table["size"] = [len(data) for data in encoded]
-    table["start"] = start + np.cumsum(table["size"]) - table["size"]
-    table["characters"] = [len(document.cleaned.text) for document in documents]
-    digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
-    table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
-    table["bands"] = similar.bands([document.cleaned.text for document in documents])
-    return table
+def _described(texts: Sequence[str]) -> tuple[np.ndarray, list[bytes]]:
+    """(records of texts without their place, the texts in UTF-8)."""
+    table = np.zeros(len(texts), RECORD)
+    encoded = [text.encode() for text in texts]
+    if texts:
+        table["size"] = [len(data) for data in encoded]
+        table["characters"] = [len(text) for text in texts]
+        digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
+        table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+        table["bands"] = similar.bands(texts)
+    return table, encoded
 
 
-@dataclass(frozen=True)
-class _ShardPlan:
-    split: str
-    name: str
-    records: np.ndarray
+def _cut_records(record: np.ndarray, text: str, fraction: float) -> Iterator[np.ndarray]:
+    """Tables of the documents that a text is cut into."""
+    number, last, start = 0, 0, int(record["start"])  # of the next piece; characters and bytes before it
+    for batch in _batches(cut(text, fraction), lambda piece: piece.stop - piece.start):
+        table, encoded = _described([text[piece.start : piece.stop] for piece in batch])
+        for name in ("source", "number", "rank"):
+            table[name] = record[name]
+        table["piece"] = np.arange(number, number + len(batch))
+        table["side"] = [piece.side for piece in batch]
+        table["border"] = [piece.border for piece in batch]
+        for row, (piece, data) in enumerate(zip(batch, encoded, strict=True)):
+            start += len(text[last : piece.start].encode())  # what is lost between two pieces
+            table["start"][row] = start
+            last, start = piece.stop, start + len(data)
+        number += len(batch)
+        yield table
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which documents stay, on which side, in which shard."""
-
-    shards: list[_ShardPlan]
-    training: np.ndarray  # records
-    duplicates: int
-    near_clusters: int
-    near_documents: int
-
-
-def _arrange(records: np.ndarray, heldout: float, seed: int, shard_bytes: int) -> _Plan:
-    """Raises DataError for a corpus without text, or one that cannot be split."""
-    if not len(records):
-        raise DataError("the corpus is empty: no input holds any text: give other files, or --builtin")
-    kept = records[_first_of_each(records["digest"])]
-    labels = similar.clusters(kept["bands"])
-    members = np.bincount(labels)
-    held = _held_out(kept, labels, heldout, seed)
-    if not shard_bytes:
-        shard_bytes = min(max(int(kept["size"].sum()) // 16, _MIB // 4), 64 * _MIB)
-    shards = _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes)
-    if len(shards) > _MOST_SHARDS:
-        raise DataError(
-            f"--shard-mib {shard_bytes / _MIB:g} makes {len(shards):,} shards, at most {_MOST_SHARDS:,} can be read: "
-            "give a larger one"
-        )
-    return _Plan(
-        shards,
-        kept[~held],
-        len(records) - len(kept),
-        int((members > 1).sum()),
-        int(members[members > 1].sum()),
-    )
-
-
-def _first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Indices of the first document with each content, ascending. Shapes: (n, 2) -> (m,)."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal contents stay in document order
-    new = np.ones(len(order), bool)
-    new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
-    return np.sort(order[new])
-
-
-def _held_out(records: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are held out: whole clusters, in a keyed order, as long as they fit into the fraction.
-
-    A cluster's key comes from its smallest content hash, so the side does not depend on file names.
-    Shapes: n records, (n,) labels -> (n,) bool. Raises DataError if there is only one cluster.
-    """
-    if fraction == 0:
-        return np.zeros(len(records), bool)
-    names, cluster = np.unique(labels, return_inverse=True)
-    if len(names) == 1:
-        raise DataError(
-            f"--heldout {fraction} needs documents that differ, this corpus has {len(records)} in 1 group of similar "
-            "ones: give more files, cut the text into documents (.jsonl), or set --heldout 0"
-        )
-    characters = np.bincount(cluster, weights=records["characters"]).astype(np.int64).tolist()
-    smallest: dict[int, tuple[int, int]] = {}
-    for number, digest in zip(cluster.tolist(), map(tuple, records["digest"].tolist()), strict=True):
-        smallest[number] = min(smallest.get(number, digest), digest)
-    order = sorted(smallest, key=lambda number: (key_of(seed, "heldout", *smallest[number]), smallest[number]))
-    left = fraction * sum(characters)
-    taken = []
-    for number in order:
-        if characters[number] <= left:
-            left -= characters[number]
-            taken.append(number)
-    if not taken:
-        taken = [min(order, key=lambda number: characters[number])]
-    return np.isin(cluster, taken)
-
-
-def _cut_shards(split: str, records: np.ndarray, limit_bytes: int) -> list[_ShardPlan]:
-    """Runs of whole documents with at most `limit_bytes` of text, one document at least."""
-    borders, size = [0], 0
-    for number, more in enumerate(records["size"].tolist()):
-        if size and size + more > limit_bytes:
-            borders.append(number)
-            size = 0
-        size += more
-    if len(records):
-        borders.append(len(records))
-    return [_ShardPlan(split, f"{split}-{n:05d}", records[a:b]) for n, (a, b) in enumerate(pairwise(borders))]
-
-
-def _tokenizer(recipe: Recipe, group: Ranks, plan: _Plan, spool: _Spool) -> Tokenizer:
+def _tokenizer(recipe: Recipe, group: Ranks, plan: Plan, spool: _Spool) -> Tokenizer:
     content = ""
     with group.together("making the tokenizer"):
         if group.rank == 0:
@@ -414,7 +379,7 @@ def _tokenizer(recipe: Recipe, group: Ranks, plan: _Plan, spool: _Spool) -> Toke
     return Tokenizer(group.broadcast(content, "the tokenizer").encode())
 
 
-def _make_tokenizer(recipe: Recipe, plan: _Plan, spool: _Spool) -> Tokenizer:
+def _make_tokenizer(recipe: Recipe, plan: Plan, spool: _Spool) -> Tokenizer:
     if recipe.tokenizer == "bytes":
         return Tokenizer.bytes()
     if recipe.tokenizer != "bpe":
@@ -427,7 +392,7 @@ def _kind(choice: str) -> str:
     return choice if choice in ("bytes", "bpe") else "file"
 
 
-def _write(number: int, shard: _ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
+def _write(number: int, shard: ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
     documents = list(_encode(tokenizer, spool.texts(shard.records)))
     characters, utf8_bytes = int(shard.records["characters"].sum()), int(shard.records["size"].sum())
     spool.write_contents(number, documents)

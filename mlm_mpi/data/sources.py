@@ -28,6 +28,11 @@ class Source:
         """Whether all ranks read parts of it; otherwise one rank reads it as a whole."""
         return self.format is None or self.format.is_shared
 
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return "the built-in documents" if self.format is None else os.fsencode(self.path).decode(errors="replace")
+
 
 @dataclass(frozen=True)
 class Raw:

@@ -60,11 +60,15 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_any_number_of_ranks_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    draw = random.Random(6)
+    for number in range(3):  # long texts, which different ranks cut
+        (source / f"long{number}.txt").write_text("\n\n".join(text(draw, 50) for _ in range(40)))
     made = {}
     for ranks in (1, 2, 3, 4):
         out = tmp_path / f"out{ranks}"
-        done = on_ranks(ranks, source, "--out", out, "--vocab", 320, "--shard-mib", 0.004, "--heldout", 0.2)
-        assert done.returncode == 0, done.stderr
+        words = ("--vocab", 320, "--shard-mib", 0.004, "--heldout", 0.2, "--cut", "always")
+        done = on_ranks(ranks, source, "--out", out, *words)
+        assert done.returncode == 0 and done.stdout.count("at blank lines, the last ") == 3, done.stderr
         assert done.stdout.count("is ready") == 1 and "1 invalid UTF-8" in done.stdout
         made[ranks] = contents(out)
         assert f"{out} ".encode() in made[ranks].pop("prepared.json")

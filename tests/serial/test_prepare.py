@@ -16,7 +16,7 @@ from corpora import contents, in_a_process, run_prepare, sentences, write_texts
 
 import mlm_mpi
 from mlm_mpi import files
-from mlm_mpi.data import prepare
+from mlm_mpi.data import arranging, prepare
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.shards import ShardReader
 from mlm_mpi.data.stream import TokenStream
@@ -88,6 +88,7 @@ def test_stale_shards_go_and_the_output_is_no_input(source, tmp_path, capsys):
     many = contents(out)
     (out / ".staging").mkdir()
     (out / ".staging" / "text-9.bin").write_bytes(b"left by a kill")
+    (out / ".staging" / "pieces-9.bin").write_bytes(b"left by a kill")
     (out / ".staging" / "train-00000-0123abcd.h5.tmp").write_bytes(b"left by a kill")
     run_prepare(source, "--out", out, "--tokenizer", "bytes")
     few = contents(out)
@@ -199,7 +200,10 @@ def test_empty_and_unsplittable_corpora(tmp_path):
     refused(lambda: run_prepare(tmp_path / "blank.txt", "--out", out), "corpus is empty")
     refused(lambda: run_prepare(tmp_path / "nowhere.txt", "--out", out), "no input at", "nowhere.txt")
     (tmp_path / "one.txt").write_text(sentences(1, 100))
-    refused(lambda: run_prepare(tmp_path / "one.txt", "--out", out), "--heldout 0.05", "1 group", "--heldout 0")
+    for name in ("near", "by"):
+        (tmp_path / f"{name}.txt").write_text(f"{sentences(1, 100)} {name}")
+    given = (tmp_path / "near.txt", tmp_path / "by.txt", "--out", out)
+    refused(lambda: run_prepare(*given), "--heldout 0.05", "2 in 1 group", "--heldout 0")
     refused(lambda: run_prepare("--out", out), "no input", error=ConfigError)
     refused(lambda: run_prepare("--builtin", "--out", out, "--heldout", 1), "--heldout 1.0", error=ConfigError)
     refused(lambda: run_prepare("--builtin", "--out", out, "--vocab", 9), "--vocab 9", error=ConfigError)
@@ -342,6 +346,6 @@ def test_a_corpus_inside_an_input_folder_is_no_input(source, tmp_path, capsys):
 
 
 def test_more_shards_than_can_be_read_are_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_MOST_SHARDS", 9)
+    monkeypatch.setattr(arranging, "_MOST_SHARDS", 9)
     refused(lambda: run_prepare(source, "--out", tmp_path / "out", "--shard-mib", 1e-6), "40 shards", "at most 9")
     assert not (tmp_path / "out").exists()
