@@ -17,7 +17,8 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -28,7 +29,7 @@ from mlm_mpi import __version__
 from mlm_mpi.data import builtin, catalog, similar, sources
 from mlm_mpi.data.arranging import RECORD, Cut, Plan, ShardPlan, arrange, first_of_each, ordered, too_long
 from mlm_mpi.data.cutting import cut
-from mlm_mpi.data.decoding import check_repaired
+from mlm_mpi.data.decoding import NoText, check_repaired
 from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
@@ -44,6 +45,9 @@ _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of 
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
+
+
+Told = Callable[[str, float, float], None]  # (phase, done, total): bytes, characters or shards of this rank
 
 
 class Ranks(Protocol):
@@ -85,21 +89,28 @@ class Made:
     """What there is to tell of a corpus that is in its place.
 
     `cuts`: what became of the long texts in each file; `missing`: built-in documents that this Python lacks;
-    `is_replaced`: an earlier corpus was in the folder.
+    `skipped`: records without text, and the place of the first; `is_replaced`: an earlier corpus was in the folder.
     """
 
     manifest: catalog.Manifest
     cuts: tuple[tuple[str, Cut], ...]
+    skipped: tuple[int, str]
     missing: int
     is_replaced: bool
 
 
-def prepare(recipe: Recipe, group: Ranks) -> Made:
-    """Prepares a corpus in `recipe.out`. Collective. Raises DataError or ConfigError on all ranks."""
+def prepare(recipe: Recipe, group: Ranks, told: Told) -> Made:
+    """Prepares a corpus in `recipe.out`; `told` hears how far this rank is.
+
+    Collective. Raises DataError or ConfigError on all ranks.
+    """
     group = group.with_timeout(_PATIENCE_S)
     with group.together("loading formats"):
         formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
+    with group.together("reading the tokenizer"):
+        if group.rank == 0 and recipe.tokenizer not in ("bytes", "bpe"):
+            Tokenizer.load(recipe.tokenizer)  # a bad one is told now, not after hours
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     folder = None
@@ -107,7 +118,7 @@ def prepare(recipe: Recipe, group: Ranks) -> Made:
         if group.rank == 0:
             folder = CorpusFolder(recipe.out)
     try:
-        made = _stage(recipe, formats, group)
+        made = _stage(recipe, formats, group, told)
         with group.together("publishing the corpus"):
             if folder is not None:
                 files = [made.manifest.tokenizer.file, *(shard.file for shard in made.manifest.shards)]
@@ -121,16 +132,22 @@ def prepare(recipe: Recipe, group: Ranks) -> Made:
     return made
 
 
-def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> Made:
+def _stage(recipe: Recipe, formats: Formats, group: Ranks, told: Told) -> Made:
     """What is staged."""
     spool = _Spool(recipe.out / FOLDER)
-    found, counts, missing = _clean(recipe, formats, group, spool)
-    records, duplicates = _cut(recipe, group, spool)
+    with group.together("looking for input"):
+        found = sources.find(recipe.inputs, recipe.has_builtin, recipe.out, formats)
+    counts, tallies = _clean(recipe, found, group, spool, told)
+    records, duplicates = _cut(recipe, group, spool, told)
     with group.together("arranging documents"):
         plan = arrange(records, recipe.heldout, recipe.seed, math.ceil(recipe.shard_mib * _MIB))
-    tokenizer = _tokenizer(recipe, group, plan, spool)
+    tokenizer = _tokenizer(recipe, group, plan, spool, told)
     with group.together("writing shards"):
-        mine = {n: _write(n, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)}
+        numbers = range(group.rank, len(plan.shards), group.size)
+        mine = {}
+        for done, number in enumerate(numbers):
+            told("shards", done, len(numbers))
+            mine[number] = _write(number, plan.shards[number], spool, tokenizer)
     shards = _gather(mine, group)
     documents, empty, replaced, controls = counts
     manifest = catalog.Manifest(
@@ -161,7 +178,11 @@ def _stage(recipe: Recipe, formats: Formats, group: Ranks) -> Made:
                 (spool.folder / catalog.FILE_NAME, catalog.encode(manifest)),
                 (spool.folder / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
             ])  # fmt: skip
-    return Made(manifest, cuts, missing, False)
+    skipped = [tally for tally in tallies.values() if tally.skipped]
+    missing = sum(builtin.count() - tally.documents for index, tally in tallies.items() if found[index].format is None)
+    return Made(
+        manifest, cuts, (sum(tally.skipped for tally in skipped), skipped[0].place if skipped else ""), missing, False
+    )
 
 
 @dataclass(frozen=True)
@@ -171,52 +192,115 @@ class _Document:
     cleaned: Cleaned
 
 
-def _clean(
-    recipe: Recipe, formats: Formats, group: Ranks, spool: "_Spool"
-) -> tuple[list[sources.Source], list[int], int]:  # fmt: skip
-    """(sources, [read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks).
+@dataclass
+class _Tally:
+    """What was met in a source: documents, places that were not of its encoding, characters, records without text.
 
-    Collective.
+    `strange`: those of them which do not even have the field; `number`, `place` and `fields` are of the first one.
     """
+
+    documents: int = 0
+    replaced: int = 0
+    characters: int = 0
+    skipped: int = 0
+    strange: int = 0
+    number: int = -1
+    place: str = ""
+    fields: str = ""
+
+    def skip(self, number: int, found: NoText) -> None:
+        if not self.skipped:
+            self.number, self.place, self.fields = number, found.place, found.fields
+        self.skipped += 1
+        self.strange += not found.has_field
+
+    def count(self, content: str, cleaned: Cleaned) -> None:
+        self.documents += 1
+        self.replaced += cleaned.replaced
+        self.characters += len(content)
+
+    def __add__(self, other: "_Tally") -> "_Tally":
+        first = min((one for one in (self, other) if one.skipped), key=lambda one: one.number, default=self)
+        summed = ("documents", "replaced", "characters", "skipped", "strange")
+        return replace(first, **{name: getattr(self, name) + getattr(other, name) for name in summed})
+
+    def check(self, source: sources.Source, field: str) -> None:
+        """Raises DataError for a file that was read with another encoding than its own, or by a field it lacks."""
+        if source.format is None:
+            return
+        if self.strange and not self.documents and self.strange == self.skipped:
+            raise DataError(
+                f"{source.path}: no line has a field {field!r}, {self.place} has {self.fields!r}: "
+                "choose one of them with --field"
+            )
+        check_repaired(source.path, self.replaced, self.characters)
+
+
+class _Meter:
+    """How many bytes of its sources this rank has read; a source counts once, however often its format reads it."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.total = sum(sizes)
+        self.done = 0
+        self._end = 0
+
+    def begin(self, size: int) -> None:
+        self._end = self.done + size
+
+    def read(self, size: int) -> None:
+        self.done = min(self.done + size, self._end)
+
+    def end(self) -> None:
+        self.done = self._end
+
+
+def _clean(
+    recipe: Recipe, found: Sequence[sources.Source], group: Ranks, spool: "_Spool", told: Told
+) -> tuple[list[int], dict[int, _Tally]]:  # fmt: skip
+    """([read, empty, invalid UTF-8, control characters], tallies of shared sources and those with gaps). Collective."""
+    tallies = {index: _Tally() for index, source in enumerate(found) if source.is_shared}
     with group.together("cleaning documents"):
-        found = sources.find(recipe.inputs, recipe.has_builtin, recipe.out, formats)
-        # of each source that ranks share: documents, replaced places, characters
-        tallies = {index: [0, 0, 0] for index, source in enumerate(found) if source.is_shared}
-        counts = spool.fill(_documents(recipe, group, found, tallies), group.rank)
-    every = group.allgather([counts, list(tallies.values())], "counts of cleaning")
-    totals = np.sum([part for _, part in every], axis=0).tolist()
-    missing = 0
+        mine = {i: s for i, s in enumerate(found) if s.is_shared or i % group.size == group.rank}
+        meter = _Meter(source.size() for source in mine.values())
+        documents = _documents(recipe, group, mine, tallies, meter)
+        counts = spool.fill(documents, group.rank, meter, partial(told, "cleaning"))
+    every = group.allgather([counts, [[i, *astuple(tally)] for i, tally in tallies.items()]], "counts of cleaning")
+    for index, *values in (row for rank, (_, rows) in enumerate(every) if rank != group.rank for row in rows):
+        tallies[index] = tallies.get(index, _Tally()) + _Tally(*values)
     with group.together("checking encodings"):
-        for index, (documents, replaced, characters) in zip(tallies, totals, strict=True):
-            if found[index].format is None:
-                missing = builtin.count() - documents
-            else:
-                check_repaired(found[index].path, replaced, characters)
-    return found, np.sum([part for part, _ in every], axis=0).tolist(), missing
+        for index, tally in sorted(tallies.items()):
+            tally.check(found[index], recipe.field)
+    return np.sum([part for part, _ in every], axis=0).tolist(), dict(sorted(tallies.items()))
 
 
 def _documents(
-    recipe: Recipe, group: Ranks, found: Sequence[sources.Source], tallies: dict[int, list[int]]
+    recipe: Recipe, group: Ranks, mine: dict[int, sources.Source], tallies: dict[int, _Tally], meter: _Meter
 ) -> Iterator[_Document]:  # fmt: skip
     """This rank's part of all documents, in order."""
-    for index, source in enumerate(found):
-        if not source.is_shared and index % group.size != group.rank:
-            continue
-        tally = tallies[index] if source.is_shared else [0, 0, 0]
+    for index, source in mine.items():
+        tally = tallies[index] if source.is_shared else _Tally()
         last = None  # held back until the verdict on the encoding of the whole file
-        for raw in sources.read(source, recipe.field, recipe.encoding, group.rank, group.size):
+        meter.begin(source.size())
+        for raw in sources.read(source, recipe.field, recipe.encoding, group.rank, group.size, meter.read):
             if last is not None:
                 yield last
+                last = None
+            if isinstance(raw.content, NoText):
+                tally.skip(raw.number, raw.content)
+                continue
             cleaned = clean(raw.content)
-            tally[:] = [a + b for a, b in zip(tally, (1, cleaned.replaced, len(raw.content)), strict=True)]
+            tally.count(raw.content, cleaned)
             last = _Document(index, raw.number, cleaned)
+        meter.end()
         if not source.is_shared:
-            check_repaired(source.path, *tally[1:])
+            tally.check(source, recipe.field)
+            if tally.skipped:
+                tallies[index] = tally
         if last is not None:
             yield last
 
 
-def _cut(recipe: Recipe, group: Ranks, spool: "_Spool") -> tuple[np.ndarray, int]:
+def _cut(recipe: Recipe, group: Ranks, spool: "_Spool", told: Told) -> tuple[np.ndarray, int]:
     """(records of all documents, long texts cut into theirs; documents that were there twice). Collective."""
     with group.together("looking for long texts"):
         records = spool.records(group.size)
@@ -227,7 +311,7 @@ def _cut(recipe: Recipe, group: Ranks, spool: "_Spool") -> tuple[np.ndarray, int
     if not long.any():
         return records, 0
     with group.together("cutting long texts"):
-        spool.cut(kept[long][group.rank :: group.size], recipe.heldout, group.rank)
+        spool.cut(kept[long][group.rank :: group.size], recipe.heldout, group.rank, partial(told, "cutting"))
     with group.together("reading what was cut"):
         whole = ordered(np.concatenate([kept[~long], *spool.pieces(group.size)]))
     return whole, len(records) - len(kept)
@@ -242,11 +326,18 @@ class _Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fill(self, documents: Iterable[_Document], rank: int) -> list[int]:
-        """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters]."""
+    def fill(
+        self, documents: Iterable[_Document], rank: int, meter: _Meter, told: Callable[[float, float], None]
+    ) -> list[int]:  # fmt: skip
+        """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters].
+
+        `told` hears how much of what the meter has counted is done: (done, total).
+        """
         counts = np.zeros(4, np.int64)
         tables = [np.empty(0, RECORD)]
         start = 0
+        before = 0  # bytes that the documents written so far were read from
+        told(0, meter.total)
         try:
             with open(self._texts(rank), "wb") as file:
                 for batch in _batches(documents, lambda document: len(document.cleaned.text)):
@@ -255,7 +346,9 @@ class _Spool:
                         len(batch), len(batch) - len(kept), sum(d.cleaned.replaced for d in batch),
                         sum(d.cleaned.controls for d in batch),
                     ]  # fmt: skip
-                    table, encoded = _described([document.cleaned.text for document in kept])
+                    part = partial(_told_between, told, before, meter.done, meter.total)
+                    table, encoded = _described([document.cleaned.text for document in kept], part)
+                    before = meter.done
                     table["source"] = [document.source for document in kept]
                     table["number"] = [document.number for document in kept]
                     table["rank"] = rank
@@ -264,22 +357,27 @@ class _Spool:
                     start += file.write(b"".join(encoded))
             self._table(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
-            raise cannot_write(self._texts(rank), start, error) from None
+            raise cannot_write(self._texts(rank), 0, error, "the cleaned text") from None
         return counts.tolist()
 
     def records(self, ranks: int) -> np.ndarray:
         """The records of all ranks, in the order of documents."""
         return ordered(np.concatenate(self._tables(self._table, ranks)))
 
-    def cut(self, records: np.ndarray, fraction: float, rank: int) -> None:
+    def cut(self, records: np.ndarray, fraction: float, rank: int, told: Callable[[float, float], None]) -> None:
         """Writes the records of the documents that these texts are cut into. Raises StorageError."""
         tables = [np.empty(0, RECORD)]
+        done, total = 0, int(records["characters"].sum())
         for record, text in zip(records, self.texts(records), strict=True):
-            tables += _cut_records(record, text, fraction)
+            for table in _cut_records(record, text, fraction):
+                tables.append(table)
+                done += int(table["characters"].sum())
+                told(done, total)
         try:
             self._pieces(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
-            raise cannot_write(self._pieces(rank), sum(table.nbytes for table in tables), error) from None
+            size = sum(table.nbytes for table in tables)
+            raise cannot_write(self._pieces(rank), size, error, "records of documents") from None
 
     def pieces(self, ranks: int) -> list[np.ndarray]:
         """What all ranks have cut."""
@@ -302,7 +400,7 @@ class _Spool:
         try:
             self._contents(shard).write_bytes(digests)
         except OSError as error:
-            raise cannot_write(self._contents(shard), len(digests), error) from None
+            raise cannot_write(self._contents(shard), len(digests), error, "digests of documents") from None
 
     def content(self, tokenizer_hash: str, shards: Sequence["ShardPlan"]) -> str:
         """The digest of the corpus, from those of all documents. Raises DataError."""
@@ -340,8 +438,14 @@ class _Spool:
         return self.folder / f"contents-{shard}.bin"
 
 
-def _described(texts: Sequence[str]) -> tuple[np.ndarray, list[bytes]]:
-    """(records of texts without their place, the texts in UTF-8)."""
+def _told_between(told: Callable[[float, float], None], before: int, after: int, total: int, share: float) -> None:
+    told(before + min(1.0, share) * (after - before), total)
+
+
+def _described(
+    texts: Sequence[str], told: Callable[[float], None] = lambda share: None
+) -> tuple[np.ndarray, list[bytes]]:  # fmt: skip
+    """(records of texts without their place, the texts in UTF-8); `told` hears what share of the texts is done."""
     table = np.zeros(len(texts), RECORD)
     encoded = [text.encode() for text in texts]
     if texts:
@@ -349,7 +453,14 @@ def _described(texts: Sequence[str]) -> tuple[np.ndarray, list[bytes]]:
         table["characters"] = [len(text) for text in texts]
         digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
         table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
-        table["bands"] = similar.bands(texts)
+        done, total = 0, int(table["size"].sum())
+
+        def signed(size: int) -> None:
+            nonlocal done
+            done += size
+            told(done / total)
+
+        table["bands"] = similar.bands(texts, signed)
     return table, encoded
 
 
@@ -371,21 +482,34 @@ def _cut_records(record: np.ndarray, text: str, fraction: float) -> Iterator[np.
         yield table
 
 
-def _tokenizer(recipe: Recipe, group: Ranks, plan: Plan, spool: _Spool) -> Tokenizer:
+def _tokenizer(recipe: Recipe, group: Ranks, plan: Plan, spool: _Spool, told: Told) -> Tokenizer:
     content = ""
     with group.together("making the tokenizer"):
         if group.rank == 0:
-            content = _make_tokenizer(recipe, plan, spool).content.decode()
+            content = _make_tokenizer(recipe, plan, spool, partial(told, "tokenizer")).content.decode()
     return Tokenizer(group.broadcast(content, "the tokenizer").encode())
 
 
-def _make_tokenizer(recipe: Recipe, plan: Plan, spool: _Spool) -> Tokenizer:
+def _make_tokenizer(
+    recipe: Recipe, plan: Plan, spool: _Spool, told: Callable[[float, float], None]
+) -> Tokenizer:  # fmt: skip
     if recipe.tokenizer == "bytes":
         return Tokenizer.bytes()
     if recipe.tokenizer != "bpe":
         return Tokenizer.load(recipe.tokenizer)
     every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
-    return Tokenizer.train((piece for piece, _ in _pieces(spool.texts(plan.training[::every]))), recipe.vocab)
+    chosen = plan.training[::every]
+    total = int(chosen["characters"].sum())
+
+    def pieces() -> Iterator[str]:
+        done = 0
+        for piece, _ in _pieces(spool.texts(chosen)):
+            told(done, total)
+            yield piece
+            done += len(piece)
+        told(total, total)
+
+    return Tokenizer.train(pieces(), recipe.vocab)
 
 
 def _kind(choice: str) -> str:
