@@ -87,7 +87,10 @@ def _amount(phase: str, done: float, total: float) -> str:
         return f"{done:,.0f} of {total:,.0f}"
     if phase == "tokenizer" and done >= total:
         return "merging"
-    return f"{done / _MIB:,.1f} of {total / _MIB:,.1f} {'MiB' if phase == 'cleaning' else 'million characters'}"
+    if phase == "cleaning":
+        unit, size = ("MiB", _MIB) if total >= _MIB else ("KiB", 1 << 10)
+        return f"{done / size:,.1f} of {total / size:,.1f} {unit}"
+    return f"{done / 1e6:,.1f} of {total / 1e6:,.1f} million characters"
 
 
 def _untold(phase: str, done: float, total: float) -> None:

@@ -178,7 +178,7 @@ def _inseparable(records: np.ndarray, clusters: int, fraction: float) -> DataErr
     if len(records) > 1:
         return DataError(
             f"--heldout {fraction} needs documents that differ, this corpus has {len(records):,} in 1 group of similar "
-            "ones: give more files, or set --heldout 0"
+            "ones: leave out all but one, give more files, or set --heldout 0"
         )
     if characters * min(fraction, 1 - fraction) >= least:
         return DataError(

@@ -29,9 +29,9 @@ _HEADING = (
     rf"(?i:{_DIVISION})[ .:]+{_NUMBER}[^\n]{{0,60}}"
     rf"|[^\W\d_]\w{{1,20}}\.? (?i:{_DIVISION})\.?"  # Erstes Kapitel
     r"|(?i:prolog(?:ue)?|epilog(?:ue)?|preface|foreword|introduction|conclusion|vorwort|nachwort|préface)\.?"
-    r"|(?:\d{1,3}|[IVXLCDM]{1,8})\.?"
+    r"|\d{1,3}\.|[IVXLCDM]{1,8}\.?"  # digits alone number pages
     r"|第[0-9０-９一二三四五六七八九十百千零〇两]{1,9}[章回卷節节部][^\n]{0,60}"
-    r"|\#{1,3} [^\n]{1,80}"  # Markdown
+    r"|\#{1,3} [^\n]{1,80}(?=\n[^\S\n]*+\n)"  # Markdown; a comment in a program has no blank line behind it
 )
 _BLANK_LINES = r"(?<=\S)[^\S\n]*+\n(?:[^\S\n]*+\n)++"  # tried once in a run of them: time stays linear
 # (what is there, what a border lies behind), the best first

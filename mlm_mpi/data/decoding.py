@@ -137,7 +137,7 @@ def read_text(path: Path, encoding: str, told: Told = _unheard) -> str:
             if len(content) > LARGEST_TEXT_BYTES:
                 raise DataError(
                     f"{path} has more than {LARGEST_TEXT_BYTES >> 20:,} MiB of text, which is read as one document: "
-                    "cut it into files or JSON lines"
+                    "cut it into files (split -C 500M) or JSON lines"
                 )
         text = content.decode(encoding, MARK)
     _check_nul(text, str(path))

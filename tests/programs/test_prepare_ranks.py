@@ -84,7 +84,7 @@ def test_progress_is_drawn_in_a_terminal(source: Path, tmp_path: Path) -> None:
     words = ["run", "-n", "2", "--", "prepare", str(source), "--out", "out", "--vocab", "400", "--tokenizer", "bytes"]
     terminal = Terminal([sys.executable, "-P", "-m", "mlm_mpi", *words], tmp_path)
     assert terminal.end(60) == 0
-    assert b"cleaning" in terminal.raw and b" MiB" in terminal.raw and b"shards" in terminal.raw
+    assert b"cleaning" in terminal.raw and b" KiB" in terminal.raw and b"shards" in terminal.raw
     assert terminal.lines[0].startswith("documents ") and terminal.lines[-1].startswith("out is ready"), (
         "no bar is left"
     )

@@ -68,6 +68,13 @@ def test_a_table_of_contents_alone_makes_no_chapters():
     assert borders == {"blank lines"} and all(3000 < len(piece) < 7000 for piece in found)
 
 
+@pytest.mark.parametrize(
+    "heading", ["{}", "# a comment\ncode = {}", "In chapter {} he goes on", "x" * 70 + " Chapter {}"]
+)
+def test_page_numbers_comments_and_sentences_are_no_headings(heading):
+    assert pieces("".join(f"{heading.format(n)}\n\n{paragraphs(n, 15)}\n\n" for n in range(9)))[1] == {"blank lines"}
+
+
 def test_a_long_chapter_is_cut_at_blank_lines():
     text = "CHAPTER I\n\n" + paragraphs(1, 200) + "\n\nCHAPTER II\n\n" + paragraphs(2, 10) + "\n"
     found, borders = pieces(text)
