@@ -16,7 +16,7 @@ from mlm_mpi.output import open_streams
 
 # name -> (module, needs all ranks' group, one line); a module is imported only when its command is given
 COMMANDS = {
-    "prepare": ("mlm_mpi.data.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
+    "prepare": ("mlm_mpi.commands.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
     "train": ("mlm_mpi.commands.train", False, "train a model (under mpiexec; alone it is one rank)"),
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
     "evaluate": (
