@@ -30,6 +30,7 @@ from types import FrameType
 import psutil
 
 from mlm_mpi import arrivals, config
+from mlm_mpi.arguments import Parser
 from mlm_mpi.arrivals import Arrivals
 from mlm_mpi.banners import BannerFilter
 from mlm_mpi.comm import launch
@@ -100,9 +101,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_training(words: Sequence[str], ranks: int) -> None:
     """Finds here, before a hundred processes start, what each of them would find."""
-    parser = argparse.ArgumentParser(prog="mlm-mpi train")
+    parser = Parser("train")
     training.configure(parser)
-    args = parser.parse_args(words)
+    args = parser.parse(words)
     config.check_ranks(training.settings(args, named(args.plugins)), ranks)
 
 
