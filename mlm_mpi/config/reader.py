@@ -210,7 +210,8 @@ def _instead(path: Path) -> str:
 def _line_of(error: str, text: str) -> str:
     """The line that one of tomllib's errors names."""
     found = re.search(r"at line (\d+)", error)
-    return f": {text.splitlines()[int(found[1]) - 1].strip()[:80]}" if found else ""
+    line = text.split("\n")[int(found[1]) - 1] if found else ""
+    return f": {line.strip()[:80]}" if found else ""
 
 
 def _written_by(path: Path) -> str:

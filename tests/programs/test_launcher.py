@@ -443,7 +443,7 @@ def test_what_cannot_start_is_found_before_processes_are(tmp_path, monkeypatch):
         launcher.main(parsed(*words, ""))
     with pytest.raises(ConfigError, match="unknown key train.stepz"):
         launcher.main(parsed(*words, "r", "--set", "train.stepz=1"))
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ConfigError, match="^train: the following arguments are required: --run: see "):
         launcher.main(parsed("--", "train", str(config)))
 
 
