@@ -30,6 +30,7 @@ from types import FrameType
 import psutil
 
 from mlm_mpi import config, mpiexec, signs
+from mlm_mpi.arguments import Parser
 from mlm_mpi.banners import BannerFilter, EchoFilter
 from mlm_mpi.comm import launch
 from mlm_mpi.commands import train as training
@@ -67,9 +68,17 @@ _GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
     "os.execv(sys.argv[1], sys.argv[1:])",
 ])  # fmt: skip
 
+_EXAMPLES = """examples:
+  mlm-mpi run -n 4 -- train jobs/configs/tiny.toml --run runs/four
+  mlm-mpi run -n 2 -- evaluate runs/four
+  mlm-mpi run -n 4 --mpiexec /usr/bin/mpiexec --mpiexec-args='--bind-to core' -- train …
+
+Ctrl-C lets train save and leave; the same command goes on."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `mlm-mpi run`."""
+    parser.epilog, parser.usage = _EXAMPLES, "mlm-mpi run [-n RANKS] [OPTION …] -- COMMAND …"
     parser.add_argument("-n", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)")
     parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
     parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
@@ -101,9 +110,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_training(words: Sequence[str], ranks: int) -> None:
     """Finds here, before a hundred processes start, what each of them would find."""
-    parser = argparse.ArgumentParser(prog="mlm-mpi train")
+    parser = Parser("train")
     training.configure(parser)
-    args = parser.parse_args(words)
+    args = parser.parse(words)
     config.check_ranks(training.settings(args, named(args.plugins)), ranks)
 
 
