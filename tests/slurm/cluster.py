@@ -56,10 +56,18 @@ class Job:
     def steps_are_made(self, number: int = 20) -> None:
         self.wait(lambda: self.steps() >= number)
 
+    def record(self) -> str:
+        """What Slurm says of it."""
+        return command("scontrol", "show", "job", self.number)
+
+    def requeued(self, number: int = 1) -> None:
+        """Asserts that its log says so."""
+        assert f"train.sbatch: requeued, {number} of 50\n" in self.text()
+
     def leaves(self, state: str, restarts: int | None = None) -> None:
         """Waits until none of its processes is left, then asserts what Slurm says of it and that its log is clean."""
         self.wait(lambda: not command("squeue", "-h", "--states=RUNNING,COMPLETING", f"--jobs={self.number}"))
-        text = command("scontrol", "show", "job", self.number)
+        text = self.record()
         assert f"JobState={state} " in text, text + self.text()
         assert restarts is None or f" Restarts={restarts} " in text, text + self.text()
         assert b"\0" not in self.log.read_bytes()
@@ -81,12 +89,17 @@ class Job:
 class Cluster(Place):
     """A folder from which jobs are submitted."""
 
-    def submit(self, *options: str, **environment: str) -> Job:
-        """A training of `STEPS` steps with the run folder "läufe/ein Lauf"."""
+    def submit(self, *options: str, run: str = "läufe/ein Lauf", plain: Path | None = None, **environment: str) -> Job:
+        """A training of `STEPS` steps. `options` are sbatch's, and further settings a.b=c.
+
+        The script submits itself with a site file of this folder. `plain`: this copy of it is given to sbatch alone.
+        """
         (self.folder / "site.sh").write_text(SITE)
-        words = ["--parsable", "--job-name=job", "--output=%x-%j.log", "--cpus-per-task=1", *options]
-        _, config, _, *rest = self.words("läufe/ein Lauf", None, *SETTINGS)
-        number = command(
-            "sbatch", *words, SCRIPT, config, *rest, cwd=self.folder, **{"SITE": "./site.sh"} | environment
-        ).strip()
-        return Job(number, self.folder / "läufe/ein Lauf", self.folder / f"job-{number}.log")
+        own = ["--job-name=job", "--cpus-per-task=1", *(word for word in options if word.startswith("-"))]
+        _, config, _, *rest = self.words(run, None, *SETTINGS, *(word for word in options if not word.startswith("-")))
+        words = ["sbatch", *own, plain, config, *rest] if plain else [SCRIPT, *own, config, *rest]
+        out = command(*words, cwd=self.folder, **({} if plain else {"SITE": "./site.sh"}) | environment)
+        return self.job(re.findall(r"Submitted batch job (\d+)", out)[0], run)
+
+    def job(self, number: str, run: str) -> Job:
+        return Job(number, self.folder / run, self.folder / run / f"slurm-{number}.log")
