@@ -51,10 +51,19 @@ def _silent(text: str) -> None:
 def _measured(trained: "Trained", task: "Task", group: "Group") -> tuple[dict[str, Any], dict[str, Any]]:
     """Every target of the held-out split: what all tasks have, and what this one says of it."""
     from mlm_mpi.comm.mesh import Mesh
+    from mlm_mpi.monitor.live import Live, Plain, live
     from mlm_mpi.train.measure import measure
 
     rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // task.row_tokens))
-    sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place)
+    bar: Live = live("held-out") if group.rank == 0 else Plain()
+
+    def tell(done: int, total: int) -> None:
+        bar.update(done, total, f"{done:,} of {total:,} micro-batches")
+
+    try:
+        sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place, tell)
+    finally:
+        bar.close()
     if sums is None:
         raise agreed(
             DataError(
