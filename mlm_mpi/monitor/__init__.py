@@ -18,12 +18,12 @@ class Log:
     tensorboard: bool = key(
         False,
         says="If true, a run also writes its numbers into RUN/tensorboard, for TensorBoard; needs "
-        "pip install 'mlm-mpi[tensorboard]'.",
+        "pip install tensorboard.",
     )
     wandb: str = key(
         "",
         says="A run also sends its numbers to this project at Weights & Biases, or keeps them in RUN/wandb if it "
-        "cannot; empty: no. Needs pip install 'mlm-mpi[wandb]'.",
+        "cannot; empty: no. Needs pip install wandb.",
     )
 
     def resolved(self) -> "Log":

@@ -43,7 +43,7 @@ def check(log: Log) -> None:
             if found is None or found.origin is None:  # a folder of that name is no package
                 raise ConfigError(
                     f"log.{package} needs the package {package}, which is not installed here: "
-                    f"pip install 'mlm-mpi[{package}]', or leave log.{package} out"
+                    f"pip install {package}, or leave log.{package} out"
                 )
 
 
