@@ -174,7 +174,7 @@ def _read(path: Path) -> _Run:
             if is_loss(value) and len(values) < _POINTS:
                 values[step] = float(value)
         tokens: Any = record.get("tokens")
-        if is_loss(tokens) and step and tokens > 0:
+        if is_loss(tokens) and tokens >= step > 0:
             step_tokens = tokens / step
     loss, heldout, rate = map(_series, found.values())
     return _Run(loss, heldout, rate, step_tokens)

@@ -642,7 +642,8 @@ JUNK = [
     "[" * 10_000, '{"step":' * 5000, '{"step":1,"x":"' + "y" * (1 << 17) + '"}', "\0" * 1000, '{"step":1,"loss":NaN}',
 ]  # fmt: skip
 ODD = ['{"step":1,"loss":"x"}', '{"step":1,"loss":[]}', '{"step":1,"loss":true}', '{"step":1,"loss":1e999}',
-       '{"step":1,"loss":1' + "0" * 400 + "}", '{"step":1,"heldout_loss":{}}']  # fmt: skip
+       '{"step":1,"loss":1' + "0" * 400 + "}", '{"step":1,"heldout_loss":{}}', '{"step":1,"tokens":1e-320}',
+       '{"step":1,"tokens":-5}', '{"step":1,"learning_rate":-1e29}']  # fmt: skip
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
