@@ -17,7 +17,7 @@ from ctypes.util import find_library
 from typing import TYPE_CHECKING
 
 from mlm_mpi import signs
-from mlm_mpi.errors import CommError, LaunchError, MlmError
+from mlm_mpi.errors import CommError, LaunchError, MlmError, agreed
 
 if TYPE_CHECKING:
     from mlm_mpi.comm.group import Group  # imports NumPy, which must not load before its environment is set
@@ -82,14 +82,18 @@ def start() -> "Group":
     _tell_launcher(rank, "joining")
     with _watched(f"rank {rank} of {promised}", limit_s):
         if not MPI.Is_initialized():
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # mpi4py suspects in four lines what is said below
+                MPI.Init_thread(MPI.THREAD_FUNNELED)
         size = MPI.COMM_WORLD.Get_size()
         if size != promised:
             library = MPI.Get_library_version().strip().splitlines()[0].split(",")[0]
-            raise LaunchError(
-                f"{_launcher()} promised {promised} ranks, MPI sees {size}, for mpi4py has loaded {library}: "
-                "both must be of one kind: give the library's mpiexec with mlm-mpi run --mpiexec; under Slurm srun "
-                "--mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+            raise agreed(  # every rank is alone, and rank 0 speaks
+                LaunchError(
+                    f"{_launcher()} promised {promised} ranks, MPI sees {size}, for mpi4py has loaded {library}: "
+                    "both must be of one kind: give the library's mpiexec with mlm-mpi run --mpiexec; under Slurm srun "
+                    "--mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+                )
             )
         group = Group.of_world(MPI.COMM_WORLD)
     _tell_launcher(rank, "joined")

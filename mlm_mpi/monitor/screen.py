@@ -12,13 +12,14 @@ _ROOM = 3  # columns left free for the cursor and a ^C: what goes on in another 
 
 
 class Screen:
-    """Writes bytes to stdout and stderr, which are one terminal if `drawn`, and then keeps a line at its foot.
+    """Writes bytes to stdout and stderr; if stdout is `drawn` on, keeps a line at its foot.
 
     While a line of text is not ended, the foot is away: what stands there belongs together.
     """
 
     def __init__(self, drawn: bool) -> None:
         self.drawn = drawn
+        self._drawn_on = {1, 2} if drawn and os.isatty(2) else {1} if drawn else set()
         self._picture: Shown | None = None
         self._is_drawn = False
         self._inside_line = False
@@ -29,11 +30,13 @@ class Screen:
         if not data:
             return
         with self._lock:
-            self._erase()
+            if descriptor in self._drawn_on:
+                self._erase()
+                self._inside_line = not data.endswith(b"\n")
             with contextlib.suppress(OSError):
                 _write(descriptor, data)
-            self._inside_line = not data.endswith(b"\n")
-            self._draw()
+            if not self._is_drawn:
+                self._draw()
 
     def draw(self, picture: Shown | None) -> None:
         """Puts a picture at the foot; None takes it away."""
@@ -43,7 +46,8 @@ class Screen:
             self._picture = picture
             if picture is None:
                 self._erase()
-            self._draw()
+            else:
+                self._draw()
 
     def show(self, text: str) -> None:
         """Draws what a sign of `monitor.live` tells; an empty one takes the foot away."""
@@ -52,7 +56,7 @@ class Screen:
     def say(self, text: str) -> None:
         """A line of the launcher's own, never behind half a line of a rank."""
         with self._lock:
-            begin = b"\n" if self.drawn and self._inside_line else b""
+            begin = b"\n" if 2 in self._drawn_on and self._inside_line else b""
             self.write(2, begin + f"mlm-mpi run: {text}\n".encode())
 
     def close(self) -> None:
@@ -63,6 +67,7 @@ class Screen:
         if self._picture is not None and self.drawn and not self._inside_line:
             with contextlib.suppress(OSError):
                 width = os.get_terminal_size(1).columns
+                # in one piece with what it replaces, which would flicker else
                 _write(1, _ERASE + self._picture.draw(max(20, width - _ROOM)).encode())
                 self._is_drawn = True
 

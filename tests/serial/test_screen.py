@@ -21,6 +21,7 @@ def seen(monkeypatch) -> Screen:
         return len(data)
 
     monkeypatch.setattr(screen.os, "write", write)
+    monkeypatch.setattr(screen.os, "isatty", lambda descriptor: True)
     monkeypatch.setattr(screen.os, "get_terminal_size", lambda descriptor: os.terminal_size((COLUMNS, 40)))
     return terminal
 
@@ -55,6 +56,18 @@ def test_without_a_terminal_bytes_pass_untouched(seen):
     plain.write(1, b"half a line")
     plain.say("stopping")
     assert seen.raw == b"half a linemlm-mpi run: stopping\r\n"
+
+
+def test_a_log_beside_the_terminal_gets_what_is_said_and_nothing_else(seen, monkeypatch):
+    monkeypatch.setattr(screen.os, "isatty", lambda descriptor: descriptor == 1)
+    written: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(screen.os, "write", lambda descriptor, data: written.append((descriptor, data)) or len(data))
+    drawn = screen.Screen(True)
+    drawn.show(HALF.encode())
+    drawn.write(1, b"half a line")
+    drawn.write(2, b"ALARM\n")
+    drawn.say("stopping")
+    assert b"".join(data for descriptor, data in written if descriptor == 2) == b"ALARM\nmlm-mpi run: stopping\n"
 
 
 @pytest.mark.parametrize(
