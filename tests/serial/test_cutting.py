@@ -32,7 +32,7 @@ def paragraphs(seed, count, words=80):
 @functools.cache
 def novel(chapters=20, heading="CHAPTER {}.\n\nIn which it goes on", seed=0):
     contents = "\n\n".join(f"CHAPTER {n}." for n in range(chapters))
-    parts = (f"{heading.format(n)}\n\n{paragraphs(100 * seed + n, 15)}\n\n\n\n" for n in range(chapters))
+    parts = (f"{heading.format(n)}\n\n{paragraphs(100 * seed + n, 6)}\n\n\n\n" for n in range(chapters))
     return f"A Title\n\nby Nobody\n\nContents\n\n{contents}\n\n" + "".join(parts)
 
 
@@ -65,7 +65,7 @@ def test_a_text_with_headings_is_cut_at_chapters(heading):
 
 def test_a_table_of_contents_alone_makes_no_chapters():
     found, borders = pieces(novel(heading=""))
-    assert borders == {"blank lines"} and all(3000 < len(piece) < 7000 for piece in found)
+    assert borders == {"blank lines"} and all(2000 < len(piece) < 7000 for piece in found)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_text_without_blank_lines_is_cut_where_it_harms_least(text, border, en
     assert not any(unicodedata.combining(piece[0]) for piece in found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.sampled_from(["word ", "A sentence. ", "\n", "\n\n", " \n", "CHAPTER I\n", "\u0301", "。", "x" * 999])),
     st.sampled_from([0, 0.01, 0.3, 0.5, 0.99]),
@@ -122,7 +122,7 @@ def test_the_licence_of_project_gutenberg_is_not_what_a_model_is_measured_with()
 
 
 def test_blank_lines_without_end_take_no_time():
-    for text in ("\n" * 300_000 + "a", "a" + " \n" * 300_000 + "a", "CHAPTER I\n\n" * 30_000):
+    for text in ("\n" * 200_000 + "a", "a" + " \n" * 200_000 + "a", "CHAPTER I\n\n" * 20_000):
         pieces(text)
 
 
@@ -134,7 +134,7 @@ def test_one_text_file_makes_a_corpus(tmp_path, capsys):
     path = tmp_path / "input.txt"
     path.write_bytes(b"\xef\xbb\xbf" + novel(heading="").replace("\n", "\r\n").encode())
     run_prepare(path, "--out", tmp_path / "out", *TEXT)
-    what = "into 30 documents at blank lines, the last 2 held out"
+    what = "into 13 documents at blank lines, the last one held out"
     assert told(capsys) == [f"cut         {path} {what}"]
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["cut"] == {str(path): what}
     train, held = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "heldout")
@@ -161,7 +161,7 @@ def test_several_novels_lose_their_tails_each(tmp_path, capsys):
 def test_a_corpus_with_enough_documents_is_not_cut(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for number in range(12):
-        (tmp_path / "in" / f"{number}.txt").write_text(paragraphs(number, 30))
+        (tmp_path / "in" / f"{number}.txt").write_text(paragraphs(number, 24))
     run_prepare(tmp_path / "in", "--out", tmp_path / "auto", *TEXT)
     assert told(capsys) == []
     run_prepare(tmp_path / "in", "--out", tmp_path / "never", *TEXT, "--cut", "never")
@@ -203,7 +203,7 @@ def test_near_identical_texts_are_not_cut(tmp_path, capsys):
     """The tail of the shorter one would stand in the body of the longer one."""
     for name, text in (
         ("a", novel()),
-        ("b", novel() + paragraphs(50, 12)),
+        ("b", novel() + paragraphs(50, 7)),
         ("c", novel(heading="", seed=1)),
     ):
         (tmp_path / f"{name}.txt").write_text(text)
