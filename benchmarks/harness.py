@@ -23,8 +23,9 @@ import numpy as np
 import psutil
 import threadpoolctl
 
-from mlm_mpi import launcher
+from mlm_mpi import mpiexec
 from mlm_mpi.comm.group import Group
+from mlm_mpi.launcher import START_S
 
 HERE = Path(__file__).parent
 PEER_PYTHON = "/tmp/torchenv/bin/python"
@@ -75,10 +76,10 @@ def start_ranks(script: str, job: dict[str, Any], ranks: int, threads: int) -> W
     program = [sys.executable, str(HERE / script), "--worker", json.dumps(job)]
     if ranks == 1:
         return Worker(program, threads)
-    path = launcher.find_mpiexec()
-    flavour = launcher.vendor(launcher.version_text(path))
-    options = launcher.launch_options(flavour, ranks, [], None)
-    environment = launcher.launch_environment(flavour, ranks)
+    path = mpiexec.find()
+    flavour = mpiexec.vendor(mpiexec.version_text(path))
+    options = mpiexec.options(flavour, ranks, [], None)
+    environment = mpiexec.environment(flavour, ranks, START_S)
     return Worker([path, "-n", str(ranks), *options, *program], threads, environment)
 
 
@@ -144,7 +145,7 @@ def machine() -> list[str]:
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
     return [
-        f"- {cpu_model()}, {launcher.cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"- {cpu_model()}, {mpiexec.cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
         f"{platform.system()} {platform.release()}, load {os.getloadavg()[0]:.2f} at the start",
         f"- Python {platform.python_version()}, NumPy {np.__version__}, {blas}, commit {commit}",
     ]
@@ -193,7 +194,7 @@ class Report:
         if self._record:
             hardware = re.sub(r"[^a-z0-9]+", "-", cpu_model().split("(family")[0].lower()).strip("-")
             date = datetime.date.today().isoformat()
-            path = HERE / "results" / f"{self._theme}_{hardware}-{launcher.cores()}c_{date}.md"
+            path = HERE / "results" / f"{self._theme}_{hardware}-{mpiexec.cores()}c_{date}.md"
             path.parent.mkdir(exist_ok=True)
             path.write_text("\n".join(self._lines) + "\n", encoding="utf-8")
             print(f"recorded in {path}", flush=True)

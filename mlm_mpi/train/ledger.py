@@ -3,7 +3,7 @@
 import time
 
 from mlm_mpi.monitor.metrics import MetricsLog
-from mlm_mpi.monitor.progress import Reporter
+from mlm_mpi.monitor.progress import Done, Reporter
 from mlm_mpi.train.engine import StepResult
 
 
@@ -15,16 +15,15 @@ class Ledger:
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
         """Step number `step`, counted from 1, is done."""
-        rate = done.targets / done.step_s
         self.show.update(
-            step, done.loss, rate, done.exposed_s / done.step_s, waited_s / done.step_s, done.learning_rate, heldout
+            Done(step, done.loss, done.targets, done.step_s, done.exposed_s, waited_s, done.learning_rate), heldout
         )
         if self.metrics is not None:
             extra = {} if heldout is None else {"heldout_loss": heldout}
             self.metrics.write(
                 step=step - 1, loss=done.loss, learning_rate=done.learning_rate, gradient_norm=done.gradient_norm,
-                tokens_per_s=rate, step_s=done.step_s, comm_s=done.exposed_s, wait_s=waited_s, time=time.time(),
-                **extra,
+                tokens_per_s=done.targets / done.step_s, step_s=done.step_s, comm_s=done.exposed_s, wait_s=waited_s,
+                time=time.time(), **extra,
             )  # fmt: skip
 
     def alarm(self, text: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mlm_mpi import signs
+
 
 class StopRequest:
     """SIGUSR1, SIGTERM or SIGINT, or a limit of this start: a wish to stop, of this rank alone."""
@@ -26,9 +28,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":  # asked twice: now
+        if number == signal.SIGINT and self.reason == _name(number):  # asked twice: now
             signal.default_int_handler(number, frame)
-        self.reason = signal.Signals(number).name
+        # `mlm-mpi run` asks by SIGUSR1, whatever asked it, and has said what
+        self.reason = "as asked" if number == signal.SIGUSR1 and signs.is_heard() else _name(number)
 
     def wanted(self) -> bool:
         """Whether this rank wants to stop after the step at hand; asked once per step."""
@@ -39,3 +42,7 @@ class StopRequest:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = self.reason or "--max-time"
         return self.reason is not None
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

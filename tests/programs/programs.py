@@ -68,7 +68,7 @@ entry()
 # `mlm-mpi run` for another program than `python -m mlm_mpi`
 LAUNCH = (
     "import sys; from mlm_mpi.comm.launch import supervise; from mlm_mpi.launcher import run_job; "
-    "sys.exit(supervise(lambda: run_job([sys.executable, *sys.argv[2:]], int(sys.argv[1]))))"
+    "sys.exit(supervise(lambda: run_job([sys.executable, '-P', *sys.argv[2:]], int(sys.argv[1]))))"
 )
 
 
@@ -101,12 +101,14 @@ class Ended:
 
 
 class Place:
-    """A folder with a configuration; starts programs in it."""
+    """A folder with a configuration, and files that Python must not take for libraries; starts programs in it."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder, self.corpus = folder, corpus
         self.config = folder / "tiny.toml"
         self.config.write_text(CONFIG.format(corpus=corpus))
+        for name in ("tokenizers", "numpy", "rich"):
+            (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
 
     def words(self, run: str, ranks: int | None, *more: str) -> list[str]:
         """The command line of a training; `ranks=None`: without a launcher. `a.b=c` becomes `--set a.b=c`."""
@@ -120,14 +122,18 @@ class Place:
         return ended(self.start(*words, **environment))
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
-        return self.popen([sys.executable, "-m", "mlm_mpi", *words], **environment)
+        return self.popen([sys.executable, "-P", "-m", "mlm_mpi", *words], **environment)
 
     def faulty(self, fault: str, run: str, ranks: int, *more: str) -> Ended:
         """A training in which each rank runs `fault` first."""
+        words = [str(self.faulty_script(fault)), *self.words(run, None, *more)]
+        return ended(self.popen([sys.executable, "-P", "-c", LAUNCH, str(ranks), *words]))
+
+    def faulty_script(self, fault: str) -> Path:
+        """A program like mlm-mpi that runs `fault` first."""
         script = self.folder / "faulty.py"
         script.write_text(FAULTY.format(fault=fault))
-        words = [str(script), *self.words(run, None, *more)]
-        return ended(self.popen([sys.executable, "-c", LAUNCH, str(ranks), *words]))
+        return script
 
     def popen(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

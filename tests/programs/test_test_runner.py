@@ -45,7 +45,7 @@ def runner(place):
         folder.mkdir()
         (folder / "test_it.py").write_text(body)
         begin = time.monotonic()
-        done = ended(place.popen([sys.executable, "-c", LAUNCH, "3", RUNNER, str(folder)]))
+        done = ended(place.popen([sys.executable, "-P", "-c", LAUNCH, "3", RUNNER, str(folder)]))
         assert time.monotonic() - begin < SOON_S
         return done
 

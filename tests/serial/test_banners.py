@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlm_mpi.banners import BannerFilter
+from mlm_mpi.banners import BannerFilter, EchoFilter
 
 DASHES = b"-" * 74 + b"\n"
 EXIT = b"prterun detected that one or more processes exited with non-zero status,\nthus\n"
@@ -134,3 +134,22 @@ def test_the_banner_filter_drops_what_pmix_says_to_itself(size):
     out = b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size))
     assert out + banners.close() == b"[a list] of things\n[open"
     assert banners.passed
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 1000])
+def test_what_another_rank_has_said_is_not_said_again(size):
+    said = (
+        b"mlm-mpi: no corpus\nmlm-mpi: rank 1: no corpus\nmlm-mpi: rank 2: disk full\nwarning\nwarning\n"
+        b"x mlm-mpi: no corpus\nmlm-mpi: rank 3: disk full\nmlm-mpi: rank 1: no corpus\nmlm-m"
+    )
+    echoes = EchoFilter()
+    shown = b"".join(echoes.feed(said[at : at + size]) for at in range(0, len(said), size)) + echoes.close()
+    assert shown == (b"mlm-mpi: no corpus\nmlm-mpi: rank 2: disk full\nwarning\nwarning\nx mlm-mpi: no corpus\nmlm-m")
+
+
+def test_only_a_line_of_ours_is_held_back():
+    echoes = EchoFilter()
+    assert echoes.feed(b"50 %") == b"50 %"
+    assert echoes.feed(b"\rmlm-mpi: ") == b"\rmlm-mpi: "
+    assert echoes.feed(b"\nmlm-mpi: half") == b"\n"
+    assert echoes.feed(b" a line\n") == b"mlm-mpi: half a line\n"

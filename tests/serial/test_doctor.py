@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import pytest
 
-from mlm_mpi import doctor, launcher
+from mlm_mpi import doctor, mpiexec
 from mlm_mpi.backend.cpu import library
 from mlm_mpi.errors import ranges
 
@@ -29,7 +29,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def no_probe(monkeypatch):
-    monkeypatch.setattr(doctor, "_probe", lambda: (None, "no MPI here"))
+    monkeypatch.setattr(doctor, "_probe", lambda mpich: (None, "no MPI here"))
 
 
 def only(section: str, name: str) -> doctor.Finding:
@@ -95,9 +95,9 @@ def test_no_mpiexec_is_a_warning(monkeypatch, tmp_path, no_probe):
 def test_mpiexec_of_another_library_is_a_warning(monkeypatch):
     probe = {"mpi4py": "4", "library": "MPICH Version: 5.0", "paths": ["x"], "thread": "FUNNELED", "ulfm": False,
              "cuda": None}  # fmt: skip
-    monkeypatch.setattr(doctor, "_probe", lambda: (probe, ""))
-    monkeypatch.setattr(launcher, "find_mpiexec", lambda: "mpiexec")
-    monkeypatch.setattr(launcher, "version_text", lambda path: "mpiexec (Open MPI) 5.0.11")
+    monkeypatch.setattr(doctor, "_probe", lambda mpich: (probe, ""))
+    monkeypatch.setattr(mpiexec, "find", lambda: "mpiexec")
+    monkeypatch.setattr(mpiexec, "version_text", lambda path: "mpiexec (Open MPI) 5.0.11")
     assert "each rank would train alone" in only("mpi", "library").warning
     assert only("mpi", "GPU-aware").value.startswith("no (cannot be asked)")
 
@@ -120,7 +120,7 @@ def test_whether_bf16_products_are_possible(monkeypatch, no_probe):
 
 
 def test_too_many_threads_are_a_warning(monkeypatch, no_probe):
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", str(10 * launcher.cores()))
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", str(10 * mpiexec.cores()))
     assert "set numerics.threads or OPENBLAS_NUM_THREADS to 1" in only("blas", "sgemm 1024³").warning
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,8 @@ def test_only_the_launcher_knows_about_the_terminal(monkeypatch):
 
 def drive(bar: progress.Reporter, steps: int = 5) -> None:
     for step in range(1, steps + 1):
-        bar.update(step, 5.0 - step / 10, 1234.5, 0.05, 0.01, 1e-3, heldout=4.25 if step == 3 else None)
+        done = progress.Done(step, 5.0 - step / 10, 1000, step / 10, step / 200, step / 1000, 1e-3)
+        bar.update(done, heldout=4.25 if step == 3 else None)
         bar.message(f"aside {step} [not markup]")
     bar.message("checkpoint kept", important=True)
     bar.close()
@@ -111,8 +113,9 @@ def test_plain_lines(capsys):
     out = capsys.readouterr().out
     steps = [line for line in out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in steps] == ["2/5", "3/5", "4/5", "5/5"]
-    assert steps[1].startswith("step 3/5  loss 4.7000  held-out 4.2500  lr 1.00e-03  1,23")
-    assert "comm 5%  wait 1%" in steps[1]
+    # the first line is of steps 1 and 2, which took 0.1 and 0.2 s
+    assert steps[0].startswith("step 2/5  loss 4.8500  lr 1.00e-03  6,667 tokens/s  comm 5%  wait 1%")
+    assert steps[1].startswith("step 3/5  loss 4.7000  held-out 4.2500  lr 1.00e-03  3,333 tokens/s")
     assert "aside 1 [not markup]" in out
     assert "\x1b" not in out
     assert "\r" not in out
@@ -132,8 +135,9 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     drive(progress.Progress(5, start_step=2, terminal=True))
     out = capsys.readouterr().out
     assert "\x1b[" in out
-    for text in ("loss 4.500", "held-out 4.250", "tokens/s", "comm 5%", "wait 1%", "aside 4 [not markup]", "5/5"):
+    for text in ("loss 4.800", "held-out 4.250", "tokens/s", "comm 5%", "wait 1%", "aside 4 [not markup]", "5/5"):
         assert text in out
+    assert re.findall(r"step (\d/5)  loss", out) == ["3/5", "5/5"], "held-out losses and the last step, each once"
 
 
 def test_other_ranks_are_silent(capsys):
