@@ -89,6 +89,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--start-timeout", type=float, default=START_S, metavar="S",
         help=f"end the job if not all ranks have arrived by then ({START_S:g})",
     )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="only check what train is asked for, as before a submission: exit code 2 if it would be refused",
+    )  # fmt: skip
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train CONFIG --run DIR …")
 
 
@@ -103,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
             raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
     if command[0] == "train":
         _check_training(command[1:], ranks)
+    if args.check:
+        return 0
     limits = Limits(args.grace if command[0] == "train" else None, args.start_timeout, command[0] in _JOINERS)
     program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
     return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_mpi import __main__ as entry
 from mlm_mpi import config
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -22,6 +23,9 @@ case "$name $1" in
     "scontrol show") printf '   Partition=main\\n   Command=%s\\n   WorkDir=x\\n' "$COMMAND"; exit 0 ;;
     "sleep 2") exit 0 ;; # the submission waits for Slurm
     "sleep "*) exec /bin/sleep "$1" ;;
+    "mlm-mpi run")
+        [[ $2 == --check && $4 -gt ${LANES:-8} ]] && { echo "$4 ranks: no" >&2; exit 2; }
+        [[ $2 == --check ]] && exit 0 ;;
     "squeue "*) echo "${REASON:-Priority}"; exit 0 ;;
     "sbatch --test-only") echo "sbatch: no, allocation failure: too big" >&2; ((${2#*=} <= ${FITS:-8})); exit ;;
 esac
@@ -113,7 +117,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_the_script_is_short_and_correct_bash():
-    assert len(SCRIPT.read_text().splitlines()) <= 112
+    assert len(SCRIPT.read_text().splitlines()) <= 118
     for path in (SCRIPT, JOBS / "sites" / "example.sh"):
         subprocess.run(["bash", "-n", str(path)], check=True)
 
@@ -412,10 +416,28 @@ def test_by_hand_it_submits_itself_with_what_it_found(site):
     assert site.started("mlm-mpi") == ["run", "--", "train", "c.toml", "--run", "run", "--device", "gpu"]
 
 
-@pytest.mark.parametrize(("fits", "ranks"), [("100", 8), ("7", 4), ("1", 1)])
-def test_it_asks_for_as_many_ranks_as_slurm_can_start(site, fits, ranks):
-    site.submit("c.toml", "run", FITS=fits)
+@pytest.mark.parametrize(("fits", "lanes", "ranks"), [("100", 100, 8), ("7", 8, 4), ("1", 8, 1), ("8", 2, 2)])
+def test_it_asks_for_as_many_ranks_as_there_are_lanes_and_slurm_can_start(site, fits, lanes, ranks):
+    code, _, err = site.submit("c.toml", "run", FITS=fits, LANES=str(lanes))
+    assert (code, err) == (0, "")
     assert site.started("sbatch")[0] == f"--ntasks={ranks}"
+
+
+@pytest.mark.parametrize(("option", "lanes"), [("--time=5", 0), ("--ntasks=9", 8), ("-n9", 8)])
+def test_what_the_trainer_would_refuse_is_not_submitted(site, option, lanes):
+    code, lines, err = site.submit(option, "c.toml", "run", LANES=str(lanes))
+    assert (code, lines, err.count("\n")) == (2, [], 1)
+    assert err in ("1 ranks: no\n", "9 ranks: no\n") and not (site.work / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "text"), [("8", [], ""), ("9", [], "9 ranks"), ("1", ["--set", "data.a=1"], "data.a")]
+)
+def test_how_the_submission_asks_the_trainer(capsys, ranks, more, text):
+    words = ["run", "--check", "-n", ranks, "--", "train", str(JOBS / "configs" / "tiny.toml"), "--run", "a", *more]
+    assert entry.main(words) == (2 if text else 0)
+    out, err = capsys.readouterr()
+    assert out == "" and text in err and err.count("\n") == bool(text)
 
 
 def test_a_cluster_that_can_start_no_rank_is_one_line(site):
