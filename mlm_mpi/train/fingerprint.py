@@ -17,6 +17,13 @@ from mlm_mpi.backend import registry
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
+# facts that a configuration decides -> its key
+_KEYS = {
+    "threads": "numerics.threads", "level": "numerics.level", "products": "numerics.products", "dtype": "train.dtype",
+    "micro_batches": "train.micro_batches", "rows": "train.rows", "lanes": "train.lanes",
+    "reduction": "comm.reduction",
+}  # fmt: skip
+
 
 def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str], stable: bool) -> dict[str, Any]:
     """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins in use; `stable`: of the reduction."""
@@ -57,9 +64,7 @@ def digest(facts: dict[str, Any]) -> str:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """`name: one → other` for each fact that differs."""
-    return [
-        f"{name}: {one.get(name)} → {other.get(name)}"
-        for name in sorted({*one, *other})
-        if one.get(name) != other.get(name)
-    ]
+    """`name: one → other` for each fact that differs, first those that both have; a key of a run has its full name."""
+    changed = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    changed.sort(key=lambda name: not (name in one and name in other))  # one alone: what another fact brings with it
+    return [f"{_KEYS.get(name, name)}: {one.get(name, 'none')} → {other.get(name, 'none')}" for name in changed]
