@@ -165,7 +165,7 @@ def row_blocks(array: Any) -> Iterator[slice]:
 
 
 def scatter_add(table: Any, ids: Any, values: Any) -> None:
-    """table[id] += the sum of the values of each id, in position order; CuPy's own is not deterministic: the CPU does it."""
+    """table[id] += the sum of an id's values in position order. CuPy's own is not deterministic, so the CPU does it."""
     xp = module_of(table)
     if xp is not np:
         added = np.zeros(table.shape, table.dtype)

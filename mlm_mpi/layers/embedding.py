@@ -13,11 +13,11 @@ from mlm_mpi.params.store import Parameter
 class Embedding:
     """Shapes: the batch's ids (B, T) -> (B, T, C).
 
-    The token table is the head's too, and its gradient has two sums over the micro-batches of a lane, head and embedding,
-    each micro-batch complete before it is added. They become one when the lane closes, element by element: head +
-    embedding. So the stages of a pipeline that hold the table at its two ends need not take turns: each forms its own sum,
-    and they are joined once a lane. Rows of the table may be cut along tp (an id is summed where its row is) and so may
-    its columns, each of which is summed by itself: ranks that hold other positions bring theirs together by columns.
+    The token table is the head's too, and its gradient has two sums over the micro-batches of a lane, head and
+    embedding, each micro-batch complete before it is added. They become one when the lane closes, element by element:
+    head + embedding. So the stages of a pipeline that hold the table at its two ends need not take turns: each forms
+    its own sum, and they are joined once a lane. A rank that holds some rows of the table (tp) sums the ids that lie
+    there; columns are summed one by one, so that ranks with other positions can bring theirs together by columns.
     """
 
     def __init__(

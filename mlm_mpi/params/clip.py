@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
-
 from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.registry import served
 from mlm_mpi.params.store import FlatStore

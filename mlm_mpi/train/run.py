@@ -23,7 +23,7 @@ from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build
 from mlm_mpi.train.corpus import origin
-from mlm_mpi.train.fingerprint import differences, digest, fingerprint
+from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
@@ -174,6 +174,7 @@ class Run:
         self.group.note("its last words")
         if len(set(everybody)) > 1:
             raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
+        self.incomparable = self.incomparable or unforeseen(self.facts, registry.fallbacks())
         if self.group.rank == 0:
             if ledger.metrics is not None:
                 ledger.metrics.close()
