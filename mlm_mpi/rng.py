@@ -12,10 +12,12 @@ import hashlib
 
 import numpy as np
 
+from mlm_mpi import exact
+
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_CHUNK = 1 << 16  # counters per pass: eight uint64 work arrays of 512 KiB stay in a core's L2 cache
+_CHUNK = 1 << 14  # counters per pass: the work arrays, 128 KiB each, stay in a core's L2 cache
 
 Key = tuple[int, int]
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -69,7 +71,7 @@ def uniform(key: Key, start: int, count: int, step: int = 0, micro_batch: int = 
 
 
 def normal(key: Key, start: int, count: int) -> np.ndarray:
-    """float64 standard normals number start … start+count-1 by Box-Muller on word pairs.
+    """float64 standard normals number start … start+count-1 by Box-Muller on word pairs, the same bits everywhere.
 
     Source: Box, Muller, Annals of Mathematical Statistics 29 (1958).
     """
@@ -78,10 +80,13 @@ def normal(key: Key, start: int, count: int) -> np.ndarray:
     for a in range(first, last, _CHUNK):
         b = min(a + _CHUNK, last)
         pair = words(key, 2 * a, 2 * (b - a)).reshape(-1, 2)
-        radius = np.sqrt(-2.0 * np.log((pair[:, 0] + 1.0) * 2.0**-32))  # (0, 1]: the logarithm is finite
-        angle = pair[:, 1] * (2.0 * np.pi * 2.0**-32)
+        squared = exact.log((pair[:, 0] + 1.0) * 2.0**-32)  # (0, 1]: the logarithm is finite
+        squared *= -2.0
+        radius = np.sqrt(squared, out=squared)  # rounded correctly, as IEEE 754 asks
+        cosine, sine = exact.circle(pair[:, 1])
         part = out[2 * (a - first) : 2 * (b - first)].reshape(-1, 2)
-        part[:, 0], part[:, 1] = radius * np.cos(angle), radius * np.sin(angle)
+        np.multiply(radius, cosine, out=part[:, 0])
+        np.multiply(radius, sine, out=part[:, 1])
     return out[start - 2 * first : start - 2 * first + count]
 
 

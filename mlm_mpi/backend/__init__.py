@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlm_mpi.config.keys import key
+from mlm_mpi.errors import ConfigError
 
 Device = Literal["cpu", "gpu"]
 
@@ -47,8 +48,22 @@ class Numerics:
         says="The operands of matrix products are rounded to this type: with bf16 sums are in float32, and so is all "
         "else on a CPU, which needs AVX512-BF16, while a GPU keeps activations in bf16 too.",
     )
+    shares: int = key(
+        8,
+        says="A sum over heads, features, the vocabulary or positions, which a mesh may cut, is formed in at most this "
+        "many shares, a power of two that divides it, and decides the bits; 1: off.",
+        unit="shares",
+        least=1,
+        most=8,
+    )
     reference: str = key(
         "",
         says='NumPy (CuPy) computes these operations in place of a kernel, "gelu,attention" or "all", so that the '
         "kernel that spoils a loss can be found.",
     )
+
+    def resolved(self) -> "Numerics":
+        """The same. Raises ConfigError where the shares are no power of two."""
+        if self.shares & (self.shares - 1):
+            raise ConfigError(f"numerics.shares = {self.shares} is not a power of two: set it to 1, 2, 4 or 8")
+        return self

@@ -164,7 +164,7 @@ def row_blocks(array: Any) -> Iterator[slice]:
 
 
 def scatter_add(table: Any, ids: Any, values: Any) -> None:
-    """table[ids] += values, equal ids in position order; CuPy's own is not deterministic, so the CPU does it."""
+    """table[id] += the sum of an id's values in position order. CuPy's own is not deterministic, so the CPU does it."""
     xp = module_of(table)
     if xp is not np:
         added = np.zeros(table.shape, table.dtype)
@@ -172,9 +172,12 @@ def scatter_add(table: Any, ids: Any, values: Any) -> None:
         table += xp.asarray(added)
         return
     order = np.argsort(ids, kind="stable")
-    ranked = ids[order]
-    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
-    table[ranked[starts]] += np.add.reduceat(values[order], starts, axis=0)
+    _, first, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    sums = values[order[first]]
+    for number in range(1, counts.max(initial=0)):  # the ids that have so many positions take in one more
+        some = counts > number
+        sums[some] += values[order[first[some] + number]]
+    table[ids[order[first]]] += sums
 
 
 def deposit(value: Any, out: Any, accumulate: bool) -> None:

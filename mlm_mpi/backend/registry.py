@@ -77,6 +77,7 @@ class Provider:
     lacks: str = ""
     level: str = "off"
     products: str = ""  # how matrix products differ from float32 ones of `level`
+    rounding: str = ""  # what decides the bits of its kernels beside their text
 
 
 _NOBODY = Provider("", "NumPy", Table(), lacks="nobody has chosen kernels")

@@ -20,6 +20,8 @@ class Context:
     `gradients`: views of the buffer of the lane at hand. `accumulate`: gradients are added to what it holds; otherwise
     written over it, so that the first micro-batch of a lane needs no zeroed buffer. `tally`: takes the sums that the
     head forms, "loss" among them. `cache`: keys and values of earlier positions. `shares`: at most, of a sum over rows.
+    `lane`: the second sums of tied parameters over the lane at hand, none where this micro-batch is all of it; `closes`:
+    it is the lane's last.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -33,6 +35,8 @@ class Context:
     accumulate: bool = False
     cache: "Any | None" = None
     shares: int = order.MOST
+    lane: Mapping[Parameter, Array] = field(default_factory=dict)
+    closes: bool = True
 
     def grad(self, parameter: Parameter) -> Array:
         """Where the gradient of a parameter belongs."""

@@ -1,4 +1,4 @@
-"""Rows of a table by index; backward adds gradients of equal indices in position order, always the same."""
+"""Rows of a table by index; backward sums gradients of equal indices in position order, then adds the sums."""
 
 from typing import Any
 
@@ -18,5 +18,8 @@ def forward(ids: Any, table: Any) -> Any:
 
 @served
 def backward(dy: Any, ids: Any, dtable: Any) -> None:
-    """Adds to dtable, which may be wider than dy. Shapes: dy (N, C), ids (N,), dtable (V, C)."""
+    """dtable[id] += Σ of the rows of dy that have this id, complete before it is added; dtable may be wider than dy.
+
+    Shapes: dy (N, C), ids (N,), dtable (V, C).
+    """
     scatter_add(dtable, ids, wide(dy))

@@ -10,6 +10,7 @@ from typing import Any
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.backend.registry import served
 from mlm_mpi.config.keys import key
+from mlm_mpi.exact import power
 from mlm_mpi.optim import Common
 from mlm_mpi.params.store import FlatStore
 
@@ -82,8 +83,8 @@ class AdamW:
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
         """Update number `number` (from 1) with g = scale · gradient. Cost: reads p, g, m, v, writes p, m, v."""
         o = self.optim
-        rate = learning_rate / (1.0 - o.beta1**number)
-        root = 1.0 / math.sqrt(1.0 - o.beta2**number)
+        rate = learning_rate / (1.0 - power(o.beta1, number))
+        root = 1.0 / math.sqrt(1.0 - power(o.beta2, number))
         for span in self.store.spans:
             part = slice(span.start, span.stop)
             shrink = 1.0 - learning_rate * o.weight_decay * span.parameter.decay

@@ -1,40 +1,78 @@
-"""The global gradient norm, the same bits on any number of ranks, and which parameter is not finite."""
+"""The global gradient norm, the same bits on any mesh, and which parameter is not finite."""
 
-import itertools
 import math
 from typing import Any
-
-import numpy as np
 
 from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.registry import served
 from mlm_mpi.params.store import FlatStore
 
 BLOCK_ELEMENTS = 65_536
+LANES = 16  # of kernels/cpu/common.h
 
 
 @served
 def squares(x: Any, block: int) -> Any:
-    """Sum of squares of each block of x, float64. Shapes: (n,) -> (⌈n / block⌉,)."""
-    wide = (x[start : start + block].astype("f8") for start in range(0, x.size, block))
-    return np.array([float(part @ part) for part in wide])
+    """Sum of squares, float64, of each `block` elements of x in the order of its rows: LANES partial sums and a tree.
+
+    Shapes: (n,), or (rows, columns) whose rows are contiguous -> (⌈elements / block⌉,).
+    """
+    xp, flat = module_of(x), x.reshape(-1)
+    out = xp.empty(-(-flat.size // block))
+    for number in range(out.size):
+        part = flat[number * block : (number + 1) * block].astype("f8")
+        lanes = xp.zeros(-(-part.size // LANES) * LANES)
+        xp.multiply(part, part, out=lanes[: part.size])
+        lanes = lanes.reshape(-1, LANES).sum(axis=0)
+        while lanes.size > 1:
+            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+        out[number] = lanes[0]
+    return out
+
+
+def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:
+    """name -> Σ of squares of each share that this rank holds, the shares in their order. A GPU is awaited once.
+
+    Inside a share float64 sums of BLOCK_ELEMENTS elements, in the share's own order, are added one after another: they
+    are those of a rank that holds no more than this share.
+    """
+    views = zip(store.spans, store.views(gradient), strict=True)
+    split = {span.parameter.name: span.parameter.layout.split(view, store.grid) for span, view in views}
+    partials = {name: [squares(share, BLOCK_ELEMENTS) for share in shares] for name, shares in split.items()}
+    every = [partial for shares in partials.values() for partial in shares]
+    numbers = iter(to_host(module_of(every[0]).concatenate(every)).tolist())
+    return {
+        name: [_in_order([next(numbers) for _ in range(partial.size)]) for partial in shares]
+        for name, shares in partials.items()
+    }
+
+
+def joined(shares: list[float]) -> float:
+    """Σ of a parameter's shares, or of ranks' sums of equally many shares each: the tree of the order of additions.
+
+    A rank of a tensor-parallel mesh joins what it holds; one number a parameter is all it has to tell the others.
+    """
+    if len(shares) == 1:
+        return shares[0]
+    centre = 1 << ((len(shares) - 1).bit_length() - 1)
+    return joined(shares[:centre]) + joined(shares[centre:])
 
 
 def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
     """(‖gradient‖₂, name of the first parameter that is not finite or None).
 
-    float64 partial sums per fixed block of each parameter, combined in (name, block) order.
+    float64, in (name, share, block) order: blocks of a share one after another, shares in a tree, names in order.
     """
-    spans = sorted(store.spans, key=lambda span: span.parameter.name)
-    partials = [squares(gradient[span.start : span.stop], BLOCK_ELEMENTS) for span in spans]
-    joined = iter(to_host(module_of(partials[0]).concatenate(partials)).tolist())  # a GPU is awaited once
-    total, broken = 0.0, None
-    for span, some in zip(spans, partials, strict=True):
-        for partial in itertools.islice(joined, some.size):
-            if broken is None and not math.isfinite(partial):
-                broken = span.parameter.name
-            total += partial
-    return math.sqrt(total), broken
+    sums = {name: joined(shares) for name, shares in sorted(share_norms(store, gradient).items())}
+    broken = next((name for name, value in sums.items() if not math.isfinite(value)), None)
+    return math.sqrt(_in_order(list(sums.values()))), broken
+
+
+def _in_order(numbers: list[float]) -> float:
+    total = 0.0  # not sum(), which adds floats in another way since Python 3.12
+    for number in numbers:
+        total += number
+    return total
 
 
 def clip_factor(limit: float, value: float) -> float:

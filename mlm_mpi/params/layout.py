@@ -1,7 +1,8 @@
 """Which slice of a global array a rank holds."""
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlm_mpi.cut import Box, cut
 
@@ -21,11 +22,19 @@ class Layout:
 
     `units`, per dim: a cut lies between whole units, such as the heads of attention; () for single elements.
     An uneven cut gives the first coordinates one unit more.
+    `shares`: the dim that tp cuts has so many equal parts of whole units, the same on any mesh, and what is summed over
+    the parameter is summed in them (`clip.norm`). Raises ValueError where it does not.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...] = ()
     units: tuple[int, ...] = ()
+    shares: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shares != 1:
+            dim = self.axes.index("tp")
+            cut(self.shape[dim], 1, 0, self.shares * (self.units or (1,) * len(self.shape))[dim])
 
     def box(self, grid: Grid) -> Box:
         """The piece of the global array that is mine."""
@@ -55,3 +64,17 @@ class Layout:
     def local_shape(self, grid: Grid) -> tuple[int, ...]:
         """Shape of my slice."""
         return self.box(grid).shape
+
+    def split(self, mine: Any, grid: Grid) -> list[Any]:
+        """My slice of an array as matrices, a whole share each, in their order: views whose rows are contiguous.
+
+        Shapes: `local_shape`, contiguous -> (elements before the dim that tp cuts, those of a share from there on).
+        Raises ValueError where tp cuts a share.
+        """
+        if "tp" not in self.axes:
+            return [mine.reshape(1, -1)]
+        dim, ranks = self.axes.index("tp"), grid.size("tp")
+        if self.shares % ranks:
+            raise ValueError(f"{self.shares} shares cannot be cut in {ranks} equal parts")
+        parts = mine.reshape(math.prod(mine.shape[:dim]), self.shares // ranks, -1)
+        return [parts[:, number] for number in range(parts.shape[1])]

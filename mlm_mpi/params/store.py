@@ -24,13 +24,15 @@ ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the g
 class Parameter:
     """A name that does not depend on the mesh, a Layout, and a view into the flat store.
 
-    `init`: standard deviation of a centred normal, or "ones" or "zeros". `decay`: weight decay applies.
+    `init`: standard deviation of a centred normal, or "ones" or "zeros". `decay`: weight decay applies. `tied`: two
+    parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
     """
 
     name: str
     layout: Layout
     init: float | str
     decay: bool = False
+    tied: bool = False
     data: Any = field(default=None, repr=False)
 
 

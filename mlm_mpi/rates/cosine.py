@@ -1,8 +1,8 @@
 """Half a cosine. Source: Loshchilov, Hutter, arXiv:1608.03983."""
 
-import math
+from mlm_mpi.exact import cos_of_half_turns
 
 
 def rate(progress: float) -> float:
     """Falls from 1 to 0, flat at both ends."""
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 0.5 * (1.0 + cos_of_half_turns(progress))

@@ -22,7 +22,7 @@ from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain, Ready
 from mlm_mpi.optim import Optimizer
 from mlm_mpi.params.clip import clip_factor, norm
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
 from mlm_mpi.train.assignment import Assignment
 from mlm_mpi.train.captured import Captured
@@ -88,6 +88,14 @@ class Engine:
         self.lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
         self.mine = [index for lane in self.lanes for index in lane]
         self._counts = [len(assignment.of_rank(rank)) for rank in ranks]
+        self.second_sums = self._second_sums()
+
+    def _second_sums(self) -> dict[Parameter, Any]:
+        """A buffer for each tied parameter, reused lane after lane; none where a micro-batch is all of its lane."""
+        if not any(len(lane) > 1 for lane in self.lanes):
+            return {}
+        store, tied = self.machine.store, [span for span in self.machine.store.spans if span.parameter.tied]
+        return {span.parameter: store.xp.empty(span.shape, store.dtype) for span in tied}
 
     def state(self) -> dict[str, Any]:
         """Everything a step changes, as flat buffers by name."""
@@ -148,12 +156,16 @@ class Engine:
         for lane, members in zip(range(first, stop), self.lanes, strict=True):
             buffer, fresh = reduction.open_lane(lane)
             gradients = self.machine.store.by_parameter(buffer)
+            for second in self.second_sums.values():
+                second[...] = -0.0  # which addition leaves alone, where 0 would turn -0 into 0
             for index in members:
-                flight, last = flights[number], lane == stop - 1 and index == members[-1]
-                ctx = replace(flight.ctx, gradients=gradients, accumulate=not fresh)
-                self._backward(flight, ctx, reduction.block_ready if last else None)
+                flight, closes = flights[number], index == members[-1]
+                ctx = replace(
+                    flight.ctx, gradients=gradients, accumulate=not fresh, lane=self.second_sums, closes=closes
+                )
+                self._backward(flight, ctx, reduction.block_ready if closes and lane == stop - 1 else None)
                 number, fresh = number + 1, False
-                if index == members[-1]:
+                if closes:
                     reduction.close_lane(lane)
                 yield
 

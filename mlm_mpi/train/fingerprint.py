@@ -1,7 +1,10 @@
 """The numerics fingerprint: everything that decides bits apart from data, weights and hyper-parameters.
 
-Two runs promise the same bits where their fingerprints agree. BLAS kernels and NumPy's SIMD paths are
-part of it: OpenBLAS gives other bits with its Haswell kernels than with SkylakeX.
+Two runs promise the same bits where their fingerprints agree. Our kernels give the bits of their stated order at every
+level that has a fused multiply-add, compiled by any compiler, in any number of threads; what else leads to the weights
+is exact (mlm_mpi/exact.py, tests/serial/test_step_path.py). Libraries are part of the fingerprint where they compute: an
+op that no kernel serves is NumPy's, whose bits differ with its version, BLAS (OpenBLAS has other kernels for Haswell than
+for SkylakeX), SIMD level, libm and threads.
 """
 
 import hashlib
@@ -24,38 +27,62 @@ _KEYS = {
     "reduction": "comm.reduction",
 }  # fmt: skip
 
+# ops whose reference has the kernel's bits: one IEEE operation after another on each element (tests/serial/
+# test_fingerprint.py)
+_SAME = frozenset({"cast", "dropout", "embedding", "sgd", "sums"})
+
 
 def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str], stable: bool) -> dict[str, Any]:
     """Named facts, plain data. `plugins`: SHA-256 of each file of --plugins in use; `stable`: of the reduction."""
-    blas = [
-        f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
-        for library in threadpoolctl.threadpool_info()
-        if library["user_api"] == "blas"
-    ]
     facts = {
         "mlm_mpi": mlm_mpi.__version__,
-        "libc": " ".join(platform.libc_ver()),  # logarithm and cosine of the initial values
-        "numpy": np.__version__,
-        "simd": np.show_config(mode="dicts")["SIMD Extensions"].get("found", []),
-        "blas": blas,
-        "threads": config.numerics.threads,
-        "level": config.numerics.level,
-        "kernels": registry.summary(config.train.dtype),
-        "device": place.description,
         "dtype": config.train.dtype,
         "products": config.numerics.products,
+        "shares": config.numerics.shares,
         "micro_batches": config.train.micro_batches,
         "rows": config.train.rows,
         "lanes": config.train.lanes,
         "reduction": config.comm.reduction,
     }
+    by_numpy: list[str] = []
     if place.on_gpu:
+        facts["device"], facts["kernels"] = place.description, registry.summary(config.train.dtype)
         facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
+    else:
+        facts["kernels"] = registry.in_force().first.rounding
+        served = registry.serving(config.train.dtype)
+        by_numpy = sorted(op for op, by in served.items() if by.startswith("reference") and op not in _SAME)
+    if by_numpy:
+        facts["reference"] = by_numpy
+    if by_numpy or plugins:  # which may call anything
+        facts |= _libraries(config)
     if not stable:
         facts["ranks"] = ranks  # its order of summation is the library's
     if plugins:
         facts["plugins"] = dict(sorted(plugins.items()))
     return facts
+
+
+def _libraries(config: Config) -> dict[str, Any]:
+    blas = [
+        f"{library['internal_api']} {library['version']} {library.get('architecture', '')} ×{library['num_threads']}"
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    ]
+    return {
+        "libc": " ".join(platform.libc_ver()),
+        "numpy": np.__version__,
+        "simd": np.show_config(mode="dicts")["SIMD Extensions"].get("found", []),
+        "blas": blas,
+        "threads": config.numerics.threads,
+    }
+
+
+def unforeseen(facts: dict[str, Any], fallen: dict[str, int]) -> str | None:
+    """Why a run's bits are not its fingerprint's: NumPy computed what a kernel should have (`registry.fallbacks`)."""
+    if not fallen or "numpy" in facts or "device" in facts:
+        return None
+    return f"NumPy ran where no kernel's contract held ({next(iter(fallen))})"
 
 
 def digest(facts: dict[str, Any]) -> str:

@@ -52,5 +52,7 @@ def bytes_held(engine: Engine) -> dict[str, int]:
     held = {"weights": store.data.nbytes, "gradients": engine.machine.reduction.costs()["held_bytes"]}
     if store.working is not store.data:
         held["weights in bf16"] = store.working.nbytes
+    if engine.second_sums:
+        held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
     held["optimiser"] = sum(buffer.nbytes for buffer in engine.machine.optimizer.state().values())
     return held

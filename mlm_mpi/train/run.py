@@ -25,7 +25,7 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
-from mlm_mpi.train.fingerprint import differences, digest, fingerprint
+from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
@@ -183,6 +183,7 @@ class Run:
     def _report(self, step: int, ledger: Ledger) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
         weights = self._weights()
+        self.incomparable = self.incomparable or unforeseen(self.facts, registry.fallbacks())
         if self.group.rank == 0:
             if step >= self.config.train.steps:
                 self.folder.finish(step, weights)

@@ -166,7 +166,13 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     ),
     "sums.tree": ([_sums(0), _sums(0, 1), _sums(0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 2)], 4),
     "adamw.update": ([_adamw], 4),
-    "clip.squares": ([lambda s: ((_f(s[0] * s[1]), 100), ()), lambda s: ((_f(s[0] * s[1]), 1 << 20), ())], 0),
+    "clip.squares": (
+        [
+            lambda s: ((_f(s[0] * s[1]), 100), ()), lambda s: ((_f(s[0] * s[1]), 1 << 20), ()),
+            lambda s: ((_f(s[0], 3, s[1])[:, 1], 100), ()),  # a share: rows that are not neighbours
+        ],
+        0,
+    ),
 }  # fmt: skip
 
 # tails of every vector width, more than a tile of queries and of keys, more than a block of rows

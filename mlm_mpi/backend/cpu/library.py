@@ -6,6 +6,7 @@ meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_a
 
 import ctypes
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ SIGNATURES = {
     "attention_backward": 10 * "p" + "fpp",
     "attention_forward": 6 * "p" + "fpp",
     "attention_work": "nn",
-    "clip_squares": "nnpp",
+    "clip_squares": "nnnnpp",
     "crossentropy_rows": "nnpppip",
     "dropout_forward": "nppnpp",
     "dropout_mask": "npnp",
-    "embedding_backward": "nnppp",
+    "embedding_backward": "nnpppp",
     "embedding_forward": "nnppp",
     "gelu_backward": "nppp",
     "gelu_forward": "npp",
@@ -98,6 +99,14 @@ def load(level: str, threads: int = 1) -> tuple[str, Library | None, str]:
         return chosen, Library(handle, chosen, threads), ""
     except AttributeError as error:
         return "off", None, f"{path} is of another version ({error}): install again"
+
+
+def rounding(level: str) -> str:
+    """What decides the bits of a level's functions: all that have a fused multiply-add give the same."""
+    if level == "off":
+        return "no kernels"
+    fused = level != "base" or platform.machine() == "aarch64"
+    return "fused multiply-add" if fused else f"no fused multiply-add (base level of {platform.machine()})"
 
 
 def take_bf16(library: Library | None, level: str) -> str:

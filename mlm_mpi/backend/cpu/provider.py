@@ -13,4 +13,4 @@ def provide(level: str = "auto", threads: int = 1, products: str = "float32") ->
     """
     chosen, loaded, lacks = library.load(level, threads)
     about = library.take_bf16(loaded, chosen) if products == "bf16" else ""
-    return Provider("C", "NumPy", KERNELS, loaded, lacks, chosen, about)
+    return Provider("C", "NumPy", KERNELS, loaded, lacks, chosen, about, library.rounding(chosen))

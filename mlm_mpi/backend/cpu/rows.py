@@ -6,6 +6,7 @@ import numpy as np
 
 from mlm_mpi.backend.cpu.contracts import dense, shaped, within
 from mlm_mpi.backend.cpu.library import at
+from mlm_mpi.backend.cpu.matmul import matrices, rowwise
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
@@ -69,7 +70,8 @@ def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
 
 @KERNELS.kernel("embedding.backward", _fit_scatter)
 def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
-    lib.embedding_backward(*dy.shape, at(dy), at(ids), at(dtable))
+    order = np.argsort(ids, kind="stable")
+    lib.embedding_backward(*dy.shape, at(dy), at(ids), at(order), at(dtable))
 
 
 def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
@@ -89,8 +91,9 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
 # ---- clip
 
 
-@KERNELS.kernel("clip.squares", lambda x, block: dense(x))
+@KERNELS.kernel("clip.squares", lambda x, block: matrices(x) or rowwise(x) if x.ndim == 2 else dense(x))
 def _clip_squares(lib: Any, x: Any, block: int) -> Any:
     out = np.empty(-(-x.size // block))
-    lib.clip_squares(x.size, block, at(x), at(out))
+    rows, pitch = (x.shape[0], x.strides[0] // 4) if x.ndim == 2 else (1, 0)
+    lib.clip_squares(rows, x.shape[-1], pitch, block, at(x), at(out))
     return out
