@@ -37,6 +37,11 @@ def check(config: Config, plugins: Plugins) -> None:
     )
 
 
+def shares(config: Config) -> int:
+    """At most so many shares has a sum that a mesh may cut. On a GPU one: there tp would decide bits."""
+    return int(config.numerics.shares) if config.backend.device == "cpu" else 1
+
+
 def check_ranks(config: Config, ranks: int) -> None:
     """1 <= ranks <= J: a rank without a lane has nothing to do. Raises ConfigError."""
     lanes = config.train.lanes

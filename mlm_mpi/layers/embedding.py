@@ -1,8 +1,8 @@
 """Token and position embeddings."""
 
-import math
 from typing import Any
 
+from mlm_mpi import order
 from mlm_mpi.layers.base import Context, Flow
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.ops import embedding, linear
@@ -21,10 +21,10 @@ class Embedding:
     """
 
     def __init__(
-        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = 1
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
     ) -> None:
-        """`shares`: at most so many of the vocabulary, a power of two."""
-        layout = Layout((vocabulary, width), ("tp", None), shares=math.gcd(vocabulary, shares))
+        """`shares`: at most so many has a sum over the vocabulary."""
+        layout = Layout((vocabulary, width), ("tp", None), shares=order.shares(vocabulary, shares))
         self.tokens = Parameter(f"{name}.tokens", layout, std, decay=True, tied=True)
         self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
         self.drop = Dropout(name, dropout)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
+from mlm_mpi.config.rules import shares
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.stream import TokenStream
@@ -72,10 +73,10 @@ class LanguageModel:
         return self.catalog.tokens(split)
 
     def parts(self) -> list[Part]:
-        return parts(self.config, self.plugins, Sizes(self.vocabulary))
+        return parts(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)))
 
     def least(self, rows: int) -> Least:
-        return least(self.config, self.plugins, Sizes(self.vocabulary), rows)
+        return least(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)), rows)
 
     def about(self) -> dict[str, Any]:
         return {"vocabulary": self.vocabulary, "catalog": self.catalog.digest, "corpus": in_words(self.catalog)}

@@ -6,6 +6,7 @@ from mlm_mpi.comm.buckets import Reduction, Setup
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.transport import transport
 from mlm_mpi.config import Config
+from mlm_mpi.config.rules import shares
 from mlm_mpi.layers.base import Part
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.params.store import FlatStore
@@ -39,7 +40,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
             lambda step: learning_rate(
                 optim.learning_rate, optim.warmup_steps, optim.final_fraction, rate, train.steps, step
             ),
-            optim.clip, train.seed,
+            optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
         )
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi import order
 from mlm_mpi.backend.arrays import Place, module_of
 from mlm_mpi.comm.buckets import Reduction
 from mlm_mpi.comm.mesh import Mesh
@@ -45,6 +46,7 @@ class Machine:
     learning_rate: Callable[[int], float]
     clip: float = 0.0  # the largest norm of a gradient, 0: any
     seed: int = 0
+    shares: int = order.MOST  # of sums over rows
     captured: Captured | None = None  # forward and backward as CUDA graphs
 
 
@@ -138,7 +140,8 @@ class Engine:
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
         self.group.note(f"step {step + 1}, micro-batch {index}")
-        ctx = Context(self.machine.mesh, self.machine.seed, step, index, training=True, batch=batch)
+        m = self.machine
+        ctx = Context(m.mesh, m.seed, step, index, training=True, batch=batch, shares=m.shares)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
         return self._flown(ctx)

@@ -19,6 +19,7 @@ import mlm_mpi
 from mlm_mpi.backend import registry
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
+from mlm_mpi.config.rules import shares
 
 # facts that a configuration decides -> its key
 _KEYS = {
@@ -38,7 +39,7 @@ def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str
         "mlm_mpi": mlm_mpi.__version__,
         "dtype": config.train.dtype,
         "products": config.numerics.products,
-        "shares": config.numerics.shares,
+        "shares": shares(config),
         "micro_batches": config.train.micro_batches,
         "rows": config.train.rows,
         "lanes": config.train.lanes,

@@ -11,6 +11,7 @@ from mlm_mpi.backend.arrays import Place
 from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
+from mlm_mpi.config.rules import shares
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
@@ -114,7 +115,7 @@ def _settings(path: Path, manifest: Manifest, plugins: Plugins) -> Config:
 def _chain(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> Chain:
     """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
     task = plugins.find("tasks", config.task.kind, "task.kind")
-    sizes = Sizes(manifest.vocabulary)
+    sizes = Sizes(manifest.vocabulary, shares(config))
     if task.least(config, plugins, sizes, 1).parts <= len(manifest.shapes):  # more might have no end
         chain = Chain(task.parts(config, plugins, sizes))
         shapes = {p.name: list(p.layout.shape) for block in chain.parameter_blocks() for p in block}

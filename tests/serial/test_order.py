@@ -163,9 +163,7 @@ class Cut:
         return draw._replace(start=rank.number * mine * one, strides=(mixer.heads * one, one, length, 1))
 
     def mlp(self, mlp, x, residual, ctx):
-        pairs = [
-            linear.forward_gelu(flat(x), rank.of(mlp.up.weight), rank.of(mlp.up.bias)) for rank in self.ranks
-        ]
+        pairs = [linear.forward_gelu(flat(x), rank.of(mlp.up.weight), rank.of(mlp.up.bias)) for rank in self.ranks]
         hidden = [h.reshape(*x.shape[:2], -1) for h, _ in pairs]
         y, draw = self.row_parallel(mlp.down, hidden, residual, ctx)
         return y, (x, [pre for _, pre in pairs], hidden, draw)
