@@ -20,8 +20,8 @@ class Context:
     `gradients`: views of the buffer of the lane at hand. `accumulate`: gradients are added to what it holds; otherwise
     written over it, so that the first micro-batch of a lane needs no zeroed buffer. `tally`: takes the sums that the
     head forms, "loss" among them. `cache`: keys and values of earlier positions. `shares`: at most, of a sum over rows.
-    `lane`: the second sums of tied parameters over the lane at hand, none where this micro-batch is all of it; `closes`:
-    it is the lane's last.
+    `lane`: the second sums of tied parameters over the lane at hand, none where this micro-batch is all of it;
+    `closes`: it is the lane's last.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -43,7 +43,7 @@ class Context:
         return self.gradients[parameter]
 
     def pieces(self, x: Array) -> int:
-        """In so many pieces sums over the rows of an activation are formed. Shapes: x (B, T, …); (N, …) is one piece."""
+        """In so many pieces sums over the rows of an activation are formed. Shapes: x (B, T, …), or (N, …): one."""
         return order.pieces(x.shape[0], x.shape[1], self.shares) if x.ndim > 2 else 1
 
 

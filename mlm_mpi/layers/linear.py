@@ -16,8 +16,8 @@ def flat(x: Any) -> Any:
 
 
 class Linear:
-    """y = x W + b. Shapes: (…, K) -> (…, F). `cut` names which side the tp axis will cut, "in" or "out", `unit` how many
-    of its elements stay together, and `shares` how many shares a sum over that side has at most.
+    """y = x W + b. Shapes: (…, K) -> (…, F). `cut` names which side the tp axis will cut, "in" or "out", `unit` how
+    many of its elements stay together, and `shares` how many shares a sum over that side has at most.
     """
 
     def __init__(
