@@ -5,7 +5,7 @@
 
 import mmap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -176,6 +176,14 @@ def scatter_add(table: Any, ids: Any, values: Any) -> None:
     ranked = ids[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]]))
     table[ranked[starts]] += np.add.reduceat(values[order], starts, axis=0)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """The sum of parts in the order of the tree of `comm/tree.py`: split at the largest power of two below their number."""
+    if len(parts) == 1:
+        return parts[0]
+    middle = 1 << ((len(parts) - 1).bit_length() - 1)
+    return joined(parts[:middle]) + joined(parts[middle:])
 
 
 def deposit(value: Any, out: Any, accumulate: bool) -> None:

@@ -53,6 +53,16 @@ def _draw(rate: float = 0.3) -> Draw:
     return Draw(rate, key_of(SEED, "test"), 7, 3)
 
 
+def _cut_draw(shape: tuple[int, ...]) -> Draw:
+    """The draw of the middle of a greater array, cut along every dim."""
+    return _draw().cut(tuple(3 * n for n in shape), shape)
+
+
+def _few(n: int) -> int:
+    """Pieces into which n rows fall: the least number above 1."""
+    return next((pieces for pieces in range(2, n) if n % pieces == 0), n)
+
+
 def _matmul(accumulate: bool, left: bool, right: bool, depth: int) -> Callable[[tuple[int, int]], Case]:
     """`left`, `right`: that operand is the transpose of what lies in memory."""
 
@@ -72,37 +82,87 @@ def _linear(residual: bool) -> Callable[[tuple[int, int]], Case]:
     return make
 
 
-def _layernorm_backward(accumulate: bool, add: bool) -> Callable[[tuple[int, int]], Case]:
+def _layernorm_backward(accumulate: bool, add: bool, cut: Callable[[int], int] = lambda n: 1) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n, c = size
         x = _f(n, c) + 2
         statistics = np.stack([x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + 0.1)]).astype("f4")
         fill = _f if accumulate else _nan
-        return (_f(n, c), x, _f(c), statistics, fill(c), fill(c), accumulate, _f(n, c) if add else None), (4, 5)
+        dx = (_f(n, c), x, _f(c), statistics, fill(c), fill(c), accumulate, _f(n, c) if add else None, cut(n))
+        return dx, (4, 5)
 
     return make
 
 
-def _attention(causal: bool, draw: Draw | None, past: int) -> Callable[[tuple[int, int]], Case]:
+def _bias_gradient(accumulate: bool, cut: Callable[[int], int]) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        return (_f(*size), _f(size[1]) if accumulate else _nan(size[1]), accumulate, cut(size[0])), (1,)
+
+    return make
+
+
+def _dropout(residual: bool, cut: bool) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        shape = (2, *size) if cut else size
+        return (_f(*shape), _cut_draw(shape) if cut else _draw(), _f(*shape) if residual else None), ()
+
+    return make
+
+
+Share = Callable[[int], int]  # number of positions -> those of a share
+
+
+def _whole(t: int) -> int:
+    return 0
+
+
+def _third(t: int) -> int:
+    return -(-t // 3)
+
+
+def _attention(
+    causal: bool, draw: Draw | None, past: int, share: Share = _whole, positions: tuple[int, int] | None = None
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         (t, d), heads = size, 3
         qkv = _f(2, t + past, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        return (qkv[0][:, :, past:], qkv[1], qkv[2], causal, draw), ()
+        return (qkv[0][:, :, past:], qkv[1], qkv[2], causal, draw, None, share(t), positions), ()
 
     return make
 
 
-def _attention_backward(causal: bool, draw: Draw | None) -> Callable[[tuple[int, int]], Case]:
+def _attention_backward(
+    causal: bool, draw: Draw | None, share: Share = _whole, positions: tuple[int, int] | None = None
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         (t, d), heads = size, 2
+        rest = (causal, draw, None, share(t), positions)
         q, k, v = _f(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        o, lse = (
-            a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), causal, draw)
-        )
+        o, lse = (a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), *rest))
         out = _nan(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        return (_f(2, t, heads, d), q, k, v, o, lse, *out, causal, draw), (6, 7, 8)
+        return (_f(2, t, heads, d), q, k, v, o, lse, *out, *rest), (6, 7, 8)
 
     return make
+
+
+def _partial(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What `attention.partial` returns; the first query has seen no key."""
+    (t, d), heads = size, 2
+    o, statistics = _f(2, t, heads, d), np.stack([_f(2, heads, t), 1 + np.abs(_f(2, heads, t))])
+    o[:, 0], statistics[0, :, :, 0], statistics[1, :, :, 0] = 0, -np.inf, 0
+    return o, statistics
+
+
+def _finish(size: tuple[int, int]) -> Case:
+    o, statistics = _partial(size)
+    statistics[0, :, :, 0], statistics[1, :, :, 0] = 0, 2  # the test wants finite results
+    return (o, statistics), (0,)
+
+
+def _merge(size: tuple[int, int]) -> Case:
+    (o, statistics), (other, others) = _partial(size), _partial(size)
+    others[0, :, :, 0], others[1, :, :, 0] = 1, 3
+    return (o, statistics, other, others), (0, 1)
 
 
 def _rows(masked: bool, gradient: bool, scale: float) -> Callable[[tuple[int, int]], Case]:
@@ -138,23 +198,38 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     ),
     "linear.forward": ([_linear(False), _linear(True)], 4),
     "linear.bias_gradient": (
-        [lambda s: ((_f(*s), _nan(s[1]), False), (1,)), lambda s: ((_f(*s), _f(s[1]), True), (1,))],
+        [_bias_gradient(a, cut) for a in (False, True) for cut in (lambda n: 1, _few, lambda n: n)],
         16,
     ),
     "gelu.forward": ([lambda s: ((_f(*s, scale=3),), ())], 4),
     "gelu.backward": ([lambda s: ((_f(*s), _f(*s, scale=3)), ()), lambda s: ((_f(*s), _f(*s), _nan(*s)), (2,))], 16),
     "layernorm.forward": ([lambda s: ((_f(*s) + 3, _f(s[1]), _f(s[1]), 1e-5), ())], 32),
-    "layernorm.backward": ([_layernorm_backward(a, b) for a in (False, True) for b in (False, True)], 64),
-    "dropout.mask": ([lambda s: ((_draw(), s, 13, "f4"), ()), lambda s: ((_draw(), s, 2**34 - 5, "f4"), ())], 1),
-    "dropout.forward": (
-        [lambda s: ((_f(*s), _draw()), ()), lambda s: ((_f(*s), _draw(0.5), _f(*s)), ())],
-        1,
-    ),
-    "attention.forward": (
-        [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)],
+    "layernorm.backward": (
+        [_layernorm_backward(a, b) for a in (False, True) for b in (False, True)]
+        + [_layernorm_backward(True, False, _few), _layernorm_backward(False, True, lambda n: n)],
         64,
     ),
-    "attention.backward": ([_attention_backward(c, d) for c in (True, False) for d in (None, _draw())], 64),
+    "dropout.mask": (
+        [lambda s: ((_draw(), s, 13, "f4"), ()), lambda s: ((_draw(), s, 2**34 - 5, "f4"), ())]
+        + [lambda s: ((_cut_draw((2, 3, *s)), (2, 3, *s), 5, "f4"), ())],
+        1,
+    ),
+    "dropout.forward": ([_dropout(r, cut) for r in (False, True) for cut in (False, True)], 1),
+    "attention.forward": (
+        [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)]
+        + [_attention(c, d, p, _third) for c in (True, False) for d, p in ((None, 0), (_draw(), 5))]
+        + [_attention(True, _draw()._replace(start=7, strides=(9999, 3333, 500, 1)), 2, lambda t: 6, (9, 4))],
+        64,
+    ),
+    "attention.partial": ([_attention(c, d, 5, _third, (6, 4)) for c in (True, False) for d in (None, _draw())], 64),
+    "attention.merge": ([_merge], 8),
+    "attention.finish": ([_finish], 4),
+    "attention.backward": (
+        [_attention_backward(c, d) for c in (True, False) for d in (None, _draw())]
+        + [_attention_backward(c, d, _third) for c in (True, False) for d in (None, _draw())]
+        + [_attention_backward(True, None, lambda t: 6, (2, 4))],
+        64,
+    ),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
     "embedding.backward": (
         [lambda s: ((_f(*s), RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), (2,))],
@@ -578,7 +653,7 @@ def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.M
 
 
 def test_keep_freed_memory_is_there() -> None:
-    assert isinstance(choice.keep_freed_memory(), bool) and ctypes.sizeof(library.Draw) == 24
+    assert isinstance(choice.keep_freed_memory(), bool) and ctypes.sizeof(library.Draw) == 56
 
 
 def test_what_only_a_gpu_does_is_left_to_the_references(level: registry.Choice) -> None:
