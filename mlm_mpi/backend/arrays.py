@@ -179,7 +179,7 @@ def scatter_add(table: Any, ids: Any, values: Any) -> None:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """The sum of parts in the order of the tree of `comm/tree.py`: split at the largest power of two below their number."""
+    """The sum of parts in the order of `comm/tree.py`: split at the largest power of two below their number."""
     if len(parts) == 1:
         return parts[0]
     middle = 1 << ((len(parts) - 1).bit_length() - 1)

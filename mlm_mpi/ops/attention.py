@@ -4,9 +4,9 @@ No (T, S) matrix is kept: backward recomputes a tile of probabilities from the s
 tiles above the diagonal are never touched. Of bfloat16 arrays the arithmetic is float32.
 
 The order of additions follows positions, so that ranks which hold some of them can follow it. Shares end at the
-multiples of `share` (0: everything is one share). The softmax over the keys of a share is computed by itself, and these
-partial results are merged in ascending order. dq is a sum for every share of keys, dk and dv are sums for every share of
-queries, each begun anew and added in ascending order. What sees nothing contributes nothing.
+multiples of `share` (0: everything is one share). The softmax over the keys of a share is computed by itself, and
+these partial results are merged in ascending order. dq is a sum for every share of keys, dk and dv are sums for every
+share of queries, each begun anew and added in ascending order. What sees nothing contributes nothing.
 
 A rank of a ring has the queries of some shares and meets the keys of one share after the other: it calls `partial` for
 each, `merge` in ascending order and `finish`; in `backward` of a pair of shares it gets that pair's part of dq, dk, dv,
@@ -98,6 +98,8 @@ def _partial(
         length = keys if lengths is None else min(keys, int(lengths[b]))
         for start, stop in _spans(queries, query, share, TILE):
             seen = _seen(length, causal, offset + stop)
+            if seen and draw is not None:
+                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
             for low, high in _spans(seen, key, share):
                 top = max(start, low - offset) if causal else start  # the first query that sees a key of them
                 scores = _scores(q[b, :, top:stop], k[b, :, low:high], causal, offset + top - low, scale)[1]
@@ -106,7 +108,7 @@ def _partial(
                 p = xp.exp(scores, out=scores)
                 total = p.sum(axis=2, keepdims=True)
                 if draw is not None:
-                    p *= _factors(draw, (batch, heads, queries, keys), b, top, stop, q.dtype, xp)[:, :, low:high]
+                    p *= drop[:, top - start :, low:high]
                 other = [level, total, p @ v[b, :, low:high]]  # (H, rows, 1), (H, rows, 1), (H, rows, D)
                 mine = [*statistics[:, b, :, top:stop, None], o[b, top:stop].swapaxes(0, 1)]
                 if low:
@@ -198,7 +200,10 @@ def backward(
             for start, stop in ((first + i, first + j) for i, j in _spans(last - first, 0, 0, TILE)):
                 dot = do[b, start:stop].swapaxes(0, 1)  # (H, rows, D)
                 delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
-                for low, high in _spans(_seen(length, causal, offset + stop), key, share):
+                visible = _seen(length, causal, offset + stop)
+                if visible and draw is not None:
+                    drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
+                for low, high in _spans(visible, key, share):
                     top = max(start, low - offset) if causal else start
                     rows, columns, skip = slice(top, stop), slice(low, high), top - start
                     scaled, p = _scores(q[b, :, rows], k[b, :, columns], causal, offset + top - low, scale)
@@ -207,9 +212,8 @@ def backward(
                     ds = dot[:, skip:] @ v[b, :, columns].swapaxes(1, 2)  # (H, rows, columns)
                     kept = p
                     if draw is not None:
-                        drop = _factors(draw, (batch, heads, queries, keys), b, top, stop, q.dtype, xp)[:, :, columns]
-                        kept = p * drop
-                        ds *= drop
+                        kept = p * drop[:, skip:, columns]
+                        ds *= drop[:, skip:, columns]
                     ds -= delta[:, skip:, None]
                     ds *= p
                     part = (ds @ k[b, :, columns]) * scale
