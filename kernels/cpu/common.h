@@ -80,6 +80,12 @@ INLINE size most(size a, size b) { return a > b ? a : b; }
 INLINE size round_up(size n, size to) { return (n + to - 1) / to * to; }
 INLINE float *align_line(float *p) { return (float *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
+/* How many sums join when piece i of `pieces` is complete, like carries of a binary counter: the tree of
+ * mlm_mpi/comm/tree.py. Of the sums in between no more than the binary digits of `pieces` are kept. */
+INLINE int joins(size i, size pieces) {
+    return i + 1 < pieces ? __builtin_ctzll((unsigned long long)i + 1) : __builtin_popcountll((unsigned long long)i);
+}
+
 /* The first n of W elements, the others `fill`. */
 INLINE vf load_some(const float *p, size n, float fill) {
     if (n >= W) return load(p);

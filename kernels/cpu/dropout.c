@@ -5,7 +5,12 @@
 struct draw {
     uint32_t key0, key1, step, micro_batch;
     float rate, factor; /* dropped where uniform < rate, else times factor */
+    uint64_t start, stride[3]; /* row (i, j, k) of the local array: elements start + i, j, k times strides … of the global */
 };
+
+INLINE uint64_t row_start(const struct draw *draw, size i, size j, size k) {
+    return draw->start + (uint64_t)i * draw->stride[0] + (uint64_t)j * draw->stride[1] + (uint64_t)k * draw->stride[2];
+}
 
 /* Counters lie in 64-bit lanes of which only the low half counts: what products leave above it is never read. */
 static void philox_words(const struct draw *draw, uint64_t first, uint32_t *words) {
@@ -43,17 +48,12 @@ static void dropout_factors(const struct draw *draw, uint64_t start, size n, flo
     }
 }
 
-void EXPORT(dropout_mask)(size n, const struct draw *draw, size start, float *out) {
-    dropout_factors(draw, (uint64_t)start, n, out);
-}
-
-/* y = x times the mask, plus residual where given; y may be x. */
-void EXPORT(dropout_forward)(
-    size n, const float *x, const struct draw *draw, size start, const float *residual, float *y) {
+/* y = x times the factors of elements from `start` on, plus residual where given. */
+static void dropout_row(const struct draw *draw, uint64_t start, size n, const float *x, const float *residual, float *y) {
     float factors[4 * QUADS];
     for (size a = 0; a < n; a += 4 * QUADS) {
         size count = least(4 * QUADS, n - a);
-        dropout_factors(draw, (uint64_t)(start + a), count, factors);
+        dropout_factors(draw, start + (uint64_t)a, count, factors);
         for (size i = 0; i < count; i += W) {
             size some = count - i;
             vf v = load_some(x + a + i, some, 0) * load_some(factors + i, some, 0);
@@ -61,5 +61,24 @@ void EXPORT(dropout_forward)(
             store_some(y + a + i, some, v);
         }
     }
+}
+
+/* shape: rows in three dims, and their width. */
+void EXPORT(dropout_mask)(const size *shape, const struct draw *draw, float *out) {
+    for (size i = 0; i < shape[0]; i++)
+        for (size j = 0; j < shape[1]; j++)
+            for (size k = 0; k < shape[2]; k++, out += shape[3])
+                dropout_factors(draw, row_start(draw, i, j, k), shape[3], out);
+}
+
+/* y = x times the mask, plus residual where given; y may be x. */
+void EXPORT(dropout_forward)(
+    const size *shape, const float *x, const struct draw *draw, const float *residual, float *y) {
+    for (size i = 0; i < shape[0]; i++)
+        for (size j = 0; j < shape[1]; j++)
+            for (size k = 0; k < shape[2]; k++, x += shape[3], y += shape[3]) {
+                dropout_row(draw, row_start(draw, i, j, k), shape[3], x, residual, y);
+                if (residual) residual += shape[3];
+            }
 }
 #undef QUADS

@@ -1,5 +1,4 @@
 /* One row at a time, in cache: mean, variance about the mean, result. */
-#define BLOCK 64 /* rows whose gain and bias gradients are summed before they join the total */
 
 void EXPORT(layernorm_forward)(
     size rows, size c, const float *x, const float *gain, const float *bias, float epsilon, float *y, float *mean_out,
@@ -25,42 +24,43 @@ void EXPORT(layernorm_forward)(
 }
 
 /* dx = (g - mean(g) - n mean(g n)) / deviation, plus `add` where given; g = dy gain, n = normalised x.
- * `work` holds 4c floats: gain and bias sums of a block of rows, and of all rows. */
+ * The gain and bias gradients of `pieces` equal groups of rows are summed, each over ascending rows, and joined by the
+ * tree. `work` holds 2c floats for every binary digit of `pieces`. */
 void EXPORT(layernorm_backward)(
-    size rows, size c, const float *dy, const float *x, const float *gain, const float *means, const float *inverses,
-    const float *add, float *dx, float *dgain, float *dbias, int accumulate, float *work) {
-    float *gains = work, *biases = work + c, *all_gains = work + 2 * c, *all_biases = work + 3 * c;
-    memset(work, 0, (size_t)(4 * c) * sizeof *work);
-    for (size n = 0; n < rows; n++, x += c, dy += c, dx += c) {
-        float mean = means[n], inverse = inverses[n];
-        vf sum[PARTS] = {{0}}, along[PARTS] = {{0}};
-        for (size i = 0; i < c; i += LANES)
-            for (int j = 0; j < PARTS; j++) {
-                size at = i + j * W, some = most(0, c - at);
-                vf d = load_some(dy + at, some, 0), normal = (load_some(x + at, some, mean) - mean) * inverse;
-                vf g = d * load_some(gain + at, some, 0);
-                sum[j] += g;
-                along[j] = FMA(g, normal, along[j]);
-                store_some(gains + at, some, FMA(d, normal, load_some(gains + at, some, 0)));
-                store_some(biases + at, some, load_some(biases + at, some, 0) + d);
+    size rows, size c, size pieces, const float *dy, const float *x, const float *gain, const float *means,
+    const float *inverses, const float *add, float *dx, float *dgain, float *dbias, int accumulate, float *work) {
+    const size group = rows / pieces;
+    float *sums = work; /* of the newest piece: gains, biases */
+    for (size piece = 0, n = 0; piece < pieces; piece++, sums += 2 * c) {
+        memset(sums, 0, (size_t)(2 * c) * sizeof *sums);
+        for (size stop = n + group; n < stop; n++, x += c, dy += c, dx += c) {
+            float mean = means[n], inverse = inverses[n];
+            vf sum[PARTS] = {{0}}, along[PARTS] = {{0}};
+            for (size i = 0; i < c; i += LANES)
+                for (int j = 0; j < PARTS; j++) {
+                    size at = i + j * W, some = most(0, c - at);
+                    vf d = load_some(dy + at, some, 0), normal = (load_some(x + at, some, mean) - mean) * inverse;
+                    vf g = d * load_some(gain + at, some, 0);
+                    sum[j] += g;
+                    along[j] = FMA(g, normal, along[j]);
+                    store_some(sums + at, some, FMA(d, normal, load_some(sums + at, some, 0)));
+                    store_some(sums + c + at, some, load_some(sums + c + at, some, 0) + d);
+                }
+            float middle = sum_lanes(sum) / (float)c, slope = sum_lanes(along) / (float)c;
+            for (size i = 0; i < c; i += W) {
+                size some = c - i;
+                vf normal = (load_some(x + i, some, 0) - mean) * inverse;
+                vf g = FMA(load_some(dy + i, some, 0), load_some(gain + i, some, 0), splat(-middle));
+                g = FMA(normal, splat(-slope), g);
+                store_some(dx + i, some, FMA(g, splat(inverse), add ? load_some(add + i, some, 0) : splat(0)));
             }
-        float middle = sum_lanes(sum) / (float)c, slope = sum_lanes(along) / (float)c;
-        for (size i = 0; i < c; i += W) {
-            size some = c - i;
-            vf normal = (load_some(x + i, some, 0) - mean) * inverse;
-            vf g = FMA(load_some(dy + i, some, 0), load_some(gain + i, some, 0), splat(-middle));
-            g = FMA(normal, splat(-slope), g);
-            store_some(dx + i, some, FMA(g, splat(inverse), add ? load_some(add + i, some, 0) : splat(0)));
+            if (add) add += c;
         }
-        if (add) add += c;
-        if (n % BLOCK == BLOCK - 1 || n == rows - 1) {
-            for (size i = 0; i < 2 * c; i++) all_gains[i] += work[i];
-            memset(work, 0, (size_t)(2 * c) * sizeof *work);
-        }
+        for (int more = joins(piece, pieces); more; more--, sums -= 2 * c)
+            for (size i = 0; i < 2 * c; i++) sums[i - 2 * c] += sums[i];
     }
     for (size i = 0; i < c; i++) {
-        dgain[i] = accumulate ? dgain[i] + all_gains[i] : all_gains[i];
-        dbias[i] = accumulate ? dbias[i] + all_biases[i] : all_biases[i];
+        dgain[i] = accumulate ? dgain[i] + work[i] : work[i];
+        dbias[i] = accumulate ? dbias[i] + work[c + i] : work[c + i];
     }
 }
-#undef BLOCK

@@ -2,7 +2,19 @@
 
 No (T, S) matrix is kept: backward recomputes a tile of probabilities from the saved log-sum-exp, and
 tiles above the diagonal are never touched. Of bfloat16 arrays the arithmetic is float32.
-Source: Dao et al., "FlashAttention", arXiv:2205.14135 (the recomputation), Rabe, Staats, arXiv:2112.05682.
+
+The order of additions follows positions, so that ranks which hold some of them can follow it. Shares end at the
+multiples of `share` (0: everything is one share). The softmax over the keys of a share is computed by itself, and
+these partial results are merged in ascending order. dq is a sum for every share of keys, dk and dv are sums for every
+share of queries, each begun anew and added in ascending order. What sees nothing contributes nothing.
+
+A rank of a ring has the queries of some shares and meets the keys of one share after the other: it calls `partial` for
+each, `merge` in ascending order and `finish`; in `backward` of a pair of shares it gets that pair's part of dq, dk, dv,
+and adds parts in ascending order. Partial values are not yet divided by their sum: this is what `forward` itself keeps
+between shares, so the bits are its own; divided ones with a log-sum-exp would cost `forward` a division and a logarithm
+for every query and share, and would round twice more.
+Source: Dao et al., "FlashAttention", arXiv:2205.14135 (the recomputation), Rabe, Staats, arXiv:2112.05682 (partial
+results), Liu et al., "Ring Attention", arXiv:2310.01889.
 """
 
 import math
@@ -17,10 +29,18 @@ from mlm_mpi.ops import dropout
 
 TILE = 128  # query rows at a time: a tile of scores of 6 heads and 256 columns is 786 KB
 
+Positions = tuple[int, int] | None  # of the first query and of the first key
 
-def _tiles(queries: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, queries, TILE):
-        yield start, min(start + TILE, queries)
+
+def _spans(count: int, position: int, share: int, most: int = 0) -> Iterator[tuple[int, int]]:
+    # (start, stop) of rows whose first has that position, cut where shares end, and so that none has more than `most`
+    start = 0
+    while start < count:
+        stop = min(count, start + most) if most else count
+        if share:
+            stop = min(stop, (position + start) // share * share + share - position)
+        yield start, stop
+        start = stop
 
 
 def _seen(length: int, causal: bool, end: int) -> int:
@@ -29,105 +49,179 @@ def _seen(length: int, causal: bool, end: int) -> int:
 
 
 def _scores(q: Any, k: Any, causal: bool, position: int, scale: float) -> tuple[Any, Any]:
-    # (H, rows, D) from `position` on, (H, columns, D) -> scaled q and masked scores (H, rows, columns)
+    # (H, rows, D), whose first sees the key at `position` at last, (H, columns, D)
+    # -> scaled q and masked scores (H, rows, columns)
     xp = module_of(q)
-    rows = q.shape[1]
     scaled = q * scale
     scores = scaled @ k.swapaxes(1, 2)
-    if causal and rows > 1:
-        hidden = xp.triu(xp.full((rows, rows), -xp.inf, q.dtype), 1)
-        scores[:, :, position:] += hidden[:, : max(0, k.shape[1] - position)]
+    if causal and position + 1 < k.shape[1]:
+        hidden = xp.arange(position + 1, k.shape[1]) > xp.arange(position, position + q.shape[1])[:, None]
+        scores[:, :, position + 1 :] += xp.where(hidden, -xp.inf, 0.0).astype(q.dtype)
     return scaled, scores
 
 
 def _factors(
     draw: dropout.Draw, shape: tuple[int, int, int, int], b: int, start: int, stop: int, dtype: Any, xp: Any = np
 ) -> Any:
-    # the dropout mask (H, rows, S) of queries start … stop − 1, a slice of the global (B, H, T, S)
-    _, heads, queries, keys = shape
-    drawn = [
-        dropout.mask(draw, (stop - start, keys), ((b * heads + h) * queries + start) * keys, dtype, xp)
-        for h in range(heads)
-    ]  # fmt: skip
-    return xp.stack(drawn)
+    # the dropout mask (H, rows, S) of queries start … stop − 1, of a local array (B, H, T, S)
+    _, heads, _, keys = shape
+    return dropout.mask(draw.cut(shape, (b, 0, start, 0)), (1, heads, stop - start, keys), 0, dtype, xp)[0]
+
+
+def _offset(q: Any, k: Any, positions: Positions) -> tuple[int, int, int]:
+    # positions of the first query and key, and where the first query stands, counted from the first key
+    query, key = (k.shape[2] - q.shape[2], 0) if positions is None else positions
+    return query, key, query - key
+
+
+def _merge(mine: list[Any], other: list[Any], xp: Any) -> None:
+    # [maximum, sum, values] of some queries, the former two with a last dim of 1; what saw no key has (−inf, 0, 0)
+    above = xp.maximum(mine[0], other[0])
+    level = xp.where(above == -xp.inf, 0, above)
+    first, second = xp.exp(mine[0] - level), xp.exp(other[0] - level)
+    mine[0][...] = above
+    for i in (1, 2):
+        mine[i] *= first
+        mine[i] += other[i] * second
+
+
+def _partial(
+    q: Any, k: Any, v: Any, causal: bool, draw: dropout.Draw | None, lengths: Any, share: int, positions: Positions
+) -> tuple[Any, Any]:
+    xp = module_of(q)
+    q, k, v = map(wide, (q, k, v))
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    (query, key, offset), scale = _offset(q, k, positions), 1.0 / math.sqrt(width)
+    o, statistics = xp.zeros((batch, queries, heads, width), q.dtype), xp.zeros((2, batch, heads, queries), q.dtype)
+    statistics[0] = -xp.inf
+    for b in range(batch):
+        length = keys if lengths is None else min(keys, int(lengths[b]))
+        for start, stop in _spans(queries, query, share, TILE):
+            seen = _seen(length, causal, offset + stop)
+            if seen and draw is not None:
+                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
+            for low, high in _spans(seen, key, share):
+                top = max(start, low - offset) if causal else start  # the first query that sees a key of them
+                scores = _scores(q[b, :, top:stop], k[b, :, low:high], causal, offset + top - low, scale)[1]
+                level = scores.max(axis=2, keepdims=True)
+                scores -= level
+                p = xp.exp(scores, out=scores)
+                total = p.sum(axis=2, keepdims=True)
+                if draw is not None:
+                    p *= drop[:, top - start :, low:high]
+                other = [level, total, p @ v[b, :, low:high]]  # (H, rows, 1), (H, rows, 1), (H, rows, D)
+                mine = [*statistics[:, b, :, top:stop, None], o[b, top:stop].swapaxes(0, 1)]
+                if low:
+                    _merge(mine, other, xp)
+                else:
+                    for to, value in zip(mine, other, strict=True):
+                        to[...] = value
+    return o, statistics
+
+
+def _finish(o: Any, statistics: Any) -> tuple[Any, Any]:
+    xp, (top, total) = module_of(o), statistics
+    total = xp.where(total == 0, 1, total)  # what saw no key: o = 0, lse = -inf
+    o /= total.swapaxes(1, 2)[..., None]
+    return o, top + xp.log(total)
 
 
 @served
 def forward(
-    q: Any, k: Any, v: Any, causal: bool = True, draw: dropout.Draw | None = None, lengths: Any = None
-) -> tuple[Any, Any]:
+    q: Any, k: Any, v: Any, causal: bool = True, draw: dropout.Draw | None = None, lengths: Any = None,
+    share: int = 0, positions: Positions = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Shapes: q (B, H, T, D), k and v (B, H, S, D) -> o (B, T, H, D) as q, lse (B, H, T) float32 or float64.
 
-    Causal with S > T: the queries are the last T of S positions (a cache holds the others).
+    `positions` of the first query and the first key: causal is what has a position not above one's own. None: the
+    queries are the last T of S positions (a cache holds the others). `share`: positions in a share, 0 for one share.
     `draw` names a dropout mask of the probabilities, (B, H, T, S).
     `lengths` (B,) int32: row b sees its first lengths[b] keys only; a query that sees none gives o = 0, lse = -inf.
     Cost: 4·B·H·T·S·D flops, half if causal.
     """
-    xp, dtype = module_of(q), q.dtype
-    q, k, v = map(wide, (q, k, v))
-    (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    offset, scale = keys - queries, 1.0 / math.sqrt(width)
-    o = xp.empty((batch, queries, heads, width), dtype)
-    lse = xp.empty((batch, heads, queries), q.dtype)
-    for b in range(batch):
-        length = keys if lengths is None else min(keys, int(lengths[b]))
-        for start, stop in _tiles(queries):
-            columns = _seen(length, causal, offset + stop)
-            if not columns:
-                o[b, start:stop], lse[b, :, start:stop] = 0.0, -xp.inf
-                continue
-            _, p = _scores(q[b, :, start:stop], k[b, :, :columns], causal, offset + start, scale)
-            top = p.max(axis=2, keepdims=True)
-            p -= top
-            xp.exp(p, out=p)
-            total = p.sum(axis=2, keepdims=True)
-            lse[b, :, start:stop] = (top + xp.log(total))[:, :, 0]
-            if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
-                p *= drop[:, :, :columns]
-            part = p @ v[b, :, :columns]  # (H, rows, D)
-            part /= total
-            o[b, start:stop] = part.swapaxes(0, 1)
-    return o, lse
+    o, lse = _finish(*_partial(q, k, v, causal, draw, lengths, share, positions))
+    return o.astype(q.dtype, copy=False), lse
+
+
+@served
+def partial(
+    q: Any, k: Any, v: Any, causal: bool = True, draw: dropout.Draw | None = None, lengths: Any = None,
+    share: int = 0, positions: Positions = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """What `forward` has before `finish`. Shapes: as `forward` -> o (B, T, H, D), statistics (2, B, H, T).
+
+    Statistics are the maxima of the scores and the sums of the weights. Both are float32 or float64.
+    """
+    return _partial(q, k, v, causal, draw, lengths, share, positions)
+
+
+@served
+def merge(o: Any, statistics: Any, other_o: Any, other_statistics: Any) -> None:
+    """o, statistics = they and others, whose keys come behind theirs. Shapes: as `partial` returns.
+
+    With m the greater maximum: sum = sum·exp(max − m) + other·exp(other max − m), and so o.
+    """
+    mine, other = (
+        [*s[..., None], x.swapaxes(1, 2)] for s, x in ((statistics, o), (other_statistics, other_o))
+    )  # fmt: skip
+    _merge(mine, other, module_of(o))
+
+
+@served
+def finish(o: Any, statistics: Any) -> tuple[Any, Any]:
+    """(o, lse) of all keys: o divided by the sums, in place. Shapes: as `partial` returns -> as `forward`."""
+    return _finish(o, statistics)
 
 
 @served
 def backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: dropout.Draw | None = None, lengths: Any = None,
+    share: int = 0, positions: Positions = None,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv, which may be strided views. Shapes: do and o (B, T, H, D), the rest as `forward`.
 
+    o and lse are those of all keys, also where k and v are some of them.
     With P the probabilities and δ = Σ do·o per query: dv = Pᵀdo, dS = P (do vᵀ − δ), dq = dS k, dk = dSᵀq.
     Cost: 10·B·H·T·S·D flops, half if causal.
     """
     xp = module_of(q)
     do, q, k, v, o = map(wide, (do, q, k, v, o))
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    offset, scale = keys - queries, 1.0 / math.sqrt(width)
+    (query, key, offset), scale = _offset(q, k, positions), 1.0 / math.sqrt(width)
     for b in range(batch):
         length = keys if lengths is None else min(keys, int(lengths[b]))
+        dquery = xp.zeros((heads, queries, width), q.dtype)
         dkey, dvalue = xp.zeros((heads, keys, width), q.dtype), xp.zeros((heads, keys, width), q.dtype)
-        for start, stop in _tiles(queries):
-            columns = _seen(length, causal, offset + stop)
-            if not columns:
-                dq[b, :, start:stop] = 0.0
-                continue
-            scaled, p = _scores(q[b, :, start:stop], k[b, :, :columns], causal, offset + start, scale)
-            p -= lse[b, :, start:stop, None]
-            xp.exp(p, out=p)
-            dot = do[b, start:stop].swapaxes(0, 1)  # (H, rows, D)
-            ds = dot @ v[b, :, :columns].swapaxes(1, 2)  # (H, rows, columns)
-            delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
-            kept = p
-            if draw is not None:
-                drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
-                drop = drop[:, :, :columns]
-                kept = p * drop
-                ds *= drop
-            ds -= delta[:, :, None]
-            ds *= p
-            dq[b, :, start:stop] = (ds @ k[b, :, :columns]) * scale
-            dvalue[:, :columns] += kept.swapaxes(1, 2) @ dot
-            dkey[:, :columns] += ds.swapaxes(1, 2) @ scaled
-        dk[b], dv[b] = dkey, dvalue
+        begun = 0  # keys whose gradients have begun
+        for first, last in _spans(queries, query, share):
+            seen = _seen(length, causal, offset + last)
+            part_k, part_v = xp.zeros_like(dkey), xp.zeros_like(dvalue)
+            for start, stop in ((first + i, first + j) for i, j in _spans(last - first, 0, 0, TILE)):
+                dot = do[b, start:stop].swapaxes(0, 1)  # (H, rows, D)
+                delta = xp.einsum("thd,thd->ht", do[b, start:stop], o[b, start:stop])
+                visible = _seen(length, causal, offset + stop)
+                if visible and draw is not None:
+                    drop = _factors(draw, (batch, heads, queries, keys), b, start, stop, q.dtype, xp)
+                for low, high in _spans(visible, key, share):
+                    top = max(start, low - offset) if causal else start
+                    rows, columns, skip = slice(top, stop), slice(low, high), top - start
+                    scaled, p = _scores(q[b, :, rows], k[b, :, columns], causal, offset + top - low, scale)
+                    p -= lse[b, :, rows, None]
+                    xp.exp(p, out=p)
+                    ds = dot[:, skip:] @ v[b, :, columns].swapaxes(1, 2)  # (H, rows, columns)
+                    kept = p
+                    if draw is not None:
+                        kept = p * drop[:, skip:, columns]
+                        ds *= drop[:, skip:, columns]
+                    ds -= delta[:, skip:, None]
+                    ds *= p
+                    part = (ds @ k[b, :, columns]) * scale
+                    dquery[:, rows] = dquery[:, rows] + part if low else part
+                    part_v[:, columns] += kept.swapaxes(1, 2) @ dot[:, skip:]
+                    part_k[:, columns] += ds.swapaxes(1, 2) @ scaled
+            dkey[:, :begun] += part_k[:, :begun]
+            dvalue[:, :begun] += part_v[:, :begun]
+            dkey[:, begun:seen], dvalue[:, begun:seen] = part_k[:, begun:seen], part_v[:, begun:seen]
+            begun = max(begun, seen)
+        dq[b], dk[b], dv[b] = dquery, dkey, dvalue

@@ -3,9 +3,10 @@
 Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, module_of, row_blocks, wide
+from mlm_mpi.backend.arrays import deposit, joined, module_of, row_blocks, wide
 from mlm_mpi.backend.registry import served
 
 
@@ -33,22 +34,24 @@ def forward(x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
 
 @served
 def backward(
-    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
+    pieces: int = 1,
 ) -> Any:  # fmt: skip
     """dx, plus `add` where given; writes or adds dgain, dbias. Shapes: dy, x, add (N, C), statistics (2, N) -> (N, C).
 
     dx has the dtype of x; dgain and dbias may be wider.
     With n = normalised x and g = dy·gain: dx = (g − mean(g) − n·mean(g·n)) / deviation.
+    dgain and dbias: `pieces` equal groups of rows are summed, each by itself, and joined by the tree.
     """
     xp, dtype = module_of(x), x.dtype
     dy, x, gain = wide(dy), wide(x), wide(gain)
     dx = xp.empty_like(x)
-    gain_sum, bias_sum = xp.zeros_like(gain), xp.zeros_like(gain)
-    for rows in row_blocks(x):
+    sums = xp.zeros((pieces, 2, x.shape[1]), gain.dtype)  # gain's and bias' of every piece
+    for piece, rows in _blocks(x, pieces):
         mean, inverse = statistics[0, rows, None], statistics[1, rows, None]
         normal = (x[rows] - mean) * inverse
-        gain_sum += xp.einsum("nc,nc->c", dy[rows], normal)
-        bias_sum += dy[rows].sum(axis=0)
+        sums[piece, 0] += xp.einsum("nc,nc->c", dy[rows], normal)
+        sums[piece, 1] += dy[rows].sum(axis=0)
         g = xp.multiply(dy[rows], gain, out=dx[rows])
         along = xp.einsum("nc,nc->n", g, normal)[:, None] / x.shape[1]
         g -= g.mean(axis=1, keepdims=True)
@@ -57,6 +60,17 @@ def backward(
         g *= inverse
     if add is not None:
         dx += wide(add)
-    deposit(gain_sum, dgain, accumulate)
-    deposit(bias_sum, dbias, accumulate)
+    whole = joined(sums)
+    deposit(whole[0], dgain, accumulate)
+    deposit(whole[1], dbias, accumulate)
     return dx.astype(dtype, copy=False)
+
+
+def _blocks(x: Any, pieces: int) -> Iterator[tuple[int, slice]]:
+    # (piece, rows) in ascending order
+    group, rest = divmod(x.shape[0], pieces)
+    if rest:
+        raise ValueError(f"{x.shape[0]} rows in {pieces} equal pieces")
+    for piece in range(pieces):
+        for rows in row_blocks(x[piece * group : (piece + 1) * group]):
+            yield piece, slice(piece * group + rows.start, piece * group + rows.stop)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, wide
+from mlm_mpi.backend.arrays import deposit, joined, wide
 from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import gelu, matmul
 
@@ -34,13 +34,17 @@ def backward_input(dy: Any, w: Any, pre: Any = None) -> Any:
     return dx if pre is None else gelu.backward(dx, pre, out=dx)
 
 
-def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool) -> None:
+def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
     """dw = xᵀ dy and db = Σ dy, written or added. Shapes: as `forward`. Cost: 2·N·K·F flops."""
     matmul.add(x.T, dy, dw, accumulate)
-    bias_gradient(dy, db, accumulate)
+    bias_gradient(dy, db, accumulate, pieces)
 
 
 @served
-def bias_gradient(dy: Any, db: Any, accumulate: bool) -> None:
-    """db = Σ dy over rows, written or added; db may be wider than dy. Shapes: dy (N, F), db (F,)."""
-    deposit(wide(dy).sum(axis=0), db, accumulate)
+def bias_gradient(dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
+    """db = Σ dy over rows, written or added; db may be wider than dy. Shapes: dy (N, F), db (F,).
+
+    `pieces` equal groups of rows are summed, each by itself, and joined by the tree; then the sum is added to db.
+    """
+    groups = wide(dy).reshape(pieces, -1, *dy.shape[1:])
+    deposit(joined([group.sum(axis=0) for group in groups]), db, accumulate)

@@ -1,9 +1,11 @@
 """How the tests judge mathematics: central differences in float64, poisoned buffers, strided copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from mlm_mpi.comm import tree
 
 
 def directional(f: Callable[[], float], x: np.ndarray, gradient: np.ndarray, seed: int = 0, tol: float = 1e-7) -> None:
@@ -38,6 +40,14 @@ def strided(x: np.ndarray) -> np.ndarray:
     view = wide[tuple(slice(0, 2 * n, 2) for n in x.shape)]
     view[...] = x
     return view
+
+
+def in_a_tree(parts: Sequence[Any]) -> Any:
+    """The sum of parts in the order of `comm/tree.py`."""
+    if len(parts) == 1:
+        return parts[0]
+    centre = tree.middle(0, len(parts))
+    return in_a_tree(parts[:centre]) + in_a_tree(parts[centre:])
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -85,6 +85,43 @@ def test_rows_of_different_lengths(causal: bool, dropped: bool, queries: int) ->
     assert not dq[1].any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "share"), [(9, 12, 2), (140, 270, 50), (270, 270, 200)])
+def test_shares_of_positions(causal: bool, queries: int, keys: int, share: int) -> None:
+    lengths = np.array([keys, 0, keys // 2], "i4")
+    size = (3, 2, queries, keys, 3)
+    q, k, v, do = _draw(*size)
+    drop = dropout.mask(DRAW, size[:4], 0, "f8")
+    o, lse = attention.forward(q, k, v, causal, DRAW, lengths, share)
+    assert np.allclose(o, _naive(q, k, v, causal, drop, lengths), rtol=1e-12, atol=1e-13)
+    gradients = [poisoned(*a.shape) for a in (q, k, v)]
+    attention.backward(do, q, k, v, o, lse, *gradients, causal, DRAW, lengths, share)
+    for value, gradient in zip((q, k, v), gradients, strict=True):
+        directional(lambda: float((_naive(q, k, v, causal, drop, lengths) * do).sum()), value, gradient)
+
+
+def test_partial_results_of_some_keys_are_merged_and_finished() -> None:
+    q, k, v, do = _draw(2, 2, 60, 60, 4)
+    o, lse = attention.forward(q, k, v)
+    first = attention.partial(q, k[:, :, :25], v[:, :, :25], positions=(0, 0))
+    second = attention.partial(q, k[:, :, 25:], v[:, :, 25:], positions=(0, 25))
+    assert (second[1][0, :, :, :25] == -np.inf).all() and not second[0][:, :25].any()
+    attention.merge(*first, *second)
+    got = attention.finish(*first)
+    assert all(np.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(got, (o, lse), strict=True))
+    whole, left, right = ([poisoned(*a.shape) for a in (q, k, v)] for _ in range(3))
+    attention.backward(do, q, k, v, o, lse, *whole)
+    lower, upper = slice(0, 25), slice(25, 60)
+    for keys, (dq, dk, dv) in ((lower, left), (upper, right)):
+        part = k[:, :, keys], v[:, :, keys], o, lse, dq, dk[:, :, keys], dv[:, :, keys]
+        attention.backward(do, q, *part, positions=(0, keys.start))
+    joined = (
+        left[0] + right[0],
+        *(np.concatenate([a[:, :, lower], b[:, :, upper]], 2) for a, b in zip(left[1:], right[1:], strict=True)),
+    )
+    assert all(np.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(joined, whole, strict=True))
+
+
 def test_hidden_keys_are_never_read() -> None:
     q, k, v, do = _draw(2, 2, 150, 150, 4)
     lengths = np.array([130, 20], "i4")

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numerics import same_bits, strided
+from numerics import in_a_tree, same_bits, strided
 
 from mlm_mpi.backend import choice, registry, sums
 from mlm_mpi.backend.cpu import elementwise, library
 from mlm_mpi.backend.cpu import matmul as products
 from mlm_mpi.backend.cpu.provider import KERNELS
+from mlm_mpi.comm import tree
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
 from mlm_mpi.ops.dropout import Draw
@@ -53,6 +54,16 @@ def _draw(rate: float = 0.3) -> Draw:
     return Draw(rate, key_of(SEED, "test"), 7, 3)
 
 
+def _cut_draw(shape: tuple[int, ...]) -> Draw:
+    """The draw of the middle of a greater array, cut along every dim."""
+    return _draw().cut(tuple(3 * n for n in shape), shape)
+
+
+def _few(n: int) -> int:
+    """Pieces into which n rows fall: the least number above 1."""
+    return next((pieces for pieces in range(2, n) if n % pieces == 0), n)
+
+
 def _matmul(accumulate: bool, left: bool, right: bool, depth: int) -> Callable[[tuple[int, int]], Case]:
     """`left`, `right`: that operand is the transpose of what lies in memory."""
 
@@ -72,37 +83,89 @@ def _linear(residual: bool) -> Callable[[tuple[int, int]], Case]:
     return make
 
 
-def _layernorm_backward(accumulate: bool, add: bool) -> Callable[[tuple[int, int]], Case]:
+def _layernorm_backward(
+    accumulate: bool, add: bool, cut: Callable[[int], int] = lambda n: 1
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n, c = size
         x = _f(n, c) + 2
         statistics = np.stack([x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + 0.1)]).astype("f4")
         fill = _f if accumulate else _nan
-        return (_f(n, c), x, _f(c), statistics, fill(c), fill(c), accumulate, _f(n, c) if add else None), (4, 5)
+        dx = (_f(n, c), x, _f(c), statistics, fill(c), fill(c), accumulate, _f(n, c) if add else None, cut(n))
+        return dx, (4, 5)
 
     return make
 
 
-def _attention(causal: bool, draw: Draw | None, past: int) -> Callable[[tuple[int, int]], Case]:
+def _bias_gradient(accumulate: bool, cut: Callable[[int], int]) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        return (_f(*size), _f(size[1]) if accumulate else _nan(size[1]), accumulate, cut(size[0])), (1,)
+
+    return make
+
+
+def _dropout(residual: bool, cut: bool) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        shape = (2, *size) if cut else size
+        return (_f(*shape), _cut_draw(shape) if cut else _draw(), _f(*shape) if residual else None), ()
+
+    return make
+
+
+Share = Callable[[int], int]  # number of positions -> those of a share
+
+
+def _whole(t: int) -> int:
+    return 0
+
+
+def _third(t: int) -> int:
+    return -(-t // 3)
+
+
+def _attention(
+    causal: bool, draw: Draw | None, past: int, share: Share = _whole, positions: tuple[int, int] | None = None
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         (t, d), heads = size, 3
         qkv = _f(2, t + past, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        return (qkv[0][:, :, past:], qkv[1], qkv[2], causal, draw), ()
+        return (qkv[0][:, :, past:], qkv[1], qkv[2], causal, draw, None, share(t), positions), ()
 
     return make
 
 
-def _attention_backward(causal: bool, draw: Draw | None) -> Callable[[tuple[int, int]], Case]:
+def _attention_backward(
+    causal: bool, draw: Draw | None, share: Share = _whole, positions: tuple[int, int] | None = None
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         (t, d), heads = size, 2
+        rest = (causal, draw, None, share(t), positions)
         q, k, v = _f(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        o, lse = (
-            a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), causal, draw)
-        )
+        o, lse = (a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), *rest))
         out = _nan(2, t, 3, heads, d).transpose(2, 0, 3, 1, 4)
-        return (_f(2, t, heads, d), q, k, v, o, lse, *out, causal, draw), (6, 7, 8)
+        return (_f(2, t, heads, d), q, k, v, o, lse, *out, *rest), (6, 7, 8)
 
     return make
+
+
+def _partial(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What `attention.partial` returns; the first query has seen no key."""
+    (t, d), heads = size, 2
+    o, statistics = _f(2, t, heads, d), np.stack([_f(2, heads, t), 1 + np.abs(_f(2, heads, t))])
+    o[:, 0], statistics[0, :, :, 0], statistics[1, :, :, 0] = 0, -np.inf, 0
+    return o, statistics
+
+
+def _finish(size: tuple[int, int]) -> Case:
+    o, statistics = _partial(size)
+    statistics[0, :, :, 0], statistics[1, :, :, 0] = 0, 2  # the test wants finite results
+    return (o, statistics), (0,)
+
+
+def _merge(size: tuple[int, int]) -> Case:
+    (o, statistics), (other, others) = _partial(size), _partial(size)
+    others[0, :, :, 0], others[1, :, :, 0] = 1, 3
+    return (o, statistics, other, others), (0, 1)
 
 
 def _rows(masked: bool, gradient: bool, scale: float) -> Callable[[tuple[int, int]], Case]:
@@ -138,23 +201,38 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     ),
     "linear.forward": ([_linear(False), _linear(True)], 4),
     "linear.bias_gradient": (
-        [lambda s: ((_f(*s), _nan(s[1]), False), (1,)), lambda s: ((_f(*s), _f(s[1]), True), (1,))],
+        [_bias_gradient(a, cut) for a in (False, True) for cut in (lambda n: 1, _few, lambda n: n)],
         16,
     ),
     "gelu.forward": ([lambda s: ((_f(*s, scale=3),), ())], 4),
     "gelu.backward": ([lambda s: ((_f(*s), _f(*s, scale=3)), ()), lambda s: ((_f(*s), _f(*s), _nan(*s)), (2,))], 16),
     "layernorm.forward": ([lambda s: ((_f(*s) + 3, _f(s[1]), _f(s[1]), 1e-5), ())], 32),
-    "layernorm.backward": ([_layernorm_backward(a, b) for a in (False, True) for b in (False, True)], 64),
-    "dropout.mask": ([lambda s: ((_draw(), s, 13, "f4"), ()), lambda s: ((_draw(), s, 2**34 - 5, "f4"), ())], 1),
-    "dropout.forward": (
-        [lambda s: ((_f(*s), _draw()), ()), lambda s: ((_f(*s), _draw(0.5), _f(*s)), ())],
-        1,
-    ),
-    "attention.forward": (
-        [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)],
+    "layernorm.backward": (
+        [_layernorm_backward(a, b) for a in (False, True) for b in (False, True)]
+        + [_layernorm_backward(True, False, _few), _layernorm_backward(False, True, lambda n: n)],
         64,
     ),
-    "attention.backward": ([_attention_backward(c, d) for c in (True, False) for d in (None, _draw())], 64),
+    "dropout.mask": (
+        [lambda s: ((_draw(), s, 13, "f4"), ()), lambda s: ((_draw(), s, 2**34 - 5, "f4"), ())]
+        + [lambda s: ((_cut_draw((2, *s)), (2, *s), 5, "f4"), ())],
+        1,
+    ),
+    "dropout.forward": ([_dropout(r, cut) for r in (False, True) for cut in (False, True)], 1),
+    "attention.forward": (
+        [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)]
+        + [_attention(c, d, p, _third) for c in (True, False) for d, p in ((None, 0), (_draw(), 5))]
+        + [_attention(True, _draw()._replace(start=7, strides=(9999, 3333, 500, 1)), 2, lambda t: 6, (9, 4))],
+        64,
+    ),
+    "attention.partial": ([_attention(c, d, 5, _third, (6, 4)) for c in (True, False) for d in (None, _draw())], 64),
+    "attention.merge": ([_merge], 8),
+    "attention.finish": ([_finish], 4),
+    "attention.backward": (
+        [_attention_backward(c, d) for c in (True, False) for d in (None, _draw())]
+        + [_attention_backward(c, d, _third) for c in (True, False) for d in (None, _draw())]
+        + [_attention_backward(True, None, lambda t: 6, (2, 4))],
+        64,
+    ),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
     "embedding.backward": (
         [lambda s: ((_f(*s), RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), (2,))],
@@ -533,6 +611,286 @@ def test_a_tree_of_sums_has_the_references_bits_and_may_end_in_a_leaf(level: reg
         assert elementwise._fit_sums([expected] * len(wrong), wrong, expected).startswith("no tree")
 
 
+# ---- sums over rows in pieces
+
+
+def _eight_rows(dy: np.ndarray) -> np.ndarray:
+    """Column sums as kernels/cpu/linear.c states them."""
+    total = np.zeros(dy.shape[1], "f4")
+    for first in range(0, len(dy), 8):
+        x = np.zeros((8, dy.shape[1]), "f4")
+        x[: len(dy[first : first + 8])] = dy[first : first + 8]
+        total = total + (((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])))
+    return total
+
+
+PIECES = [(1, 67), (2, 8), (3, 5), (4, 1), (5, 16), (7, 3), (8, 12), (13, 9), (64, 2), (100, 1)]  # pieces, rows in each
+
+
+@pytest.mark.parametrize(("pieces", "group"), PIECES)
+@pytest.mark.parametrize("width", [5, 33, 1030])
+def test_bias_gradients_have_the_bits_of_the_order_they_state(pieces, group, width, level) -> None:  # type: ignore[no-untyped-def]
+    dy, lane, got = _f(pieces * group, width), _f(width), _nan(width)
+    linear.bias_gradient(dy, got, False, pieces)
+    expected = in_a_tree([_eight_rows(piece) for piece in dy.reshape(pieces, group, width)])
+    assert same_bits(got, expected)
+    complete = lane.copy()
+    linear.bias_gradient(dy, complete, True, pieces)
+    assert same_bits(complete, lane + expected) and not level.fallen
+
+
+@pytest.mark.parametrize(("pieces", "group"), PIECES)
+@pytest.mark.parametrize("width", [5, 33])
+def test_norm_gradients_have_the_bits_of_the_order_they_state(pieces, group, width, level) -> None:  # type: ignore[no-untyped-def]
+    fused = level.first.level != "base" or platform.machine() != "x86_64"
+    n = pieces * group
+    dy, x, gain, lanes = _f(n, width), _f(n, width), _f(width), _f(2, width)
+    statistics = np.stack([x.mean(axis=1), 1 / x.std(axis=1)]).astype("f4")
+    normal = (x - statistics[0, :, None]) * statistics[1, :, None]
+    sums = []
+    for first in range(0, n, group):
+        total = np.zeros((2, width), "f4")
+        for row in range(first, first + group):
+            d = dy[row]
+            total[0] = _fused(d, normal[row], total[0]) if fused else d * normal[row] + total[0]
+            total[1] += d
+        sums.append(total)
+    got, complete = _nan(2, width), lanes.copy()
+    dx = layernorm.backward(dy, x, gain, statistics, *got, False, None, pieces)
+    assert same_bits(got, in_a_tree(sums))
+    layernorm.backward(dy, x, gain, statistics, *complete, True, None, pieces)
+    assert same_bits(complete, lanes + in_a_tree(sums))
+    assert same_bits(dx, layernorm.backward(dy, x, gain, statistics, *got, False)), "rows do not depend on pieces"
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("pieces", [4, 5, 8, 13])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_who_has_some_of_the_pieces_computes_the_subtrees(pieces: int, ranks: int, level: registry.Choice) -> None:
+    width, group = 21, 11
+    dy, x, gain = _f(pieces * group, width), _f(pieces * group, width), _f(width)
+    statistics = np.stack([x.mean(axis=1), 1 / x.std(axis=1)]).astype("f4")
+    whole, nodes, parts = _nan(3, width), [], []
+    layernorm.backward(dy, x, gain, statistics, *whole[:2], False, None, pieces)
+    linear.bias_gradient(dy, whole[2], False, pieces)
+    borders = [pieces * rank // ranks for rank in range(ranks + 1)]
+    for first, stop in itertools.pairwise(borders):
+        for node in tree.maximal_nodes((0, pieces), first, stop):
+            rows, part = slice(node[0] * group, node[1] * group), _nan(3, width)
+            own = dy[rows], x[rows], gain, statistics[:, rows].copy()
+            layernorm.backward(*own, *part[:2], False, None, node[1] - node[0])
+            linear.bias_gradient(dy[rows], part[2], False, node[1] - node[0])
+            nodes.append(node)
+            parts.append(part)
+    joined = _nan(3, width)
+    sums.tree(parts, tree.merges_of((0, pieces), nodes), joined)
+    assert same_bits(joined, whole) and not level.fallen
+
+
+def test_rows_that_do_not_fall_into_pieces_are_refused(level: registry.Choice) -> None:
+    dy, statistics = _f(10, 4), np.ones((2, 10), "f4")
+    for pieces in (3, 20):
+        with pytest.raises(ValueError):
+            linear.bias_gradient(dy, _nan(4), False, pieces)
+        with pytest.raises(ValueError):
+            layernorm.backward(dy, dy, _f(4), statistics, _nan(4), _nan(4), False, None, pieces)
+
+
+# ---- cuts of dropout
+
+
+def _cuts(shape: tuple[int, ...], count: int) -> list[tuple[slice, ...]]:
+    """That many random parts of an array, and those that lack one dim's first or last index."""
+    cuts = []
+    for _ in range(count):
+        ends = [sorted(RANDOM.integers(0, n + 1, 2)) for n in shape]
+        cuts.append(
+            tuple(slice(min(int(a), n - 1), max(int(b), int(a) + 1)) for (a, b), n in zip(ends, shape, strict=True))
+        )
+    for dim, n in enumerate(shape):
+        for part in (slice(1, n), slice(0, n - 1)):
+            cuts.append(tuple(part if other == dim and n > 1 else slice(0, m) for other, m in enumerate(shape)))
+    return cuts
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 20), (2, 4, 6, 9), (1, 40, 7), (20, 33), (2, 3, 2, 3, 5)])
+@pytest.mark.parametrize("start", [0, 2**33 + 3])
+def test_the_mask_of_a_cut_is_the_cut_of_the_mask(shape: tuple[int, ...], start: int, level: registry.Choice) -> None:
+    draw = _draw()._replace(start=start)
+    whole = dropout.mask(draw, shape, 0, "f4")
+    x, residual = _f(*shape), _f(*shape)
+    y = dropout.forward(x, draw, residual)
+    for cut in _cuts(shape, 12):
+        part, local = np.ascontiguousarray(whole[cut]), draw.cut(shape, tuple(each.start for each in cut))
+        assert same_bits(dropout.mask(local, part.shape, 0, "f4"), part), cut
+        assert same_bits(dropout.mask.__wrapped__(local, part.shape, 0, "f4"), part), cut
+        pieces = (np.ascontiguousarray(a[cut]) for a in (x, residual, y))
+        assert same_bits(dropout.forward(next(pieces), local, next(pieces)), next(pieces)), cut
+    again = draw.cut(shape, (0,) * len(shape)).cut((1,) * len(shape), (0,) * len(shape))
+    assert dropout.mask(again, shape, 0, "f4").tobytes() == whole.tobytes(), "a cut of a cut"
+    assert set(level.fallen) <= {("dropout.mask", CUT), ("dropout.forward", CUT)}
+    assert not level.fallen or len(shape) > 4
+
+
+CUT = "rows in more than three dims"
+
+
+def test_strides_that_do_not_fit_are_refused(level: registry.Choice) -> None:
+    for strides in ((5, 1, 1), (1, 5)):
+        with pytest.raises(ValueError, match="a draw with strides"):
+            dropout.forward(_f(3, 5), _draw()._replace(strides=strides))
+
+
+# ---- attention in shares of positions
+
+
+class _Ring:
+    """Attention computed for every pair of shares by itself and merged in the declared order."""
+
+    def __init__(self, arrays: tuple[np.ndarray, ...], past: int, share: int, causal: bool, draw: Draw | None) -> None:
+        self.do, self.q, self.k, self.v = arrays
+        self.past, self.share, self.causal, self.draw = past, share, causal, draw
+        total = self.k.shape[2]
+        borders = [*range(0, total, share), total]
+        self.keys = list(itertools.pairwise(borders))
+        self.queries = [(max(a, past) - past, b - past) for a, b in self.keys if b > past]  # rows, of positions past …
+
+    def _pair(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Draw | None, tuple[int, int]]:
+        (i, _), (j, _) = queries, keys
+        shape = (*self.q.shape[:3], self.k.shape[2])
+        return self.draw and self.draw.cut(shape, (0, 0, i, j)), (self.past + i, j)
+
+    def _sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
+        return not self.causal or keys[0] < self.past + queries[1]
+
+    def forward(self) -> tuple[np.ndarray, np.ndarray]:
+        outs = []
+        for queries in self.queries:
+            state: Any = None
+            for keys in self.keys:
+                if self._sees(queries, keys):
+                    draw, positions = self._pair(queries, keys)
+                    q, k, v = self.q[:, :, slice(*queries)], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
+                    part = attention.partial(q, k, v, self.causal, draw, None, self.share, positions)
+                    if state is None:
+                        state = part
+                    else:
+                        attention.merge(*state, *part)
+            outs.append(attention.finish(*state))
+        return np.concatenate([o for o, _ in outs], axis=1), np.concatenate([lse for _, lse in outs], axis=2)
+
+    def backward(self, o: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, ...]:
+        sums = [_nan(*self.q.shape), _nan(*self.k.shape), _nan(*self.v.shape)]
+        begun = set()
+        for queries in self.queries:
+            rows = slice(*queries)
+            for keys in self.keys:
+                if not self._sees(queries, keys):
+                    continue
+                draw, positions = self._pair(queries, keys)
+                q, k, v = self.q[:, :, rows], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
+                parts = [_nan(*x.shape) for x in (q, k, v)]
+                attention.backward(
+                    self.do[:, rows], q, k, v, o[:, rows], np.ascontiguousarray(lse[:, :, rows]), *parts,
+                    self.causal, draw, None, 0, positions,
+                )  # fmt: skip
+                for name, to, part in zip("qkv", sums, parts, strict=True):
+                    span = queries if name == "q" else keys
+                    to = to[:, :, slice(*span)]
+                    to[...] = to + part if (name, span) in begun else part
+                    begun.add((name, span))
+        return tuple(sums)
+
+
+# queries, keys, width, share: equal shares, a short one at the end, shares shorter than a tile, longer than a tile of
+# keys, queries that begin inside a share
+RINGS = [(8, 8, 4, 2), (96, 96, 16, 32), (37, 37, 33, 9), (600, 600, 16, 300), (130, 520, 5, 100), (3, 40, 8, 7)]
+
+
+def _arrays(t: int, s: int, d: int) -> tuple[np.ndarray, ...]:
+    """do (B, T, H, D), and q, k, v seen in one array as the layer holds them."""
+    qkv = _f(2, s, 3, 2, d).transpose(2, 0, 3, 1, 4)
+    return _f(2, t, 2, d), qkv[0][:, :, s - t :], qkv[1], qkv[2]
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_ring_over_shares_of_positions_has_the_bits_of_the_whole(ring, causal, dropped, level) -> None:  # type: ignore[no-untyped-def]
+    t, s, d, share = ring
+    draw = _draw() if dropped else None
+    do, q, k, v = _arrays(t, s, d)
+    o, lse = attention.forward(q, k, v, causal, draw, None, share)
+    gradients = [_nan(*x.shape) for x in (q, k, v)]
+    attention.backward(do, q, k, v, o, lse, *gradients, causal, draw, None, share)
+    pairs = _Ring((do, q, k, v), s - t, share, causal, draw)
+    assert all(same_bits(a, b) for a, b in zip(pairs.forward(), (o, lse), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(pairs.backward(o, lse), gradients, strict=True))
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_and_heads_may_be_cut_where_all_keys_are_gathered(causal: bool, level: registry.Choice) -> None:
+    t, share, draw = 90, 30, _draw()
+    do, q, k, v = _arrays(t, t, 12)
+    shape = (*q.shape[:3], t)
+    o, lse = attention.forward(q, k, v, causal, draw, None, share)
+    dq, dk, dv = (_nan(*x.shape) for x in (q, k, v))
+    attention.backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, None, share)
+    for start, stop in ((0, 30), (30, 90), (60, 90)):
+        rest = (causal, draw.cut(shape, (0, 0, start, 0)), None, share, (start, 0))
+        part = q[:, :, start:stop]
+        got = attention.forward(part, k, v, *rest)
+        own = np.ascontiguousarray(o[:, start:stop]), np.ascontiguousarray(lse[:, :, start:stop])
+        assert all(same_bits(a, b) for a, b in zip(got, own, strict=True))
+        outs = [_nan(*x.shape) for x in (part, k, v)]
+        attention.backward(do[:, start:stop], part, k, v, *own, *outs, *rest)
+        assert same_bits(outs[0], np.ascontiguousarray(dq[:, :, start:stop]))
+    for head in (0, 1):
+        heads = slice(head, head + 1)
+        rest = (causal, draw.cut(shape, (0, head, 0, 0)), None, share)
+        part = [x[:, heads] for x in (q, k, v)]
+        got = attention.forward(*part, *rest)
+        own = np.ascontiguousarray(o[:, :, heads]), np.ascontiguousarray(lse[:, heads])
+        assert all(same_bits(a, b) for a, b in zip(got, own, strict=True))
+        outs = [_nan(*x.shape) for x in part]
+        attention.backward(do[:, :, heads], *part, *own, *outs, *rest)
+        assert all(same_bits(a, np.ascontiguousarray(b[:, heads])) for a, b in zip(outs, (dq, dk, dv), strict=True))
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_share_of_everything_is_no_share(causal: bool, level: registry.Choice) -> None:
+    do, q, k, v = _arrays(300, 300, 12)
+    results = []
+    for share in (0, 300, 512):
+        o, lse = attention.forward(q, k, v, causal, None, None, share)
+        gradients = [_nan(*x.shape) for x in (q, k, v)]
+        attention.backward(do, q, k, v, o, lse, *gradients, causal, None, None, share)
+        results.append((o, lse, *gradients))
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+    o, _ = attention.forward(q, k, v, causal, None, None, 100)
+    assert not same_bits(o, results[0][0]), "the order of additions is another one"
+
+
+def test_what_sees_no_key_gives_zeros(level: registry.Choice) -> None:
+    do, q, k, v = _arrays(12, 12, 4)
+    for share in (0, 4):
+        o, lse = attention.forward(q, k, v, True, None, None, share, (3, 8))  # queries 3 … 14, keys 8 … 19
+        assert (o[:, :5] == 0).all() and (lse[:, :, :5] == -np.inf).all() and np.isfinite(lse[:, :, 5:]).all()
+        dq, dk, dv = (_nan(*x.shape) for x in (q, k, v))
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, True, None, None, share, (3, 8))
+        assert not dq[:, :, :5].any() and not dk[:, :, 7:].any() and not dv[:, :, 7:].any()
+        assert np.isfinite(dq).all() and dk[:, :, :7].all() and dv[:, :, :7].all()
+    state, nothing = attention.partial(q, k, v), attention.partial(q, k, v, True, None, None, 0, (0, 12))
+    before = [x.copy() for x in state]
+    attention.merge(*state, *nothing)
+    assert all(np.array_equal(a, b) for a, b in zip(state, before, strict=True))
+    attention.merge(*nothing, *state)
+    assert all(np.array_equal(a, b) for a, b in zip(nothing, before, strict=True)) and not level.fallen
+
+
 @pytest.mark.skipif("avx512" not in AVAILABLE, reason="this CPU has no AVX-512")
 @pytest.mark.parametrize("name", NAMES)
 def test_avx2_and_avx512_give_the_same_bits(name: str) -> None:
@@ -584,7 +942,7 @@ def test_without_a_library_the_reference_runs_and_says_why(monkeypatch: pytest.M
 
 
 def test_keep_freed_memory_is_there() -> None:
-    assert isinstance(choice.keep_freed_memory(), bool) and ctypes.sizeof(library.Draw) == 24
+    assert isinstance(choice.keep_freed_memory(), bool) and ctypes.sizeof(library.Draw) == 56
 
 
 def test_what_only_a_gpu_does_is_left_to_the_references(level: registry.Choice) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import directional, poisoned, same_bits, strided
+from numerics import directional, in_a_tree, poisoned, same_bits, strided
 
 from mlm_mpi.backend.arrays import BLOCK_ELEMENTS
 from mlm_mpi.comm.mesh import Mesh
@@ -48,6 +48,20 @@ def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
     dgain, dbias = np.full(100, 3, "f4"), np.full(100, 3, "f4")
     layernorm.backward(dy, x, gain, statistics, dgain, dbias, accumulate=True)
     assert np.allclose(dgain, results[0][1] + 3, rtol=1e-5) and np.allclose(dbias, results[0][2] + 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7, 42])
+def test_gradients_of_pieces_are_joined_by_the_tree(pieces: int) -> None:
+    x, gain, bias, dy = _draw(42, BLOCK_ELEMENTS // 4)  # blocks of four rows
+    _, statistics = layernorm.forward(x, gain, bias, EPSILON)
+    parts, got = [], np.empty((2, len(gain)))
+    for rows in np.split(np.arange(42), pieces):
+        part = poisoned(2, len(gain))
+        layernorm.backward(dy[rows], x[rows], gain, statistics[:, rows], *part, accumulate=False)
+        parts.append(part)
+    layernorm.backward(dy, x, gain, statistics, *got, accumulate=False, pieces=pieces)
+    assert same_bits(got, in_a_tree(parts))
+    assert np.allclose(got[1], dy.sum(axis=0), rtol=1e-9, atol=1e-11)
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numerics import directional, poisoned, same_bits, strided
+from numerics import directional, in_a_tree, poisoned, same_bits, strided
 
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
@@ -44,6 +44,16 @@ def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
     repeated = poisoned(6, 5, dtype="f4"), poisoned(5, dtype="f4")
     linear.backward_weight(dy, x, *repeated, accumulate=False)
     assert all(same_bits(a, b) for a, b in zip(first, repeated, strict=True))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7, 42])
+def test_bias_gradients_of_pieces_are_joined_by_the_tree(pieces: int) -> None:
+    _, _, _, dy = _draw(42, 6, 5)
+    got, lane = poisoned(5), np.ones(5)
+    linear.bias_gradient(dy, got, False, pieces)
+    assert same_bits(got, in_a_tree([part.sum(axis=0) for part in np.split(dy, pieces)]))
+    linear.backward_weight(dy, _draw(42, 6, 5)[0], np.ones((6, 5)), lane, True, pieces)
+    assert same_bits(lane, 1 + got)
 
 
 def test_the_halves_of_the_layers_backward_are_its_backward() -> None:

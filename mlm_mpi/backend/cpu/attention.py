@@ -12,14 +12,17 @@ from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
 
+ONE_SHARE = 1 << 62  # positions in a share where nothing is cut
+
 
 class _Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("b", "h", "t")]
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width")] + [
-        ("causal", ctypes.c_int)
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width", "query", "key", "share")),
+        ("causal", ctypes.c_int),
     ]
 
 
@@ -32,8 +35,9 @@ def _matrices(*arrays: Any) -> list[_Matrix]:
 
 
 def _fit_attention(
-    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, others: tuple[Any, ...] = ()
-) -> str:
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None,
+    share: int = 0, positions: Any = None, others: tuple[Any, ...] = (),
+) -> str:  # fmt: skip
     if lengths is not None:
         return "lengths"
     for x in (q, k, v, *others):
@@ -47,32 +51,87 @@ def _fit_attention(
         return "empty"
     if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         return "shapes differ"
-    return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
+    if min(share, *(positions or (0, 0))) < 0:
+        return "negative positions"
+    last = positions is None and (causal or share)  # the queries are the last of the keys' positions
+    return "more queries than keys" if last and q.shape[2] > k.shape[2] else ""
 
 
-def _attention_arguments(lib: Any, q: Any, k: Any, causal: bool) -> tuple[_Shape, float, Any]:
+def _attention_arguments(
+    lib: Any, q: Any, k: Any, causal: bool, draw: Any, share: int, positions: Any
+) -> tuple[_Shape, Any, float, Any]:
+    # shape, draw, scale, work space
     batch, heads, queries, width = q.shape
-    shape = _Shape(batch, heads, queries, k.shape[2], width, causal)
-    return shape, 1.0 / math.sqrt(width), np.empty(lib.attention_work(k.shape[2], width), np.float32)
+    keys = k.shape[2]
+    query, key = (max(0, keys - queries), 0) if positions is None else positions
+    shape = _Shape(batch, heads, queries, keys, width, query, key, share or ONE_SHARE, causal)
+    drawn = None
+    if draw is not None:
+        drawn = c_draw(draw, draw.start, draw.along((batch, heads, queries, keys))[:3])
+    return shape, drawn, 1.0 / math.sqrt(width), np.empty(lib.attention_work(lib.pointer(shape)), np.float32)
 
 
 @KERNELS.kernel("attention.forward", _fit_attention)
 def _attention_forward(
-    lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None
-) -> tuple[Any, Any]:
+    lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
+    share: int = 0, positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     batch, heads, queries, width = q.shape
     o, lse = np.empty((batch, queries, heads, width), np.float32), np.empty((batch, heads, queries), np.float32)
-    shape, scale, work = _attention_arguments(lib, q, k, causal)
-    drawn, matrices = c_draw(draw), _matrices(q, k, v, _heads_first(o))
-    lib.attention_forward(lib.pointer(shape), lib.pointer(drawn), *map(lib.pointer, matrices), scale, at(lse), at(work))
+    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
+    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
+    lib.attention_forward(*map(lib.pointer, structures), scale, at(lse), None, at(work))
+    return o, lse
+
+
+@KERNELS.kernel("attention.partial", _fit_attention)
+def _attention_partial(
+    lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
+    share: int = 0, positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    batch, heads, queries, width = q.shape
+    o, statistics = np.empty((batch, queries, heads, width), np.float32), np.empty((2, *q.shape[:3]), np.float32)
+    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
+    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
+    lib.attention_forward(*map(lib.pointer, structures), scale, at(statistics[0]), at(statistics[1]), at(work))
+    return o, statistics
+
+
+def _fit_partial(o: Any, statistics: Any, *others: Any) -> str:
+    reason = dense(o, statistics, *others)
+    if not reason and o.ndim != 4:
+        return "shapes differ"
+    return reason or shaped(o.shape, *others[:1]) or (
+        shaped((2, o.shape[0], o.shape[2], o.shape[1]), statistics, *others[1:])
+    )  # fmt: skip
+
+
+def _partial_shape(o: Any) -> _Shape:
+    batch, queries, heads, width = o.shape
+    return _Shape(batch, heads, queries, 0, width)
+
+
+@KERNELS.kernel("attention.merge", _fit_partial)
+def _attention_merge(lib: Any, o: Any, statistics: Any, other_o: Any, other_statistics: Any) -> None:
+    shape, (mine, other) = _partial_shape(o), _matrices(_heads_first(o), _heads_first(other_o))
+    lib.attention_merge(
+        lib.pointer(shape), lib.pointer(mine), at(statistics[0]), at(statistics[1]),
+        lib.pointer(other), at(other_statistics[0]), at(other_statistics[1]),
+    )  # fmt: skip
+
+
+@KERNELS.kernel("attention.finish", _fit_partial)
+def _attention_finish(lib: Any, o: Any, statistics: Any) -> tuple[Any, Any]:
+    shape, (matrix,), lse = _partial_shape(o), _matrices(_heads_first(o)), np.empty(statistics.shape[1:], np.float32)
+    lib.attention_finish(lib.pointer(shape), lib.pointer(matrix), at(statistics[0]), at(statistics[1]), at(lse))
     return o, lse
 
 
 def _fit_attention_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0, positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_attention(q, k, v, causal, draw, lengths, (do, o, dq, dk, dv)) or dense(lse)
+    reason = _fit_attention(q, k, v, causal, draw, lengths, share, positions, (do, o, dq, dk, dv)) or dense(lse)
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
     return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
@@ -81,10 +140,8 @@ def _fit_attention_backward(
 @KERNELS.kernel("attention.backward", _fit_attention_backward)
 def _attention_backward(
     lib: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: None = None,
+    causal: bool = True, draw: Any = None, lengths: None = None, share: int = 0, positions: Any = None,
 ) -> None:  # fmt: skip
-    shape, scale, work = _attention_arguments(lib, q, k, causal)
-    drawn, matrices = c_draw(draw), _matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv)
-    lib.attention_backward(
-        lib.pointer(shape), lib.pointer(drawn), *map(lib.pointer, matrices), scale, at(lse), at(work)
-    )
+    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
+    structures = (shape, drawn, *_matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv))
+    lib.attention_backward(*map(lib.pointer, structures), scale, at(lse), at(work))

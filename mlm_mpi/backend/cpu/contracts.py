@@ -28,3 +28,8 @@ def within(ids: Any, stop: int) -> str:
     """Dense int32 in [0, stop)."""
     inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < stop
     return dense(ids, dtype=np.int32) or ("" if inside else "out of bounds")
+
+
+def equal_groups(x: Any, pieces: int) -> str:
+    """The rows of x fall into that many equal groups."""
+    return "" if pieces > 0 and x.shape[0] % pieces == 0 else "rows do not fall into equal pieces"

@@ -32,23 +32,38 @@ def _gelu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
 # ---- dropout
 
 
+def _fit_rows(draw: Any, shape: tuple[int, ...]) -> str:
+    return "rows in more than three dims" if len(draw.rows(shape)[0]) > 3 else ""
+
+
+def _rows(draw: Any, shape: tuple[int, ...], start: int = 0) -> tuple[Any, Any]:
+    """(rows in three dims and their width, the draw), for C."""
+    extents, strides, width = draw.rows(shape)
+    fill = 3 - len(extents)
+    return (4 * ctypes.c_int64)(*[1] * fill, *extents, width), c_draw(draw, draw.start + start, [*[0] * fill, *strides])
+
+
 def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
     if xp is not np:
         return "not in the CPU's memory"
-    return "" if np.dtype(dtype) == np.float32 else str(np.dtype(dtype))
+    return _fit_rows(draw, shape) if np.dtype(dtype) == np.float32 else str(np.dtype(dtype))
 
 
 @KERNELS.kernel("dropout.mask", _fit_mask)
 def _dropout_mask(lib: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> Any:
-    out, drawn = np.empty(shape, np.float32), c_draw(draw)
-    lib.dropout_mask(out.size, lib.pointer(drawn), start, at(out))
+    out, (rows, drawn) = np.empty(shape, np.float32), _rows(draw, shape, start)
+    lib.dropout_mask(lib.pointer(rows), lib.pointer(drawn), at(out))
     return out
 
 
-@KERNELS.kernel("dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual))
+def _fit_dropout(x: Any, draw: Any, residual: Any = None) -> str:
+    return dense(x, residual) or shaped(x.shape, residual) or _fit_rows(draw, x.shape)
+
+
+@KERNELS.kernel("dropout.forward", _fit_dropout)
 def _dropout_forward(lib: Any, x: Any, draw: Any, residual: Any = None) -> Any:
-    y, drawn = np.empty_like(x), c_draw(draw)
-    lib.dropout_forward(x.size, at(x), lib.pointer(drawn), 0, at(residual), at(y))
+    y, (rows, drawn) = np.empty_like(x), _rows(draw, x.shape)
+    lib.dropout_forward(lib.pointer(rows), at(x), lib.pointer(drawn), at(residual), at(y))
     return y
 
 

@@ -7,6 +7,7 @@ meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_a
 import ctypes
 import os
 import platform
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,21 @@ _TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctyp
 SIGNATURES = {
     "adamw_update": "npppp" + 9 * "f",
     "attention_backward": 10 * "p" + "fpp",
-    "attention_forward": 6 * "p" + "fpp",
-    "attention_work": "nn",
+    "attention_finish": 5 * "p",
+    "attention_forward": 6 * "p" + "fppp",
+    "attention_merge": 7 * "p",
+    "attention_work": "p",
     "clip_squares": "nnnnpp",
     "crossentropy_rows": "nnpppip",
-    "dropout_forward": "nppnpp",
-    "dropout_mask": "npnp",
+    "dropout_forward": "ppppp",
+    "dropout_mask": "ppp",
     "embedding_backward": "nnpppp",
     "embedding_forward": "nnppp",
     "gelu_backward": "nppp",
     "gelu_forward": "npp",
-    "layernorm_backward": "nn" + 9 * "p" + "ip",
+    "layernorm_backward": "nnn" + 9 * "p" + "ip",
     "layernorm_forward": "nnpppfppp",
-    "linear_bias_gradient": "nnppi",
+    "linear_bias_gradient": "nnnppi",
     "matmul_bf16": "pp",
     "matmul_float32": "pp",
     "matmul_work": "nnn",
@@ -138,14 +141,16 @@ def at(array: Any) -> int | None:
 class Draw(ctypes.Structure):
     """`struct draw` of kernels/cpu/dropout.c: an `ops.dropout.Draw`."""
 
-    _fields_ = [(name, ctypes.c_uint32) for name in ("key0", "key1", "step", "micro_batch")] + [
-        (name, ctypes.c_float) for name in ("rate", "factor")
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("key0", "key1", "step", "micro_batch")),
+        *((name, ctypes.c_float) for name in ("rate", "factor")),
+        ("start", ctypes.c_uint64),
+        ("stride", 3 * ctypes.c_uint64),
     ]
 
 
-def c_draw(draw: Any) -> Draw | None:
-    """A draw of `ops/dropout.py` as the C functions take it; None stays None."""
-    if draw is None:
-        return None
+def c_draw(draw: Any, start: int, strides: Iterable[int]) -> Draw:
+    """A draw of `ops/dropout.py` as the C functions take it: rows in up to three dims, the first one at `start`."""
     low = 0xFFFFFFFF
-    return Draw(*draw.key, draw.step & low, draw.micro_batch & low, draw.rate, 1.0 / (1.0 - draw.rate))
+    words = (*draw.key, draw.step & low, draw.micro_batch & low)
+    return Draw(*words, draw.rate, 1.0 / (1.0 - draw.rate), start, (3 * ctypes.c_uint64)(*strides))

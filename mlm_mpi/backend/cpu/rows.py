@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, shaped, within
+from mlm_mpi.backend.cpu.contracts import dense, equal_groups, shaped, within
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.cpu.matmul import matrices, rowwise
 from mlm_mpi.backend.registry import Table
@@ -15,9 +15,13 @@ KERNELS = Table()
 # ---- linear
 
 
-@KERNELS.kernel("linear.bias_gradient", lambda dy, db, accumulate: dense(dy, db) or shaped(dy.shape[1:], db))
-def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool) -> None:
-    lib.linear_bias_gradient(*dy.shape, at(dy), at(db), accumulate)
+def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> str:
+    return dense(dy, db) or shaped(dy.shape[1:], db) or equal_groups(dy, pieces)
+
+
+@KERNELS.kernel("linear.bias_gradient", _fit_bias_gradient)
+def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
+    lib.linear_bias_gradient(*dy.shape, pieces, at(dy), at(db), accumulate)
 
 
 # ---- layernorm
@@ -35,20 +39,22 @@ def _layernorm_forward(lib: Any, x: Any, gain: Any, bias: Any, epsilon: float) -
 
 
 def _fit_norm_backward(
-    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
-) -> str:
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
+    pieces: int = 1,
+) -> str:  # fmt: skip
     return dense(dy, x, gain, statistics, dgain, dbias, add) or shaped(x.shape, dy, add) or (
-        shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics)
+        shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics) or equal_groups(x, pieces)
     )  # fmt: skip
 
 
 @KERNELS.kernel("layernorm.backward", _fit_norm_backward)
 def _layernorm_backward(
-    lib: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
-) -> Any:
-    dx, work = np.empty_like(x), np.empty(4 * x.shape[1], np.float32)
+    lib: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
+    pieces: int = 1,
+) -> Any:  # fmt: skip
+    dx, work = np.empty_like(x), np.empty(2 * x.shape[1] * pieces.bit_length(), np.float32)
     lib.layernorm_backward(
-        *x.shape, at(dy), at(x), at(gain), at(statistics[0]), at(statistics[1]), at(add), at(dx), at(dgain),
+        *x.shape, pieces, at(dy), at(x), at(gain), at(statistics[0]), at(statistics[1]), at(add), at(dx), at(dgain),
         at(dbias), accumulate, at(work),
     )  # fmt: skip
     return dx
