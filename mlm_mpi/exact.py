@@ -1,8 +1,8 @@
 """Logarithm, sine, cosine and powers whose bits are stated here, so that no libm, SIMD level or compiler decides them.
 
 Every step is one IEEE 754 operation on float64 (+ − × ÷), rounded once, or one on integers. Such an operation has one
-result: Python's floats, NumPy's arrays at any SIMD level, and C without contraction agree. Errors, against exact values:
-at most 1.1 units in the last place (tests/serial/test_exact.py).
+result: Python's floats, NumPy's arrays at any SIMD level, and C without contraction agree. Errors, against exact
+values: at most 1.1 units in the last place (tests/serial/test_exact.py).
 """
 
 from typing import Any

@@ -2,9 +2,9 @@
 
 Two runs promise the same bits where their fingerprints agree. Our kernels give the bits of their stated order at every
 level that has a fused multiply-add, compiled by any compiler, in any number of threads; what else leads to the weights
-is exact (mlm_mpi/exact.py, tests/serial/test_step_path.py). Libraries are part of the fingerprint where they compute: an
-op that no kernel serves is NumPy's, whose bits differ with its version, BLAS (OpenBLAS has other kernels for Haswell than
-for SkylakeX), SIMD level, libm and threads.
+is exact (mlm_mpi/exact.py, tests/serial/test_step_path.py). Libraries are part of the fingerprint where they compute:
+an op that no kernel serves is NumPy's, whose bits differ with its version, BLAS (OpenBLAS has other kernels for Haswell
+than for SkylakeX), SIMD level, libm and threads.
 """
 
 import hashlib
