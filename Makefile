@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MPIEXEC := $(BIN)/mpiexec --oversubscribe --bind-to none --mca mpi_yield_when_idle 1
 
 help:  ## this list
-	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -140,7 +140,7 @@ distclean: clean  ## also removes what `make train` made: environment, corpus an
 	only() { ! ls -A "$$1" 2>/dev/null | grep -qvE "^($$2)$$"; }; \
 	if made $(CORPUS)/prepared.json '$(PREPARE)' && only $(CORPUS) '(catalog|prepared|tokenizer.*)\.json|(train|heldout)-.*\.h5'; \
 	  then rm -rf $(CORPUS); fi; \
-	if made $(RUN)/environment.json '$(TRAIN)' && only $(RUN) '(config|environment|metrics|loss)\..*|DONE|checkpoints|run\.lock'; \
+	if made $(RUN)/environment.json '$(TRAIN)' && only $(RUN) '(config|environment|metrics|loss)\..*|DONE|checkpoints|tensorboard|wandb|run\.lock'; \
 	  then rm -rf $(RUN); fi; \
 	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV) mlm_mpi/backend/_cpu*.so; fi; \
 	rmdir runs 2>/dev/null || true; \

@@ -87,7 +87,7 @@ def main() -> None:
     report.say()
     report.say(
         f"difference {difference:+.5f} bits per character, bar {BAR}: {'met' if abs(difference) <= BAR else 'MISSED'}; "
-        f"training losses apart at step 0: {apart[0]:.1e}, at step 10: {apart[min(10, len(apart) - 1)]:.1e}, "
+        f"training losses apart at step 1: {apart[0]:.1e}, at step 11: {apart[min(10, len(apart) - 1)]:.1e}, "
         f"at most: {max(apart):.1e}"
     )
     report.save()

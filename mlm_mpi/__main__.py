@@ -1,22 +1,21 @@
 """Sub-commands and nothing else: each names the module whose `configure` and `main` serve it."""
 
-import argparse
 import contextlib
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mlm_mpi import __version__
+from mlm_mpi.arguments import Parser
 from mlm_mpi.comm import launch
-from mlm_mpi.errors import MlmError
+from mlm_mpi.errors import ConfigError, MlmError, nearest
 from mlm_mpi.output import open_streams
 
 # name -> (module, needs all ranks' group, one line); a module is imported only when its command is given
 COMMANDS = {
-    "prepare": ("mlm_mpi.data.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
+    "prepare": ("mlm_mpi.commands.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
     "train": ("mlm_mpi.commands.train", False, "train a model (under mpiexec; alone it is one rank)"),
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
     "evaluate": (
@@ -27,17 +26,17 @@ COMMANDS = {
     "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
     "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),
     "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
+    "completion": ("mlm_mpi.commands.completion", False, "let bash, zsh or fish complete commands, options and keys"),
 }
 
+_FIRST_STEPS = """
+first steps:
+  mlm-mpi doctor
+  mlm-mpi prepare my-texts/ --out corpora/mine
+  mlm-mpi run -n 2 -- train jobs/configs/tiny.toml --run runs/mine --set data.dir=corpora/mine
+  mlm-mpi generate runs/mine --prompt "Once upon a time"
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong once, not once per rank."""
-
-    def error(self, message: str) -> NoReturn:
-        if launch.announced()[0] != 0:
-            time.sleep(launch.OTHERS_WAIT_S)
-            raise SystemExit(2)
-        super().error(message)
+`mlm-mpi help COMMAND` has the options of each, with examples."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,35 +46,54 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    parser = _Parser(prog="mlm-mpi", description="Trains language models on anything mpiexec runs on.")
-    parser.add_argument("--version", action="version", version=f"mlm-mpi {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    module = None
-    for name, (path, _, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if words and words[0] == name:
-            module = importlib.import_module(path)
-            module.configure(command)
+    if not words or words[0] in ("-h", "--help") or words == ["help"]:
+        print(overview())
+        return 0 if words else 2  # a script whose variable is empty has asked for nothing
+    if words[0] == "--version":
+        print(f"mlm-mpi {__version__}")
+        return 0
+    name, *rest = [words[1], "--help"] if words[0] == "help" else words
+    parser, module = command(name)
     try:
-        args = parser.parse_args(words)
-    except SystemExit as left:  # after its help, or a mistake
+        args = parser.parse(rest)
+    except SystemExit as left:  # after its help
         return left.code if isinstance(left.code, int) else 2
-    assert module is not None, "argparse accepts only the commands above"
-    if COMMANDS[args.command][1]:
+    if COMMANDS[name][1]:
         return _together(lambda group: int(module.main(args, group)))
     return int(module.main(args))
 
 
-def _together(command: Callable[[Any], int]) -> int:
+def command(name: str) -> tuple[Parser, Any]:
+    """A sub-command's arguments and the module that serves it. Raises ConfigError."""
+    if name not in COMMANDS:
+        raise ConfigError(f"no command {name!r}{nearest(name, [*COMMANDS, 'help'])}")
+    path, _, text = COMMANDS[name]
+    module = importlib.import_module(path)
+    parser = Parser(name, text)
+    module.configure(parser)
+    return parser, module
+
+
+def overview() -> str:
+    """All sub-commands, a line each."""
+    lines = ["usage: mlm-mpi COMMAND …", "", "Trains language models on anything mpiexec runs on.", ""]
+    return "\n".join([*lines, *(f"  {name:<11} {text}" for name, (_, _, text) in COMMANDS.items()), _FIRST_STEPS])
+
+
+def _together(main: Callable[[Any], int]) -> int:
     """Runs a command on all ranks; none leaves before all have come to its end."""
     group = launch.start()
-    code = command(group)
+    code = main(group)
     group.barrier("the end of the command")
     return code
 
 
 def entry() -> NoReturn:
     """What the `mlm-mpi` script calls. Threads that still wait (a loader, a writer) do not hold the exit up."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and reads no messages
+        from mlm_mpi.commands import completion
+
+        completion.answer(tuple(COMMANDS), lambda name: command(name)[0])
     open_streams(patient=sys.argv[1:2] == ["train"])
     code = main()
     with contextlib.suppress(OSError, MlmError):  # was told, or nobody is there to be told

@@ -4,7 +4,8 @@
 bug and shows its traceback.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 _LONGEST = 2000  # characters of a message
 
@@ -78,3 +79,13 @@ def ranges(numbers: Sequence[int], most: int = 8) -> str:
             runs.append([number])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")
+
+
+def nearest(name: str, known: Iterable[str], every: bool = True) -> str:
+    """What follows an unknown name in a message: the nearest one that is known, else (`every`) all of them."""
+    names = sorted(known)
+    lower = {known.lower(): known for known in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {lower[near[0]]!r}?"
+    return f"; known: {', '.join(names)}" if every else ""

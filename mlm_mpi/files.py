@@ -22,6 +22,10 @@ _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
+_REMEDIES = {
+    errno.ENOSPC: "free space there", errno.EDQUOT: "free space there", errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EACCES: "mend its permissions", errno.EPERM: "mend its permissions",
+}  # fmt: skip
 
 
 def publish(path: Path, content: bytes) -> str:
@@ -95,12 +99,13 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def cannot_write(path: Path, size_bytes: int, error: OSError) -> StorageError:
-    """The one line for a write that failed."""
-    return StorageError(
-        f"cannot write {size_bytes} bytes to {path} ({error.strerror or error}): "
-        "free space there or choose another folder"
-    )
+def cannot_write(path: Path, size_bytes: int, error: OSError, what: str = "") -> StorageError:
+    """The one line for a write of `what` that failed. `size_bytes`: 0 if nobody knows."""
+    parts = [f"{size_bytes} bytes"] if size_bytes else []
+    parts += [what] if what else []
+    content = f"{' of '.join(parts)} to {path}" if parts else str(path)
+    remedy = f"{_REMEDIES[error.errno]} or " if error.errno in _REMEDIES else ""
+    return StorageError(f"cannot write {content} ({error.strerror or error}): {remedy}choose another folder")
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,6 +30,7 @@ from types import FrameType
 import psutil
 
 from mlm_mpi import config, mpiexec, signs
+from mlm_mpi.arguments import Parser
 from mlm_mpi.banners import BannerFilter, EchoFilter
 from mlm_mpi.comm import launch
 from mlm_mpi.commands import train as training
@@ -67,9 +68,17 @@ _GUARD = "; ".join([  # one line: Open MPI 5 cuts an argument at its line ends
     "os.execv(sys.argv[1], sys.argv[1:])",
 ])  # fmt: skip
 
+_EXAMPLES = """examples:
+  mlm-mpi run -n 4 -- train jobs/configs/tiny.toml --run runs/four
+  mlm-mpi run -n 2 -- evaluate runs/four
+  mlm-mpi run -n 4 --mpiexec /usr/bin/mpiexec --mpiexec-args='--bind-to core' -- train …
+
+Ctrl-C lets train save and leave; the same command goes on."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `mlm-mpi run`."""
+    parser.epilog, parser.usage = _EXAMPLES, "mlm-mpi run [-n RANKS] [OPTION …] -- COMMAND …"
     parser.add_argument("-n", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)")
     parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
     parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
@@ -79,6 +88,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-timeout", type=float, default=START_S, metavar="S",
         help=f"end the job if not all ranks have arrived by then ({START_S:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="only check what train is asked for, as before a submission: exit code 2 if it would be refused",
     )  # fmt: skip
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train CONFIG --run DIR …")
 
@@ -94,6 +107,8 @@ def main(args: argparse.Namespace) -> int:
             raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
     if command[0] == "train":
         _check_training(command[1:], ranks)
+    if args.check:
+        return 0
     limits = Limits(args.grace if command[0] == "train" else None, args.start_timeout, command[0] in _JOINERS)
     program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
     return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)
@@ -101,9 +116,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_training(words: Sequence[str], ranks: int) -> None:
     """Finds here, before a hundred processes start, what each of them would find."""
-    parser = argparse.ArgumentParser(prog="mlm-mpi train")
+    parser = Parser("train")
     training.configure(parser)
-    args = parser.parse_args(words)
+    args = parser.parse(words)
     config.check_ranks(training.settings(args, named(args.plugins)), ranks)
 
 

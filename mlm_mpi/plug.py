@@ -6,7 +6,6 @@
 Nobody keeps a list: `ls` of a room is its registry.
 """
 
-import difflib
 import hashlib
 import importlib
 import pkgutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from mlm_mpi.errors import ConfigError, MlmError, agreed
+from mlm_mpi.errors import ConfigError, MlmError, agreed, nearest
 from mlm_mpi.files import read_whole
 
 # room -> the package that holds its kinds
@@ -65,13 +64,11 @@ class Plugins:
         files = self._files(room)
         if kind in files:
             return self._load(room, kind, files[kind])
-        if kind not in self.kinds(room):
-            known = self.kinds(room)
-            near = difflib.get_close_matches(kind, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            where = "" if self.folder is None else f" in mlm_mpi or {self.folder}"
-            own = " (a file of your own: --plugins DIR)" if self.folder is None else ""
-            raise ConfigError(f"{key} = {kind!r} is no file of {room}/{where}; {hint}{own}")
+        known = self.kinds(room)
+        if kind not in known:
+            near = nearest(kind, known, every=False)
+            own = " (a file of your own: --plugins DIR)" if not near and self.folder is None else ""
+            raise ConfigError(f'{key} = "{kind[:80]}" is none of {", ".join(known)}{near}{own}')
         return importlib.import_module(f"{ROOMS[room]}.{kind}")
 
     def _files(self, room: str) -> dict[str, Path]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlm_mpi.errors import ConfigError
 
+CUPY = "pip install 'cupy-cuda13x[ctk]' ml_dtypes (cupy-cuda12x for a driver of CUDA 12)"  # how to get what a GPU needs
 BLOCK_ELEMENTS = 1 << 15  # 128 KiB of float32: two or three work arrays of this size stay in a core's L2 cache
 
 
@@ -48,9 +49,7 @@ def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> 
     try:
         import cupy
     except ImportError:
-        raise ConfigError(
-            "backend.device = gpu needs CuPy: pip install 'mlm-mpi[cuda13]' (or [cuda12]), or --device cpu"
-        ) from None
+        raise ConfigError(f"backend.device = gpu needs CuPy: {CUPY}, or --device cpu") from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:  # no driver, or no device
@@ -86,7 +85,7 @@ def gpus() -> tuple[str, list[str]]:
     try:
         import cupy
     except ImportError:
-        return "not installed (pip install 'mlm-mpi[cuda13]')", []
+        return f"not installed ({CUPY})", []
     runtime = cupy.cuda.runtime
     try:
         count = runtime.getDeviceCount()

@@ -1,24 +1,27 @@
 """`mlm-mpi evaluate RUN`: held-out quality of a trained model, on any number of ranks. Alone it needs no MPI."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.data import baselines
 from mlm_mpi.errors import DataError, agreed
 from mlm_mpi.plug import named
-from mlm_mpi.train.measure import measure
-from mlm_mpi.train.task import Task
-from mlm_mpi.train.trained import Trained, load, note, open_corpus
+
+if TYPE_CHECKING:  # --help and completion need no NumPy
+    from mlm_mpi.comm.group import Group
+    from mlm_mpi.train.task import Task
+    from mlm_mpi.train.trained import Trained
 
 _TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from elsewhere
+
+_EXAMPLES = """examples:
+  mlm-mpi evaluate runs/one --baselines
+  mlm-mpi evaluate runs/one --data corpora/other --json
+  mlm-mpi run -n 4 -- evaluate runs/one          # the same figures, sooner"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi evaluate`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
@@ -27,8 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
 
 
-def main(args: argparse.Namespace, group: Group) -> int:
+def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
+    from mlm_mpi.train.trained import load, note, open_corpus
+
     say, on_node = note if group.rank == 0 else _silent, group.on_node()
     with group.together("loading the model"):
         trained = load(args.run, named(args.plugins), args.device, say, on_node)
@@ -43,10 +48,22 @@ def _silent(text: str) -> None:
     """Rank 0 speaks for all."""
 
 
-def _measured(trained: Trained, task: Task, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measured(trained: "Trained", task: "Task", group: "Group") -> tuple[dict[str, Any], dict[str, Any]]:
     """Every target of the held-out split: what all tasks have, and what this one says of it."""
+    from mlm_mpi.comm.mesh import Mesh
+    from mlm_mpi.monitor.live import Live, Plain, live
+    from mlm_mpi.train.measure import measure
+
     rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // task.row_tokens))
-    sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place)
+    bar: Live = live("held-out") if group.rank == 0 else Plain()
+
+    def tell(done: int, total: int) -> None:
+        bar.update(done, total, f"{done:,} of {total:,} micro-batches")
+
+    try:
+        sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place, tell)
+    finally:
+        bar.close()
     if sums is None:
         raise agreed(
             DataError(
@@ -58,8 +75,11 @@ def _measured(trained: Trained, task: Task, group: Group) -> tuple[dict[str, Any
 
 
 def _tell(
-    args: argparse.Namespace, trained: Trained, task: Task, numbers: dict[str, Any], own: list[str]
+    args: argparse.Namespace, trained: "Trained", task: "Task", numbers: dict[str, Any], own: list[str]
 ) -> None:  # fmt: skip
+    from mlm_mpi.data import baselines
+    from mlm_mpi.train.trained import open_corpus
+
     about = task.about()
     numbers |= {"catalog": about["catalog"], "trained_on": trained.manifest.catalog}
     if args.baselines:
@@ -68,6 +88,8 @@ def _tell(
         alone, after = baselines.xz_bits_per_character(catalog, tokenizer)
         numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}
     if args.json:
+        import msgspec
+
         print(msgspec.json.encode(numbers).decode())
         return
     if "bits_per_character" not in numbers:  # another task, with figures of its own

@@ -4,15 +4,18 @@ import argparse
 import itertools
 import sys
 
-from mlm_mpi.data.tokenizer import StreamDecoder
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.generation import Sampling, continue_prompt
 from mlm_mpi.plug import named
-from mlm_mpi.train.trained import load
+
+_EXAMPLES = """examples:
+  mlm-mpi generate runs/one --prompt "Return a list of"
+  mlm-mpi generate runs/one --prompt "Return a list of" --temperature 0           # always the same text
+  mlm-mpi generate runs/one/checkpoints/step-00000300 --top-p 0.95 --seed 2"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
@@ -20,14 +23,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default 0.8)"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from mlm_mpi.data.tokenizer import StreamDecoder  # here, not above: --help and completion need no NumPy
+    from mlm_mpi.generation import Sampling, continue_prompt
+    from mlm_mpi.train.trained import load
+
     if not 1 <= args.tokens <= sys.maxsize:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)

@@ -12,9 +12,17 @@ from mlm_mpi.plug import Plugins, named
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
+_EXAMPLES = """examples:
+  mlm-mpi train jobs/configs/tiny.toml --run runs/one
+  mlm-mpi run -n 4 -- train jobs/configs/tiny.toml --run runs/four --set train.steps=500 --set data.dir=corpora/mine
+  mlm-mpi run -n 4 -- train jobs/configs/tiny.toml --run runs/four --max-time 50m   # the same command again goes on
+
+`mlm-mpi config` explains every key."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi train`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("config", metavar="CONFIG", help="TOML file, for example jobs/configs/tiny.toml")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, metrics, checkpoints")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")

@@ -4,24 +4,42 @@
 """
 
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from mlm_mpi import __version__
 from mlm_mpi.config import rules
 from mlm_mpi.config.entries import Entry, entries, quoted, word_of
 from mlm_mpi.config.sections import KINDS, SECTIONS, Config, declaration, kinds_of
-from mlm_mpi.errors import ConfigError
+from mlm_mpi.errors import ConfigError, nearest
 from mlm_mpi.files import read_whole
 from mlm_mpi.plug import Plugins
 
 _FILE_BYTES = 1 << 14  # ten times a file with every key
 _LINE = 4500  # a path and its key; tomllib takes 31 s for a key of 32,000 parts, quadratic in them
+_A_FILE = ": give a TOML file such as jobs/configs/tiny.toml; `mlm-mpi config` explains what stands in one"
 
 Pin = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where values come from: a file, "" for the defaults, and the keys that --set gave, which wins."""
+
+    file: str
+    overridden: frozenset[str] = frozenset()
+
+    def of(self, full: str) -> str:
+        """How a message about `section.key` begins."""
+        if full in self.overridden:
+            return "--set: "
+        return f"{self.file}: " if self.file else ""
 
 
 def load(
@@ -30,29 +48,29 @@ def load(
     """The configuration in a TOML file with `section.key=value` overrides, checked.
 
     `pin`: is called with [numerics] before any room that loads NumPy is imported; see `prepare_environment`.
-    Raises ConfigError, naming file, key, value, bound and remedy.
+    Raises ConfigError, naming the file or --set, key, value, bound and remedy.
     """
-    table: dict[str, Any] = {}
-    if path is not None:
-        try:
-            table = _parse(read_whole(Path(path), _FILE_BYTES).decode("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from None
-    for text in overrides:
-        _override(table, text)
-    return from_table(table, str(path) if path is not None else "the defaults", plugins, pin)
+    table = {} if path is None else _read_file(str(path))
+    overridden = frozenset(_override(table, text) for text in overrides)
+    try:
+        return _config(table, Source("" if path is None else str(path), overridden), plugins or Plugins(), pin)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{'' if path is None else _written_by(Path(path))}") from None
 
 
 def from_table(table: dict[str, Any], source: str, plugins: Plugins | None = None, pin: Pin | None = None) -> Config:
-    """The same from nested dictionaries (a run folder's saved configuration)."""
-    plugins = plugins or Plugins()
+    """The same from nested dictionaries, which a manifest holds; `source` names it."""
+    return _config(table, Source(source), plugins or Plugins(), pin)
+
+
+def _config(table: dict[str, Any], source: Source, plugins: Plugins, pin: Pin | None) -> Config:
     for section, values in table.items():
-        if section not in SECTIONS:
-            raise ConfigError(f"{source}: unknown section [{section}]{nearest(section, SECTIONS)}")
         if not isinstance(values, dict):
-            raise ConfigError(f"{source}: [{section}] is a section, {values!r} is a value: write [{section}] key = …")
+            _refuse_value(section, values, source, plugins)
+        if section not in SECTIONS:
+            given = any(full.startswith(f"{section}.") for full in source.overridden)
+            begins = "--set" if given else source.file
+            raise ConfigError(f"{begins}: unknown section [{section}]{nearest(section, SECTIONS)}")
 
     def read(section: str) -> Any:
         return _section(section, table.get(section, {}), source, plugins)
@@ -62,13 +80,25 @@ def from_table(table: dict[str, Any], source: str, plugins: Plugins | None = Non
         pin(numerics)
     sections = {section: numerics if section == "numerics" else read(section) for section in SECTIONS}
     config = Config(**sections)
-    rules.check(config)
+    rules.check(config, plugins)
     return config
 
 
-def _section(section: str, values: dict[str, Any], source: str, plugins: Plugins) -> Any:
+def _refuse_value(name: str, value: Any, source: Source, plugins: Plugins) -> NoReturn:
+    """A value where a section should be: [[train]], train = 3, or a key above all sections."""
+    if name in SECTIONS:
+        raise ConfigError(
+            f"{source.file}: {name} = {quoted(value)}, but {name} is a section: write [{name}] on a line of its own, "
+            "and its keys below"
+        )
+    homes = _homes(name, plugins)
+    where = f"write it below [{homes[0].partition('.')[0]}]" if homes else f"sections are {', '.join(SECTIONS)}"
+    raise ConfigError(f"{source.file}: {name} = {quoted(value)} stands outside of all sections: {where}")
+
+
+def _section(section: str, values: dict[str, Any], source: Source, plugins: Plugins) -> Any:
     kind = _kind(section, values, source)
-    settings = declaration(section, kind, plugins)
+    settings = declaration(section, kind, plugins, source.of)
     known = entries(section, settings)
     if section in KINDS:
         if KINDS[section].key not in known:
@@ -76,66 +106,124 @@ def _section(section: str, values: dict[str, Any], source: str, plugins: Plugins
         values = values | {KINDS[section].key: kind}
     for key in values:
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {section}.{key}{_who_knows(section, key, kind, known, plugins)}")
+            who = _who_knows(section, key, kind, known, plugins)
+            raise ConfigError(f"{source.of(f'{section}.{key}')}unknown key {section}.{key}{who}")
     given = {key: _value_of(entry, values, source) for key, entry in known.items()}
     for key, entry in known.items():
         if entry.about.room:
-            plugins.find(entry.about.room, given[key], entry.full)
+            plugins.find(entry.about.room, given[key], source.of(entry.full) + entry.full)
     made = settings(**given)
     return made.resolved() if hasattr(made, "resolved") else made
 
 
-def _kind(section: str, values: dict[str, Any], source: str) -> str:
+def _kind(section: str, values: dict[str, Any], source: Source) -> str:
     """Which kind of a section is meant; "" where it has none."""
     if section not in KINDS:
         return ""
     kinds = KINDS[section]
     kind = values.get(kinds.key, kinds.default)
     if not isinstance(kind, str):
-        raise ConfigError(f"{source}: {section}.{kinds.key} = {quoted(kind)}: expected a string, got {word_of(kind)}")
+        full = f"{section}.{kinds.key}"
+        raise ConfigError(f"{source.of(full)}{full} = {quoted(kind)} must be a string, not {word_of(kind)}")
     return kind
 
 
-def _value_of(entry: Entry, values: dict[str, Any], source: str) -> Any:
+def _value_of(entry: Entry, values: dict[str, Any], source: Source) -> Any:
     value = values.get(entry.name, entry.default)
     if value is MISSING:
-        raise ConfigError(f"{source}: {entry.full} has no default: set it")
-    return entry.read(value, source)
+        raise ConfigError(f"{source.of(entry.full)}{entry.full} has no default: set it")
+    return entry.read(value, source.of(entry.full))
 
 
 def _who_knows(section: str, key: str, kind: str, known: Iterable[str], plugins: Plugins) -> str:
-    """What follows "unknown key": the kinds that know it, else the nearest key."""
-    others = []
+    """What follows "unknown key": the kinds or the section that know it, else the nearest key."""
     if section in KINDS:
-        with suppress(ConfigError):  # a kind that does not load is no matter here
-            for other in kinds_of(section, plugins):
-                if key in entries(section, declaration(section, other, plugins)):
-                    others.append(f'"{other}"')
-    if not others:
-        return nearest(key, known)
-    who = f"{', '.join(others)} know{'s' if len(others) == 1 else ''} it"
-    return f' of {section}.{KINDS[section].key} = "{kind}"; {who}'
+        others = [kind for kind, keys in _keys_by_kind(section, plugins).items() if key in keys]
+        if others:
+            full, names = f"{section}.{KINDS[section].key}", " and ".join(f'"{other}"' for other in others)
+            knows = "knows" if len(others) == 1 else "know"
+            return f' of {full} = "{kind}"; {names} {knows} it: take it out, or set {full} = "{others[0]}"'
+    homes = _homes(key, plugins)
+    return f"; did you mean {' or '.join(homes)}?" if homes else nearest(key, known)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What follows an unknown name: the nearest one that is known, else all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+def _keys_by_kind(section: str, plugins: Plugins) -> dict[str, Iterable[str]]:
+    """The keys of each kind of a section; a kind that does not load is no matter here."""
+    found: dict[str, Iterable[str]] = {}
+    with suppress(ConfigError):
+        for kind in kinds_of(section, plugins):
+            found[kind] = entries(section, declaration(section, kind, plugins))
+    return found
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def _homes(key: str, plugins: Plugins) -> list[str]:
+    """`section.key` of every section that declares the key, by its first kind at least."""
+    kinds = {section: KINDS[section].default if section in KINDS else "" for section in SECTIONS}
+    known = {section: entries(section, declaration(section, kind, plugins)) for section, kind in kinds.items()}
+    return [f"{section}.{key}" for section in SECTIONS if key in known[section]]
+
+
+def _override(table: dict[str, Any], text: str) -> str:
+    """Puts the value of a --set into the table; returns `section.key`."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        raise ConfigError(f"--set {text!r} is not section.key=value, for example --set train.steps=200")
+        raise ConfigError(f"--set {quoted(text)} is not section.key=value, for example --set train.steps=200")
     try:
         parsed = _value(value)
     except (ValueError, RecursionError):
-        raise ConfigError(f"--set {text[:200]!r} holds no single TOML value: one --set for each key") from None
-    if not isinstance(table.setdefault(section, {}), dict):
-        raise ConfigError(f"--set {text!r}: {section} is not a section")
-    table[section][key] = parsed
+        raise ConfigError(f"--set {quoted(text)} holds no single TOML value: one --set for each key") from None
+    values = table.setdefault(section, {})
+    if isinstance(values, dict):  # else the file is wrong, and will be told
+        values[key] = parsed
+    return f"{section}.{key}"
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError."""
+    if not path:
+        raise ConfigError(f"CONFIG is empty{_A_FILE}")
+    content = b""
+    try:
+        content = read_whole(Path(path), _FILE_BYTES)
+        return _parse(content.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}{_instead(Path(path))}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} is not TOML: line {line} is not UTF-8 text: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}{_line_of(str(error), content.decode())}") from None
+
+
+def _instead(path: Path) -> str:
+    """What follows a configuration that cannot be read: the file that was meant, or what one is."""
+    if (path / "config.toml").is_file():
+        return f"; did you mean {path / 'config.toml'}?"
+    if not path.exists() and path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.toml")], n=1)
+        if near:
+            return f"; did you mean {path.parent / near[0]}?"
+    return _A_FILE
+
+
+def _line_of(error: str, text: str) -> str:
+    """The line that one of tomllib's errors names."""
+    found = re.search(r"at line (\d+)", error)
+    line = text.split("\n")[int(found[1]) - 1] if found else ""
+    return f": {line.strip()[:80]}" if found else ""
+
+
+def _written_by(path: Path) -> str:
+    """Which version wrote the config.toml of a run folder, where it was another one."""
+    if path.name != "config.toml":
+        return ""
+    try:
+        environment = json.loads(read_whole(path.parent / "environment.json", _FILE_BYTES))
+        version = environment["fingerprint"]["mlm_mpi"]
+    except (OSError, ValueError, KeyError, TypeError):  # nobody knows
+        return ""
+    return "" if version == __version__ else f" ({path} was written by mlm-mpi {version}, this is {__version__})"
 
 
 def _parse(text: str) -> dict[str, Any]:

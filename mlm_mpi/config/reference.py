@@ -1,15 +1,13 @@
 """The manual of all keys, printed from their declarations: as text for a terminal, as Markdown for docs/."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, get_args
 
-from mlm_mpi.config.entries import Entry, bounds, entries, type_name
-from mlm_mpi.config.reader import nearest
+from mlm_mpi.config.entries import Entry, allowed, entries, toml_value, type_name
 from mlm_mpi.config.sections import KINDS, SECTIONS, declaration, kinds_of
-from mlm_mpi.config.writer import toml_value
-from mlm_mpi.errors import ConfigError
+from mlm_mpi.errors import ConfigError, nearest
 from mlm_mpi.plug import Plugins
 
 _WIDTH = 110
@@ -35,9 +33,9 @@ class Declared:
         return f'{KINDS[self.section].key} = "{self.kind}"' if self.kind else ""
 
 
-def declared(plugins: Plugins) -> Iterator[Declared]:
-    """Every section of every kind, in the order of `Config`; the default kind is the first of its section."""
-    for section in SECTIONS:
+def declared(plugins: Plugins, sections: Iterable[str] = SECTIONS) -> Iterator[Declared]:
+    """Every section of every kind, in the order given; the default kind is the first of its section."""
+    for section in sections:
         default = KINDS[section].default if section in KINDS else ""
         kinds = kinds_of(section, plugins) if section in KINDS else [""]
         for kind in sorted(kinds, key=lambda kind: (kind != default, kind)):
@@ -84,8 +82,29 @@ def explain(name: str, plugins: Plugins) -> str:
     return "\n\n".join(text if whole else f"{text}\n  where  {' or '.join(kinds)}" for text, kinds in texts.items())
 
 
+def completions(prefix: str, ending: str, plugins: Plugins) -> dict[str, str]:
+    """What may follow: `section.key` with `ending`, and its sentence; behind a `=` the values of a key that has few."""
+    name, equals, _ = prefix.partition("=")
+    section, dot, _ = name.partition(".")
+    wanted = [known for known in SECTIONS if known == section or (not dot and known.startswith(section))]
+    found = {}
+    for entry in (entry for one in declared(plugins, wanted) for entry in one.entries.values()):
+        if not equals:
+            found[entry.full + ending] = entry.about.says
+        elif entry.full == name:
+            found |= dict.fromkeys((f"{name}={value}" for value in _listed(entry, plugins)), "")
+    return found
+
+
+def _listed(entry: Entry, plugins: Plugins) -> list[str]:
+    """The values of a key that has a few."""
+    if entry.type is bool:
+        return ["true", "false"]
+    return _names(entry, plugins) if entry.about.room else list(get_args(entry.type))
+
+
 def _about(entry: Entry, plugins: Plugins) -> str:
-    facts = {"type": type_name(entry.type), "bounds": _bounds(entry), "unit": entry.about.unit}
+    facts = {"type": type_name(entry.type), "bounds": allowed(entry.about), "unit": entry.about.unit}
     if entry.about.room:
         facts["one of"] = ", ".join(_names(entry, plugins))
     lines = [f"{entry.full} = {_default(entry)}"]
@@ -115,7 +134,7 @@ def markdown(plugins: Plugins) -> str:
 def _value(entry: Entry, plugins: Plugins) -> str:
     if entry.about.room:
         return ", ".join(f"`{name}`" for name in _names(entry, plugins))
-    return ", ".join(text for text in (type_name(entry.type), _bounds(entry), entry.about.unit) if text)
+    return ", ".join(text for text in (type_name(entry.type), allowed(entry.about), entry.about.unit) if text)
 
 
 def _names(entry: Entry, plugins: Plugins) -> list[str]:
@@ -127,7 +146,3 @@ def _names(entry: Entry, plugins: Plugins) -> list[str]:
 
 def _default(entry: Entry) -> str:
     return "(must be set)" if entry.default is MISSING else toml_value(entry.default)
-
-
-def _bounds(entry: Entry) -> str:
-    return bounds(entry.about).removeprefix("be ").replace("not be negative", "not negative")

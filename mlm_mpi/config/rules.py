@@ -2,9 +2,10 @@
 
 from mlm_mpi.config.sections import Config
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.plug import Plugins
 
 
-def check(config: Config) -> None:
+def check(config: Config, plugins: Plugins) -> None:
     """Raises ConfigError where sections contradict each other."""
     train, optim, numerics, backend = config.train, config.optim, config.numerics, config.backend
     _require(
@@ -23,9 +24,12 @@ def check(config: Config) -> None:
         f"backend.graphs needs a GPU and no dropout: backend.device = {backend.device}, "
         f"model.dropout = {dropout}: set backend.graphs = false",
     )
+    reduction = config.comm.reduction
+    device = getattr(plugins.find("reductions", reduction, "comm.reduction"), "DEVICE", backend.device)
     _require(
-        config.comm.reduction != "nccl" or backend.device == "gpu",
-        "comm.reduction = nccl sums between GPUs: set backend.device = gpu, or choose canonical or allreduce",
+        device == backend.device,
+        f'comm.reduction = "{reduction}" needs backend.device = "{device}", not "{backend.device}": '
+        'set that, or comm.reduction = "canonical"',
     )
     _require(
         optim.warmup_steps <= train.steps,

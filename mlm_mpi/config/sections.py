@@ -6,7 +6,7 @@ is set.
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,16 @@ _DECLARED = {
 }  # fmt: skip
 
 
-def declaration(section: str, kind: str, plugins: Plugins) -> Any:
-    """The dataclass of a section; `kind` counts where a section has kinds. Raises ConfigError."""
+def declaration(section: str, kind: str, plugins: Plugins, begin: Callable[[str], str] = lambda _: "") -> Any:
+    """The dataclass of a section; `kind` counts where a section has kinds. `begin`: of a message about a key.
+
+    Raises ConfigError.
+    """
     if section not in KINDS:
         module, name = _DECLARED[section]
         return getattr(importlib.import_module(module), name)
-    room, key = KINDS[section].room, f"{section}.{KINDS[section].key}"
+    room, full = KINDS[section].room, f"{section}.{KINDS[section].key}"
+    key = begin(full) + full
     found = plugins.find(room, kind, key)
     settings = getattr(found, "Settings", None)
     if not dataclasses.is_dataclass(settings):

@@ -1,9 +1,9 @@
 """A configuration as plain values and as TOML; what is written is complete, and reads back as the same."""
 
 import dataclasses
-import json
 from typing import Any
 
+from mlm_mpi.config.entries import toml_value
 from mlm_mpi.config.sections import Config
 
 
@@ -18,8 +18,3 @@ def to_toml(config: Config) -> str:
     for section, values in to_table(config).items():
         lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items()), ""]
     return "\n".join(lines)
-
-
-def toml_value(value: Any) -> str:
-    """JSON's strings, numbers and booleans are TOML too, but for a DEL, which TOML does not take as it is."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -95,14 +95,16 @@ class Catalog:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Catalog":
-        """Raises DataError: no catalog, malformed, or of another format."""
+    def open(cls, folder: str | Path, named_by: str = "data.dir") -> "Catalog":
+        """`named_by`: the setting that gave the folder. Raises DataError: no catalog, malformed, or another format."""
+        if not str(folder):  # as a path it would be the current folder
+            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare --out has written")
         path = Path(folder) / FILE_NAME
         try:
             content = read_whole(path, _CATALOG_BYTES, path.parent)
         except OSError as error:
             raise DataError(
-                f"no corpus at {folder}: cannot read {path} ({error.strerror}): run mlm-mpi prepare, or set data.dir"
+                f"no corpus at {folder}: cannot read {path} ({error.strerror}): run mlm-mpi prepare, or set {named_by}"
             ) from None
         return cls(Path(folder), hashlib.sha256(content).hexdigest(), _decode(content, path))
 

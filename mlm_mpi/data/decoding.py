@@ -9,7 +9,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ _HEAD_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
 _ZSTD_BYTES = 1 << 10  # a kibibyte of zstd can grow to 32 MiB
 
-_TO_TEXT = "convert it to text"
+_TO_TEXT = "convert it to text, or leave it out by a glob such as 'folder/*.txt'"
 TO_LINES = 'convert it to JSON lines, one {"text": …} a line'
 _UNPACK = "unpack it and give the text files in it"
 # (how the content begins, what it is, the remedy). A beginning made of letters goes on with a byte no text has.
@@ -64,6 +64,26 @@ def plain_name(path: Path) -> str:
     return path.stem if path.suffix in COMPRESSED else path.name
 
 
+Told = Callable[[int], None]
+
+
+def _unheard(size: int) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True)
+class NoText:
+    """What a format gives instead of a document for a record that has none; it is skipped and counted.
+
+    `place`: of the record, for a person. `fields`: names of what it has; `has_field`: whether it has what was asked
+    for, empty. A file of which no record has it is refused.
+    """
+
+    place: str
+    fields: str
+    has_field: bool
+
+
 @dataclass(frozen=True)
 class Content:
     """A file as a format sees it. Each way to read it raises DataError, in one line that names the file.
@@ -75,24 +95,25 @@ class Content:
     path: Path
     encoding: str = "utf-8"  # --encoding; a byte-order mark overrules it
     field: str = "text"  # --field
+    told: Told = _unheard  # hears of bytes that were read, before decompression
 
     def head(self) -> str:
         """The first characters, of at most 64 KiB."""
-        with _opened(self.path, self.encoding) as (_, _, head):
+        with _opened(self.path, self.encoding, self.told) as (_, _, head):
             return head
 
     def text(self) -> str:
         """All of it. A GiB is the most that is read."""
-        return read_text(self.path, self.encoding)
+        return read_text(self.path, self.encoding, self.told)
 
     def lines(self) -> Iterator[str]:
         """One line after another with its end, in bounded memory."""
-        return read_lines(self.path, self.encoding)
+        return read_lines(self.path, self.encoding, self.told)
 
     @contextmanager
     def binary(self) -> Iterator[BinaryIO]:
         """The decompressed bytes, whatever they are, for `with`. Nothing is checked, and nothing bounds them."""
-        with _decompressing(self.path) as file:
+        with _decompressing(self.path, self.told) as file:
             yield cast(BinaryIO, file)
 
 
@@ -107,25 +128,25 @@ def check_encoding(name: str) -> None:
         ) from None
 
 
-def read_text(path: Path, encoding: str) -> str:
+def read_text(path: Path, encoding: str, told: Told = _unheard) -> str:
     """The content of a text file, decoded with `text.MARK` for what is not of its encoding. Raises DataError."""
-    with _opened(path, encoding) as (file, encoding, _):
+    with _opened(path, encoding, told) as (file, encoding, _):
         content = bytearray()
         while piece := file.read(_PIECE_BYTES):
             content += piece
             if len(content) > LARGEST_TEXT_BYTES:
                 raise DataError(
                     f"{path} has more than {LARGEST_TEXT_BYTES >> 20:,} MiB of text, which is read as one document: "
-                    "cut it into files or JSON lines"
+                    "cut it into files (split -C 500M) or JSON lines"
                 )
         text = content.decode(encoding, MARK)
     _check_nul(text, str(path))
     return text
 
 
-def read_lines(path: Path, encoding: str) -> Iterator[str]:
+def read_lines(path: Path, encoding: str, told: Told = _unheard) -> Iterator[str]:
     """The lines of a file, decoded likewise, one at a time. Raises DataError."""
-    with _opened(path, encoding) as (file, encoding, _):
+    with _opened(path, encoding, told) as (file, encoding, _):
         lines = io.TextIOWrapper(file, encoding, MARK, newline="\n")
         number = 0
         while line := lines.readline(LONGEST_LINE):
@@ -146,10 +167,10 @@ def check_repaired(path: Path, replaced: int, characters: int) -> None:
 
 
 @contextmanager
-def _opened(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str, str]]:
+def _opened(path: Path, encoding: str, told: Told) -> Iterator[tuple[BinaryIO, str, str]]:
     """(decompressed content without its mark, its encoding, its first characters). Raises DataError."""
     try:
-        with _decompressing(path) as file:
+        with _decompressing(path, told) as file:
             begin = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
             mark, encoding = next(((m, name) for m, name in _MARKS if begin.startswith(m)), (b"", encoding))
             if not mark:
@@ -163,11 +184,11 @@ def _opened(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str, str]]:
 
 
 @contextmanager
-def _decompressing(path: Path) -> Iterator[io.BufferedReader]:
+def _decompressing(path: Path, told: Told) -> Iterator[io.BufferedReader]:
     """The decompressed content of a regular file. Raises DataError, also for what goes wrong while it is read."""
     try:
         with (
-            io.BufferedReader(io.FileIO(open_regular(path)), _HEAD_BYTES) as raw,
+            io.BufferedReader(_Counted(open_regular(path), told), _HEAD_BYTES) as raw,
             _decompressed(cast(io.BufferedReader, raw)) as file,
         ):
             yield file
@@ -194,6 +215,19 @@ def _decompressed(file: io.BufferedReader) -> io.BufferedReader:
     if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", begin):
         return io.BufferedReader(_Zstd(file), _PIECE_BYTES)
     return file
+
+
+class _Counted(io.FileIO):
+    """A file that tells how much of it is read."""
+
+    def __init__(self, descriptor: int, told: Told) -> None:
+        super().__init__(descriptor)
+        self._told = told
+
+    def readinto(self, buffer: "memoryview") -> int | None:  # type: ignore[override]
+        count = super().readinto(buffer)
+        self._told(count or 0)
+        return count
 
 
 class _Zstd(io.RawIOBase):

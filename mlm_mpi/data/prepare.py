@@ -1,6 +1,7 @@
 """`mlm-mpi prepare`: from text to a corpus of tokenised shards.
 
     clean    every rank reads its part of the documents and spools the cleaned text into DIR/.staging
+    cut      texts too long to be held out whole: every rank cuts its share of them into documents
     arrange  every rank reads all records (not texts): duplicates out, clusters, sides, shard borders
     train    rank 0 trains the tokenizer on the training side
     shards   every rank tokenises and writes its share of the shards there
@@ -10,35 +11,33 @@ Everything after `clean` is a function of the documents and the settings; the nu
 only who does it, so the bytes of every file are the same on any number of ranks.
 """
 
-import argparse
 import hashlib
 import math
 import os
 import platform
-import shlex
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
 from mlm_mpi.data import builtin, catalog, similar, sources
-from mlm_mpi.data.decoding import check_encoding, check_repaired
+from mlm_mpi.data.arranging import RECORD, Cut, Plan, ShardPlan, arrange, first_of_each, ordered, too_long
+from mlm_mpi.data.cutting import cut
+from mlm_mpi.data.decoding import NoText, check_repaired
 from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
-from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.errors import DataError
 from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.plug import check_same, named
-from mlm_mpi.rng import key_of
 
 T = TypeVar("T")
 
@@ -46,21 +45,13 @@ _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of 
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
-_LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
-_LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
-_MOST_SHARDS = 100_000  # a catalog of more is not read
 
-# What is known of a document without its text; 24 band hashes are most of its 236 bytes.
-_RECORD = np.dtype(
-    [
-        ("source", "<u4"), ("number", "<i8"), ("rank", "<u4"), ("start", "<i8"), ("size", "<i8"),
-        ("characters", "<i8"), ("digest", "<u8", (2,)), ("bands", "<u8", (similar.BANDS,)),
-    ]
-)  # fmt: skip
+
+Told = Callable[[str, float, float], None]  # (phase, done, total): bytes, characters or shards of this rank
 
 
 class Ranks(Protocol):
-    """What `main` needs of a `comm.group.Group`."""
+    """What `prepare` needs of a `comm.group.Group`."""
 
     rank: int
     size: int
@@ -71,122 +62,127 @@ class Ranks(Protocol):
     def together(self, what: str) -> AbstractContextManager[None]: ...
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """The command line of `mlm-mpi prepare`."""
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl; .gz .xz .bz2 .zst too")
-    add("--out", required=True, metavar="DIR", help="folder of the corpus: new, empty, or of an earlier corpus")
-    add("--builtin", action="store_true", help="add documentation that every Python from 3.11 on ships")
-    add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
-    add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
-    add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
-    add("--field", default="text", metavar="NAME", help="field of a JSON line that holds its text (text)")
-    add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte-order mark (utf-8)")
-    add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
-    add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
-    add("--plugins", metavar="DIR", help="folder of your own Python: formats/*.py read the files with their SUFFIXES")
+@dataclass(frozen=True)
+class Recipe:
+    """What a corpus is to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
+
+    `command`: the command line to be written down, which makes the same corpus again.
+    """
+
+    inputs: tuple[str, ...]
+    out: Path
+    has_builtin: bool
+    tokenizer: str
+    vocab: int
+    heldout: float
+    cut: Literal["auto", "never", "always"]
+    field: str
+    encoding: str
+    shard_mib: float
+    seed: int
+    plugins: str | None
+    command: str
 
 
-def main(args: argparse.Namespace, group: Ranks) -> int:
-    """Prepares a corpus in `args.out`. Collective. Returns 0; raises DataError or ConfigError on all ranks."""
-    begin = time.perf_counter()
+@dataclass(frozen=True)
+class Made:
+    """What there is to tell of a corpus that is in its place.
+
+    `cuts`: what became of the long texts in each file; `missing`: built-in documents that this Python lacks;
+    `skipped`: records without text, and the place of the first; `is_replaced`: an earlier corpus was in the folder.
+    """
+
+    manifest: catalog.Manifest
+    cuts: tuple[tuple[str, Cut], ...]
+    skipped: tuple[int, str]
+    missing: int
+    is_replaced: bool
+
+
+def prepare(recipe: Recipe, group: Ranks, told: Told) -> Made:
+    """Prepares a corpus in `recipe.out`; `told` hears how far this rank is.
+
+    Collective. Raises DataError or ConfigError on all ranks.
+    """
     group = group.with_timeout(_PATIENCE_S)
-    with group.together("checking the command line"):
-        _check(args)
-        formats = Formats(named(args.plugins))
+    with group.together("loading formats"):
+        formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
+    with group.together("reading the tokenizer"):
+        if group.rank == 0 and recipe.tokenizer not in ("bytes", "bpe"):
+            Tokenizer.load(recipe.tokenizer)  # a bad one is told now, not after hours
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
     folder = None
     with group.together("opening the corpus folder"):
         if group.rank == 0:
-            folder = CorpusFolder(Path(args.out))
+            folder = CorpusFolder(recipe.out)
     try:
-        manifest, missing = _prepare(args, formats, group)
-        is_replaced = False
+        made = _stage(recipe, formats, group, told)
         with group.together("publishing the corpus"):
             if folder is not None:
-                is_replaced = folder.publish([manifest.tokenizer.file, *(shard.file for shard in manifest.shards)])
+                files = [made.manifest.tokenizer.file, *(shard.file for shard in made.manifest.shards)]
+                made = replace(made, is_replaced=folder.publish(files))
     except BaseException:
         if folder is not None:
             folder.abandon()  # every rank is here, or the job is at its end
         raise
     if folder is not None:
         folder.close()
-        print(_report(manifest, args.out, missing, is_replaced, time.perf_counter() - begin), flush=True)
-    return 0
+    return made
 
 
-def _check(args: argparse.Namespace) -> None:
-    if not args.out:
-        raise ConfigError("--out '' names no folder: give one")
-    if not args.inputs and not args.builtin:
-        raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
-    if not args.field:
-        raise ConfigError("--field '' names no field: give the one that holds the text")
-    if not 0 <= args.heldout < 1:
-        raise ConfigError(f"--heldout {args.heldout} must be in [0, 1)")
-    if not 0 <= args.shard_mib <= _LARGEST_SHARD_MIB:
-        raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {_LARGEST_SHARD_MIB}]")
-    if not 0 <= args.seed < 1 << 63:
-        raise ConfigError(f"--seed {args.seed} must be in [0, {(1 << 63) - 1}]")
-    if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
-        raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
-    check_encoding(args.encoding)
-
-
-def _prepare(args: argparse.Namespace, formats: Formats, group: Ranks) -> tuple[catalog.Manifest, int]:
-    """(what is staged, built-in documents that this Python lacks)."""
-    spool = _Spool(Path(args.out) / FOLDER)
-    counts, missing = _clean(args, formats, group, spool)
+def _stage(recipe: Recipe, formats: Formats, group: Ranks, told: Told) -> Made:
+    """What is staged."""
+    spool = _Spool(recipe.out / FOLDER)
+    with group.together("looking for input"):
+        found = sources.find(recipe.inputs, recipe.has_builtin, recipe.out, formats)
+    counts, tallies = _clean(recipe, found, group, spool, told)
+    records, duplicates = _cut(recipe, group, spool, told)
     with group.together("arranging documents"):
-        plan = _arrange(spool.records(group.size), args.heldout, args.seed, math.ceil(args.shard_mib * _MIB))
-    tokenizer = _tokenizer(args, group, plan, spool)
+        plan = arrange(records, recipe.heldout, recipe.seed, math.ceil(recipe.shard_mib * _MIB))
+    tokenizer = _tokenizer(recipe, group, plan, spool, told)
     with group.together("writing shards"):
-        mine = {n: _write(n, plan.shards[n], spool, tokenizer) for n in range(group.rank, len(plan.shards), group.size)}
+        numbers = range(group.rank, len(plan.shards), group.size)
+        mine = {}
+        for done, number in enumerate(numbers):
+            told("shards", done, len(numbers))
+            mine[number] = _write(number, plan.shards[number], spool, tokenizer)
     shards = _gather(mine, group)
     documents, empty, replaced, controls = counts
     manifest = catalog.Manifest(
         format=catalog.FORMAT,
         content="",
         tokenizer=catalog.TokenizerEntry(
-            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash, _kind(args.tokenizer), tokenizer.vocab_size,
+            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash, _kind(recipe.tokenizer), tokenizer.vocab_size,
             tokenizer.eot,
         ),
         shards=shards,
         totals=catalog.totals(shards),
         cleaning=catalog.Cleaning(
-            documents, empty, plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
+            documents, empty, duplicates + plan.duplicates, plan.near_clusters, plan.near_documents, replaced, controls
         ),
-        seed=args.seed,
-        heldout=args.heldout,
+        seed=recipe.seed,
+        heldout=recipe.heldout,
     )  # fmt: skip
+    cuts = tuple((found[cut.source].name, cut) for cut in plan.cuts)
     with group.together("writing the catalog"):
         if group.rank == 0:
             manifest = replace(manifest, content=spool.content(tokenizer.hash, plan.shards))
             prepared = Prepared(
-                _command(args), platform.python_version(), __version__, manifest.content, formats.plugins.used
-            )
+                recipe.command, platform.python_version(), __version__, manifest.content, formats.plugins.used,
+                {name: str(cut) for name, cut in cuts},
+            )  # fmt: skip
             publish_all([
                 (spool.folder / manifest.tokenizer.file, tokenizer.content),
                 (spool.folder / catalog.FILE_NAME, catalog.encode(manifest)),
                 (spool.folder / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
             ])  # fmt: skip
-    return manifest, missing
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line that prepares the same corpus, options with their default left out."""
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    words += ["--builtin"] if args.builtin else []
-    for name in ("out", "tokenizer", "vocab", "heldout", "field", "encoding", "shard_mib", "seed", "plugins"):
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            flag = "--" + name.replace("_", "-")
-            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
-    return os.fsencode(shlex.join(words)).decode(errors="replace")
+    skipped = [tally for tally in tallies.values() if tally.skipped]
+    missing = sum(builtin.count() - tally.documents for index, tally in tallies.items() if found[index].format is None)
+    return Made(
+        manifest, cuts, (sum(tally.skipped for tally in skipped), skipped[0].place if skipped else ""), missing, False
+    )
 
 
 @dataclass(frozen=True)
@@ -196,59 +192,152 @@ class _Document:
     cleaned: Cleaned
 
 
+@dataclass
+class _Tally:
+    """What was met in a source: documents, places that were not of its encoding, characters, records without text.
+
+    `strange`: those of them which do not even have the field; `number`, `place` and `fields` are of the first one.
+    """
+
+    documents: int = 0
+    replaced: int = 0
+    characters: int = 0
+    skipped: int = 0
+    strange: int = 0
+    number: int = -1
+    place: str = ""
+    fields: str = ""
+
+    def skip(self, number: int, found: NoText) -> None:
+        if not self.skipped:
+            self.number, self.place, self.fields = number, found.place, found.fields
+        self.skipped += 1
+        self.strange += not found.has_field
+
+    def count(self, content: str, cleaned: Cleaned) -> None:
+        self.documents += 1
+        self.replaced += cleaned.replaced
+        self.characters += len(content)
+
+    def __add__(self, other: "_Tally") -> "_Tally":
+        first = min((one for one in (self, other) if one.skipped), key=lambda one: one.number, default=self)
+        summed = ("documents", "replaced", "characters", "skipped", "strange")
+        return replace(first, **{name: getattr(self, name) + getattr(other, name) for name in summed})
+
+    def check(self, source: sources.Source, field: str) -> None:
+        """Raises DataError for a file that was read with another encoding than its own, or by a field it lacks."""
+        if source.format is None:
+            return
+        if self.strange and not self.documents and self.strange == self.skipped:
+            raise DataError(
+                f"{source.path}: no line has a field {field!r}, {self.place} has {self.fields!r}: "
+                "choose one of them with --field"
+            )
+        check_repaired(source.path, self.replaced, self.characters)
+
+
+class _Meter:
+    """How many bytes of its sources this rank has read; a source counts once, however often its format reads it."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.total = sum(sizes)
+        self.done = 0
+        self._end = 0
+
+    def begin(self, size: int) -> None:
+        self._end = self.done + size
+
+    def read(self, size: int) -> None:
+        self.done = min(self.done + size, self._end)
+
+    def end(self) -> None:
+        self.done = self._end
+
+
 def _clean(
-    args: argparse.Namespace, formats: Formats, group: Ranks, spool: "_Spool"
-) -> tuple[list[int], int]:  # fmt: skip
-    """([read, empty, invalid UTF-8, control characters], built-in documents that this Python lacks). Collective."""
+    recipe: Recipe, found: Sequence[sources.Source], group: Ranks, spool: "_Spool", told: Told
+) -> tuple[list[int], dict[int, _Tally]]:  # fmt: skip
+    """([read, empty, invalid UTF-8, control characters], tallies of shared sources and those with gaps). Collective."""
+    tallies = {index: _Tally() for index, source in enumerate(found) if source.is_shared}
     with group.together("cleaning documents"):
-        found = sources.find(args.inputs, args.builtin, Path(args.out), formats)
-        # of each source that ranks share: documents, replaced places, characters
-        tallies = {index: [0, 0, 0] for index, source in enumerate(found) if source.is_shared}
-        counts = spool.fill(_documents(args, group, found, tallies), group.rank)
-    every = group.allgather([counts, list(tallies.values())], "counts of cleaning")
-    totals = np.sum([part for _, part in every], axis=0).tolist()
-    missing = 0
+        mine = {i: s for i, s in enumerate(found) if s.is_shared or i % group.size == group.rank}
+        meter = _Meter(source.size() for source in mine.values())
+        documents = _documents(recipe, group, mine, tallies, meter)
+        counts = spool.fill(documents, group.rank, meter, partial(told, "cleaning"))
+    every = group.allgather([counts, [[i, *astuple(tally)] for i, tally in tallies.items()]], "counts of cleaning")
+    for index, *values in (row for rank, (_, rows) in enumerate(every) if rank != group.rank for row in rows):
+        tallies[index] = tallies.get(index, _Tally()) + _Tally(*values)
     with group.together("checking encodings"):
-        for index, (documents, replaced, characters) in zip(tallies, totals, strict=True):
-            if found[index].format is None:
-                missing = builtin.count() - documents
-            else:
-                check_repaired(found[index].path, replaced, characters)
-    return np.sum([part for part, _ in every], axis=0).tolist(), missing
+        for index, tally in sorted(tallies.items()):
+            tally.check(found[index], recipe.field)
+    return np.sum([part for part, _ in every], axis=0).tolist(), dict(sorted(tallies.items()))
 
 
 def _documents(
-    args: argparse.Namespace, group: Ranks, found: Sequence[sources.Source], tallies: dict[int, list[int]]
+    recipe: Recipe, group: Ranks, mine: dict[int, sources.Source], tallies: dict[int, _Tally], meter: _Meter
 ) -> Iterator[_Document]:  # fmt: skip
     """This rank's part of all documents, in order."""
-    for index, source in enumerate(found):
-        if not source.is_shared and index % group.size != group.rank:
-            continue
-        tally = tallies[index] if source.is_shared else [0, 0, 0]
+    for index, source in mine.items():
+        tally = tallies[index] if source.is_shared else _Tally()
         last = None  # held back until the verdict on the encoding of the whole file
-        for raw in sources.read(source, args.field, args.encoding, group.rank, group.size):
+        meter.begin(source.size())
+        for raw in sources.read(source, recipe.field, recipe.encoding, group.rank, group.size, meter.read):
             if last is not None:
                 yield last
+                last = None
+            if isinstance(raw.content, NoText):
+                tally.skip(raw.number, raw.content)
+                continue
             cleaned = clean(raw.content)
-            tally[:] = [a + b for a, b in zip(tally, (1, cleaned.replaced, len(raw.content)), strict=True)]
+            tally.count(raw.content, cleaned)
             last = _Document(index, raw.number, cleaned)
+        meter.end()
         if not source.is_shared:
-            check_repaired(source.path, *tally[1:])
+            tally.check(source, recipe.field)
+            if tally.skipped:
+                tallies[index] = tally
         if last is not None:
             yield last
 
 
+def _cut(recipe: Recipe, group: Ranks, spool: "_Spool", told: Told) -> tuple[np.ndarray, int]:
+    """(records of all documents, long texts cut into theirs; documents that were there twice). Collective."""
+    with group.together("looking for long texts"):
+        records = spool.records(group.size)
+        if not len(records):
+            raise DataError("the corpus is empty: no input holds any text: give other files, or --builtin")
+        kept = records[first_of_each(records)]
+        long = too_long(kept, recipe.heldout, recipe.cut)
+    if not long.any():
+        return records, 0
+    with group.together("cutting long texts"):
+        spool.cut(kept[long][group.rank :: group.size], recipe.heldout, group.rank, partial(told, "cutting"))
+    with group.together("reading what was cut"):
+        whole = ordered(np.concatenate([kept[~long], *spool.pieces(group.size)]))
+    return whole, len(records) - len(kept)
+
+
 class _Spool:
-    """Cleaned documents on the way to their shards: one text file and one table of records per rank."""
+    """Cleaned documents on the way to their shards: one text file and one table of records per rank.
+
+    A document that is cut from a long text is a table's record more; its text stays where it lies.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fill(self, documents: Iterable[_Document], rank: int) -> list[int]:
-        """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters]."""
+    def fill(
+        self, documents: Iterable[_Document], rank: int, meter: _Meter, told: Callable[[float, float], None]
+    ) -> list[int]:  # fmt: skip
+        """Writes this rank's documents; returns [read, empty, invalid UTF-8, control characters].
+
+        `told` hears how much of what the meter has counted is done: (done, total).
+        """
         counts = np.zeros(4, np.int64)
-        tables = [np.empty(0, _RECORD)]
+        tables = [np.empty(0, RECORD)]
         start = 0
+        before = 0  # bytes that the documents written so far were read from
+        told(0, meter.total)
         try:
             with open(self._texts(rank), "wb") as file:
                 for batch in _batches(documents, lambda document: len(document.cleaned.text)):
@@ -257,21 +346,42 @@ class _Spool:
                         len(batch), len(batch) - len(kept), sum(d.cleaned.replaced for d in batch),
                         sum(d.cleaned.controls for d in batch),
                     ]  # fmt: skip
-                    encoded = [document.cleaned.text.encode() for document in kept]
-                    tables.append(_records(kept, encoded, rank, start))
+                    part = partial(_told_between, told, before, meter.done, meter.total)
+                    table, encoded = _described([document.cleaned.text for document in kept], part)
+                    before = meter.done
+                    table["source"] = [document.source for document in kept]
+                    table["number"] = [document.number for document in kept]
+                    table["rank"] = rank
+                    table["start"] = start + np.cumsum(table["size"]) - table["size"]
+                    tables.append(table)
                     start += file.write(b"".join(encoded))
             self._table(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
-            raise cannot_write(self._texts(rank), start, error) from None
+            raise cannot_write(self._texts(rank), 0, error, "the cleaned text") from None
         return counts.tolist()
 
     def records(self, ranks: int) -> np.ndarray:
         """The records of all ranks, in the order of documents."""
+        return ordered(np.concatenate(self._tables(self._table, ranks)))
+
+    def cut(self, records: np.ndarray, fraction: float, rank: int, told: Callable[[float, float], None]) -> None:
+        """Writes the records of the documents that these texts are cut into. Raises StorageError."""
+        tables = [np.empty(0, RECORD)]
+        done, total = 0, int(records["characters"].sum())
+        for record, text in zip(records, self.texts(records), strict=True):
+            for table in _cut_records(record, text, fraction):
+                tables.append(table)
+                done += int(table["characters"].sum())
+                told(done, total)
         try:
-            table = np.concatenate([np.fromfile(self._table(rank), _RECORD) for rank in range(ranks)])
+            self._pieces(rank).write_bytes(np.concatenate(tables).tobytes())
         except OSError as error:
-            raise self._not_shared(error) from None
-        return table[np.lexsort((table["number"], table["source"]))]
+            size = sum(table.nbytes for table in tables)
+            raise cannot_write(self._pieces(rank), size, error, "records of documents") from None
+
+    def pieces(self, ranks: int) -> list[np.ndarray]:
+        """What all ranks have cut."""
+        return self._tables(self._pieces, ranks)
 
     def texts(self, records: np.ndarray) -> Iterator[str]:
         """The texts of some records, whoever cleaned them."""
@@ -290,9 +400,9 @@ class _Spool:
         try:
             self._contents(shard).write_bytes(digests)
         except OSError as error:
-            raise cannot_write(self._contents(shard), len(digests), error) from None
+            raise cannot_write(self._contents(shard), len(digests), error, "digests of documents") from None
 
-    def content(self, tokenizer_hash: str, shards: Sequence["_ShardPlan"]) -> str:
+    def content(self, tokenizer_hash: str, shards: Sequence["ShardPlan"]) -> str:
         """The digest of the corpus, from those of all documents. Raises DataError."""
         numbers = {split: [n for n, shard in enumerate(shards) if shard.split == split] for split in catalog.SPLITS}
         try:
@@ -300,6 +410,12 @@ class _Spool:
                 tokenizer_hash,
                 {split: (self._contents(n).read_bytes() for n in mine) for split, mine in numbers.items()},
             )
+        except OSError as error:
+            raise self._not_shared(error) from None
+
+    def _tables(self, path: Callable[[int], Path], ranks: int) -> list[np.ndarray]:
+        try:
+            return [np.fromfile(path(rank), RECORD) for rank in range(ranks)]
         except OSError as error:
             raise self._not_shared(error) from None
 
@@ -315,142 +431,92 @@ class _Spool:
     def _table(self, rank: int) -> Path:
         return self.folder / f"records-{rank}.bin"
 
+    def _pieces(self, rank: int) -> Path:
+        return self.folder / f"pieces-{rank}.bin"
+
     def _contents(self, shard: int) -> Path:
         return self.folder / f"contents-{shard}.bin"
 
 
-def _records(documents: Sequence[_Document], encoded: Sequence[bytes], rank: int, start: int) -> np.ndarray:
-    table = np.zeros(len(documents), _RECORD)
-    if not documents:
-        return table
-    table["source"] = [document.source for document in documents]
-    table["number"] = [document.number for document in documents]
-    table["rank"] = rank
-    table["size"] = [len(data) for data in encoded]
-    table["start"] = start + np.cumsum(table["size"]) - table["size"]
-    table["characters"] = [len(document.cleaned.text) for document in documents]
-    digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
-    table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
-    table["bands"] = similar.bands([document.cleaned.text for document in documents])
-    return table
+def _told_between(told: Callable[[float, float], None], before: int, after: int, total: int, share: float) -> None:
+    told(before + min(1.0, share) * (after - before), total)
 
 
-@dataclass(frozen=True)
-class _ShardPlan:
-    split: str
-    name: str
-    records: np.ndarray
+def _described(
+    texts: Sequence[str], told: Callable[[float], None] = lambda share: None
+) -> tuple[np.ndarray, list[bytes]]:  # fmt: skip
+    """(records of texts without their place, the texts in UTF-8); `told` hears what share of the texts is done."""
+    table = np.zeros(len(texts), RECORD)
+    encoded = [text.encode() for text in texts]
+    if texts:
+        table["size"] = [len(data) for data in encoded]
+        table["characters"] = [len(text) for text in texts]
+        digests = b"".join(hashlib.sha256(data).digest()[:16] for data in encoded)
+        table["digest"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+        done, total = 0, int(table["size"].sum())
+
+        def signed(size: int) -> None:
+            nonlocal done
+            done += size
+            told(done / total)
+
+        table["bands"] = similar.bands(texts, signed)
+    return table, encoded
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which documents stay, on which side, in which shard."""
-
-    shards: list[_ShardPlan]
-    training: np.ndarray  # records
-    duplicates: int
-    near_clusters: int
-    near_documents: int
-
-
-def _arrange(records: np.ndarray, heldout: float, seed: int, shard_bytes: int) -> _Plan:
-    """Raises DataError for a corpus without text, or one that cannot be split."""
-    if not len(records):
-        raise DataError("the corpus is empty: no input holds any text: give other files, or --builtin")
-    kept = records[_first_of_each(records["digest"])]
-    labels = similar.clusters(kept["bands"])
-    members = np.bincount(labels)
-    held = _held_out(kept, labels, heldout, seed)
-    if not shard_bytes:
-        shard_bytes = min(max(int(kept["size"].sum()) // 16, _MIB // 4), 64 * _MIB)
-    shards = _cut_shards("train", kept[~held], shard_bytes) + _cut_shards("heldout", kept[held], shard_bytes)
-    if len(shards) > _MOST_SHARDS:
-        raise DataError(
-            f"--shard-mib {shard_bytes / _MIB:g} makes {len(shards):,} shards, at most {_MOST_SHARDS:,} can be read: "
-            "give a larger one"
-        )
-    return _Plan(
-        shards,
-        kept[~held],
-        len(records) - len(kept),
-        int((members > 1).sum()),
-        int(members[members > 1].sum()),
-    )
+def _cut_records(record: np.ndarray, text: str, fraction: float) -> Iterator[np.ndarray]:
+    """Tables of the documents that a text is cut into."""
+    number, last, start = 0, 0, int(record["start"])  # of the next piece; characters and bytes before it
+    for batch in _batches(cut(text, fraction), lambda piece: piece.stop - piece.start):
+        table, encoded = _described([text[piece.start : piece.stop] for piece in batch])
+        for name in ("source", "number", "rank"):
+            table[name] = record[name]
+        table["piece"] = np.arange(number, number + len(batch))
+        table["side"] = [piece.side for piece in batch]
+        table["border"] = [piece.border for piece in batch]
+        for row, (piece, data) in enumerate(zip(batch, encoded, strict=True)):
+            start += len(text[last : piece.start].encode())  # what is lost between two pieces
+            table["start"][row] = start
+            last, start = piece.stop, start + len(data)
+        number += len(batch)
+        yield table
 
 
-def _first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Indices of the first document with each content, ascending. Shapes: (n, 2) -> (m,)."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal contents stay in document order
-    new = np.ones(len(order), bool)
-    new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
-    return np.sort(order[new])
-
-
-def _held_out(records: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are held out: whole clusters, in a keyed order, as long as they fit into the fraction.
-
-    A cluster's key comes from its smallest content hash, so the side does not depend on file names.
-    Shapes: n records, (n,) labels -> (n,) bool. Raises DataError if there is only one cluster.
-    """
-    if fraction == 0:
-        return np.zeros(len(records), bool)
-    names, cluster = np.unique(labels, return_inverse=True)
-    if len(names) == 1:
-        raise DataError(
-            f"--heldout {fraction} needs documents that differ, this corpus has {len(records)} in 1 group of similar "
-            "ones: give more files, cut the text into documents (.jsonl), or set --heldout 0"
-        )
-    characters = np.bincount(cluster, weights=records["characters"]).astype(np.int64).tolist()
-    smallest: dict[int, tuple[int, int]] = {}
-    for number, digest in zip(cluster.tolist(), map(tuple, records["digest"].tolist()), strict=True):
-        smallest[number] = min(smallest.get(number, digest), digest)
-    order = sorted(smallest, key=lambda number: (key_of(seed, "heldout", *smallest[number]), smallest[number]))
-    left = fraction * sum(characters)
-    taken = []
-    for number in order:
-        if characters[number] <= left:
-            left -= characters[number]
-            taken.append(number)
-    if not taken:
-        taken = [min(order, key=lambda number: characters[number])]
-    return np.isin(cluster, taken)
-
-
-def _cut_shards(split: str, records: np.ndarray, limit_bytes: int) -> list[_ShardPlan]:
-    """Runs of whole documents with at most `limit_bytes` of text, one document at least."""
-    borders, size = [0], 0
-    for number, more in enumerate(records["size"].tolist()):
-        if size and size + more > limit_bytes:
-            borders.append(number)
-            size = 0
-        size += more
-    if len(records):
-        borders.append(len(records))
-    return [_ShardPlan(split, f"{split}-{n:05d}", records[a:b]) for n, (a, b) in enumerate(pairwise(borders))]
-
-
-def _tokenizer(args: argparse.Namespace, group: Ranks, plan: _Plan, spool: _Spool) -> Tokenizer:
+def _tokenizer(recipe: Recipe, group: Ranks, plan: Plan, spool: _Spool, told: Told) -> Tokenizer:
     content = ""
     with group.together("making the tokenizer"):
         if group.rank == 0:
-            content = _make_tokenizer(args, plan, spool).content.decode()
+            content = _make_tokenizer(recipe, plan, spool, partial(told, "tokenizer")).content.decode()
     return Tokenizer(group.broadcast(content, "the tokenizer").encode())
 
 
-def _make_tokenizer(args: argparse.Namespace, plan: _Plan, spool: _Spool) -> Tokenizer:
-    if args.tokenizer == "bytes":
+def _make_tokenizer(
+    recipe: Recipe, plan: Plan, spool: _Spool, told: Callable[[float, float], None]
+) -> Tokenizer:  # fmt: skip
+    if recipe.tokenizer == "bytes":
         return Tokenizer.bytes()
-    if args.tokenizer != "bpe":
-        return Tokenizer.load(args.tokenizer)
+    if recipe.tokenizer != "bpe":
+        return Tokenizer.load(recipe.tokenizer)
     every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
-    return Tokenizer.train((piece for piece, _ in _pieces(spool.texts(plan.training[::every]))), args.vocab)
+    chosen = plan.training[::every]
+    total = int(chosen["characters"].sum())
+
+    def pieces() -> Iterator[str]:
+        done = 0
+        for piece, _ in _pieces(spool.texts(chosen)):
+            told(done, total)
+            yield piece
+            done += len(piece)
+        told(total, total)
+
+    return Tokenizer.train(pieces(), recipe.vocab)
 
 
 def _kind(choice: str) -> str:
     return choice if choice in ("bytes", "bpe") else "file"
 
 
-def _write(number: int, shard: _ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
+def _write(number: int, shard: ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
     documents = list(_encode(tokenizer, spool.texts(shard.records)))
     characters, utf8_bytes = int(shard.records["characters"].sum()), int(shard.records["size"].sum())
     spool.write_contents(number, documents)
@@ -502,30 +568,3 @@ def _gather(mine: dict[int, ShardEntry], group: Ranks) -> tuple[ShardEntry, ...]
     plain = [[number, asdict(entry)] for number, entry in mine.items()]
     found = sorted(pair for part in group.allgather(plain, "shards") for pair in part)
     return tuple(msgspec.convert(entry, ShardEntry) for _, entry in found)
-
-
-def _report(manifest: catalog.Manifest, out: str, missing: int, is_replaced: bool, seconds: float) -> str:
-    cleaning, totals = manifest.cleaning, manifest.totals
-    kept = sum(part.documents for part in totals.values())
-    characters = sum(part.characters for part in totals.values())
-    lines = [
-        f"documents   {cleaning.documents:,} read, {kept:,} kept, {characters:,} characters",
-        f"removed     {cleaning.duplicates:,} exact duplicates, {cleaning.empty:,} empty documents",
-        f"repaired    {cleaning.invalid_utf8:,} invalid UTF-8, {cleaning.control_characters:,} control characters",
-        f"similar     {cleaning.near_documents:,} documents in {cleaning.near_clusters:,} near-duplicate clusters",
-        f"tokenizer   {manifest.tokenizer.kind}, vocabulary {manifest.tokenizer.vocab_size:,}",
-    ]
-    for split, part in totals.items():
-        ratio = part.characters / part.tokens if part.tokens else 0.0
-        lines.append(
-            f"{split:<12}{part.tokens:,} tokens, {part.documents:,} documents, {part.characters:,} characters "
-            f"({part.characters / characters:.1%}), {ratio:.2f} characters per token, shards: {part.shards}"
-        )
-    if missing:
-        lines.append(
-            f"built-in    {missing:,} of {builtin.count():,} documents are not in Python {platform.python_version()}: "
-            "hashes cannot be compared with those of other Pythons"
-        )
-    if is_replaced:
-        lines.append(f"replaced    the corpus that was in {out}")
-    return "\n".join([*lines, f"{out} is ready after {seconds:.1f} s, content {manifest.content[:12]}"])

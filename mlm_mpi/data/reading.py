@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from mlm_mpi.data.decoding import COMPRESSED, Content, plain_name
+from mlm_mpi.data.decoding import COMPRESSED, Content, NoText, plain_name
 from mlm_mpi.errors import ConfigError, DataError, MlmError
 from mlm_mpi.plug import Plugins
 
@@ -43,13 +43,13 @@ class Format:
         """The length of the longest suffix with which a name ends; 0 where none is its end."""
         return max((len(text) for text in self.suffixes if name.endswith(text) and name != text), default=0)
 
-    def texts(self, content: Content, rank: int, size: int) -> Iterator[tuple[int, str]]:
+    def texts(self, content: Content, rank: int, size: int) -> Iterator[tuple[int, str | NoText]]:
         """(number, text) of every size-th document. Raises DataError."""
         try:
             for number, found in enumerate(self.module.documents(content)):
                 if number % size == rank:
                     text = found() if callable(found) else found
-                    if not isinstance(text, str):
+                    if not isinstance(text, str | NoText):
                         raise TypeError(f"document {number} is no str but {type(text).__name__}")
                     yield number, text
         except MlmError:

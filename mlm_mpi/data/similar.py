@@ -8,7 +8,7 @@ Source: Broder, "On the resemblance and containment of documents", SEQUENCES 199
 Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,10 +21,10 @@ _INVERSE = np.uint64(pow(int(_PRIME), -1, 1 << 64))
 _SALTS = words(key_of(0, "minhash"), 0, 2 * BANDS * ROWS).view(np.uint64) | np.uint64(1)
 
 
-def bands(texts: Sequence[str]) -> np.ndarray:
+def bands(texts: Sequence[str], told: Callable[[int], None] = lambda size: None) -> np.ndarray:
     """Band hashes of each document; equal in one band means probably similar.
 
-    Shapes: n texts, none of them blank -> (n, BANDS) uint64.
+    `told` hears of every so many bytes that are done. Shapes: n texts, none of them blank -> (n, BANDS) uint64.
     """
     minima = np.full((len(texts), BANDS * ROWS), np.uint64(2**64 - 1))
     batch: list[bytes] = []
@@ -34,6 +34,7 @@ def bands(texts: Sequence[str]) -> np.ndarray:
     def flush() -> None:
         if batch:
             np.minimum.at(minima, owners, _minima(batch))
+            told(sum(map(len, batch)))
         batch.clear()
         owners.clear()
 

@@ -4,16 +4,21 @@ A list of sources is a pure function of the inputs, and so is the number of a do
 Ranks share the work by these numbers: a file as a whole, or document by document where its format says so.
 """
 
+import difflib
 import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from mlm_mpi.data import builtin
-from mlm_mpi.data.decoding import Content
+from mlm_mpi.data.decoding import Content, NoText, Told
 from mlm_mpi.data.reading import Format, Formats
 from mlm_mpi.errors import DataError
+
+_BUILTIN_BYTES = 1_900_000
+_MOST_NAMES = 10_000  # of a folder, compared with what was mistyped
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,29 @@ class Source:
         """Whether all ranks read parts of it; otherwise one rank reads it as a whole."""
         return self.format is None or self.format.is_shared
 
+    def size(self) -> int:
+        """Bytes of the file, of the built-in documents about; 0 where they cannot be told."""
+        try:
+            return _BUILTIN_BYTES if self.format is None else self.path.stat().st_size
+        except OSError:  # who reads it will say so
+            return 0
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return "the built-in documents" if self.format is None else os.fsencode(self.path).decode(errors="replace")
+
 
 @dataclass(frozen=True)
 class Raw:
     """A document as it was found: number in its source, and text with `text.MARK` for what could not be decoded."""
 
     number: int
-    content: str
+    content: str | NoText
 
 
 def find(inputs: Sequence[str], has_builtin: bool, out: Path, formats: Formats) -> list[Source]:
-    """The sources behind the command line, in a fixed order, each once.
+    """The sources behind the command line, in a fixed order, each once; at least one.
 
     Files below `out` are no input, so that `prepare . --out corpus` can run twice; nor are those of other corpora.
     Raises DataError for an input that does not exist, may not be looked at or matches nothing.
@@ -51,11 +68,18 @@ def find(inputs: Sequence[str], has_builtin: bool, out: Path, formats: Formats) 
         raise DataError(
             f"cannot look for input at {error.filename} ({error.strerror}): mend its permissions, or give another input"
         ) from None
+    if not files and not has_builtin:
+        raise DataError(
+            f"the corpus is empty: no file in {', '.join(map(repr, inputs[:3]))} (hidden ones, corpora and --out are "
+            "no input): give other files, or --builtin"
+        )
     return [Source(path, formats.serving(path)) for path in files] + ([Source()] if has_builtin else [])
 
 
-def read(source: Source, field: str, encoding: str, rank: int, size: int) -> Iterator[Raw]:
+def read(source: Source, field: str, encoding: str, rank: int, size: int, told: Told) -> Iterator[Raw]:
     """Documents of a source that rank `rank` of `size` is to read (of a shared one every size-th).
+
+    `told` hears of bytes that were read.
 
     Raises DataError naming file (and line): unreadable, or not what its format takes.
     """
@@ -64,7 +88,7 @@ def read(source: Source, field: str, encoding: str, rank: int, size: int) -> Ite
         yield from (Raw(number, found[number]) for number in sorted(found) if number % size == rank)
     else:
         mine = (rank, size) if source.is_shared else (0, 1)
-        content = Content(source.path, encoding, field)
+        content = Content(source.path, encoding, field, told)
         yield from (Raw(number, text) for number, text in source.format.texts(content, *mine))
 
 
@@ -76,8 +100,20 @@ def _expand(text: str) -> list[Path]:
         return [path]
     found = [match for match in sorted(_matches(text)) if Path(match).exists()]
     if not found:
-        raise DataError(f"no input at {text!r}: give a file, a folder, a glob in quotes, or --builtin")
+        raise DataError(f"no input at {text!r}{_hint(path)}: give a file, a folder, a glob in quotes, or --builtin")
     return [path for match in found for path in _expand(match)]
+
+
+def _hint(path: Path) -> str:
+    """What may have been meant by a path that does not exist."""
+    if str(path).startswith(("http:/", "https:/")):
+        return " (download it first)"
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    if not missing.parent.is_dir():
+        return ""
+    there = {other.name.lower(): other for other in islice(missing.parent.iterdir(), _MOST_NAMES)}
+    near = difflib.get_close_matches(missing.name.lower(), there, n=1)
+    return f" (did you mean {str(there[near[0]] / path.relative_to(missing))!r}?)" if near else ""
 
 
 def _files_below(top: Path) -> list[Path]:

@@ -26,7 +26,7 @@ _REPLACED = "replaced.json"  # the catalog of the corpus that is being replaced
 _LARGEST_BYTES = 1 << 30  # of a catalog
 _PUBLISHED = re.compile(r"(train|heldout)-\d{5,}-[0-9a-f]{8}\.h5|tokenizer(-[0-9a-f]{8})?\.json")
 _STAGED = re.compile(
-    rf"((text|records|contents)-\d+\.bin|{_PUBLISHED.pattern}|(catalog|prepared|replaced)\.json)(\.tmp)?"
+    rf"((text|records|pieces|contents)-\d+\.bin|{_PUBLISHED.pattern}|(catalog|prepared|replaced)\.json)(\.tmp)?"
 )
 _HOLDER = re.compile(rb"(pid \d+ on [^\n]*\n)?")
 
@@ -34,7 +34,8 @@ _HOLDER = re.compile(rb"(pid \d+ on [^\n]*\n)?")
 class Prepared(msgspec.Struct, omit_defaults=True):
     """The content of prepared.json: how the corpus was made.
 
-    `plugins`: "formats/mine.py" -> SHA-256 of each file of `--plugins` that was loaded.
+    `plugins`: "formats/mine.py" -> SHA-256 of each file of `--plugins` that was loaded. `cut`: "novel.txt" -> what it
+    was cut into.
     """
 
     command: str
@@ -42,6 +43,7 @@ class Prepared(msgspec.Struct, omit_defaults=True):
     mlm_mpi: str
     content: str
     plugins: dict[str, str] = {}
+    cut: dict[str, str] = {}
 
 
 class _File(msgspec.Struct):

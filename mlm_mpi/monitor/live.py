@@ -12,13 +12,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import Protocol
-
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import IO, TYPE_CHECKING, Protocol
 
 from mlm_mpi import signs
+
+if TYPE_CHECKING:  # 0.15 s to import, which a launcher without a terminal does not spend
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 WORD = "show"  # of the signs
 TERMINAL = "MLM_MPI_TERMINAL"  # set by `mlm-mpi run`: whether it writes to a terminal
@@ -73,10 +73,7 @@ class Shown:
 
     def draw(self, width: int) -> str:
         """One line of at most `width` columns, with the codes for colours."""
-        console = Console(
-            file=StringIO(), force_terminal=True, width=width, highlight=False, legacy_windows=False,
-            color_system="standard",
-        )  # fmt: skip
+        console = _console(StringIO(), width)
         progress = _bar(console)
         _draw_on(progress, progress.add_task("", what=self.what), self)
         with console.capture() as drawn:
@@ -156,12 +153,7 @@ class Drawn:
         self.what = what
         self._pace = _Pace()
         width = os.environ.get("COLUMNS", "")
-        self._bar = _bar(
-            Console(
-                file=sys.stdout, force_terminal=True, width=max(40, int(width)) if width.isdecimal() else None,
-                highlight=False, legacy_windows=False, color_system="standard",
-            )
-        )  # fmt: skip
+        self._bar = _bar(_console(sys.stdout, max(40, int(width)) if width.isdecimal() else None))
         self._task = self._bar.add_task("", total=None, what=what)
         self._bar.start()
 
@@ -180,14 +172,26 @@ class Drawn:
         self._bar.stop()
 
 
-def _bar(console: Console) -> Progress:
+def _console(file: IO[str], width: int | None) -> "Console":
+    from rich.console import Console
+
+    return Console(
+        file=file, force_terminal=True, width=width, highlight=False, legacy_windows=False, color_system="standard"
+    )
+
+
+def _bar(console: "Console") -> "Progress":
+    from rich.progress import BarColumn, Progress, TextColumn
+
     return Progress(
         TextColumn("{task.fields[what]}", markup=False), BarColumn(bar_width=_BAR),
         TextColumn("{task.description}", markup=False), console=console, auto_refresh=False, transient=True,
     )  # fmt: skip
 
 
-def _draw_on(bar: Progress, task: TaskID, picture: Shown) -> None:
+def _draw_on(bar: "Progress", task: "TaskID", picture: Shown) -> None:
+    from rich.cells import cell_len, set_cell_size
+
     room = bar.console.width - cell_len(picture.what) - _BAR - 2  # else the bar would make room for the text
     text = picture.text if cell_len(picture.text) <= room else set_cell_size(picture.text, max(0, room - 1)) + "…"
     bar.update(task, completed=picture.done, total=picture.total, description=text, what=picture.what)

@@ -13,7 +13,14 @@ _LANES = 8  # the most by default: a rank alone holds 1 + log2 8 buffers of grad
 class Train:
     """The work of a step: M micro-batches of B rows, summed in J lanes (DESIGN.md)."""
 
-    steps: int = key(100, says="The whole run makes this many updates of the weights.", unit="steps", least=1)
+    steps: int = key(
+        100,
+        says="The whole run makes this many updates of the weights.",
+        unit="steps",
+        least=1,
+        most=1 << 32,  # a word of Philox's counter
+        remedy="random numbers count steps in 32 bits",
+    )
     micro_batches: int = key(
         8, says="A step is made of this many micro-batches, which the ranks share.", unit="micro-batches", least=1
     )

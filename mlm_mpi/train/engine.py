@@ -80,7 +80,7 @@ class _Flight:
 
 
 class Engine:
-    """Runs steps."""
+    """Runs steps. They are counted from 0 here, as randomness and schedules are, and from 1 in whatever is printed."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.group = machine, machine.mesh.group("dp")
@@ -116,7 +116,7 @@ class Engine:
         length, broken = norm(m.store, total)
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, flights, broken)
-        self.group.note(f"the update of step {step}")
+        self.group.note(f"the update of step {step + 1}")
         factor = clip_factor(m.clip, length / targets)
         m.optimizer.step(total, rate, factor / targets, step + 1)
         seconds = time.perf_counter() - began
@@ -135,9 +135,9 @@ class Engine:
         return flights
 
     def _forward(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
-        self.group.note(f"step {step}, waiting for the tokens of micro-batch {index}")
+        self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
-        self.group.note(f"step {step}, micro-batch {index}")
+        self.group.note(f"step {step + 1}, micro-batch {index}")
         ctx = Context(self.machine.mesh, self.machine.seed, step, index, training=True, batch=batch)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
@@ -186,7 +186,7 @@ class Engine:
         row[: len(flights)] = [float(flight.loss) for flight in flights]
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
         row[2 * most :] = notes
-        table = self.group.allgather_array(row, f"the losses of step {step}")
+        table = self.group.allgather_array(row, f"the losses of step {step + 1}")
         loss, targets = 0.0, 0.0
         for rank, count in enumerate(self._counts):  # ranks hold contiguous micro-batches: this is their order
             for k in range(count):
@@ -213,7 +213,7 @@ class Engine:
             where = f"gradient of {broken} overflows only in the sum over micro-batches"
         raise agreed(
             NumericsError(
-                f"step {step}, {where}; weights are as step {step} found them: "
+                f"step {step + 1}, {where}; weights are as this step found them: "
                 "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
             )
         )

@@ -20,6 +20,12 @@ from mlm_mpi.backend import registry
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.config import Config
 
+# facts that a configuration decides -> its key
+_KEYS = {
+    "threads": "numerics.threads", "products": "numerics.products", "shares": "numerics.shares",
+    "dtype": "train.dtype", "micro_batches": "train.micro_batches", "rows": "train.rows", "lanes": "train.lanes",
+    "reduction": "comm.reduction",
+}  # fmt: skip
 # ops whose reference has the kernel's bits: one IEEE operation after another on each element (tests/serial/
 # test_fingerprint.py)
 _SAME = frozenset({"cast", "dropout", "embedding", "sgd", "sums"})
@@ -84,9 +90,7 @@ def digest(facts: dict[str, Any]) -> str:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """`name: one → other` for each fact that differs."""
-    return [
-        f"{name}: {one.get(name)} → {other.get(name)}"
-        for name in sorted({*one, *other})
-        if one.get(name) != other.get(name)
-    ]
+    """`name: one → other` for each fact that differs, first those that both have; a key of a run has its full name."""
+    changed = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    changed.sort(key=lambda name: not (name in one and name in other))  # one alone: what another fact brings with it
+    return [f"{_KEYS.get(name, name)}: {one.get(name, 'none')} → {other.get(name, 'none')}" for name in changed]

@@ -3,6 +3,7 @@
 config.toml       the effective configuration      metrics.jsonl   one line per step
 environment.json  versions, fingerprint, command   loss.png        the curve, at the end
 checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
+tensorboard/ wandb/   where [log] asks for them
 """
 
 import contextlib
@@ -13,13 +14,16 @@ import shlex
 import socket
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.files import HeldError, Lock, publish
+from mlm_mpi.files import HeldError, Lock, publish, read_whole
+
+_DONE_BYTES = 1 << 16
 
 
 class RunFolder:
@@ -74,8 +78,8 @@ class RunFolder:
     def describe(self, config: Config, facts: dict[str, Any], ranks: int) -> None:
         """Writes the effective configuration and what it runs on."""
         environment = {
-            "command": _command(), "ranks": ranks, "host": socket.gethostname(), "platform": platform.platform(),
-            "python": platform.python_version(), "fingerprint": facts,
+            "command": _command(), "started": _now(), "ranks": ranks, "host": socket.gethostname(),
+            "platform": platform.platform(), "python": platform.python_version(), "fingerprint": facts,
         }  # fmt: skip
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
@@ -83,7 +87,27 @@ class RunFolder:
 
     def finish(self, step: int, weights: str) -> None:
         """Writes DONE: the only evidence that a run is complete (exit codes of launchers are none)."""
-        publish(self.done, (json.dumps({"step": step, "weights_sha256": weights}) + "\n").encode())
+        found = {"step": step, "weights_sha256": weights, "time": _now()}
+        publish(self.done, (json.dumps(found) + "\n").encode())
+
+    def completion(self) -> tuple[int, str] | None:
+        """(steps, when they were made, if that is known) as DONE says; None where there is none that can be read."""
+        try:
+            found = json.loads(read_whole(self.done, _DONE_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not isinstance(found, dict) or type(found.get("step")) is not int:
+            return None
+        return found["step"], str(found.get("time", ""))
+
+    def confirm(self) -> None:
+        """Gives DONE a new time and changes nothing in it: a job script sees that this start found the run complete."""
+        with contextlib.suppress(OSError):  # the file of somebody else
+            os.utime(self.done)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(" ", "seconds")
 
 
 def _command() -> str:

@@ -1,35 +1,57 @@
-"""What a run writes down of every step: a line of metrics, progress on the terminal. On rank 0; others keep silent."""
+"""What a run writes down of every step: numbers into sinks, progress on the terminal. On rank 0; others keep silent."""
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Done, Reporter
+from mlm_mpi.monitor.sinks import Sink
 from mlm_mpi.train.engine import StepResult
 
 
 class Ledger:
-    """Metrics (None: not on this rank) and progress."""
+    """Sinks of numbers, and progress. `step_tokens`: what a step reads."""
 
-    def __init__(self, metrics: MetricsLog | None, show: Reporter) -> None:
-        self.metrics, self.show = metrics, show
+    def __init__(self, sinks: Sequence[Sink], show: Reporter, step_tokens: int = 0) -> None:
+        self.sinks, self.show, self.step_tokens = list(sinks), show, step_tokens
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
         """Step number `step`, counted from 1, is done."""
         self.show.update(
             Done(step, done.loss, done.targets, done.step_s, done.exposed_s, waited_s, done.learning_rate), heldout
         )
-        if self.metrics is not None:
-            extra = {} if heldout is None else {"heldout_loss": heldout}
-            self.metrics.write(
-                step=step - 1, loss=done.loss, learning_rate=done.learning_rate, gradient_norm=done.gradient_norm,
-                tokens_per_s=done.targets / done.step_s, step_s=done.step_s, comm_s=done.exposed_s, wait_s=waited_s,
-                time=time.time(), **extra,
-            )  # fmt: skip
+        if not self.sinks:
+            return
+        values = {
+            "step": step, "tokens": step * self.step_tokens, "loss": done.loss, "learning_rate": done.learning_rate,
+            "gradient_norm": done.gradient_norm, "tokens_per_s": done.targets / done.step_s, "step_s": done.step_s,
+            "comm_s": done.exposed_s, "wait_s": waited_s, "time": time.time(),
+        }  # fmt: skip
+        if heldout is not None:
+            values["heldout_loss"] = heldout
+        for sink in list(self.sinks):
+            self._guarded(sink, partial(sink.write, **values))
+
+    def _guarded(self, sink: Sink, act: Callable[[], str | None]) -> None:
+        """A sink that fails is left out from then on: it is not worth a run."""
+        try:
+            said = act()
+        except Exception as problem:
+            self.sinks.remove(sink)
+            reason = " ".join(str(problem).split()) or type(problem).__name__
+            said = f"ALARM {sink.name}: {reason}: the run goes on without it"
+        if said is not None:
+            self.alarm(said)
 
     def alarm(self, text: str) -> None:
         """Says what is wrong, between the lines of progress."""
         self.show.message(text, important=True)
 
     def close(self) -> None:
-        """Ends the display; metrics stay open for the last words."""
+        """Ends the display; sinks stay open for the last words."""
         self.show.close()
+
+    def finish(self) -> None:
+        """Closes the sinks; one that does not come to its end in time is left behind."""
+        for sink in list(self.sinks):
+            self._guarded(sink, sink.close)

@@ -1,5 +1,6 @@
 """Held-out quality: the one evaluation, in the loop and in `mlm-mpi evaluate`, on any number of ranks."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +23,20 @@ class Sums(NamedTuple):
         return self.loss / self.targets
 
 
+Tell = Callable[[int, int], None]
+
+
+def _nobody_asks(done: int, total: int) -> None:
+    pass
+
+
 @np.errstate(over="ignore", invalid="ignore")
-def measure(chain: Chain, samples: Samples, rows: int, limit: int, mesh: Mesh, place: Place) -> Sums | None:
+def measure(
+    chain: Chain, samples: Samples, rows: int, limit: int, mesh: Mesh, place: Place, tell: Tell = _nobody_asks
+) -> Sums | None:  # fmt: skip
     """Over the first `limit` samples (0: all), `rows` at a time; None where there is none. Collective over dp.
+
+    `tell` hears how many of this rank's micro-batches are done, and how many there are.
 
     Losses are float64 and added in the order of micro-batches, so that every number of ranks gives the same bits.
     """
@@ -43,6 +55,7 @@ def measure(chain: Chain, samples: Samples, rows: int, limit: int, mesh: Mesh, p
             ctx = Context(mesh, batch=batch.map(place.put))
             chain.forward((), ctx)
             mine[k] = float(ctx.tally["loss"]), batch.count
+        tell(k + 1, rounds)
     table = group.allgather_array(mine, "held-out losses")  # (R, rounds, 2)
     ordered = table.swapaxes(0, 1).reshape(-1, 2)[:count]
     loss, targets = 0.0, 0.0

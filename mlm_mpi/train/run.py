@@ -19,9 +19,11 @@ from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import DataError, MlmError, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
+from mlm_mpi.monitor.sinks import check, opened
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build
+from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
@@ -61,6 +63,8 @@ class Run:
         on_node = self.group.on_node()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
+            if group.rank == 0:
+                check(config.log)
             self.place = place_of(config, config.numerics.level, on_node)
             self.task = self._open(config, open_task)
             self.samples, self.heldout = self.task.samples("train"), self.task.samples("heldout")
@@ -95,7 +99,11 @@ class Run:
             if self.group.rank == 0:
                 self.folder.acquire()
                 checkpoint.remove_unfinished(self.folder.checkpoints)
-        first = self._resume()
+        manifest = self._resume()
+        done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "whether DONE stands")
+        if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
+            return self._say_complete(manifest, done[1])
+        first = self._go_on(manifest)
         ledger = self._open_ledger(first)
         keeper = self._keeper(ledger)
         config = self.config
@@ -129,20 +137,26 @@ class Run:
     def _about(self) -> dict[str, Any]:
         return self.task.about() | {
             "config": configuration.to_table(self.config), "fingerprint": self.facts,
-            "incomparable": self.incomparable, "plugins": dict(self.plugins.used),
+            "incomparable": self._why_incomparable(), "plugins": dict(self.plugins.used),
         }  # fmt: skip
 
-    def _resume(self) -> int:
-        """The step to go on with: 0, or where the newest sound checkpoint stands. Collective."""
+    def _why_incomparable(self) -> str | None:
+        return self.incomparable or unforeseen(self.facts, registry.fallbacks())
+
+    def _resume(self) -> Manifest | None:
+        """Restores the newest sound checkpoint, if there is one. Collective."""
         store, state = self.engine.machine.store, self.engine.state()
         found = checkpoint.resume(
             self.folder.checkpoints, store, state, self.group, self._say,
             lambda path, manifest: check_same_run(path, manifest, self.config, self.task, self.plugins, self._say),
         )  # fmt: skip
-        if found is None:
-            store.initialise(self.config.train.seed)
+        return None if found is None else found[1]
+
+    def _go_on(self, manifest: Manifest | None) -> int:
+        """The step to go on with: 0, with new weights, or that of the checkpoint."""
+        if manifest is None:
+            self.engine.machine.store.initialise(self.config.train.seed)
             return 0
-        manifest = found[1]
         if manifest.fingerprint != self.facts:
             changed = differences(manifest.fingerprint, self.facts)[0]
             self.incomparable = self.incomparable or f"the run was resumed with another {changed}"
@@ -156,28 +170,23 @@ class Run:
     def _open_ledger(self, step: int) -> Ledger:
         """Run folder's files, start table, progress; on rank 0 only."""
         if self.group.rank != 0:
-            return Ledger(None, Silent())
+            return Ledger([], Silent())
         self.folder.describe(self.config, self.facts, self.group.size)
-        metrics = MetricsLog.open(self.folder.metrics, step)
+        log, train = self.config.log, self.config.train
+        table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
+        sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         if not self.options.quiet:
             rows = plan_rows(self.config, self.task, self.engine, step, digest(self.facts))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}: pin numerics.level and numerics.threads")
-        show: Reporter = Progress(self.config.train.steps, step, self.config.log.every, self.options.quiet)
-        return Ledger(metrics, show)
+        show: Reporter = Progress(train.steps, step, log.every, self.options.quiet)
+        return Ledger(sinks, show, train.micro_batches * train.rows * self.task.row_tokens)
 
     def _report(self, step: int, ledger: Ledger) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
-        weights = self.engine.machine.store.weights_sha256()
-        everybody = self.group.allgather(weights, "hashes of the weights")
-        self.group.note("its last words")
-        if len(set(everybody)) > 1:
-            raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
-        self.incomparable = self.incomparable or unforeseen(self.facts, registry.fallbacks())
+        weights = self._weights()
         if self.group.rank == 0:
-            if ledger.metrics is not None:
-                ledger.metrics.close()
             if step >= self.config.train.steps:
                 self.folder.finish(step, weights)
             else:
@@ -188,11 +197,35 @@ class Run:
             if self.config.log.curve:
                 self._draw_curve()
             self._say_what_was_handed_on()
-            self._say(f"fingerprint {digest(self.facts)}  corpus {self.task.content}  run {self.folder.path}")
-            self._say(
-                f"weights sha256 {weights}" + (f"  not comparable: {self.incomparable}" if self.incomparable else "")
-            )
+            ledger.finish()
+            self._say_hashes(self.facts, weights, self._why_incomparable())
         return 0
+
+    def _say_complete(self, manifest: Manifest, when: str) -> int:
+        """The last words of a start that finds nothing to do. Collective."""
+        weights = self._weights()
+        if self.group.rank == 0:
+            self.folder.confirm()
+            ended = f" (ended {when})" if when.isprintable() and when else ""
+            self._say(
+                f"{self.folder.path} is complete: all {manifest.step} steps are made{ended}, nothing is left to do"
+            )
+            self._say(f"to go on, raise train.steps above {manifest.step}; to train anew, give another --run")
+            self._say_hashes(manifest.fingerprint, weights, manifest.incomparable)
+        return 0
+
+    def _weights(self) -> str:
+        """The hash of the weights, the same everywhere. Collective."""
+        weights = self.engine.machine.store.weights_sha256()
+        everybody = self.group.allgather(weights, "hashes of the weights")
+        self.group.note("its last words")
+        if len(set(everybody)) > 1:
+            raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
+        return weights
+
+    def _say_hashes(self, facts: dict[str, Any], weights: str, incomparable: str | None) -> None:
+        self._say(f"fingerprint {digest(facts)}  corpus {self.task.content}  run {self.folder.path}")
+        self._say(f"weights sha256 {weights}" + (f"  not comparable: {incomparable}" if incomparable else ""))
 
     def _say_what_was_handed_on(self) -> None:
         if self.config.train.dtype == "float32" and (fallen := registry.fallbacks()):
@@ -205,6 +238,7 @@ class Run:
         try:
             from mlm_mpi.monitor.report import loss_curve  # matplotlib takes half a second to import
 
-            loss_curve(self.folder.metrics, self.folder.curve)
+            model = f"{self.task.model}, {self.engine.machine.store.count:,} parameters"
+            loss_curve(self.folder.metrics, self.folder.curve, f"{self.folder.path}: {model}")
         except Exception as problem:  # a picture is not worth a finished run
             self._say(f"no loss curve: {problem}")

@@ -8,10 +8,11 @@ from mlm_mpi.train.task import Task
 
 
 def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint: str) -> list[tuple[str, str]]:
-    """(name, text) of each line; `step`: where the run goes on."""
+    """(name, text) of each line; `step`: so many are done."""
     train, machine = config.train, engine.machine
     ranks, costs, held = machine.mesh.size("dp"), machine.reduction.costs(), bytes_held(engine)
     parts = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in held.items())
+    steps = f"steps {step + 1} to {train.steps}" if step < train.steps else f"all {train.steps} steps are made"
     samples = train.micro_batches * train.rows
     tokens = task.tokens("train")
     epochs = train.steps * samples / len(task.samples("train"))
@@ -28,7 +29,7 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
         ("model", f"{task.model}: {size}"),
         ("step", f"{samples * task.row_tokens:,} tokens: {shape}"),
-        ("run", f"steps {step} to {train.steps}, {epochs:.1f} epochs of {tokens:,} tokens"),
+        ("run", f"{steps}, {epochs:.1f} epochs of {tokens:,} tokens"),
         ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {machine.assignment.balance:.0%}"),
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),

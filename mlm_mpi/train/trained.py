@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlm_mpi import __version__
 from mlm_mpi import config as configuration
 from mlm_mpi.backend import Device
 from mlm_mpi.backend.arrays import Place
@@ -82,7 +83,7 @@ def note(text: str) -> None:
 def _restored(
     path: Path, manifest: Manifest, plugins: Plugins, device: Device | None, on_node: tuple[int, int]
 ) -> Trained:
-    config = _runnable(configuration.from_table(manifest.config, f"{path}/manifest.json", plugins), device)
+    config = _runnable(_settings(path, manifest, plugins), device)
     place = place_of(config, on_node=on_node)
     tokenizer = Tokenizer(checkpoint.read_tokenizer(path, manifest), f"{path}/{checkpoint.TOKENIZER_FILE}")
     if tokenizer.vocab_size != manifest.vocabulary:
@@ -98,6 +99,16 @@ def _restored(
         raise CheckpointError(f"{path}: its weights do not fit into the memory that is free here") from None
     checkpoint.restore(path, manifest, store, {"weights": store.data})
     return Trained(path, manifest, config, tokenizer, chain, place, plugins)
+
+
+def _settings(path: Path, manifest: Manifest, plugins: Plugins) -> Config:
+    """The sealed settings; another version may not know them."""
+    try:
+        return configuration.from_table(manifest.config, f"{path}/manifest.json", plugins)
+    except ConfigError as error:
+        wrote = manifest.fingerprint.get("mlm_mpi", __version__)
+        other = f"; mlm-mpi {wrote} saved it, this is {__version__}: use that one" if wrote != __version__ else ""
+        raise ConfigError(f"{error}{other}") from None
 
 
 def _chain(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> Chain:
@@ -137,7 +148,7 @@ def open_corpus(trained: Trained, data: str | None = None, say: Say = note) -> C
     """
     wanted = f"the model was trained on {origin(trained.manifest)}"
     try:
-        catalog = Catalog.open(trained.config.data.dir if data is None else named(data, "--data"))
+        catalog = Catalog.open(trained.config.data.dir if data is None else data, "--data")
         catalog.check_files()
     except DataError as error:
         if data is not None:

@@ -23,7 +23,7 @@ if not ON_GPU and not shutil.which("g++"):
     raise pytest.UsageError("tests/cuda need a GPU (MLM_MPI_TEST_GPU=1) or g++, which runs the kernels on the CPU")
 if not ON_GPU:
     sys.path.insert(0, str(Path(__file__).parent / "standin"))
-    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
 

@@ -137,7 +137,7 @@ def test_without_a_gpu_one_line_says_what_to_do(home):
 
 @needs_standin
 @pytest.mark.parametrize(
-    ("found", "words"), [("", ("no NVRTC", "mlm-mpi[cuda13]")), ("12.8", ("NVRTC 12.8", "sm_90a", "12.9 or newer"))]
+    ("found", "words"), [("", ("no NVRTC", "cupy-cuda13x[ctk]")), ("12.8", ("NVRTC 12.8", "sm_90a", "12.9 or newer"))]
 )
 def test_without_a_compiler_one_line_says_what_to_install(home, found, words):
     home.program(*home.words("nvrtc", 2, GPU), MLM_MPI_STANDIN_NVRTC=found).refused(*words)
@@ -147,7 +147,7 @@ def test_without_a_compiler_one_line_says_what_to_install(home, found, words):
 def test_without_cupy_one_line_says_what_to_install(home):
     ended = home.program(*home.words("nocupy", None, GPU), PYTHONPATH="")
     if "CUDA finds no GPU" not in ended.err:  # this Python has a real CuPy
-        ended.refused("pip install 'mlm-mpi[cuda13]'")
+        ended.refused("pip install 'cupy-cuda13x[ctk]' ml_dtypes")
 
 
 def test_graphs_give_the_same_bits(home):

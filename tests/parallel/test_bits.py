@@ -117,7 +117,7 @@ def test_what_is_not_finite_is_named_on_all_ranks_before_any_update(group, where
     else:
         poisoned(block, lambda ctx: ctx.grad(block.norm2.gain).put(3, np.inf))
     name = "no parameter" if where == "loss" else "block1.norm2.gain"
-    with pytest.raises(NumericsError, match=f"step 0, micro-batch 11: .*{name} is not finite") as caught:
+    with pytest.raises(NumericsError, match=f"step 1, micro-batch 11: .*{name} is not finite") as caught:
         engine.step(0, source)
     assert caught.value.agreed
     assert engine.machine.store.weights_sha256() == before

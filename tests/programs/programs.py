@@ -151,7 +151,7 @@ class Place:
     def losses(self, run: str) -> list[tuple[float, float | None]]:
         """(loss, held-out loss) of every step. Asserts that each step is there once, in order."""
         records = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
-        assert [record["step"] for record in records] == list(range(len(records)))
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         return [(record["loss"], record.get("heldout_loss")) for record in records]
 
 

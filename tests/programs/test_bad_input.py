@@ -217,10 +217,10 @@ def test_generate_with_a_number_that_makes_no_sense(place, words):
 
 @ALSO_SEVERAL
 def test_a_learning_rate_that_breaks_the_loss(place, ranks):
-    """Step 0 is sound, its update is not: step 1 stops before it changes anything, and step 1's checkpoint stands."""
+    """Step 1 is sound, its update is not: step 2 stops before it changes anything, and step 1's checkpoint stands."""
     broken = place.train("run", ranks, "optim.learning_rate=1e20", "optim.warmup_steps=0", "checkpoint.every=1")
     broken.refused(
-        "step 1, micro-batch 0: loss nan", "gradient of embed.tokens is not finite", "lower optim.learning_rate"
+        "step 2, micro-batch 0: loss nan", "gradient of embed.tokens is not finite", "lower optim.learning_rate"
     )
     assert place.checkpoints("run") == ["step-00000001"]
     assert place.program("evaluate", "run").code == 0

@@ -331,4 +331,4 @@ def test_numbers_that_nothing_can_be_made_of(say):
         say("generate", "nowhere", "--temperature", word).refused(f"--temperature {word} must be finite")
     say("evaluate", "nowhere", "--data", "").refused("nowhere is no run folder")
     needless = say("generate", "nowhere", "--data", "corpus")
-    assert needless.code == 2 and "unrecognized arguments: --data corpus" in needless.err
+    assert needless.code == 2 and "unknown arguments: --data corpus" in needless.err

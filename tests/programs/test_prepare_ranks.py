@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminal import Terminal
 
 from mlm_mpi.files import Lock
 
@@ -60,16 +61,33 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_any_number_of_ranks_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    draw = random.Random(6)
+    for number in range(3):  # long texts, which different ranks cut
+        (source / f"long{number}.txt").write_text("\n\n".join(text(draw, 50) for _ in range(40)))
+    with open(source / "lines.jsonl", "a") as file:
+        file.write('{"text": null}\n{}\n' * 3)
     made = {}
     for ranks in (1, 2, 3, 4):
         out = tmp_path / f"out{ranks}"
-        done = on_ranks(ranks, source, "--out", out, "--vocab", 320, "--shard-mib", 0.004, "--heldout", 0.2)
-        assert done.returncode == 0, done.stderr
+        words = ("--vocab", 320, "--shard-mib", 0.004, "--heldout", 0.2, "--cut", "always")
+        done = on_ranks(ranks, source, "--out", out, *words)
+        assert done.returncode == 0 and done.stdout.count("at blank lines, the last ") == 3, done.stderr
         assert done.stdout.count("is ready") == 1 and "1 invalid UTF-8" in done.stdout
+        assert f"skipped     6 lines without text in field 'text', first: {source}/lines.jsonl:34\n" in done.stdout
         made[ranks] = contents(out)
         assert f"{out} ".encode() in made[ranks].pop("prepared.json")
     assert len(made[1]) > 6
     assert made[1] == made[2] == made[3] == made[4]
+
+
+def test_progress_is_drawn_in_a_terminal(source: Path, tmp_path: Path) -> None:
+    words = ["run", "-n", "2", "--", "prepare", str(source), "--out", "out", "--vocab", "400", "--tokenizer", "bytes"]
+    terminal = Terminal([sys.executable, "-P", "-m", "mlm_mpi", *words], tmp_path)
+    assert terminal.end(60) == 0
+    assert b"cleaning" in terminal.raw and b" KiB" in terminal.raw and b"shards" in terminal.raw
+    assert terminal.lines[0].startswith("documents ") and terminal.lines[-1].startswith("out is ready"), (
+        "no bar is left"
+    )
 
 
 def test_an_error_of_one_rank_ends_all_with_one_line(source: Path, tmp_path: Path) -> None:
@@ -111,7 +129,7 @@ def test_a_wrong_command_line_is_said_once(tmp_path: Path) -> None:
     done = on_ranks(3, "--builtin", "--out", tmp_path / "out", "--heldout", 2)
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
-    assert said == ["mlm-mpi: --heldout 2.0 must be in [0, 1)"]
+    assert said == ["mlm-mpi: --heldout 2.0 must be in [0, 1): 2 % is 0.02"]
 
 
 PIPE = """

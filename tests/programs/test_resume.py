@@ -1,6 +1,7 @@
 """Six steps are three steps, a checkpoint, three steps: exactly, on any number of ranks, past torn checkpoints."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -41,14 +42,23 @@ def test_three_steps_and_three_steps_are_six(place, home, straight, settings):
 
 def test_a_finished_run_does_no_step_and_says_the_same(place, home, straight):
     run = place.copy_of(home, "straight")
-    before = (run / "metrics.jsonl").read_bytes()
-    parts = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "run.lock"]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files if path.name != "DONE"}
+    done = (run / "DONE").read_text()
+    os.utime(run / "DONE", (0, 0))
     again = place.train("straight", 2, "checkpoint.every=2", "checkpoint.keep=3")
     assert again.weights == straight.weights
-    assert "\nstep " not in again.out
-    assert (run / "metrics.jsonl").read_bytes() == before
-    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == parts
-    assert json.loads((run / "DONE").read_text())["weights_sha256"] == straight.weights
+    said = again.out.splitlines()
+    assert said[0].startswith("straight is complete: all 6 steps are made (ended 20")
+    assert said[1].startswith("to go on, raise train.steps above 6; to train anew, give another --run")
+    assert [line.split()[0] for line in said[2:]] == ["fingerprint", "weights"]
+    assert said[-2:] == straight.out.splitlines()[-2:]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    assert (run / "DONE").read_text() == done
+    assert (run / "DONE").stat().st_mtime > 0, "the job script sees that this start found the run complete"
+    longer = place.train("straight", None, "train.steps=7")
+    assert "run               steps 7 to 7," in longer.out and json.loads((run / "DONE").read_text())["step"] == 7
+    assert len(place.losses("straight")) == 7
 
 
 def test_resume_never_and_must(place, home, straight):

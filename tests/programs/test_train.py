@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ def test_an_allreduce_comes_close(place, home, straight):
 
 def test_what_a_run_leaves_behind(home, straight):
     folder = home.folder / "straight"
-    assert json.loads((folder / "DONE").read_text()) == {"step": 6, "weights_sha256": straight.weights}
+    done = json.loads((folder / "DONE").read_text())
+    assert (done["step"], done["weights_sha256"]) == (6, straight.weights)
+    assert datetime.fromisoformat(done["time"]).tzinfo is not None
     assert not (folder / "loss.png").exists(), "log.curve is off in these tests: it takes a second a run"
     assert "steps = 6" in (folder / "config.toml").read_text()
     environment = json.loads((folder / "environment.json").read_text())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from mlm_mpi.comm.group import Group
-from mlm_mpi.data import prepare
+from mlm_mpi.commands import prepare
 
 
 def sentences(seed: int, words: int) -> str:

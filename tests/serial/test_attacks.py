@@ -83,12 +83,12 @@ def test_whoever_loses_the_race_for_a_new_folder_leaves_the_winners_lock(tmp_pat
 def test_a_log_from_which_nothing_is_dropped_keeps_its_time(tmp_path):
     """The job script takes a newer one for a step that was made, and starts such a job again."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n')
+    path.write_text('{"step": 1}\n{"step": 2}\n')
     os.utime(path, (0, 0))
     MetricsLog.open(path, 2).close()
     assert path.stat().st_mtime == 0
     MetricsLog.open(path, 1).close()
-    assert path.read_text() == '{"step": 0}\n'
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_pipe_that_is_full_for_a_while_loses_nothing():

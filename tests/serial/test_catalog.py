@@ -47,7 +47,9 @@ def test_missing_damaged_old(corpus):
     path = corpus / "catalog.json"
     content = path.read_bytes()
     table = json.loads(content)
-    _refused(lambda: Catalog.open(corpus / "nowhere"), "no corpus at", "run mlm-mpi prepare")
+    _refused(lambda: Catalog.open(corpus / "nowhere"), "no corpus at", "run mlm-mpi prepare", "set data.dir")
+    _refused(lambda: Catalog.open(corpus / "nowhere", "--data"), "no corpus at", "set --data")
+    _refused(lambda: Catalog.open("", "--data"), "--data is empty: set it to the folder")
     for damaged in (b"", content[:-20], b"[]", b"\xff", json.dumps({"format": 2}).encode()):
         path.write_bytes(damaged)
         _refused(lambda: Catalog.open(corpus), "catalog.json", "run mlm-mpi prepare again")

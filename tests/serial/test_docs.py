@@ -4,13 +4,15 @@
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from mlm_mpi.__main__ import COMMANDS
+from mlm_mpi.__main__ import COMMANDS, command
+from mlm_mpi.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "DESIGN.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,8 +69,25 @@ def unknown_commands(text: str) -> list[str]:
                 unknown.append(f"make {wanted}")
         wanted = re.findall(r"\bmlm-mpi ([a-z]\w*)", line)
         wanted += re.findall(r"\bmlm-mpi run\b.*? -- ([a-z]\w*)", line)
-        unknown += [f"mlm-mpi {name}" for name in wanted if name not in COMMANDS]
+        unknown += [f"mlm-mpi {name}" for name in wanted if name not in (*COMMANDS, "help")]
     return unknown
+
+
+def refused_commands(text: str) -> list[str]:
+    """What `mlm-mpi` says of whole commands that a page shows, but for those that it leaves open."""
+    lines = re.findall(r"^ *(?:\$ )?mlm-mpi ([a-z].*)$", FENCE.sub(r"\2", text).replace("\\\n", ""), re.MULTILINE)
+    refused = []
+    for line in lines:
+        name, *words = shlex.split(line.partition(" | ")[0], comments=True)
+        if name in COMMANDS and "…" not in words:
+            try:
+                args = command(name)[0].parse(words)
+                if name == "run":
+                    inner, *rest = args.words[1:]
+                    command(inner)[0].parse(rest)
+            except ConfigError as error:
+                refused.append(str(error))
+    return refused
 
 
 @every_page
@@ -79,6 +98,11 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path):
 @every_page
 def test_commands_exist(page: Path):
     assert unknown_commands(page.read_text(encoding="utf-8")) == []
+
+
+@every_page
+def test_commands_have_these_options(page: Path):
+    assert refused_commands(page.read_text(encoding="utf-8")) == []
 
 
 def test_the_checks_see_what_is_wrong(tmp_path: Path):
@@ -93,6 +117,10 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path):
     assert sorted(unknown_commands(page.read_text())) == [
         "make it", "make lintt", "make nonsense", "mlm-mpi doctr", "mlm-mpi trian",
     ]  # fmt: skip
+    page.write_text(
+        "    mlm-mpi generate r --temprature 1\n\n    mlm-mpi run -n 2 -- train c.toml --run r --sets a.b=1  # x\n"
+    )
+    assert [said.partition(":")[0] for said in refused_commands(page.read_text())] == ["generate", "train"]
 
 
 def test_the_tutorial_shows_the_digests_of_its_files():

@@ -1,12 +1,14 @@
 """What may be read, and locks that end with their holder."""
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mlm_mpi.files import HeldError, Lock, open_regular, publish, read_whole
+from mlm_mpi.files import HeldError, Lock, cannot_write, open_regular, publish, read_whole
 
 
 def refuse(path, text, **more):
@@ -48,6 +50,26 @@ def test_a_link_may_not_lead_out_of_its_folder(tmp_path):
     assert read_whole(inside / "near", 9, inside) == b"own"
     refuse(inside / "far", "it leads out of", folder=inside)
     refuse(inside / "../outside", "it leads out of", folder=inside)
+
+
+@pytest.mark.parametrize(
+    ("code", "size", "what", "says"),
+    [
+        (errno.ENOSPC, 7, "", "7 bytes to a/b (No space left on device): free space there or choose another folder"),
+        (errno.ENOSPC, 0, "the text", "the text to a/b (No space left on device): free space there or choose another"),
+        (errno.EACCES, 0, "", "a/b (Permission denied): mend its permissions or choose another folder"),
+        (
+            errno.EFBIG,
+            9,
+            "digests",
+            "9 bytes of digests to a/b (File too large): raise the limit (ulimit -f) or",
+        ),
+        (errno.EIO, 9, "", "9 bytes to a/b (Input/output error): choose another folder"),
+    ],
+)
+def test_what_cannot_be_written_is_said_with_a_remedy(code, size, what, says):
+    error = cannot_write(Path("a/b"), size, OSError(code, os.strerror(code)), what)
+    assert str(error).startswith(f"cannot write {says}")
 
 
 def test_nothing_is_written_through_a_link(tmp_path):

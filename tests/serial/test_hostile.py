@@ -642,16 +642,17 @@ JUNK = [
     "[" * 10_000, '{"step":' * 5000, '{"step":1,"x":"' + "y" * (1 << 17) + '"}', "\0" * 1000, '{"step":1,"loss":NaN}',
 ]  # fmt: skip
 ODD = ['{"step":1,"loss":"x"}', '{"step":1,"loss":[]}', '{"step":1,"loss":true}', '{"step":1,"loss":1e999}',
-       '{"step":1,"loss":1' + "0" * 400 + "}", '{"step":1,"heldout_loss":{}}']  # fmt: skip
+       '{"step":1,"loss":1' + "0" * 400 + "}", '{"step":1,"heldout_loss":{}}', '{"step":1,"tokens":1e-320}',
+       '{"step":1,"tokens":-5}', '{"step":1,"learning_rate":-1e29}']  # fmt: skip
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
 def test_junk_in_the_metrics_is_left_out_on_resume(tmp_path, junk, capsys):
     path = tmp_path / "metrics.jsonl"
-    good = b'{"step": 0, "loss": 2.0}\n'
-    path.write_bytes(good + junk.encode() + b"\n" + b'{"step": 1, "loss": 1.5}\n' + b'{"step": 5}\n')
+    good = b'{"step": 1, "loss": 2.0}\n'
+    path.write_bytes(good + junk.encode() + b"\n" + b'{"step": 2, "loss": 1.5}\n' + b'{"step": 5}\n')
     metrics.MetricsLog.open(path, 3).close()
-    assert path.read_bytes() == good + b'{"step": 1, "loss": 1.5}\n'
+    assert path.read_bytes() == good + b'{"step": 2, "loss": 1.5}\n'
     assert capsys.readouterr().err == ""
 
 

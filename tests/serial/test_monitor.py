@@ -5,9 +5,12 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mlm_mpi.errors import MlmError
@@ -27,11 +30,11 @@ def no_launcher(monkeypatch):
 
 def test_lines_are_readable_at_once(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write(step=0, loss=np.float32(1.5), tokens_per_s=10.0)
-    log.write(step=1, loss=math.nan)
-    assert read_metrics(log.path) == [{"step": 0, "loss": 1.5, "tokens_per_s": 10.0}, {"step": 1, "loss": None}]
+    log.write(step=1, loss=np.float32(1.5), tokens_per_s=10.0)
+    log.write(step=2, loss=math.nan)
+    assert read_metrics(log.path) == [{"step": 1, "loss": 1.5, "tokens_per_s": 10.0}, {"step": 2, "loss": None}]
     log.close()
-    log.write(step=2)
+    log.write(step=3)
     assert len(read_metrics(log.path)) == 2
 
 
@@ -46,14 +49,25 @@ def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(tmp_path):
 def test_resuming_drops_what_the_interrupted_run_left(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog.open(path, 0)
-    for step in range(5):
+    for step in range(1, 6):
         log.write(step=step)
-    MetricsLog.open(path, 3).write(step=3, again=True)
-    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3]
+    MetricsLog.open(path, 3).write(step=4, again=True)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
     assert read_metrics(path)[-1]["again"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
     MetricsLog.open(path, 0)
     assert read_metrics(path) == []
+
+
+def test_a_log_that_counts_from_0_goes_on_without_a_line_doubled_or_lost(tmp_path):
+    """An earlier version's: steps 0 to 6 are the first seven; the run goes on after five."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": {step / 7}, "odd": null}}\n' for step in range(7)))
+    for _ in range(2):  # another start does not move them again
+        MetricsLog.open(path, 5).close()
+        assert read_metrics(path) == [{"step": step + 1, "loss": step / 7, "odd": None} for step in range(5)]
+    MetricsLog.open(path, 5).write(step=6)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_full_disk_is_one_alarm_and_training_goes_on(tmp_path, monkeypatch, capsys):
@@ -158,22 +172,64 @@ def test_durations(seconds, text):
     assert progress.duration(seconds) == text
 
 
-def write_run(path: Path, steps: int = 220) -> None:
+def write_run(path: Path, steps: int = 220, **odd: Any) -> None:
+    """`odd`: instead of the loss of a step, by its number."""
     log = MetricsLog(path)
     noise = np.random.default_rng(0).normal(0, 0.05, steps)
-    for step in range(steps):
-        log.write(step=step, loss=2.5 + 6 * math.exp(-step / 40) + noise[step])
-        if step % 50 == 49:
-            log.write(step=step, heldout_loss=2.6 + 6 * math.exp(-step / 40))
+    for step in range(1, steps + 1):
+        loss = odd.get(f"step{step}", 2.5 + 6 * math.exp(-step / 40) + noise[step - 1])
+        heldout = {"heldout_loss": 2.6 + 6 * math.exp(-step / 40)} if step % 50 == 0 else {}
+        log.write(step=step, tokens=2048 * step, loss=loss, learning_rate=1e-3 * (1 - step / steps), **heldout)
 
 
-def test_the_loss_curve(tmp_path):
+def drawn(path: Path, monkeypatch: pytest.MonkeyPatch, title: str = "run") -> Figure:
+    """The figure that becomes the picture."""
+    kept = []
+    monkeypatch.setattr(report, "FigureCanvasAgg", lambda figure: kept.append(figure) or FigureCanvasAgg(figure))
+    report.loss_curve(path, path.with_name("loss.png"), title)
+    return kept[0]
+
+
+def test_the_loss_curve(tmp_path, monkeypatch):
     write_run(tmp_path / "metrics.jsonl")
-    report.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    figure = drawn(tmp_path / "metrics.jsonl", monkeypatch, "runs/$a: gpt")  # $: no formula
     with Image.open(tmp_path / "loss.png") as image:
-        assert image.size == (960, 600)
+        assert image.size == (1200, 750)
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 50
+    losses, rate = figure.axes
+    assert losses.get_title(loc="left") == "runs/$a: gpt, 451 k tokens"
+    raw, smooth, heldout = losses.get_lines()
+    assert smooth.get_label() == "training, mean of 9 steps"
+    assert raw.get_xdata().tolist() == smooth.get_xdata().tolist() == list(range(1, 221))
+    assert smooth.get_ydata()[100] == pytest.approx(raw.get_ydata()[96:105].mean())
+    assert heldout.get_xdata().tolist() == [50, 100, 150, 200]
+    assert rate.get_lines()[0].get_ydata()[-1] == 0
+    (tokens,) = losses.child_axes
+    assert tokens.get_xlim()[1] == pytest.approx(2048 * losses.get_xlim()[1])
+
+
+def test_a_loss_that_explodes_hides_nothing(tmp_path, monkeypatch):
+    write_run(tmp_path / "metrics.jsonl", step90=1e25, step91=math.nan)
+    losses = drawn(tmp_path / "metrics.jsonl", monkeypatch).axes[0]
+    raw, smooth, _ = losses.get_lines()
+    assert 8 < losses.get_ylim()[1] < 9 and raw.get_ydata().max() == 1e25 and smooth.get_ydata().max() < 9
+    assert 91 not in raw.get_xdata()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5000])
+def test_a_curve_of_any_length(tmp_path, monkeypatch, steps):
+    write_run(tmp_path / "metrics.jsonl", steps, step3=9.5)
+    raw = drawn(tmp_path / "metrics.jsonl", monkeypatch).axes[0].get_lines()[0]
+    assert len(raw.get_xdata()) <= 2000 and (steps < 3 or 9.5 in raw.get_ydata())
+    assert raw.get_marker() == ("o" if steps == 1 else "None"), "a line needs two points"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999"), (614_400, "614 k"), (2.5e6, "2.5 M"), (1.2e9, "1.2 B"), (15e12, "15 T")]
+)
+def test_counts_in_words(count, text):
+    assert report.in_words(count) == text
 
 
 def test_no_loss_curve_without_losses(tmp_path):

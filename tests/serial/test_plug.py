@@ -57,9 +57,15 @@ def test_a_file_of_the_folder_goes_before_a_module_of_the_same_name(folder):
 
 def test_an_unknown_kind_is_told_the_nearest_name(folder):
     written(folder, "pipe.py")
-    refused(lambda: Plugins(folder).find(ROOM, "pipes", "data.format"), "data.format = 'pipes'", "'pipe'", folder)
+    refused(
+        lambda: Plugins(folder).find(ROOM, "pipes", "data.format"),
+        'data.format = "pipes"',
+        "jsonl, pipe, text; did you mean 'pipe'?",
+    )
     refused(lambda: Plugins().find(ROOM, "jsonlines", "data.format"), "did you mean 'jsonl'?")
-    refused(lambda: Plugins().find(ROOM, "zzz", "data.format"), "known: jsonl, text")
+    refused(
+        lambda: Plugins().find(ROOM, "zzz", "data.format"), "is none of jsonl, text (a file of your own: --plugins DIR)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["", "../pipe", "formats/pipe", "os", "pipe.py", "text\n", "x" * 5000])
@@ -213,6 +219,6 @@ def test_the_current_folder_is_never_searched(folder, monkeypatch):
     monkeypatch.chdir(folder)
     path = list(sys.path)
     assert Plugins().kinds(ROOM) == OWN
-    refused(lambda: Plugins().find(ROOM, "mine", "format"), "format = 'mine' is no file")
+    refused(lambda: Plugins().find(ROOM, "mine", "format"), 'format = "mine" is none of')
     Plugins(folder).find(ROOM, "mine", "format")
     assert sys.path == path

@@ -16,7 +16,7 @@ from corpora import contents, in_a_process, run_prepare, sentences, write_texts
 
 import mlm_mpi
 from mlm_mpi import files
-from mlm_mpi.data import prepare
+from mlm_mpi.data import arranging, prepare
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.shards import ShardReader
 from mlm_mpi.data.stream import TokenStream
@@ -88,6 +88,7 @@ def test_stale_shards_go_and_the_output_is_no_input(source, tmp_path, capsys):
     many = contents(out)
     (out / ".staging").mkdir()
     (out / ".staging" / "text-9.bin").write_bytes(b"left by a kill")
+    (out / ".staging" / "pieces-9.bin").write_bytes(b"left by a kill")
     (out / ".staging" / "train-00000-0123abcd.h5.tmp").write_bytes(b"left by a kill")
     run_prepare(source, "--out", out, "--tokenizer", "bytes")
     few = contents(out)
@@ -113,8 +114,10 @@ def test_json_lines_plain_and_compressed(tmp_path, capsys):
     ("content", "words"),
     [
         (b'{"text": "a"}\n{"text": \n', ("x.jsonl:2", "is not JSON")),
-        (b'{"body": "a", "id": 1}\n', ("x.jsonl:1", "no text in field 'text'", "body, id", "--field")),
-        (b'{"text": 5}\n', ("x.jsonl:1", "no text in field")),
+        (b'{"body": "a", "id": 1}\n{}\n', ("no line has a field 'text'", "x.jsonl:1", "'body, id'", "--field")),
+        (b'{"text": "a"}\n{"text": 5}\n', ("x.jsonl:2", "a number in field 'text'", "--field")),
+        (b'{"text": ["a"], "id": 1}\n', ("x.jsonl:1", "a list in field 'text'", "'id, text'", "--field")),
+        (b'{"text": "a"}\nnull\n', ("x.jsonl:2", "null, not an object with a field 'text'")),
         (b"[1]\n", ("x.jsonl", "one JSON document")),
         (b'{"text": "a"}\n[1]\n', ("x.jsonl:2", "a list")),
     ],
@@ -123,6 +126,21 @@ def test_bad_json_lines(tmp_path, content, words):
     (tmp_path / "x.jsonl").write_bytes(content)
     refused(lambda: run_prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
+    missing = ['{"text": null}', "{}", '{"id": 1}', '{"text": ""}', ""]
+    lines = [json.dumps({"text": sentences(seed, 30)}) for seed in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:2]))
+    (tmp_path / "b.jsonl").write_text("\n".join([lines[2], *missing, lines[3], *missing]))
+    (tmp_path / "c.jsonl").write_text("\n".join(missing))
+    run_prepare(tmp_path, "--out", tmp_path / "out", "--heldout", 0, "--tokenizer", "bytes")
+    report = capsys.readouterr().out
+    assert f"\nskipped     9 lines without text in field 'text', first: {tmp_path}/b.jsonl:2\n" in report
+    assert "documents   7 read, 4 kept" in report and "3 empty documents" in report
+    assert documents(tmp_path / "out", "train") == [sentences(seed, 30) for seed in range(4)]
+    run_prepare(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--heldout", 0, "--tokenizer", "bytes")
+    assert "skipped" not in capsys.readouterr().out
 
 
 def refused(action, *words, error=DataError):
@@ -199,12 +217,19 @@ def test_empty_and_unsplittable_corpora(tmp_path):
     refused(lambda: run_prepare(tmp_path / "blank.txt", "--out", out), "corpus is empty")
     refused(lambda: run_prepare(tmp_path / "nowhere.txt", "--out", out), "no input at", "nowhere.txt")
     (tmp_path / "one.txt").write_text(sentences(1, 100))
-    refused(lambda: run_prepare(tmp_path / "one.txt", "--out", out), "--heldout 0.05", "1 group", "--heldout 0")
+    for name in ("near", "by"):
+        (tmp_path / f"{name}.txt").write_text(f"{sentences(1, 100)} {name}")
+    given = (tmp_path / "near.txt", tmp_path / "by.txt", "--out", out)
+    refused(lambda: run_prepare(*given), "--heldout 0.05", "2 in 1 group", "--heldout 0")
     refused(lambda: run_prepare("--out", out), "no input", error=ConfigError)
     refused(lambda: run_prepare("--builtin", "--out", out, "--heldout", 1), "--heldout 1.0", error=ConfigError)
     refused(lambda: run_prepare("--builtin", "--out", out, "--vocab", 9), "--vocab 9", error=ConfigError)
+    refused(lambda: run_prepare(tmp_path / "one.txt"), "needs --out DIR", error=ConfigError)
+    refused(lambda: run_prepare(tmp_path / "one.txt", "--out", out, "--tokenizer", "bep"), "'bep'", error=ConfigError)
     (tmp_path / "file").write_text("x")
     refused(lambda: run_prepare(tmp_path / "one.txt", "--out", tmp_path / "file"), "another --out")
+    given = (tmp_path / "blank.txt", "--out", out, "--tokenizer", tmp_path / "file")
+    refused(lambda: run_prepare(*given), "is not a tokenizer.json")  # before anything is read
     assert not out.exists()
 
 
@@ -323,6 +348,7 @@ def test_the_command_is_written_down_and_makes_the_same_again(source, tmp_path, 
         (("--shard-mib", 1e6), "--shard-mib 1000000.0"),
         (("--heldout", "nan"), "--heldout nan must be in [0, 1)"),
         (("--heldout", "-0.1"), "--heldout -0.1"),
+        (("--heldout", 5), "--heldout 5.0 must be in [0, 1): 5 % is 0.05"),
         (("--seed", -1), "--seed -1 must be in [0, 9223372036854775807]"),
         (("--seed", 2**64), "--seed 18446744073709551616"),
         (("--field", ""), "--field ''"),
@@ -341,7 +367,58 @@ def test_a_corpus_inside_an_input_folder_is_no_input(source, tmp_path, capsys):
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [("inptu.txt", "input.txt"), ("INPUT.TXT", "input.txt"), ("Texte/deep/a.txt", "texts/deep/a.txt"), ("x", None)],
+)
+def test_a_mistyped_path_is_answered_with_the_near_one(tmp_path, mistyped, meant):
+    (tmp_path / "input.txt").write_text("a")
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        run_prepare(tmp_path / mistyped, "--out", tmp_path / "out")
+    said = str(caught.value)
+    assert f"(did you mean {str(tmp_path / meant)!r}?)" in said if meant else "mean" not in said
+    with pytest.raises(DataError, match="download it first"):
+        run_prepare("https://example.org/input.txt", "--out", tmp_path / "out")
+
+
+def test_progress_goes_from_nothing_to_all_of_each_phase(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    class Bar:
+        drawn = True
+
+        def __init__(self, what):
+            seen.append((what, 0, 0, ""))
+
+        def update(self, done, total, text):
+            seen.append((seen[-1][0], done, total, text))
+
+        def close(self):
+            seen.append((seen[-1][0], None, None, "closed"))
+
+    monkeypatch.setattr("mlm_mpi.commands.prepare.live", Bar)
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 5000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "long.txt").write_text("".join(sentences(n, 100) for n in range(40)))
+    (tmp_path / "in" / "more.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": sentences(99, 9000)}).encode()))
+    run_prepare(tmp_path / "in", "--out", tmp_path / "out", "--vocab", 300, "--shard-mib", 0.01)
+    phases = ["cleaning", "cutting", "tokenizer", "shards"]
+    assert list(dict.fromkeys(name for name, *_ in seen)) == phases
+    for phase in phases:
+        told = [(done, total) for name, done, total, text in seen if name == phase and text not in ("", "closed")]
+        assert len(told) > 2 and told == sorted(told) and len({total for _, total in told}) == 1
+        assert told[-1][0] >= 0.8 * told[-1][1] and 0 <= told[0][0] <= 0.5 * told[0][1]
+        assert [text for name, *_, text in seen if name == phase][-1] == "closed"
+    size = sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+    assert [total for name, _, total, _ in seen if name == "cleaning"][1] == size
+    before = len(seen)
+    (tmp_path / "in" / "a.pdf").write_bytes(b"%PDF-1.7")
+    refused(lambda: run_prepare(tmp_path / "in", "--out", tmp_path / "out"), "leave it out by a glob")
+    assert seen[before:][-1][3] == "closed"
+
+
 def test_more_shards_than_can_be_read_are_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_MOST_SHARDS", 9)
+    monkeypatch.setattr(arranging, "_MOST_SHARDS", 9)
     refused(lambda: run_prepare(source, "--out", tmp_path / "out", "--shard-mib", 1e-6), "40 shards", "at most 9")
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ LAB = Path(__file__).parent / "lab"
 LAB_FOLDER = Path("/run/lab")
 SCRIPT = Path(__file__).parents[2] / "jobs" / "train.sbatch"
 TIMEOUT_S = 120
-STEPS = 500  # five seconds on two ranks of two cores
+STEPS = 500  # 5 to 40 seconds on two ranks of two cores
 SETTINGS = (f"train.steps={STEPS}", "eval.every=100000", "log.every=100")
 
 # two nodes share the cores of this machine, so no rank may spin
@@ -47,19 +47,29 @@ class Job:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def wait(self, what: Callable[[], bool]) -> None:
-        """Returns when it is so."""
-        end = time.monotonic() + TIMEOUT_S
+        """Returns when it is so. Patience ends `TIMEOUT_S` after the last step, for the machine may be busy."""
+        seen, end = -1, 0.0
         while not what():
-            assert time.monotonic() < end, f"not within {TIMEOUT_S} s:\n{self.text()}"
+            if seen != self.steps():
+                seen, end = self.steps(), time.monotonic() + TIMEOUT_S
+            assert time.monotonic() < end, f"nothing happens for {TIMEOUT_S} s:\n{self.text()}"
             time.sleep(0.1)
 
     def steps_are_made(self, number: int = 20) -> None:
         self.wait(lambda: self.steps() >= number)
 
+    def record(self) -> str:
+        """What Slurm says of it."""
+        return command("scontrol", "show", "job", self.number)
+
+    def requeued(self, number: int = 1) -> None:
+        """Asserts that its log says so."""
+        assert f"train.sbatch: requeued, {number} of 50\n" in self.text()
+
     def leaves(self, state: str, restarts: int | None = None) -> None:
         """Waits until none of its processes is left, then asserts what Slurm says of it and that its log is clean."""
         self.wait(lambda: not command("squeue", "-h", "--states=RUNNING,COMPLETING", f"--jobs={self.number}"))
-        text = command("scontrol", "show", "job", self.number)
+        text = self.record()
         assert f"JobState={state} " in text, text + self.text()
         assert restarts is None or f" Restarts={restarts} " in text, text + self.text()
         assert b"\0" not in self.log.read_bytes()
@@ -81,12 +91,17 @@ class Job:
 class Cluster(Place):
     """A folder from which jobs are submitted."""
 
-    def submit(self, *options: str, **environment: str) -> Job:
-        """A training of `STEPS` steps with the run folder "läufe/ein Lauf"."""
+    def submit(self, *options: str, run: str = "läufe/ein Lauf", plain: Path | None = None, **environment: str) -> Job:
+        """A training of `STEPS` steps. `options` are sbatch's, and further settings a.b=c.
+
+        The script submits itself with a site file of this folder. `plain`: this copy of it is given to sbatch alone.
+        """
         (self.folder / "site.sh").write_text(SITE)
-        words = ["--parsable", "--job-name=job", "--output=%x-%j.log", "--cpus-per-task=1", *options]
-        _, config, _, *rest = self.words("läufe/ein Lauf", None, *SETTINGS)
-        number = command(
-            "sbatch", *words, SCRIPT, config, *rest, cwd=self.folder, **{"SITE": "./site.sh"} | environment
-        ).strip()
-        return Job(number, self.folder / "läufe/ein Lauf", self.folder / f"job-{number}.log")
+        own = ["--job-name=job", "--cpus-per-task=1", *(word for word in options if word.startswith("-"))]
+        _, config, _, *rest = self.words(run, None, *SETTINGS, *(word for word in options if not word.startswith("-")))
+        words = ["sbatch", *own, plain, config, *rest] if plain else [SCRIPT, *own, config, *rest]
+        out = command(*words, cwd=self.folder, **({} if plain else {"SITE": "./site.sh"}) | environment)
+        return self.job(re.findall(r"Submitted batch job (\d+)", out)[0], run)
+
+    def job(self, number: str, run: str) -> Job:
+        return Job(number, self.folder / run, self.folder / run / f"slurm-{number}.log")

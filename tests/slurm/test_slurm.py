@@ -14,13 +14,16 @@ setting of ProctrackType only; with cgroup, what most clusters have, and pgid Sl
 KillWait seconds after SIGTERM comes SIGKILL. `scontrol requeue` would revive a job that is being cancelled.
 """
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
-from cluster import LAB, LAB_FOLDER, STEPS, Cluster, command
+from cluster import LAB, LAB_FOLDER, SCRIPT, SITE, STEPS, Cluster, command
 
 ONE_WAY = pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
 EACH_WAY = pytest.mark.parametrize("slurm", ["linuxproc", "pgid"], indirect=True)
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -32,6 +35,7 @@ def test_the_time_limit_saves_and_the_requeued_job_goes_on(cluster: Cluster, und
     job = cluster.submit(*TWO_NODES, "--time=1", "--signal=B:USR1@29")
     job.steps_are_made(1)
     job.leaves("PENDING", restarts=1)
+    job.requeued()
     assert job.saved() < STEPS
     job.wait(lambda: (job.run / "DONE").exists())
     job.leaves("COMPLETED")
@@ -55,7 +59,9 @@ def test_scancel_on_two_nodes_saves_and_another_job_goes_on_with_three_ranks(clu
 
 @EACH_WAY
 @pytest.mark.parametrize(
-    ("launch", "nodes"), [("mpirun", ("--nodes=1", "--ntasks-per-node=2")), ("srun", TWO_NODES)], ids=["mpirun", "srun"]
+    ("launch", "nodes"),
+    [("mpirun", ONE_NODE), ("srun", ONE_NODE), ("srun", TWO_NODES)],
+    ids=["mpirun", "srun", "srun2"],
 )
 def test_scancel_saves_on_one_node_and_under_srun(cluster: Cluster, launch: str, nodes: tuple[str, ...]):
     job = cluster.submit(*nodes, LAUNCH=launch)
@@ -93,5 +99,86 @@ def test_a_lost_daemon_is_one_line_and_the_job_is_requeued(cluster: Cluster):
     job.steps_are_made()
     command(LAB, "exec", "node2", "pkill", "-KILL", "-x", "prted")
     job.leaves("PENDING", restarts=1)
+    job.requeued()
     lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi run:")]
     assert lines == ["mlm-mpi run: lost node2; start again to go on from the last checkpoint"]
+
+
+@ONE_WAY
+def test_a_lost_node_ends_the_job_which_goes_on_when_the_node_is_back(cluster: Cluster, undisturbed: str):
+    """A power loss: nobody resets a connection, so Slurm is the first to know, and requeues the job by itself."""
+    job = cluster.submit(*TWO_NODES, "checkpoint.every=20")
+    job.steps_are_made(60)
+    command(LAB, "crash", "node2")
+    try:
+        job.leaves("PENDING", restarts=1)
+        assert "DUE TO NODE FAILURE" in job.text()
+    finally:
+        command(LAB, "boot", "node2")
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED")
+    assert job.weights() == undisturbed
+
+
+@ONE_WAY
+def test_plain_sbatch_from_any_folder_finds_the_site_beside_the_original(
+    cluster: Cluster, tmp_path: Path, undisturbed: str
+):
+    """As pip installs it. Two nodes without a number of ranks: one on each. Slurm's own log says where the log is."""
+    home = tmp_path / "ein env" / "jobs"
+    (home / "sites").mkdir(parents=True)
+    shutil.copy(SCRIPT, home)
+    (home / "sites" / "example.sh").write_text(SITE)
+    job = cluster.submit("--nodes=2", plain=home / SCRIPT.name)
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED", restarts=0)
+    assert f"ranks: 2 on 2 node(s), 1 CPUs each, 0 GPUs a node; site: {home}/sites/example.sh\n" in job.text()
+    assert job.weights() == undisturbed
+    slurms = (cluster.folder / f"job-{job.number}.log").read_text()
+    assert slurms == f"train.sbatch: the log is {job.log.relative_to(cluster.folder)}\n"
+
+
+@ONE_WAY
+def test_the_last_task_of_an_array_is_requeued_alone(cluster: Cluster, undisturbed: str):
+    """Its SLURM_JOB_ID is that of the whole array."""
+    array = cluster.submit("--array=1-2", "--ntasks=1", "log.every=10%a", run="läufe/%a")
+    first, last = (cluster.job(f"{array.number}_{task}", f"läufe/{task}") for task in (1, 2))
+    last.steps_are_made()
+    command("scancel", "--batch", "--signal=USR1", last.number)
+    last.leaves("PENDING", restarts=1)
+    last.requeued()
+    assert last.saved() < STEPS
+    for job, restarts in ((first, 0), (last, 1)):
+        job.wait(lambda run=job.run: (run / "DONE").exists())
+        job.leaves("COMPLETED", restarts)
+        assert job.weights() == undisturbed
+    assert {path.name for path in last.run.parent.iterdir()} == {
+        "1", "2", f"slurm-{first.number}.log", f"slurm-{last.number}.log"
+    }  # fmt: skip
+    assert "every = 102\n" in (last.run / "config.toml").read_text()
+
+
+@ONE_WAY
+def test_gpus_get_a_rank_each_and_the_trainer_its_device(cluster: Cluster):
+    """The two GPUs of a node are files, and there is no CuPy: what the trainer says of that shows how it was asked."""
+    job = cluster.submit("--gres=gpu:2", "backend.device=gpu")
+    job.leaves("FAILED", restarts=0)
+    assert " TresPerNode=gres:gpu:2\n" in job.record()
+    assert "ranks: 2 on 1 node(s), 1 CPUs each, 2 GPUs a node; " in job.text()
+    assert "CuPy" in job.text() and "train.sbatch: exit code 2, " in job.text()
+
+
+@ONE_WAY
+def test_partition_and_account_come_from_the_site_file_and_ranks_from_slurm(cluster: Cluster):
+    """Nodes have 4 CPUs, so 8 ranks would never start. Nor will this job: its 4 hours exceed the partition's limit."""
+    (cluster.folder / "short.sh").write_text(f"{SITE}export SBATCH_PARTITION=short SBATCH_ACCOUNT=physics\n")
+    words = [SCRIPT, "--cpus-per-task=2", cluster.config, "runs/a"]
+    out = command("bash", "-c", '"$@" 2>&1', "bash", *words, cwd=cluster.folder, SITE="short.sh")
+    number = out.split()[3].rstrip(",")
+    record = command("scontrol", "show", "job", number)
+    command("scancel", number)
+    assert all(f"{fact} " in record for fact in ("   Partition=short", " Account=physics", " NumTasks=2"))
+    assert out.splitlines() == [
+        f"Submitted batch job {number}, --ntasks=2, log: runs/a/slurm-{number}.log",
+        f"train.sbatch: as it is it will never start (PartitionTimeLimit): scancel {number}, and change that",
+    ]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import CUPY
 from mlm_mpi.errors import ConfigError
 
 SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
@@ -99,7 +100,7 @@ def _check_compiler(cupy: Any, architecture: str) -> None:
     try:
         version = cupy.cuda.nvrtc.getVersion()
     except RuntimeError:  # cuda.pathfinder's DynamicLibNotFoundError
-        raise ConfigError("CuPy finds no NVRTC to compile kernels with: pip install 'mlm-mpi[cuda13]'") from None
+        raise ConfigError(f"CuPy finds no NVRTC to compile kernels with: {CUPY}") from None
     if architecture.endswith("a") and version < SPECIFIC_SINCE:
         found, needed = (".".join(map(str, numbers)) for numbers in (version, SPECIFIC_SINCE))
         raise ConfigError(

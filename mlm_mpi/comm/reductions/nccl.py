@@ -3,6 +3,8 @@
 from mlm_mpi.backend.arrays import nccl
 from mlm_mpi.comm.buckets import Bucket, OneBuffer, Reduction, Setup
 
+DEVICE = "gpu"  # what backend.device has to be
+
 
 def build(setup: Setup) -> Reduction:
     return Nccl(setup)

@@ -3,7 +3,7 @@
     SUFFIXES = (".pipe",)          # the names it takes, without the .gz, .xz, .bz2, .zst of compression
 
 
-    def documents(content):        # a `decoding.Content`; gives one str after another
+    def documents(content):        # a `decoding.Content`; gives one str (or `decoding.NoText`) after another
         yield from content.text().split("\\n|||\\n")
 
 One rank reads a file as a whole. Where `SHARED = True`, all ranks read it and each keeps every size-th document: for
