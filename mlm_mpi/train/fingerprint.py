@@ -23,11 +23,10 @@ from mlm_mpi.config.rules import shares
 
 # facts that a configuration decides -> its key
 _KEYS = {
-    "threads": "numerics.threads", "level": "numerics.level", "products": "numerics.products", "dtype": "train.dtype",
-    "micro_batches": "train.micro_batches", "rows": "train.rows", "lanes": "train.lanes",
+    "threads": "numerics.threads", "products": "numerics.products", "shares": "numerics.shares",
+    "dtype": "train.dtype", "micro_batches": "train.micro_batches", "rows": "train.rows", "lanes": "train.lanes",
     "reduction": "comm.reduction",
 }  # fmt: skip
-
 # ops whose reference has the kernel's bits: one IEEE operation after another on each element (tests/serial/
 # test_fingerprint.py)
 _SAME = frozenset({"cast", "dropout", "embedding", "sgd", "sums"})

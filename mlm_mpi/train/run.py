@@ -137,8 +137,11 @@ class Run:
     def _about(self) -> dict[str, Any]:
         return self.task.about() | {
             "config": configuration.to_table(self.config), "fingerprint": self.facts,
-            "incomparable": self.incomparable, "plugins": dict(self.plugins.used),
+            "incomparable": self._why_incomparable(), "plugins": dict(self.plugins.used),
         }  # fmt: skip
+
+    def _why_incomparable(self) -> str | None:
+        return self.incomparable or unforeseen(self.facts, registry.fallbacks())
 
     def _resume(self) -> Manifest | None:
         """Restores the newest sound checkpoint, if there is one. Collective."""
@@ -183,7 +186,6 @@ class Run:
     def _report(self, step: int, ledger: Ledger) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
         weights = self._weights()
-        self.incomparable = self.incomparable or unforeseen(self.facts, registry.fallbacks())
         if self.group.rank == 0:
             if step >= self.config.train.steps:
                 self.folder.finish(step, weights)
@@ -196,7 +198,7 @@ class Run:
                 self._draw_curve()
             self._say_what_was_handed_on()
             ledger.finish()
-            self._say_hashes(self.facts, weights, self.incomparable)
+            self._say_hashes(self.facts, weights, self._why_incomparable())
         return 0
 
     def _say_complete(self, manifest: Manifest, when: str) -> int:

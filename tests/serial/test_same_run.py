@@ -6,7 +6,7 @@ from mlm_mpi import config
 from mlm_mpi.train.fingerprint import differences
 from mlm_mpi.train.same_run import config_differences
 
-ONE: dict[str, Any] = {"blas": ["openblas 0.3"], "level": "auto", "reduction": "canonical", "threads": 1}
+ONE: dict[str, Any] = {"blas": ["openblas 0.3"], "reduction": "canonical", "threads": 1}
 
 
 def test_a_changed_reduction_is_named_and_not_the_ranks_that_come_with_it() -> None:
@@ -22,7 +22,7 @@ def test_a_setting_is_named_by_its_key_and_the_machine_by_its_part() -> None:
 
 
 def test_every_setting_of_the_fingerprint_has_the_name_of_a_key() -> None:
-    facts = ("threads", "level", "products", "dtype", "micro_batches", "rows", "lanes", "reduction")
+    facts = ("threads", "products", "shares", "dtype", "micro_batches", "rows", "lanes", "reduction")
     changed = dict.fromkeys(facts, "x")
     keys = {line.partition(":")[0] for line in differences(changed, dict.fromkeys(changed, "y"))}
     table = config.to_table(config.load(None))
