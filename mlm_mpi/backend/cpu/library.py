@@ -24,7 +24,7 @@ SIGNATURES = {
     "attention_forward": 6 * "p" + "fpp",
     "attention_work": "nn",
     "clip_squares": "nnpp",
-    "crossentropy_rows": "nnpppip",
+    "crossentropy_rows": "nnpppinp",
     "dropout_forward": "nppnpp",
     "dropout_mask": "npnp",
     "embedding_backward": "nnppp",
@@ -36,7 +36,7 @@ SIGNATURES = {
     "linear_bias_gradient": "nnppi",
     "matmul_bf16": "pp",
     "matmul_float32": "pp",
-    "matmul_work": "nnn",
+    "matmul_work": "p",
     "sums_tree": "nnppp",
 }
 
