@@ -10,15 +10,16 @@ INLINE uint32_t round_to_bf16(uint32_t x) {
     return size_of < 0x00800000u ? x >> 31 << 15 : nearest;
 }
 
-/* A packed strip (steps, width) of floats becomes one of words, in its own place; an odd step out is paired with 0. */
-INLINE void pair_steps(size steps, const int width, float *strip) {
+/* A packed strip (steps, width) of floats becomes one of words, in its own place or before it; an odd step out is paired
+ * with 0. */
+INLINE void pair_steps(size steps, const int width, const float *strip, float *to) {
     for (size i = 0; i < steps; i += 2) {
         uint32_t even[2 * LANES], odd[2 * LANES] = {0}; /* no strip is wider at any level */
         const size bytes = (size_t)width * sizeof *strip;
         memcpy(even, strip + i * width, bytes);
         if (i + 1 < steps) memcpy(odd, strip + (i + 1) * width, bytes);
         for (int lane = 0; lane < width; lane++) even[lane] = round_to_bf16(even[lane]) | round_to_bf16(odd[lane]) << 16;
-        memcpy(strip + i / 2 * width, even, bytes);
+        memcpy(to + i / 2 * width, even, bytes);
     }
 }
 

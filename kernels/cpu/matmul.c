@@ -3,7 +3,7 @@
 
 #include "product.h"
 
-size EXPORT(matmul_work)(size m, size n, size k) { return product_work(m, n, k); }
+size EXPORT(matmul_work)(const struct product *p) { return product_work(p); }
 
 #ifndef BF16_INSTRUCTION
 void EXPORT(matmul_float32)(const struct product *p, float *work) { product(0, p, work); }

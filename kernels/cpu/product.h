@@ -5,10 +5,14 @@
  * Sources: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee, van de Geijn,
  * "BLIS", 2015. Sizes were measured on Zen 3 (LOG.md); the tile for AVX-512, 12 x 32, is that of BLIS, unmeasured.
  *
- * The order of additions is that of this text: for each DEPTH of k a chain of multiply-adds over ascending k that
- * starts at zero; the chains are added, in order, to start = (bias + base), or to zero. Tiles, bands, strips and
- * the other rows do not enter, so that every level with a fused multiply-add gives the same bits, on any number of
- * threads. c overlaps neither a nor b. */
+ * The order of additions is that of this text, for each element of c by itself. k consists of `segments` equal segments,
+ * each of `shares` equal shares; share g of k is the g-th of every segment, one behind the other. A share is summed as
+ * if it were all there is: for each DEPTH of it a chain of multiply-adds over ascending steps that starts at zero; the
+ * chains are added in order. A tree joins the shares, a power of two: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)).
+ * start = ((0 + bias) + base). Where c is to be `complete`, start + the joined sum is c; otherwise there is one share,
+ * whose chains are added to start one by one. Tiles, bands, strips, planes and the other rows do not enter, so that every level
+ * with a fused multiply-add gives the same bits, on any number of threads, and who has the operands of a share has its
+ * sum. c overlaps neither a nor b. */
 #if W == 16 || defined(__aarch64__)
 #define TALL 12 /* rows of a tile: 24 vectors of sums in 32 registers */
 #else
@@ -17,7 +21,9 @@
 #define DEPTH 384
 #define BAND 96
 #define STRIP 2048
+#define WAITING (1 << 21) /* floats of a plane of sums that wait: 8 MiB */
 #define SPELL 16 /* steps from one prefetch to the next: 24 of them in a whole DEPTH */
+#define HALVINGS 6 /* of the tree: 64 shares at most */
 #define LATE 96  /* so many steps before the end c is fetched: earlier, the panel drives it out of L1 again */
 
 typedef float quad __attribute__((vector_size(16)));
@@ -36,12 +42,67 @@ struct plane {
 
 /* What a product starts from; bias (n) and base (m, n) may be absent. c has column stride 1, as has base. */
 struct product {
-    size m, n, k;
+    size m, n, k, shares, segments, complete;
     struct plane a, b, c, base;
     const float *bias;
 };
 
 INLINE const float *at(const struct plane *p, size row, size column) { return p->x + row * p->row + column * p->column; }
+
+/* ---- the order of k ---- */
+
+/* What is packed of k at a time: a part of a share, or so many whole ones as the tree joins to one sum. The tree's sums
+ * are formed like the carries of a binary counter; those that wait for their other half are planes 0, 1, ... */
+struct stretch {
+    size first, chains, steps; /* so many chains of so many steps each, from step `first` of the order on */
+    int top, to;               /* planes top - 1, ..., `to` join its sum in turn, and plane `to` takes it */
+    int start, last;           /* whether the start joins it too; whether c takes it */
+};
+
+/* Shares that one stretch holds. */
+static size shares_together(size share, size shares) {
+    size count = 1;
+    while (2 * count * share <= DEPTH && 2 * count <= shares) count *= 2;
+    return count;
+}
+
+static struct stretch stretch_at(const struct product *p, size first) {
+    const size share = p->k / p->shares, chains = shares_together(share, p->shares), whole = chains * share;
+    const size number = first / whole, inside = first % whole, steps = chains > 1 ? share : least(DEPTH, share - inside);
+    const int ends = inside + chains * steps == whole;
+    int waiting = 0, joins = 0;
+    for (size n = number; n; n >>= 1) waiting += n & 1;
+    for (size n = number + 1; ends && !(n & 1) && joins < waiting; n >>= 1) joins++;
+    const int last = first + chains * steps == p->k;
+    return (struct stretch){
+        first, chains, steps, waiting + (inside > 0), waiting - joins, p->complete ? last : first == 0, last};
+}
+
+/* Whether what c starts from is in c, and must stay there until all is summed. */
+static int starts_from_itself(const struct product *p) {
+    return p->base.x == p->c.x && p->complete && stretch_at(p, 0).last == 0;
+}
+
+/* Planes that need memory of their own: c is the first one if it can be. */
+static size waiting_planes(const struct product *p) {
+    const size share = p->k / p->shares;
+    size planes = starts_from_itself(p);
+    for (size sums = p->shares / shares_together(share, p->shares); sums > 1; sums /= 2)
+        planes += sums > 2 || share > DEPTH;
+    return planes;
+}
+
+/* Where in k a step of the order is, and how many lie one behind the other from there on. */
+INLINE size place(const struct product *p, size step) {
+    const size run = p->k / (p->shares * p->segments), part = step / run;
+    if (p->segments == 1) return step;
+    return (part % p->segments * p->shares + part / p->segments) * run + step % run;
+}
+
+INLINE size run_from(const struct product *p, size step) {
+    const size run = p->segments == 1 ? p->k : p->k / (p->shares * p->segments);
+    return run - step % run;
+}
 
 /* ---- packing: strips of `width` lanes, element (i, lane) of a strip at i * width + lane, missing lanes zero ---- */
 
@@ -86,24 +147,26 @@ INLINE void turn_strip(size steps, const float *from, size lane, const int width
     gather(steps - whole, width, from + whole, 1, lane, width, to + whole * width);
 }
 
-INLINE void pack_strips(size steps, size lanes, const float *from, size step, size lane, const int width, float *to) {
+/* Strips lie `apart` steps from one another. */
+INLINE void pack_strips(
+    size steps, size lanes, const float *from, size step, size lane, const int width, size apart, float *to) {
     const size whole = lanes - lanes % width;
     if (lane == 1) /* a step of all strips at once: it lies in one piece, and steps may be far apart */
         for (size i = 0; i < steps; i++)
             for (size j = 0; j < whole; j += width) {
-                float *strip = to + j * steps + i * width;
+                float *strip = to + j * apart + i * width;
                 __builtin_prefetch(strip + 24, 1); /* its next line: stores that miss L1 wait for one another */
                 memcpy(strip, from + i * step + j, (size_t)width * sizeof *to);
             }
     else
         for (size j = 0; j < whole; j += width)
             if (step == 1)
-                turn_strip(steps, from + j * lane, lane, width, to + j * steps);
+                turn_strip(steps, from + j * lane, lane, width, to + j * apart);
             else
-                gather(steps, width, from + j * lane, step, lane, width, to + j * steps);
+                gather(steps, width, from + j * lane, step, lane, width, to + j * apart);
     if (whole < lanes) {
-        memset(to + whole * steps, 0, (size_t)(steps * width) * sizeof *to);
-        gather(steps, lanes - whole, from + whole * lane, step, lane, width, to + whole * steps);
+        memset(to + whole * apart, 0, (size_t)(steps * width) * sizeof *to);
+        gather(steps, lanes - whole, from + whole * lane, step, lane, width, to + whole * apart);
     }
 }
 
@@ -137,47 +200,102 @@ INLINE void accumulate(const int pairs, vf sum[TALL][2], size words, const float
     }
 }
 
-/* c (TALL, PANEL) = bias + base + a b, of packed a (words, TALL) and b (words, PANEL); base may be absent. */
-INLINE void tile_of(
-    const int pairs, size words, const float *a, const float *b, struct ahead ahead, const float *bias,
-    const float *base, size base_row, float *c, size row) {
-    vf sum[TALL][2];
+/* Of a strip of c: itself, what it starts from, and the planes of sums that wait. */
+struct sums {
+    struct plane c, base, plane[HALVINGS + 1];
+    const float *bias;
+};
+
+INLINE const struct plane *target_of(const struct stretch *k, const struct sums *s) {
+    return k->last ? &s->c : &s->plane[k->to];
+}
+
+/* What waits for the sums of a tile at (i, j) joins them, and they go where they belong. */
+INLINE void put_sums(vf sum[TALL][2], const struct stretch *k, const struct sums *s, size i, size j) {
+    for (int t = k->top; t-- > k->to;) {
+        const float *x = at(&s->plane[t], i, j);
 #pragma GCC unroll 12
-    for (int r = 0; r < TALL; r++) sum[r][0] = sum[r][1] = splat(0);
-    const size whole = words - words % SPELL, late = most(0, whole - LATE);
-    for (size i = 0; i < whole; i += SPELL, ahead.line += ahead.step) {
-        __builtin_prefetch(ahead.line, 0, 2);
-        if (i == late)
-            for (int r = 0; r < TALL; r++) {
-                __builtin_prefetch(c + r * row, 1);
-                __builtin_prefetch(c + r * row + PANEL - 1, 1);
-            }
-        accumulate(pairs, sum, SPELL, a + i * TALL, b + i * PANEL);
+        for (int r = 0; r < TALL; r++, x += s->plane[t].row)
+            sum[r][0] = load(x) + sum[r][0], sum[r][1] = load(x + W) + sum[r][1];
     }
-    accumulate(pairs, sum, words - whole, a + whole * TALL, b + whole * PANEL);
-    const vf bias0 = load(bias), bias1 = load(bias + W);
+    if (k->start) {
+        vf bias0 = splat(0), bias1 = splat(0);
+        if (s->bias) bias0 += load(s->bias + j), bias1 += load(s->bias + j + W);
+        const float *base = s->base.x ? at(&s->base, i, j) : 0;
 #pragma GCC unroll 12
-    for (int r = 0; r < TALL; r++, c += row) {
-        vf start0 = bias0, start1 = bias1;
-        if (base) {
-            start0 += load(base + r * base_row);
-            start1 += load(base + r * base_row + W);
+        for (int r = 0; r < TALL; r++) {
+            vf start0 = bias0, start1 = bias1;
+            if (base) {
+                start0 += load(base + r * s->base.row);
+                start1 += load(base + r * s->base.row + W);
+            }
+            sum[r][0] = start0 + sum[r][0];
+            sum[r][1] = start1 + sum[r][1];
         }
-        store(c, start0 + sum[r][0]);
-        store(c + W, start1 + sum[r][1]);
+    }
+    const struct plane *target = target_of(k, s);
+    float *to = (float *)at(target, i, j);
+#pragma GCC unroll 12
+    for (int r = 0; r < TALL; r++, to += target->row) store(to, sum[r][0]), store(to + W, sum[r][1]);
+}
+
+INLINE void fetch_tile(const struct plane *p, size i, size j) {
+    const float *x = at(p, i, j);
+    for (int r = 0; r < TALL; r++, x += p->row) {
+        __builtin_prefetch(x, 1);
+        __builtin_prefetch(x + PANEL - 1, 1);
+    }
+}
+
+INLINE void fetch_sums(const struct stretch *k, const struct sums *s, size i, size j) {
+    fetch_tile(target_of(k, s), i, j);
+    for (int t = k->to; t < k->top; t++) fetch_tile(&s->plane[t], i, j);
+}
+
+/* The tile of c (TALL, PANEL) at (i, j), of packed a (chains * words, TALL) and b (chains * words, PANEL). */
+INLINE void tile_of(
+    const int pairs, size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k,
+    const struct sums *s, size i, size j) {
+    const size whole = words - words % SPELL, late = most(0, whole - LATE);
+    float held[HALVINGS][TALL * PANEL] __attribute__((aligned(64))); /* sums of shares that wait for the next */
+    int holds = 0;
+    for (size chain = 1;; chain++) {
+        vf sum[TALL][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < TALL; r++) sum[r][0] = sum[r][1] = splat(0);
+        for (size at = 0; at < whole; at += SPELL, ahead.line += ahead.step) {
+            __builtin_prefetch(ahead.line, 0, 2);
+            if (at == late && chain == k->chains) fetch_sums(k, s, i, j);
+            accumulate(pairs, sum, SPELL, a + at * TALL, b + at * PANEL);
+        }
+        accumulate(pairs, sum, words - whole, a + whole * TALL, b + whole * PANEL);
+        for (size n = chain; !(n & 1); n >>= 1) {
+            const float *x = held[--holds];
+#pragma GCC unroll 12
+            for (int r = 0; r < TALL; r++, x += PANEL)
+                sum[r][0] = load(x) + sum[r][0], sum[r][1] = load(x + W) + sum[r][1];
+        }
+        if (chain == k->chains) {
+            put_sums(sum, k, s, i, j);
+            return;
+        }
+        float *x = held[holds++];
+#pragma GCC unroll 12
+        for (int r = 0; r < TALL; r++, x += PANEL) store(x, sum[r][0]), store(x + W, sum[r][1]);
+        a += words * TALL, b += words * PANEL;
     }
 }
 
 static __attribute__((noinline)) void float_tile(
-    size words, const float *a, const float *b, struct ahead ahead, const float *bias, const float *base,
-    size base_row, float *c, size row) {
-    tile_of(0, words, a, b, ahead, bias, base, base_row, c, row);
+    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
+    size j) {
+    tile_of(0, words, a, b, ahead, k, s, i, j);
 }
 
 static __attribute__((noinline)) void bf16_tile(
-    size words, const float *a, const float *b, struct ahead ahead, const float *bias, const float *base,
-    size base_row, float *c, size row) {
-    tile_of(1, words, a, b, ahead, bias, base, base_row, c, row);
+    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
+    size j) {
+    tile_of(1, words, a, b, ahead, k, s, i, j);
 }
 
 /* ---- blocks ---------------------------------------------------------------------------------------------------- */
@@ -190,87 +308,122 @@ INLINE struct ahead lines(const float *from, size step, size lane, size turn) {
     return (struct ahead){from + turn % FLOATS * SPELLS * step + turn / FLOATS * FLOATS + FLOATS - 1, step};
 }
 
-/* A block of the product at (i, j), after the steps before k. */
-struct block {
-    size i, j, k, rows, columns, steps;
-};
-
-/* The part of c that a block is, and what it starts from: the bias, and base or what earlier steps have left in c. */
-struct start {
-    float *c;
-    const float *bias, *base;
-    size base_row;
-};
-
-INLINE struct start start_of(const struct product *p, const struct block *b) {
-    const struct plane *base = b->k ? &p->c : &p->base;
-    return (struct start){
-        p->c.x + b->i * p->c.row + b->j, p->bias && b->k == 0 ? p->bias + b->j : 0,
-        base->x ? base->x + b->i * base->row + b->j : 0, base->row};
+INLINE void copy_rows(size rows, size columns, const float *from, size row, float *to, size to_row) {
+    for (size r = 0; r < rows; r++) memcpy(to + r * to_row, from + r * row, (size_t)columns * sizeof *to);
 }
 
-/* A tile, whole or at an edge, where the sums go to a whole one first. */
-INLINE void put_tile(
-    const int pairs, const struct product *p, const struct block *b, const float *left, const float *right,
-    struct ahead ahead) {
-    static const float zeros[PANEL];
-    const size words = pairs ? (b->steps + 1) / 2 : b->steps;
-    const struct start start = start_of(p, b);
-    float edge[TALL * PANEL];
-    if (b->rows == TALL && b->columns == PANEL) {
-        const float *bias = start.bias ? start.bias : zeros;
-        (pairs ? bf16_tile : float_tile)(
-            words, left, right, ahead, bias, start.base, start.base_row, start.c, p->c.row);
-    } else {
-        (pairs ? bf16_tile : float_tile)(words, left, right, ahead, zeros, 0, 0, edge, PANEL);
-        for (size r = 0; r < b->rows; r++)
-            for (size j = 0; j < b->columns; j++) {
-                float first = start.bias ? start.bias[j] : 0.0f;
-                if (start.base) first += start.base[r * start.base_row + j];
-                start.c[r * p->c.row + j] = first + edge[r * PANEL + j];
-            }
+/* A tile at an edge, (rows, columns): the same on copies that are whole. */
+INLINE void edge_tile(
+    const int pairs, size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k,
+    const struct sums *s, size i, size j, size rows, size columns) {
+    float copies[HALVINGS + 4][TALL * PANEL];
+    struct sums whole = {{copies[0], PANEL, 1}, {0}, {{0}}, 0};
+    memset(copies, 0, sizeof copies);
+    if (k->start && s->bias) {
+        whole.bias = copies[1];
+        copy_rows(1, columns, s->bias + j, 0, copies[1], 0);
     }
+    if (k->start && s->base.x) {
+        whole.base = (struct plane){copies[2], PANEL, 1};
+        copy_rows(rows, columns, at(&s->base, i, j), s->base.row, copies[2], PANEL);
+    }
+    for (int t = k->to; t == k->to || t < k->top; t++) {
+        whole.plane[t] = (struct plane){copies[3 + t], PANEL, 1};
+        if (t < k->top) copy_rows(rows, columns, at(&s->plane[t], i, j), s->plane[t].row, copies[3 + t], PANEL);
+    }
+    (pairs ? bf16_tile : float_tile)(words, a, b, ahead, k, &whole, 0, 0);
+    const struct plane *target = target_of(k, s);
+    copy_rows(rows, columns, target_of(k, &whole)->x, PANEL, (float *)at(target, i, j), target->row);
 }
 
+/* A stretch of lanes, from lane 0 on at `from`, becomes strips of words. */
 INLINE void pack_words(
-    const int pairs, size steps, size lanes, const float *from, size step, size lane, const int width, float *to) {
-    pack_strips(steps, lanes, from, step, lane, width, to);
-    for (size j = 0; pairs && j < lanes; j += width) pair_steps(steps, width, to + j * steps);
+    const int pairs, const struct product *p, const struct stretch *k, size lanes, const float *from, size step,
+    size lane, const int width, float *to) {
+    const size steps = k->chains * k->steps, words = (k->steps + 1) / 2;
+    for (size done = 0, run; done < steps; done += run) {
+        run = least(steps - done, run_from(p, k->first + done));
+        pack_strips(run, lanes, from + place(p, k->first + done) * step, step, lane, width, steps, to + done * width);
+    }
+    for (size j = 0; pairs && j < lanes; j += width)
+        for (size chain = 0; chain < k->chains; chain++) {
+            float *strip = to + j * steps;
+            pair_steps(k->steps, width, strip + chain * k->steps * width, strip + chain * words * width);
+        }
 }
 
 /* Columns of b that are packed at a time: all of a strip, or, where one band of a is all there is, one panel, which is
  * used at once and gives way to the next. */
 static size packed_columns(size m, size n) { return m <= BAND ? PANEL : round_up(least(n, STRIP), PANEL); }
 
-/* Floats of work space. */
-static size product_work(size m, size n, size k) {
-    return 16 + least(k, DEPTH) * (packed_columns(m, n) + round_up(least(m, BAND), TALL));
+/* Floats between rows of a plane that waits: not a power of two, so that the rows of a tile spread over L1. */
+static size waiting_row(size n) { return round_up(least(n, STRIP), PANEL) + 16; }
+
+/* Rows of c whose sums wait at a time. */
+static size herd(size n) { return most(1, WAITING / waiting_row(n) / BAND) * BAND; }
+
+static size packed_floats(const struct product *p) {
+    return least(p->k, DEPTH) * (packed_columns(p->m, p->n) + round_up(least(p->m, BAND), TALL));
 }
 
-/* What a band of a, from row i, adds to a strip of c, from column j, by the steps from k. Its first band packs b. */
+/* Floats of work space. */
+static size product_work(const struct product *p) {
+    const size planes = waiting_planes(p);
+    return 16 + packed_floats(p) + planes * least(p->m, herd(p->n)) * waiting_row(p->n);
+}
+
+/* What a band of a, from row i, adds to a strip of c, from column j, by a stretch of k. Its first band packs b. */
 INLINE void multiply_band(
-    const int pairs, const struct product *p, size i, size j, size k, float *panels, float *band) {
+    const int pairs, const struct product *p, const struct stretch *k, const struct sums *s, size i, size j,
+    float *panels, float *band) {
     const struct plane *a = &p->a, *b = &p->b;
-    const size steps = least(DEPTH, p->k - k), rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);
-    pack_words(pairs, steps, rows, at(a, i, k), a->column, a->row, TALL, band);
+    const size steps = k->chains * k->steps, words = pairs ? (k->steps + 1) / 2 : k->steps, first = place(p, k->first);
+    const size rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);
+    pack_words(pairs, p, k, rows, at(a, i, 0), a->column, a->row, TALL, band);
     size turn = 0;
     for (size across = 0; across < columns; across += PANEL) {
         const size wide = least(PANEL, columns - across), column = j + across;
         float *panel = p->m <= BAND ? panels : panels + across * steps;
-        if (i == 0) pack_words(pairs, steps, wide, at(b, k, column), b->row, b->column, PANEL, panel);
+        if (i == 0) pack_words(pairs, p, k, wide, at(b, 0, column), b->row, b->column, PANEL, panel);
         for (size down = 0; down < rows; down += TALL, turn++) {
-            const struct block block = {i + down, column, k, least(TALL, rows - down), wide, steps};
+            const size tall = least(TALL, rows - down);
+            const float *left = band + down * steps;
             const struct ahead ahead = i == 0
-                ? lines(at(b, k, column + PANEL), b->row, b->column, down / TALL)
-                : lines(at(a, i + BAND, k), a->column, a->row, least(turn, BAND - 1));
-            put_tile(pairs, p, &block, band + down * steps, panel, ahead);
+                ? lines(at(b, first, column + PANEL), b->row, b->column, down / TALL)
+                : lines(at(a, i + BAND, first), a->column, a->row, least(turn, BAND - 1));
+            if (tall == TALL && wide == PANEL)
+                (pairs ? bf16_tile : float_tile)(words, left, panel, ahead, k, s, i + down, across);
+            else
+                edge_tile(pairs, words, left, panel, ahead, k, s, i + down, across, tall, wide);
+        }
+    }
+}
+
+INLINE void multiply_rows(const int pairs, const struct product *p, float *work) {
+    float *panels = align_line(work), *band = panels + least(p->k, DEPTH) * packed_columns(p->m, p->n);
+    const size row = waiting_row(p->n), waiting = waiting_planes(p), own = starts_from_itself(p);
+    float *planes = panels + packed_floats(p);
+    for (size j = 0; j < p->n; j += STRIP) {
+        struct sums sums = {p->c, p->base, {p->c}, p->bias ? p->bias + j : 0};
+        sums.c.x += j, sums.plane[0].x += j;
+        if (sums.base.x) sums.base.x += j;
+        for (size t = 0; t < waiting; t++) sums.plane[t + !own] = (struct plane){planes + t * p->m * row, row, 1};
+        struct stretch k;
+        for (size first = 0; first < p->k; first += k.chains * k.steps) {
+            k = stretch_at(p, first);
+            for (size i = 0; i < p->m; i += BAND) multiply_band(pairs, p, &k, &sums, i, j, panels, band);
         }
     }
 }
 
 INLINE void product(const int pairs, const struct product *p, float *work) {
-    float *panels = align_line(work), *band = panels + least(p->k, DEPTH) * packed_columns(p->m, p->n);
-    for (size j = 0; j < p->n; j += STRIP)
-        for (size k = 0; k < p->k; k += DEPTH)
-            for (size i = 0; i < p->m; i += BAND) multiply_band(pairs, p, i, j, k, panels, band);
+    const size rows = waiting_planes(p) ? herd(p->n) : p->m;
+    for (size i = 0; i < p->m; i += rows) {
+        struct product part = *p;
+        part.m = least(rows, p->m - i);
+        part.a.x += i * p->a.row;
+        part.c.x += i * p->c.row;
+        if (p->base.x) part.base.x += i * p->base.row;
+        multiply_rows(pairs, &part, work);
+    }
 }

@@ -2,9 +2,11 @@
 
 The loss is the turning point of a step: forward and backward of a chunk run together, so that no logits
 are kept and none are computed twice. Losses are *sums* over targets; the division by the global target
-count comes once, after the reduction.
+count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss is summed
+in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +15,17 @@ import numpy as np
 from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import matmul
+from mlm_mpi.ops.tree import joined
 
 GPU_CHUNK_ROWS = 8192  # fills a GPU; logits of 50,304 tokens take 0.8 GB in bfloat16
 CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows cost BLAS more packing than they save
 
 
 @served
-def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
 
-    Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
+    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
     CPU; the CUDA kernel makes its loss NaN.
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
@@ -32,7 +35,7 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     logits -= logits.max(axis=1, keepdims=True)
     wanted = logits[index, targets].copy()
     xp.exp(logits, out=logits)
-    total = logits.sum(axis=1, keepdims=True)
+    total = joined([part.sum(axis=1, keepdims=True) for part in xp.split(logits, shares, axis=1)])
     losses = (xp.log(total[:, 0]) - wanted).astype("f8")
     if gradient:
         logits /= total
@@ -45,10 +48,13 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
     return losses
 
 
+def _rows_at_once(x: Any) -> int:
+    return CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
+
+
 def _chunks(x: Any, mask: Any) -> Iterator[tuple[slice, Any]]:
-    rows_at_once = CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
-    for start in range(0, x.shape[0], rows_at_once):
-        part = slice(start, min(start + rows_at_once, x.shape[0]))
+    for start in range(0, x.shape[0], _rows_at_once(x)):
+        part = slice(start, min(start + _rows_at_once(x), x.shape[0]))
         yield part, None if mask is None else mask[part]
 
 
@@ -61,24 +67,40 @@ def _logits(x: Any, w: Any) -> Any:
     return logits
 
 
-def loss(x: Any, w: Any, targets: Any, mask: Any = None) -> Any:
+def _total(losses: Any, pieces: int) -> Any:
+    # on a CPU rounded once a piece, so that no library's order of summation decides
+    parts = losses.reshape(pieces, -1)
+    if not isinstance(losses, np.ndarray):
+        return joined(list(parts.sum(axis=1)))
+    return np.float64(joined([math.fsum(part) if np.isfinite(part).all() else part.sum() for part in parts]))
+
+
+def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces: int = 1) -> Any:
     """Summed cross-entropy in nats, float64; a GPU is not awaited.
 
-    Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
+    `shares`: of sums over V. `pieces`: of the sum over N. Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
     """
-    total: Any = 0.0
+    losses = module_of(x).empty(x.shape[0])
     for part, some in _chunks(x, mask):
-        total = total + rows(_logits(x[part], w), targets[part], some, gradient=False).sum()
-    return total
+        losses[part] = rows(_logits(x[part], w), targets[part], some, False, shares)
+    return _total(losses, pieces)
 
 
-def loss_and_grad(x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool) -> tuple[Any, Any]:
-    """(summed loss as in `loss`, dx); writes or adds dw. Shapes: as `loss`; dx (N, C). Cost: 6·N·C·V flops."""
-    dx = module_of(x).empty_like(x)
-    total: Any = 0.0
+def loss_and_grad(
+    x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool, shares: int = 1, pieces: int = 1
+) -> tuple[Any, Any]:
+    """(summed loss as in `loss`, dx); writes dw, or adds the whole of it. Shapes: as `loss`; dx (N, C).
+
+    Cost: 6·N·C·V flops; with `accumulate` and more than one chunk, memory for one more dw.
+    """
+    xp = module_of(x)
+    losses, dx, several = xp.empty(x.shape[0]), xp.empty_like(x), x.shape[0] > _rows_at_once(x)
+    whole = xp.empty_like(dw) if accumulate and several else dw
     for part, some in _chunks(x, mask):
         logits = _logits(x[part], w)  # (R, V)
-        total = total + rows(logits, targets[part], some, gradient=True).sum()
-        matmul.add(logits, w, dx[part], accumulate=False)
-        matmul.add(logits.T, x[part], dw, accumulate or part.start > 0)
-    return total, dx
+        losses[part] = rows(logits, targets[part], some, True, shares)
+        matmul.add(logits, w, dx[part], False, shares)
+        matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
+    if whole is not dw:
+        dw += whole
+    return _total(losses, pieces), dx

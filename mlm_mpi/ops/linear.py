@@ -8,9 +8,12 @@ from mlm_mpi.ops import gelu, matmul
 
 
 @served
-def forward(x: Any, w: Any, b: Any, residual: Any = None) -> Any:
-    """Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops."""
-    y = wide(x) @ wide(w)
+def forward(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Any:
+    """Bias and residual join the sum over K, which has so many shares (`ops.matmul`), when it is whole.
+
+    Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops.
+    """
+    y = matmul.summed(x, w, shares)
     y += wide(b)
     if residual is not None:
         y += wide(residual)
@@ -25,12 +28,12 @@ def forward_gelu(x: Any, w: Any, b: Any) -> tuple[Any, Any]:
 
 
 @served
-def backward_input(dy: Any, w: Any, pre: Any = None) -> Any:
+def backward_input(dy: Any, w: Any, pre: Any = None, shares: int = 1, segments: int = 1) -> Any:
     """dx = dy Wᵀ, times gelu'(pre) where x was gelu(pre). Shapes: dy (N, F), w (K, F), pre (N, K) -> (N, K).
 
-    Cost: 2·N·K·F flops.
+    `shares`, `segments`: of the sum over F, as in `ops.matmul`. Cost: 2·N·K·F flops.
     """
-    dx = matmul.product(dy, w.T)
+    dx = matmul.product(dy, w.T, shares, segments)
     return dx if pre is None else gelu.backward(dx, pre, out=dx)
 
 

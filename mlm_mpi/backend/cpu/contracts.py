@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+MOST_SHARES = 64  # HALVINGS of kernels/cpu/product.h
+
 
 def dense(*arrays: Any, dtype: Any = np.float32) -> str:
     """Every array (None is left out) lies in this machine's memory, C-contiguous and aligned, of that dtype."""
@@ -22,6 +24,13 @@ def dense(*arrays: Any, dtype: Any = np.float32) -> str:
 def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
     """Every array (None is left out) has that shape: nothing is broadcast."""
     return "" if all(a is None or a.shape == shape for a in arrays) else "shapes differ"
+
+
+def halved(extent: int, shares: int, segments: int = 1) -> str:
+    """Every segment of an extent has equal shares, which halving again and again gives."""
+    if shares < 1 or shares & (shares - 1) or shares > MOST_SHARES:
+        return f"{shares} shares"
+    return f"{extent} in {segments} x {shares} shares" if extent % (shares * segments) else ""
 
 
 def within(ids: Any, stop: int) -> str:

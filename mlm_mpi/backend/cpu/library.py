@@ -28,7 +28,7 @@ SIGNATURES = {
     "attention_merge": 7 * "p",
     "attention_work": "p",
     "clip_squares": "nnnnpp",
-    "crossentropy_rows": "nnpppip",
+    "crossentropy_rows": "nnpppinp",
     "dropout_forward": "ppppp",
     "dropout_mask": "ppp",
     "embedding_backward": "nnpppp",
@@ -40,7 +40,7 @@ SIGNATURES = {
     "linear_bias_gradient": "nnnppi",
     "matmul_bf16": "pp",
     "matmul_float32": "pp",
-    "matmul_work": "nnn",
+    "matmul_work": "p",
     "sums_tree": "nnppp",
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, shaped
+from mlm_mpi.backend.cpu.contracts import dense, halved, shaped
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.registry import Table
 
@@ -15,33 +15,37 @@ _FLOAT32 = np.dtype(np.float32)
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
 ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
-_Product = ctypes.c_int64 * 16  # struct product of kernels/cpu/product.h, flat
+_Product = ctypes.c_int64 * 19  # struct product of kernels/cpu/product.h, flat
 
 
 def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else (x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
 
 
-def _multiply(lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None) -> None:
+def _multiply(
+    lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1
+) -> None:
     """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
+    order = shares, segments, int(shares > 1 or base is c)
     parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
     edges = [a.shape[0] * part // parts for part in range(parts + 1)]
 
     def multiply(first: int, stop: int) -> None:
         rows = slice(first, stop)
-        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias)
+        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order)
 
     if parts == 1:
-        _multiply_rows(lib, a, b, c, base, bias)
+        _multiply_rows(lib, a, b, c, base, bias, order)
     else:
         list(lib.pool.map(multiply, edges[:-1], edges[1:]))
 
 
-def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any) -> None:
+def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int]) -> None:
     (m, k), n = a.shape, b.shape[1]
-    product = _Product(m, n, k, *_plane(a), *_plane(b), *_plane(c), *_plane(base), at(bias) or 0)
-    work = np.empty(lib.multiply_work(m, n, k), np.float32)
-    lib.multiply(lib.pointer(product), at(work))
+    product = _Product(m, n, k, *order, *_plane(a), *_plane(b), *_plane(c), *_plane(base), at(bias) or 0)
+    pointer = lib.pointer(product)
+    work = np.empty(lib.multiply_work(pointer), np.float32)
+    lib.multiply(pointer, at(work))
 
 
 def matrices(*arrays: Any) -> str:
@@ -70,23 +74,25 @@ def chained(a: Any, b: Any) -> str:
     return ONE_ROW if a.shape[0] == 1 else shaped(b.shape[:1], a[0])
 
 
-def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool) -> str:
-    return matrices(a, b, out) or rowwise(out) or chained(a, b) or shaped((a.shape[0], b.shape[1]), out)
+def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> str:
+    return matrices(a, b, out) or rowwise(out) or chained(a, b) or (
+        shaped((a.shape[0], b.shape[1]), out) or halved(a.shape[1], shares, segments)
+    )  # fmt: skip
 
 
 @KERNELS.kernel("matmul.add", _fit_matmul)
-def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool) -> None:
-    _multiply(lib, a, b, out, base=out if accumulate else None)
+def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> None:
+    _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments)
 
 
-def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None) -> str:
-    return matrices(x, w, residual) or rowwise(residual) or dense(b) or (
-        chained(x, w) or shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b)
+def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> str:
+    return matrices(x, w, residual) or rowwise(residual) or dense(b) or chained(x, w) or (
+        shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b) or halved(x.shape[1], shares)
     )  # fmt: skip
 
 
 @KERNELS.kernel("linear.forward", _fit_linear)
-def _linear_forward(lib: Any, x: Any, w: Any, b: Any, residual: Any = None) -> Any:
+def _linear_forward(lib: Any, x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Any:
     y = np.empty((x.shape[0], b.size), np.float32)
-    _multiply(lib, x, w, y, base=residual, bias=b)
+    _multiply(lib, x, w, y, base=residual, bias=b, shares=shares)
     return y

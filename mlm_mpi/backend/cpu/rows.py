@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, equal_groups, shaped, within
+from mlm_mpi.backend.cpu.contracts import dense, equal_groups, halved, shaped, within
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.cpu.matmul import matrices, rowwise
 from mlm_mpi.backend.registry import Table
@@ -80,17 +80,17 @@ def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
     lib.embedding_backward(*dy.shape, at(dy), at(ids), at(order), at(dtable))
 
 
-def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> str:
     return (
         dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
-        or shaped(logits.shape[:1], targets, mask)
+        or shaped(logits.shape[:1], targets, mask) or halved(logits.shape[1], shares)
     )  # fmt: skip
 
 
 @KERNELS.kernel("crossentropy.rows", _fit_rows)
-def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     losses = np.empty(logits.shape[0])
-    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, at(losses))
+    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses))
     return losses
 
 
