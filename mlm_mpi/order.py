@@ -5,6 +5,9 @@ consists of the same shares, whoever holds them: each is summed by itself, from 
 tree, as lanes are (`comm/tree.py`). What is added to the sum (bias, residual, a lane) is added to the whole of it.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 MOST = 8  # shares of a sum, unless numerics.shares allows fewer: as many ranks may hold parts of it
 _POSITIONS = 256  # at least in a share of attention's keys: shorter ones cost more merging than a mesh gains
 
@@ -25,3 +28,16 @@ def pieces(batch: int, length: int, most: int = MOST) -> int:
 def share_length(length: int, most: int = MOST) -> int:
     """Positions of a share of attention's keys and queries."""
     return length // shares(length, min(most, max(1, length // _POSITIONS)))
+
+
+def middle(first: int, stop: int) -> int:
+    """Where the tree splits [first, stop): at the largest power of two below their number."""
+    return first + (1 << ((stop - first - 1).bit_length() - 1))
+
+
+def joined(sums: Sequence[Any]) -> Any:
+    """The tree over one sum or more, numbers or arrays: ((s0 + s1) + (s2 + s3)) + s4."""
+    if len(sums) == 1:
+        return sums[0]
+    centre = middle(0, len(sums))
+    return joined(sums[:centre]) + joined(sums[centre:])

@@ -18,6 +18,41 @@ static float sum_of_shares(size shares, size n, float *x, float shift, int keep)
     return left + sum_of_shares(shares / 2, n / 2, x + n / 2, shift, keep);
 }
 
+/* The whole of a row at once, or what a rank does that holds some columns, between sums over ranks. */
+INLINE float largest(size v, const float *logits) {
+    vf top[PARTS];
+    for (int j = 0; j < PARTS; j++) top[j] = splat(-__builtin_inff());
+    for (size i = 0; i < v; i += LANES)
+        for (int j = 0; j < PARTS; j++)
+            top[j] = MAX(load_some(logits + i + j * W, most(0, v - i - j * W), -__builtin_inff()), top[j]);
+    return max_lanes(top);
+}
+
+INLINE double loss_of(float total, float shift, float wanted) {
+    return log_of(total) + ((double)shift - (double)wanted);
+}
+
+INLINE void divide_row(size v, float *row, float total) {
+    for (size i = 0; i < v; i += W) store_some(row + i, v - i, load_some(row + i, v - i, 0) / total);
+}
+
+void EXPORT(crossentropy_exponentials)(
+    size rows, size v, float *logits, const float *shifts, size shares, float *totals) {
+    for (size r = 0; r < rows; r++, logits += v) totals[r] = sum_of_shares(shares, v, logits, shifts[r], 1);
+}
+
+void EXPORT(crossentropy_losses)(size rows, const float *totals, const float *shifts, const float *wanted, double *losses) {
+    for (size r = 0; r < rows; r++) losses[r] = loss_of(totals[r], shifts[r], wanted[r]);
+}
+
+/* A target below zero lies in another rank's columns. */
+void EXPORT(crossentropy_gradient)(size rows, size v, float *logits, const float *totals, const int32_t *targets) {
+    for (size r = 0; r < rows; r++, logits += v) {
+        divide_row(v, logits, totals[r]);
+        if (targets[r] >= 0) logits[targets[r]] -= 1.0f;
+    }
+}
+
 /* Softmax cross-entropy of rows of logits, in place: a row is read from memory once and stays in L2.
  * losses[r] in nats, 0 where the mask hides the row. With `gradient`, the logits become softmax - onehot. */
 void EXPORT(crossentropy_rows)(
@@ -30,16 +65,11 @@ void EXPORT(crossentropy_rows)(
             continue;
         }
         float wanted = logits[targets[r]];
-        vf top[PARTS];
-        for (int j = 0; j < PARTS; j++) top[j] = splat(-__builtin_inff());
-        for (size i = 0; i < v; i += LANES)
-            for (int j = 0; j < PARTS; j++)
-                top[j] = MAX(load_some(logits + i + j * W, most(0, v - i - j * W), -__builtin_inff()), top[j]);
-        float shift = max_lanes(top);
+        float shift = largest(v, logits);
         float total = sum_of_shares(shares, v, logits, shift, gradient);
-        losses[r] = log_of(total) + ((double)shift - (double)wanted);
+        losses[r] = loss_of(total, shift, wanted);
         if (gradient) {
-            for (size i = 0; i < v; i += W) store_some(logits + i, v - i, load_some(logits + i, v - i, 0) / total);
+            divide_row(v, logits, total);
             logits[targets[r]] -= 1.0f;
         }
     }

@@ -5,7 +5,7 @@
 
 import mmap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -178,14 +178,6 @@ def scatter_add(table: Any, ids: Any, values: Any) -> None:
         some = counts > number
         sums[some] += values[order[first[some] + number]]
     table[ids[order[first]]] += sums
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """The sum of parts in the order of `comm/tree.py`: split at the largest power of two below their number."""
-    if len(parts) == 1:
-        return parts[0]
-    middle = 1 << ((len(parts) - 1).bit_length() - 1)
-    return joined(parts[:middle]) + joined(parts[middle:])
 
 
 def deposit(value: Any, out: Any, accumulate: bool) -> None:

@@ -3,12 +3,9 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mlm_mpi.order import middle
+
 Node = tuple[int, int]  # lanes [first, stop) whose sum a subtree is
-
-
-def middle(first: int, stop: int) -> int:
-    """Where the tree splits lanes [first, stop): at the largest power of two below their number."""
-    return first + (1 << ((stop - first - 1).bit_length() - 1))
 
 
 def maximal_nodes(root: Node, first: int, stop: int) -> list[Node]:

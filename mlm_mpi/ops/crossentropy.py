@@ -2,8 +2,8 @@
 
 The loss is the turning point of a step: forward and backward of a chunk run together, so that no logits
 are kept and none are computed twice. Losses are *sums* over targets; the division by the global target
-count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss is summed
-in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
+count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss is
+summed in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import matmul
-from mlm_mpi.ops.tree import joined
+from mlm_mpi.order import joined
 
 GPU_CHUNK_ROWS = 8192  # fills a GPU; logits of 50,304 tokens take 0.8 GB in bfloat16
 CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows cost BLAS more packing than they save
@@ -25,8 +25,8 @@ CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows c
 def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
 
-    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
-    CPU; the CUDA kernel makes its loss NaN.
+    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside
+    the vocabulary raises IndexError on the CPU; the CUDA kernel makes its loss NaN.
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
@@ -48,6 +48,33 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) 
     return losses
 
 
+@served
+def exponentials(logits: Any, top: Any, shares: int = 1) -> Any:
+    """The logits become exp(logit − top); returns their sums. What a rank does that holds some columns of V.
+
+    `rows` is `exponentials` with the maxima of whole rows, its sums joined by the tree, `losses` and `gradient`.
+    Shapes: logits (R, V / ranks), top (R,) -> (R,).
+    """
+    xp = module_of(logits)
+    logits -= top[:, None]
+    xp.exp(logits, out=logits)
+    return joined([part.sum(axis=1) for part in xp.split(logits, shares, axis=1)])
+
+
+@served
+def losses(totals: Any, top: Any, wanted: Any) -> Any:
+    """−log softmax in nats, float64. Shapes: sums over whole rows, maxima and wanted logits (R,) -> (R,)."""
+    return module_of(totals).log(totals) + (top.astype("f8") - wanted)
+
+
+@served
+def gradient(exponentials: Any, totals: Any, targets: Any) -> None:
+    """exp(…) becomes softmax − onehot; a target below zero lies among other columns. Shapes: as `exponentials`."""
+    exponentials /= totals[:, None]
+    here = (targets >= 0).nonzero()[0]
+    exponentials[here, targets[here]] -= 1.0
+
+
 def _rows_at_once(x: Any) -> int:
     return CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
 
@@ -67,8 +94,8 @@ def _logits(x: Any, w: Any) -> Any:
     return logits
 
 
-def _total(losses: Any, pieces: int) -> Any:
-    # on a CPU rounded once a piece, so that no library's order of summation decides
+def summed(losses: Any, pieces: int) -> Any:
+    """The sum of losses, a piece at a time; on a CPU a piece is rounded once, so that no library's order decides."""
     parts = losses.reshape(pieces, -1)
     if not isinstance(losses, np.ndarray):
         return joined(list(parts.sum(axis=1)))
@@ -83,7 +110,7 @@ def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces
     losses = module_of(x).empty(x.shape[0])
     for part, some in _chunks(x, mask):
         losses[part] = rows(_logits(x[part], w), targets[part], some, False, shares)
-    return _total(losses, pieces)
+    return summed(losses, pieces)
 
 
 def loss_and_grad(
@@ -103,4 +130,4 @@ def loss_and_grad(
         matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
     if whole is not dw:
         dw += whole
-    return _total(losses, pieces), dx
+    return summed(losses, pieces), dx

@@ -6,8 +6,9 @@ Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv:1607.06450.
 from collections.abc import Iterator
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, joined, module_of, row_blocks, wide
+from mlm_mpi.backend.arrays import deposit, module_of, row_blocks, wide
 from mlm_mpi.backend.registry import served
+from mlm_mpi.order import joined
 
 
 @served

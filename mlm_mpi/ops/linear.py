@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from mlm_mpi.backend.arrays import deposit, joined, wide
+from mlm_mpi.backend.arrays import deposit, wide
 from mlm_mpi.backend.registry import served
 from mlm_mpi.ops import gelu, matmul
+from mlm_mpi.order import joined
 
 
 @served

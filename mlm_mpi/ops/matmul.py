@@ -10,7 +10,7 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.backend.registry import served
-from mlm_mpi.ops.tree import joined
+from mlm_mpi.order import joined
 
 
 def _shares(a: Any, b: Any, shares: int, segments: int) -> Iterator[tuple[Any, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.registry import served
+from mlm_mpi.order import joined
 from mlm_mpi.params.store import FlatStore
 
 BLOCK_ELEMENTS = 65_536
@@ -47,21 +48,11 @@ def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:
     }
 
 
-def joined(shares: list[float]) -> float:
-    """Σ of a parameter's shares, or of ranks' sums of equally many shares each: the tree of the order of additions.
-
-    A rank of a tensor-parallel mesh joins what it holds; one number a parameter is all it has to tell the others.
-    """
-    if len(shares) == 1:
-        return shares[0]
-    centre = 1 << ((len(shares) - 1).bit_length() - 1)
-    return joined(shares[:centre]) + joined(shares[centre:])
-
-
 def norm(store: FlatStore, gradient: Any) -> tuple[float, str | None]:
     """(‖gradient‖₂, name of the first parameter that is not finite or None).
 
-    float64, in (name, share, block) order: blocks of a share one after another, shares in a tree, names in order.
+    float64, in (name, share, block) order: blocks of a share one after another, shares in a tree, names in order. A
+    rank of a tensor-parallel mesh joins the shares it holds; one number a parameter is all it has to tell the others.
     """
     sums = {name: joined(shares) for name, shares in sorted(share_norms(store, gradient).items())}
     broken = next((name for name, value in sums.items() if not math.isfinite(value)), None)

@@ -7,6 +7,7 @@ import pytest
 from hostile import Grid
 from numerics import same_bits
 
+from mlm_mpi.order import joined
 from mlm_mpi.params import clip
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import FlatStore, Parameter
@@ -48,7 +49,7 @@ def test_tensor_parallel_ranks_find_the_same_sums(ranks, block, monkeypatch):
             assert all(each[name] == expected[name] for each in found)
             continue
         assert [share for each in found for share in each[name]] == expected[name]
-        assert clip.joined([clip.joined(each[name]) for each in found]) == clip.joined(expected[name])
+        assert joined([joined(each[name]) for each in found]) == joined(expected[name])
 
 
 def test_the_norm_is_that_of_all_elements_and_names_what_is_not_finite():

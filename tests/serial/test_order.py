@@ -10,24 +10,16 @@ from numerics import same_bits
 from whole import Whole, batch_of
 
 from mlm_mpi import order
-from mlm_mpi.comm.tree import middle
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.linear import flat
 from mlm_mpi.models import gpt
+from mlm_mpi.order import joined
 from mlm_mpi.ops import attention, crossentropy, dropout, linear, matmul
 
 VOCABULARY, LENGTH, ROWS = 8192, 64, 2
 SETTINGS = gpt.Settings(
     layers=8, width=384, heads=8, context=LENGTH, feed_forward=1536, dropout=0.1, init_std=0.02
 )  # fmt: skip
-
-
-def joined(partials):
-    """The tree over whole partial sums."""
-    if len(partials) == 1:
-        return partials[0]
-    centre = middle(0, len(partials))
-    return joined(partials[:centre]) + joined(partials[centre:])
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Cut:
 
     def loss_and_grad(self, ids, targets, ctx):
         batch = batch_of(ids, targets)
-        ctx = replace(ctx, training=True, batch=batch, tally={}, gradients=_Same(self), lane={})
+        ctx = replace(ctx, training=True, batch=batch, tally={}, gradients=_Same(self))
         embedding, *blocks, head = self.whole.chain.parts
         (x,), s_embedding = embedding.forward((), ctx)
         saved = []
@@ -236,12 +228,13 @@ def uncut():
     whole.store.initialise(1)
     random = np.random.default_rng(0)
     data = [random.integers(0, VOCABULARY, (2, ROWS, LENGTH)).astype("i4") for _ in range(2)]
-    losses = run(lambda ids, targets, ctx: whole.loss_and_grad(ids, targets, None, ctx), data)
+    losses = run(lambda ids, targets, ctx: whole.loss_and_grad(ids, targets, None, ctx), data, whole.head.table)
     return whole, data, losses, whole.gradient.copy()
 
 
-def run(loss_and_grad, data):
-    lane: dict = {}
+def run(loss_and_grad, data, table):
+    """The losses of a lane of micro-batches, as the engine runs them."""
+    lane = {table: np.full(table.data.shape, -0.0, "f4")}
     return [
         loss_and_grad(
             ids, targets,
@@ -258,7 +251,7 @@ def run(loss_and_grad, data):
 def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
     whole, data, losses, gradient = uncut
     cut = Cut(whole, ranks)
-    assert run(cut.loss_and_grad, data) == losses
+    assert run(cut.loss_and_grad, data, whole.head.table) == losses
     for parameter, wanted in whole.store.by_parameter(gradient).items():
         for rank in cut.ranks if "tp" in parameter.layout.axes else cut.ranks[:1]:
             found = cut.grad(rank, parameter)

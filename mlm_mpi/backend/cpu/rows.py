@@ -94,6 +94,36 @@ def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient:
     return losses
 
 
+@KERNELS.kernel(
+    "crossentropy.exponentials",
+    lambda logits, top, shares=1: (
+        dense(logits, top) or shaped(logits.shape[:1], top) or halved(logits.shape[1], shares)
+    ),
+)
+def _crossentropy_exponentials(lib: Any, logits: Any, top: Any, shares: int = 1) -> Any:
+    totals = np.empty(logits.shape[0], np.float32)
+    lib.crossentropy_exponentials(*logits.shape, at(logits), at(top), shares, at(totals))
+    return totals
+
+
+@KERNELS.kernel(
+    "crossentropy.losses", lambda totals, top, wanted: dense(totals, top, wanted) or shaped(totals.shape, top, wanted)
+)
+def _crossentropy_losses(lib: Any, totals: Any, top: Any, wanted: Any) -> Any:
+    losses = np.empty(totals.size)
+    lib.crossentropy_losses(totals.size, at(totals), at(top), at(wanted), at(losses))
+    return losses
+
+
+@KERNELS.kernel(
+    "crossentropy.gradient",
+    lambda exponentials, totals, targets: dense(exponentials, totals) or dense(targets, dtype=np.int32)
+    or shaped(exponentials.shape[:1], totals, targets),
+)  # fmt: skip
+def _crossentropy_gradient(lib: Any, exponentials: Any, totals: Any, targets: Any) -> None:
+    lib.crossentropy_gradient(*exponentials.shape, at(exponentials), at(totals), at(targets))
+
+
 # ---- clip
 
 
