@@ -41,7 +41,8 @@ class Numerics:
     level: Literal["auto", "base", "avx2"] = key(
         "auto",
         says="Our kernels, BLAS and NumPy use at most this instruction set: auto is all that the CPU has, avx2 lets "
-        "CPUs with and without AVX-512 share a run where NumPy computes too, base has no AVX2 and other bits.",
+        "CPUs with and without AVX-512 share a run where NumPy computes too, base does without AVX2 and gives other "
+        "bits.",
     )
     products: Literal["float32", "bf16"] = key(
         "float32",

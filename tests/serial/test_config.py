@@ -198,7 +198,7 @@ def test_a_number_that_no_checkpoint_could_hold(name: str) -> None:
 NOT_ZERO = [
     "model.layers", "model.width", "model.heads", "model.context", "train.steps", "train.micro_batches", "train.rows",
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
-    "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s",
+    "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
@@ -226,6 +226,11 @@ def test_a_negative_number_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", BELOW_ONE)
 def test_one_is_refused(name: str) -> None:
     assert f"{name} = 1" in refused(*of(name), f"{name}=1")
+
+
+def test_shares_are_a_power_of_two() -> None:
+    assert [config.load(None, [f"numerics.shares={n}"]).numerics.shares for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert "set it to 1, 2, 4 or 8" in refused("numerics.shares=6")
 
 
 def declared() -> list[reference.Declared]:

@@ -13,8 +13,8 @@ from mlm_mpi import order
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.linear import flat
 from mlm_mpi.models import gpt
-from mlm_mpi.order import joined
 from mlm_mpi.ops import attention, crossentropy, dropout, linear, matmul
+from mlm_mpi.order import joined
 
 VOCABULARY, LENGTH, ROWS = 8192, 64, 2
 SETTINGS = gpt.Settings(
