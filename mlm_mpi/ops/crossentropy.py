@@ -2,8 +2,8 @@
 
 The loss is the turning point of a step: forward and backward of a chunk run together, so that no logits
 are kept and none are computed twice. Losses are *sums* over targets; the division by the global target
-count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss is summed
-in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
+count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss
+is summed in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
 """
 
 import math
@@ -25,8 +25,8 @@ CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows c
 def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
 
-    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
-    CPU; the CUDA kernel makes its loss NaN.
+    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside
+    the vocabulary raises IndexError on the CPU; the CUDA kernel makes its loss NaN.
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
