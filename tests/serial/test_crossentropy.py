@@ -1,5 +1,7 @@
 """Projection and cross-entropy in chunks against a naive float64 one; masks, extreme logits, NaN."""
 
+import math
+
 import numpy as np
 import pytest
 from numerics import directional, poisoned, same_bits, strided
@@ -48,7 +50,26 @@ def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
     two = crossentropy.loss_and_grad(x, w, targets, mask, second, accumulate=False)
     assert one[0] == two[0] and same_bits(one[1], two[1]) and same_bits(first, second)
     crossentropy.loss_and_grad(x, w, targets, mask, added, accumulate=True)
-    assert np.allclose(added, first + 1, rtol=1e-4, atol=1e-4)
+    assert same_bits(added, first + 1), "the chunks' sum is complete before it is added"
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7])
+def test_shares_and_pieces_change_the_order_alone(pieces: int) -> None:
+    x, w, targets, mask = _draw(2 * 3 * 7 * 25, 4, 24)
+    dw, other = poisoned(24, 4), poisoned(24, 4)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, mask, dw, False, 8, pieces)
+    assert total == crossentropy.loss(x, w, targets, mask, 8, pieces)
+    expected, dx_of_one = crossentropy.loss_and_grad(x, w, targets, mask, other, False)
+    assert total == pytest.approx(expected, rel=1e-14)
+    assert np.allclose(dx, dx_of_one, rtol=1e-12, atol=1e-14) and np.allclose(dw, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_is_rounded_once_a_piece_whatever_chunks_cut() -> None:
+    # integers: logits are exact in any order of chunks
+    r = np.random.default_rng(5)
+    x, w, targets = r.integers(-2, 3, (900, 3)).astype("f8"), r.integers(-2, 3, (7, 3)).astype("f8"), np.zeros(900, int)
+    a, b, c = (math.fsum(crossentropy.rows(x[at : at + 300] @ w.T, targets[:300], None, False)) for at in (0, 300, 600))
+    assert crossentropy.loss(x, w, targets, None, 1, 3) == (a + b) + c
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])

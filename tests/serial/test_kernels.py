@@ -6,6 +6,7 @@ that a submission is not refused by a draw; MLM_MPI_TEST_SEED=fresh (`make test-
 
 import ctypes
 import itertools
+import math
 import os
 import platform
 import secrets
@@ -64,21 +65,23 @@ def _few(n: int) -> int:
     return next((pieces for pieces in range(2, n) if n % pieces == 0), n)
 
 
-def _matmul(accumulate: bool, left: bool, right: bool, depth: int) -> Callable[[tuple[int, int]], Case]:
+def _matmul(
+    accumulate: bool, left: bool, right: bool, depth: int, shares: int = 1, segments: int = 1
+) -> Callable[[tuple[int, int]], Case]:
     """`left`, `right`: that operand is the transpose of what lies in memory."""
 
     def make(size: tuple[int, int]) -> Case:
         n, c = size
         a, b = _f(depth, n).T if left else _f(n, depth), _f(c, depth).T if right else _f(depth, c)
-        return (a, b, _f(n, c) if accumulate else _nan(n, c), accumulate), (2,)
+        return (a, b, _f(n, c) if accumulate else _nan(n, c), accumulate, shares, segments), (2,)
 
     return make
 
 
-def _linear(residual: bool) -> Callable[[tuple[int, int]], Case]:
+def _linear(residual: bool, depth: int = 9, shares: int = 1) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n, c = size
-        return (_f(n, 9), _f(9, c), _f(c), _f(n, c) if residual else None), ()
+        return (_f(n, depth), _f(depth, c), _f(c), _f(n, c) if residual else None, shares), ()
 
     return make
 
@@ -168,12 +171,12 @@ def _merge(size: tuple[int, int]) -> Case:
     return (o, statistics, other, others), (0, 1)
 
 
-def _rows(masked: bool, gradient: bool, scale: float) -> Callable[[tuple[int, int]], Case]:
+def _rows(masked: bool, gradient: bool, scale: float, shares: int = 1) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
-        n, c = size
+        n, c = size[0], shares * size[1]
         mask = RANDOM.random(n) < 0.7 if masked else None
         targets = RANDOM.integers(0, c, n).astype("i4")
-        return (_f(n, c, scale=scale), targets, mask, gradient), (0,) if gradient else ()
+        return (_f(n, c, scale=scale), targets, mask, gradient, shares), (0,) if gradient else ()
 
     return make
 
@@ -196,10 +199,11 @@ def _adamw(size: tuple[int, int]) -> Case:
 CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     "matmul.add": (
         [_matmul(*three, 7) for three in itertools.product((False, True), repeat=3)]
-        + [_matmul(True, False, False, 1), _matmul(False, True, True, 401)],
+        + [_matmul(True, False, False, 1), _matmul(False, True, True, 401)]
+        + [_matmul(False, False, True, 42, 2, 3), _matmul(True, False, False, 776, 4)],
         8,
     ),
-    "linear.forward": ([_linear(False), _linear(True)], 4),
+    "linear.forward": ([_linear(False), _linear(True), _linear(True, 392, 8)], 4),
     "linear.bias_gradient": (
         [_bias_gradient(a, cut) for a in (False, True) for cut in (lambda n: 1, _few, lambda n: n)],
         16,
@@ -239,7 +243,8 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         64,
     ),
     "crossentropy.rows": (
-        [_rows(m, g, scale) for m in (False, True) for g in (False, True) for scale in (1.0, 1e4)],
+        [_rows(m, g, scale) for m in (False, True) for g in (False, True) for scale in (1.0, 1e4)]
+        + [_rows(True, True, 1.0, 8)],
         16,
     ),
     "sums.tree": ([_sums(0), _sums(0, 1), _sums(0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 2)], 4),
@@ -377,16 +382,50 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return odd.astype("f4")
 
 
-def _in_order(a: np.ndarray, b: np.ndarray, start: np.ndarray, fused: bool) -> np.ndarray:
-    """The product in the order that kernels/cpu/product.h states."""
-    c = start.copy()
+Chain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _chain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    total = np.zeros((len(a), b.shape[1]), "f4")
+    for x, y in zip(a.T, b, strict=True):
+        total = _fused(x[:, None], y, total)
+    return total
+
+
+def _chain_at_base(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    total = np.zeros((len(a), b.shape[1]), "f4")
+    for x, y in zip(a.T, b, strict=True):
+        total = x[:, None] * y + total
+    return total
+
+
+def _chain_at(level: registry.Choice) -> Chain:
+    return _chain if level.first.level != "base" or platform.machine() != "x86_64" else _chain_at_base
+
+
+def _in_order(a: np.ndarray, b: np.ndarray, start: np.ndarray, chain: Chain) -> np.ndarray:
+    """The product of one share in the order that kernels/cpu/product.h states."""
     for first in range(0, a.shape[1], 384):
-        total = np.zeros_like(c)
-        for k in range(first, min(first + 384, a.shape[1])):
-            x, y = a[:, k, None], b[k]
-            total = _fused(x, y, total) if fused else x * y + total
-        c += total
-    return c
+        start = start + chain(a[:, first : first + 384], b[first : first + 384])
+    return start
+
+
+def _in_pairs(sums: list[Any]) -> Any:
+    while len(sums) > 1:
+        sums = [x + y for x, y in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
+
+
+def _cut(a: np.ndarray, b: np.ndarray, parts: int, segments: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The operands that each of so many ranks holds, in arrays of its own."""
+    k = np.arange(a.shape[1]).reshape(segments, parts, -1)
+    return [(a[:, k[:, part].ravel()].copy(), b[k[:, part].ravel()].copy()) for part in range(parts)]
+
+
+def _in_shares(a: np.ndarray, b: np.ndarray, shares: int, segments: int, chain: Chain) -> np.ndarray:
+    """The product of several shares in the order that kernels/cpu/product.h states."""
+    zero = np.zeros((len(a), b.shape[1]), "f4")
+    return _in_pairs([_in_order(x, y, zero, chain) for x, y in _cut(a, b, shares, segments)])
 
 
 # (M, N, K): few rows, one column, one step; rows and columns off every tile; more than a band, a strip, a depth
@@ -405,28 +444,83 @@ LAYOUTS = {
 @pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
 def test_products_have_the_bits_of_the_order_they_state(shape, lay, level) -> None:  # type: ignore[no-untyped-def]
     m, n, k = shape
-    a, b, bias, base = _f(m, k), _f(k, n), _f(n), _f(m, n)
-    fused = level.first.level != "base" or platform.machine() != "x86_64"
-    c, zero = base.copy(), np.zeros((m, n), "f4")
+    a, b, bias, base, chain = _f(m, k), _f(k, n), _f(n), _f(m, n), _chain_at(level)
+    c, whole = base.copy(), _in_order(a, b, np.zeros((m, n), "f4"), chain)
     matmul.add(lay(a), lay(b), c, accumulate=True)
-    assert same_bits(c, _in_order(a, b, base, fused))
-    assert same_bits(matmul.product(lay(a), lay(b)), _in_order(a, b, zero, fused))
-    assert same_bits(linear.forward(lay(a), lay(b), bias), _in_order(a, b, zero + bias, fused))
-    assert same_bits(linear.forward(lay(a), lay(b), bias, base), _in_order(a, b, bias + base, fused))
+    assert same_bits(c, base + whole), "complete before it is added"
+    assert same_bits(matmul.product(lay(a), lay(b)), whole)
+    assert same_bits(linear.forward(lay(a), lay(b), bias), _in_order(a, b, 0 + np.tile(bias, (m, 1)), chain))
+    assert same_bits(linear.forward(lay(a), lay(b), bias, base), _in_order(a, b, bias + base, chain))
+    assert not level.fallen
+
+
+# (M, N, steps of a share in a segment, shares, segments, layout): shares of one step, of an odd number, several in a
+# depth, just more than half of one, a whole one, one and a half, three; waiting sums of every height
+SHARED = [
+    (7, 5, 1, 8, 1, "rows"), (2, 33, 3, 2, 3, "gaps"), (13, 17, 48, 8, 1, "columns"), (6, 16, 96, 4, 1, "rows"),
+    (101, 35, 65, 2, 3, "rows"), (5, 16, 192, 8, 1, "reversed"), (6, 40, 193, 8, 1, "columns"),
+    (3, 2, 32, 4, 3, "columns"), (14, 3, 128, 2, 3, "gaps"), (8, 9, 384, 4, 1, "columns"), (2, 70, 192, 4, 3, "rows"),
+    (19, 31, 385, 8, 1, "rows"), (5, 2, 1024, 4, 1, "gaps"), (3, 1, 1, 64, 1, "rows"), (2, 1, 400, 16, 1, "rows"),
+    (5, 2051, 200, 4, 1, "rows"), (7, 33, 401, 1, 3, "columns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shares_have_the_bits_of_the_order_they_state(case, level) -> None:  # type: ignore[no-untyped-def]
+    m, n, length, shares, segments, layout = case
+    lay, k = LAYOUTS[layout], length * shares * segments
+    a, b, bias, base = _f(m, k), _f(k, n), _f(n), _f(m, n)
+    whole, c = _in_shares(a, b, shares, segments, _chain_at(level)), base.copy()
+    assert same_bits(matmul.product(lay(a), lay(b), shares, segments), whole)
+    matmul.add(lay(a), lay(b), c, True, shares, segments)
+    assert same_bits(c, base + whole)
+    assert same_bits(linear.backward_input(lay(a), lay(b.T), None, shares, segments), whole)
+    if segments == 1 < shares:
+        assert same_bits(linear.forward(lay(a), lay(b), bias, None, shares), bias + whole)
+        assert same_bits(linear.forward(lay(a), lay(b), bias, base, shares), (bias + base) + whole)
+    assert not level.fallen
+
+
+def _ranks_give_the_bits_of_one(length: int, segments: int, ranks: int) -> None:
+    k = 8 * length * segments
+    a, b, bias, base = _f(101, k), _f(k, 35), _f(35), _f(101, 35)
+    parts = [matmul.product(x, y, 8 // ranks, segments) for x, y in _cut(a, b, ranks, segments)]
+    assert same_bits(_in_pairs(parts), matmul.product(a, b, 8, segments))
+    if segments == 1:
+        assert same_bits((bias + base) + _in_pairs(parts), linear.forward(a, b, bias, base, 8))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(("length", "segments"), [(5, 1), (48, 1), (193, 1), (400, 1), (7, 3), (64, 3), (192, 3)])
+def test_ranks_with_cut_operands_give_the_bits_of_the_whole(length, segments, ranks, level) -> None:  # type: ignore[no-untyped-def]
+    _ranks_give_the_bits_of_one(length, segments, ranks)
+    assert not level.fallen
+
+
+def test_rows_whose_sums_wait_do_so_in_herds_and_change_no_bit(level: registry.Choice) -> None:
+    a, b, base = _f(975, 4 * 200), _f(4 * 200, 2090), _f(975, 2090)  # 960 rows of 2,048 columns wait at a time
+    c, whole = base.copy(), matmul.product(a, b, 4)
+    matmul.add(a, b, c, True, 4)
+    assert same_bits(c, base + whole)
+    for rows in (slice(0, 7), slice(950, 975)):
+        assert same_bits(whole[rows], matmul.product(a[rows], b, 4))
     assert not level.fallen
 
 
 def test_threads_share_a_product_and_change_no_bit() -> None:
-    a, b, bias, base, got = _f(401, 50), _f(50, 70), _f(70), _f(401, 70), []
+    a, b, bias, base, got = _f(401, 800), _f(800, 70), _f(70), _f(401, 70), []
     try:
         for threads in (1, 2, 3, 8):
             chosen = choice.select(threads=threads)
-            got += [linear.forward(a, b, bias, base), linear.forward(a[::-1], b, bias)[::-1], matmul.product(a[:97], b)]
+            c = base.copy()
+            matmul.add(a[::-1], b, c, True, 4)
+            got.append([linear.forward(a, b, bias, base), linear.forward(a[::-1], b, bias)[::-1].copy(), c])
+            got[-1] += [linear.forward(a, b, bias, base, 4), matmul.product(a[:97], b), matmul.product(a, b)]
             assert not chosen.fallen
     finally:
         choice.select()
-    assert all(same_bits(np.ascontiguousarray(x), np.ascontiguousarray(got[i % 3])) for i, x in enumerate(got))
-    assert same_bits(got[2], got[5]) and same_bits(matmul.product(a, b)[:97], got[2])
+    assert all(same_bits(x, y) for each in got for x, y in zip(each, got[0], strict=True))
+    assert same_bits(got[0][5][:97].copy(), got[0][4])
 
 
 def _rounded_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -436,22 +530,19 @@ def _rounded_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(bits & 0x7F800000 == 0, bits & 0x80000000, nearest).astype("u4").view("f4")
 
 
-def _pairs_in_order(a: np.ndarray, b: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The same order with pairs of k as VDPBF16PS adds them: the odd one first, results flushed where subnormal."""
+def _chain_of_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """With pairs of k as VDPBF16PS adds them: the odd one first, results flushed where subnormal."""
 
     def add(k: int, total: np.ndarray) -> np.ndarray:
         total = _fused(a[:, k, None], b[k], total)
         return np.where(np.abs(total) < np.float32(2.0**-126), np.copysign(np.float32(0), total), total)
 
-    a, b, c = _rounded_to_bf16(a), _rounded_to_bf16(b), start.copy()
-    for first in range(0, a.shape[1], 384):
-        total = np.zeros_like(c)
-        for k in range(first, stop := min(first + 384, a.shape[1]), 2):
-            if k + 1 < stop:
-                total = add(k + 1, total)
-            total = add(k, total)
-        c += total
-    return c
+    a, b, total = _rounded_to_bf16(a), _rounded_to_bf16(b), np.zeros((len(a), b.shape[1]), "f4")
+    for k in range(0, len(b), 2):
+        if k + 1 < len(b):
+            total = add(k + 1, total)
+        total = add(k, total)
+    return total
 
 
 @pytest.fixture
@@ -469,11 +560,63 @@ def test_bf16_products_have_the_bits_of_the_instruction(shape, lay, scale, bf16)
     m, n, k = shape
     a, b, bias, base = _f(m, k, scale=scale), _f(k, n, scale=scale / 4), _f(n, scale=scale**2), _f(m, n, scale=scale**2)
     got = linear.forward(lay(a), lay(b), bias, base)
-    assert same_bits(got, _pairs_in_order(a, b, bias + base))
+    assert same_bits(got, _in_order(a, b, bias + base, _chain_of_pairs))
     if scale == 1:  # where nothing is flushed to zero
         exact = _rounded_to_bf16(a).astype("f8") @ _rounded_to_bf16(b) + bias + base
         assert np.abs(got - exact).max() <= 16 * EPSILON * np.abs(exact).max()
     assert not bf16.fallen and "bf16 products in plain C" in registry.summary()
+
+
+@pytest.mark.parametrize("case", [case for case in SHARED if case[1] < 2000 and case[2] * case[3] < 4000])
+def test_shares_of_bf16_products_have_the_bits_of_their_order(case, bf16) -> None:  # type: ignore[no-untyped-def]
+    m, n, length, shares, segments, layout = case
+    lay, k = LAYOUTS[layout], length * shares * segments
+    a, b, base = _f(m, k), _f(k, n), _f(m, n)
+    whole, c = _in_shares(a, b, shares, segments, _chain_of_pairs), base.copy()
+    assert same_bits(matmul.product(lay(a), lay(b), shares, segments), whole)
+    matmul.add(lay(a), lay(b), c, True, shares, segments)
+    assert same_bits(c, base + whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(("length", "segments"), [(5, 1), (193, 1), (7, 3), (64, 3)])
+def test_ranks_with_cut_bf16_operands_give_the_bits_of_the_whole(length, segments, ranks, bf16) -> None:  # type: ignore[no-untyped-def]
+    _ranks_give_the_bits_of_one(length, segments, ranks)
+    assert not bf16.fallen
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("width", [1, 5, 16, 131])
+def test_sums_of_exp_over_cut_vocabularies_give_the_bits_of_the_whole(ranks, width, level) -> None:  # type: ignore[no-untyped-def]
+    """A loss of the largest logit is the logarithm of the sum; every share has that logit, so that all shift alike."""
+    logits = np.minimum(_f(37, 8, width), np.float32(3))
+    logits[:, :, 0] = 3
+
+    def total(part: np.ndarray, shares: int) -> np.ndarray:
+        losses = crossentropy.rows(part.reshape(37, -1).copy(), np.zeros(37, "i4"), None, False, shares)
+        return np.exp(losses).astype("f4")
+
+    parts = [total(part, 8 // ranks) for part in np.split(logits, ranks, axis=1)]
+    assert same_bits(_in_pairs(parts), total(logits, 8))
+    assert not level.fallen
+
+
+def test_a_head_in_chunks_is_complete_before_it_is_added(level: registry.Choice) -> None:
+    rows, (v, c) = 2 * crossentropy.CHUNK_ROWS + 100, (48, 21)
+    x, w, targets, before = _f(rows, c), _f(v, c), RANDOM.integers(0, v, rows).astype("i4"), _f(v, c)
+    dw, added = _nan(v, c), before.copy()
+    total, dx = crossentropy.loss_and_grad(x, w, targets, None, dw, False, 8, 4)
+    again, _ = crossentropy.loss_and_grad(x, w, targets, None, added, True, 8, 4)
+    logits = matmul.product(x, w.T)
+    losses = crossentropy.rows(logits, targets, None, True, 8)
+    chunks = [slice(at, at + crossentropy.CHUNK_ROWS) for at in range(0, rows, crossentropy.CHUNK_ROWS)]
+    whole = np.zeros_like(dw)
+    for chunk in chunks:
+        whole += matmul.product(logits[chunk].T, x[chunk])
+    assert same_bits(dw, whole) and same_bits(added, before + whole) and same_bits(dx, matmul.product(logits, w, 8))
+    expected = _in_pairs([math.fsum(piece) for piece in np.split(losses, 4)])  # 281 rows: no chunk ends with one
+    assert total == again == crossentropy.loss(x, w, targets, None, 8, 4) == expected
+    assert not level.fallen
 
 
 def test_operands_are_rounded_to_nearest_even(bf16: registry.Choice) -> None:

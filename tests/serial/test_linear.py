@@ -34,6 +34,21 @@ def test_gradients(size, arrange) -> None:  # type: ignore[no-untyped-def]
         directional(objective, value, gradient)
 
 
+@pytest.mark.parametrize(("shares", "segments"), [(2, 1), (4, 3), (8, 1)])
+def test_shares_are_sums_of_their_own_that_a_tree_joins(shares: int, segments: int) -> None:
+    x, w, b, dy = _draw(5, 24, 24)
+    k = np.arange(24).reshape(segments, shares, -1)
+    parts = [dy[:, k[:, share].ravel()] @ w.T[k[:, share].ravel()] for share in range(shares)]
+    while len(parts) > 1:
+        parts = [one + two for one, two in zip(parts[::2], parts[1::2], strict=True)]
+    assert same_bits(linear.backward_input(dy, w, None, shares, segments), parts[0])
+    residual = np.ones_like(dy)
+    expected = linear.forward(x, w, b, residual)
+    assert np.allclose(linear.forward(x, w, b, residual, shares), expected, rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="reshape"):
+        linear.backward_input(dy[:, :23], w[:, :23], None, shares, segments)
+
+
 def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
     x, _, _, dy = (a.astype("f4") for a in _draw(19, 6, 5))
     first, again = (poisoned(6, 5, dtype="f4"), poisoned(5, dtype="f4")), (np.ones((6, 5), "f4"), np.ones(5, "f4"))
