@@ -6,7 +6,7 @@
     plain    float32 or bfloat16, any size, address and pitch
 
 A kernel sums tiles of the result. Which tile, and whether a tile is summed in pieces by several blocks (kernels/cuda/
-matmul.cuh), is `plan`: a function of the shape and the number of multiprocessors alone, and so are the bits.
+matmul.cuh), is `plan`: a function of the shape alone, never of the GPU at hand, and so are a kernel's bits.
 """
 
 import functools
@@ -149,15 +149,19 @@ class Tile:
         return -(-m // self.m) * -(-n // self.n)
 
 
+PROCESSORS = 132  # of an H100 SXM or an H200, for which tiles and pieces are chosen whatever GPU runs them
 PIECES_COST = 32  # steps: partial sums are written and read once, and a second kernel starts
 
 
-def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) -> tuple[Tile, int]:
-    """The tile to use, and the number of shares its steps are cut into: one a tile, or one a block."""
+def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...]) -> tuple[Tile, int]:
+    """The tile to use, and the number of shares its steps are cut into: one a tile, or one a block.
+
+    Says in which order a sum is added, so it asks the shape and nothing of the GPU.
+    """
     m, n, k = sizes
     best = []
     for tile in tiles:
-        count, steps, blocks = tile.count(m, n), -(-k // tile.k), tile.blocks * processors
+        count, steps, blocks = tile.count(m, n), -(-k // tile.k), tile.blocks * PROCESSORS
         step_cost = tile.m * tile.n * tile.k / tile.rate
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
         if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
@@ -209,7 +213,7 @@ def _multiply(gpu: Any, product: Product, tiles: tuple[Tile, ...], start: Start)
     (m, n, _), empty, dtype = product.sizes, gpu.cupy.empty, product.a.dtype
     out = empty((m, n), dtype) if product.out is None else product.out
     pre = empty((m, n), dtype) if product.epilogue == "GELU" else None
-    whole = Launch(product, out, pre, *plan(product.sizes, tiles, gpu.processors))
+    whole = Launch(product, out, pre, *plan(product.sizes, tiles))
     if whole.shares == whole.tile.count(m, n):
         start(gpu, whole)
     else:
