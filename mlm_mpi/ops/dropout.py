@@ -14,12 +14,17 @@ from mlm_mpi.rng import Key, uniform
 
 
 class Draw(NamedTuple):
-    """Which mask: all but the element index."""
+    """Which mask, and which of its elements: (i0, i1, …) of an array is start + Σ i·stride of the global one.
+
+    Without strides the array is a run of the global one's elements; with them the last is 1.
+    """
 
     rate: float
     key: Key
     step: int
     micro_batch: int
+    start: int = 0
+    strides: tuple[int, ...] = ()
 
 
 @served

@@ -21,6 +21,7 @@ PARTS = 256  # at most, of the rows of a piece: two blocks on each processor of 
 PART_ROWS = 32  # at the least: four of a warp
 MAX_PARTS = 0xFFFF  # of all pieces: a grid's y
 SHORT_ROW = 8192  # logits; a longer row gets more warps
+MOST_SHARES = 64  # crossentropy.cu
 CHUNK = 32  # positions that a warp of embedding_backward sums: as many as it has lanes
 CLIP_WARPS = 16  # of a block of elements
 
@@ -173,13 +174,15 @@ def _layernorm_backward(
 # ---- crossentropy
 
 
-def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> str:
     if not on_device(logits):
         return "not in the GPU's memory"
     if logits.ndim != 2 or logits.size == 0 or logits.strides[1] != logits.itemsize:
         return "not contiguous"
     if logits.strides[0] < logits.shape[1] * logits.itemsize:
         return "rows overlap"
+    if not 1 <= shares <= MOST_SHARES or logits.shape[1] % shares:
+        return "columns are no whole shares"
     return (
         dense(logits[:1]) or dense(targets, dtype=np.int32) or dense(mask, dtype=np.bool_)
         or shaped(logits.shape[:1], targets, mask)
@@ -187,14 +190,15 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
 
 
 @KERNELS.kernel("crossentropy.rows", _fit_rows)
-def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     """A target outside the vocabulary, which only the device can see, makes its loss NaN."""
     rows, columns = logits.shape
     losses = gpu.cupy.empty(rows, np.float64)
-    warps = 4 if columns <= SHORT_ROW else 16
+    warps = 4 if columns // shares <= SHORT_ROW else 16  # by what is summed, however long the row is
     run = gpu.function("crossentropy", "crossentropy_rows", ELEMENT=element(logits), WARPS=warps)
     stride = np.int64(logits.strides[0] // logits.itemsize)
-    run((rows,), (LANES * warps,), (logits, targets, mask, losses, stride, np.int32(columns), np.int32(gradient)))
+    sizes = (stride, *map(np.int32, (columns, gradient, shares)))
+    run((rows,), (LANES * warps,), (logits, targets, mask, losses, *sizes))
     return losses
 
 
@@ -241,10 +245,22 @@ def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
 # ---- clip
 
 
-@KERNELS.kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32))
+def _fit_squares(x: Any, block: int) -> str:
+    if not on_device(x) or x.ndim != 2:
+        return dense(x, dtype=np.float32)
+    if x.dtype != np.float32:
+        return str(x.dtype)
+    if x.strides[1] != x.itemsize or x.strides[0] < x.shape[1] * x.itemsize or x.strides[0] % x.itemsize:
+        return "not contiguous"
+    return "" if x.size < 1 << 31 or x.flags.c_contiguous else "too many elements"  # 32-bit in clip.cu
+
+
+@KERNELS.kernel("clip.squares", _fit_squares)
 def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
     out = gpu.cupy.empty(-(-x.size // block), np.float64)
-    run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block), WARPS=CLIP_WARPS)
+    columns, pitch = (x.shape[1], x.strides[0] // x.itemsize) if x.ndim == 2 else (x.size, x.size)
+    vector = x.data.ptr % 16 == 0 and not any(n % 4 for n in (block, columns, pitch) if n != x.size)
+    run = gpu.function("clip", "clip_squares", VECTOR=int(vector), WARPS=CLIP_WARPS)
     if out.size:
-        run((out.size,), (LANES * CLIP_WARPS,), (x, out, np.int64(x.size), np.int64(block)))
+        run((out.size,), (LANES * CLIP_WARPS,), (x, out, *map(np.int64, (x.size, block, columns, pitch))))
     return out
