@@ -54,6 +54,14 @@ def same_bits(a, b):
     return cupy.asnumpy(a).tobytes() == cupy.asnumpy(b).tobytes()
 
 
+def tree(terms):
+    """Their sum in the order of mlm_mpi/order.py: split at the largest power of two below their number."""
+    if len(terms) == 1:
+        return terms[0]
+    middle = 1 << (len(terms) - 1).bit_length() - 1
+    return tree(terms[:middle]) + tree(terms[middle:])
+
+
 def shifted(array):
     """The array in device memory one element behind an aligned address, so that no 16-byte access is possible."""
     host = np.asarray(array)

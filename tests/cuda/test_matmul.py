@@ -9,7 +9,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 import pytest
-from agreement import assert_close, device, poisoned
+from agreement import assert_close, device, poisoned, tree
 
 from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.cuda import matmul as launches
@@ -196,6 +196,83 @@ def test_a_long_sum_is_cut_as_for_an_h200(gpu, variant, cut, rng):
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
     assert_close(on_out, out + a @ b, F32, factor=4)
     assert [call.args[1].shares for call in cut.call_args_list] in [[tile.blocks * launches.PROCESSORS] for tile in tiles]
+
+
+# ---- shares of k
+
+
+def of_variant(variant):
+    return F32 if variant == "plain" else BF16
+
+
+def zeros(*shape):
+    return device(np.full(shape, np.nan, "f4"))
+
+
+def cut_of(host, share, shares, segments, axis):
+    """What a rank has of an operand whose k is cut."""
+    of_segments = np.split(host, segments, axis)
+    return np.concatenate([np.split(part, shares, axis)[share] for part in of_segments], axis)
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+@pytest.mark.parametrize(("shares", "segments"), [(2, 1), (8, 1), (4, 3)])
+@pytest.mark.parametrize("by_rows", [(True, True), (True, False), (False, True)])
+def test_a_share_is_the_product_of_whoever_has_it_alone(gpu, variant, shares, segments, by_rows, rng):
+    dtype, (m, n, k) = of_variant(variant), (40, 24, 8 * shares * segments * 2)
+    (a, on_a), (b, on_b) = matrix(rng, m, k, dtype, by_rows[0], 8), matrix(rng, k, n, dtype, by_rows[1], 8)
+    out = zeros(m, n)
+    run(gpu, variant, "matmul.add", on_a, on_b, out, False, shares, segments)
+    parts = []
+    for share in range(shares):
+        own = [cut_of(x, share, shares, segments, axis).astype(dtype) for x, axis in ((a, 1), (b, 0))]
+        part = zeros(m, n)
+        run(gpu, variant, "matmul.add", *map(device, own), part, False, segments=segments)
+        parts.append(cupy.asnumpy(part))
+    assert np.array_equal(cupy.asnumpy(out), tree(parts))
+    assert_close(out, a @ b, F32, factor=2)
+    start = rng.normal(size=(m, n)).astype("f4")
+    added = device(start)
+    run(gpu, variant, "matmul.add", on_a, on_b, added, True, shares, segments)
+    assert np.array_equal(cupy.asnumpy(added), start + tree(parts)), "complete before it joins"
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_what_is_added_to_joins_the_whole_sum(gpu, variant, always_cut, rng):
+    """Whole or in pieces: out + (the sum from zero)."""
+    dtype = of_variant(variant)
+    for k in (16, 330):
+        (_, on_a), (_, on_b) = matrix(rng, 40, k, dtype, False, 8), matrix(rng, k, 24, dtype, True, 8)
+        whole, start = zeros(40, 24), rng.normal(size=(40, 24)).astype("f4")
+        run(gpu, variant, "matmul.add", on_a, on_b, whole, False)
+        added = device(start)
+        run(gpu, variant, "matmul.add", on_a, on_b, added, True)
+        assert np.array_equal(cupy.asnumpy(added), start + cupy.asnumpy(whole))
+    assert always_cut.call_count >= 2
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_epilogues_come_after_the_shares(gpu, variant, rng):
+    known = calls(rng, (37, 64, 72) if variant == "plain" else (40, 64, 72), of_variant(variant))
+    for key, how in (
+        ("bias", {"shares": 4}), ("residual", {"shares": 4}),
+        ("store", {"shares": 3}), ("slope", {"shares": 3}), ("slope", {"shares": 3, "segments": 3}),
+    ):  # fmt: skip
+        function, arguments, exact = known[key]
+        found = run(gpu, variant, f"linear.{function.__name__}", *arguments, **how)
+        assert_close(found, function.__wrapped__(*exact), of_variant(variant), factor=2)
+
+
+def test_shares_that_do_not_fit_are_refused():
+    x, w, out = ones(8, 48), ones(48, 24), ones(8, 24, dtype=F32)
+    contracts = {name: KERNELS.entries()[f"matmul.add/{name}"].contract for name in ("hopper", "mma", "plain")}
+    for contract in contracts.values():
+        assert contract(x, w, out, False, shares=2) == ""
+        assert "shares" in contract(x, w, out, False, shares=5) and "shares" in contract(x, w, out, False, shares=0)
+        assert "shares" in contract(x, w, out, False, shares=2, segments=5)
+    narrow = {name: contract(x, w, out, False, shares=4) for name, contract in contracts.items()}
+    assert narrow["plain"] == "" and "16 bytes" in narrow["mma"] and "16 bytes" in narrow["hopper"]
+    assert "in shares" in launches.prefers_cublas(launches.FUNCTIONS["matmul.add"](x, w, ones(8, 24), False, shares=2))
 
 
 # ---- who serves, and what is refused
