@@ -5,9 +5,9 @@
 // (Dao et al., arXiv:2205.14135). Backward computes the probabilities twice, once for dq and once for dk and dv, so
 // that every sum belongs to one block and has one order.
 //
-// SHARED: positions come in shares (Problem::share), of which ranks that pass keys round in a ring have one each: a query's
-// softmax and its dq are summed over one share of keys after another, dk and dv over one share of queries after another,
-// each from zero; what comes of a share is then added. It takes registers, so it is a build of its own.
+// SHARED: positions come in shares (Problem::share), of which ranks that pass keys round in a ring have one each: a
+// query's softmax and its dq are summed over one share of keys after another, dk and dv over one share of queries after
+// another, each from zero; what comes of a share is then added. It takes registers, so it is a build of its own.
 #include "attention.cuh"
 
 constexpr int SIDE = 16;

@@ -32,8 +32,7 @@ struct Problem {
     __device__ int first_query(int key) const { return causal ? max(0, key - offset()) : 0; }
     // the last of the queries that share positions with query t, and one
     __device__ int share_end(int t) const {
-        int before = causal ? offset() : 0;  // positions
-        return min(queries, ((t + before) / share + 1) * share - before);
+        return min(queries, ((t + offset()) / share + 1) * share - offset());
     }
 };
 

@@ -1,7 +1,7 @@
 // Sums of squares in float64, one per block of elements: mlm_mpi/params/clip.py. A thread block takes one.
 //
-// A thread takes four elements at a time, and where it finds them (any address; rows `pitch` apart, of `columns` elements)
-// does not change in which order it adds them.
+// A thread takes four elements at a time, and where it finds them (any address; rows `pitch` apart, of `columns`
+// elements) does not change in which order it adds them.
 #include "common.cuh"
 
 constexpr int THREADS = 32 * WARPS, RUN = 4;

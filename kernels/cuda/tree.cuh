@@ -1,5 +1,5 @@
-// Sums in the order of the tree of mlm_mpi/order.py: ((s0 + s1) + (s2 + s3)) + …, split at the largest power of two below
-// their number.
+// Sums in the order of a tree: ((s0 + s1) + (s2 + s3)) + …, split at the largest power of two below their number, as in
+// mlm_mpi/comm/tree.py.
 #pragma once
 #include "common.cuh"
 

@@ -41,10 +41,10 @@ def assert_close(found, wanted, dtype, factor=1.0):
     assert error <= factor * TOLERANCE[np.dtype(dtype).name], f"relative error {error:.2e}"
 
 
-def run(function, *arguments):
+def run(function, *arguments, **named):
     """The result of a kernel, the reference not asked, written to arrays that were full of NaN."""
     with poisoned():
-        result = function(*arguments)
+        result = function(*arguments, **named)
     assert not registry.fallbacks()
     return result
 

@@ -195,7 +195,8 @@ def test_a_long_sum_is_cut_as_for_an_h200(gpu, variant, cut, rng):
     out, on_out = matrix(rng, 9, 16, F32, align=4)
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
     assert_close(on_out, out + a @ b, F32, factor=4)
-    assert [call.args[1].shares for call in cut.call_args_list] in [[tile.blocks * launches.PROCESSORS] for tile in tiles]
+    cuts = [call.args[1].shares for call in cut.call_args_list]
+    assert cuts in [[tile.blocks * launches.PROCESSORS] for tile in tiles]
 
 
 # ---- shares of k

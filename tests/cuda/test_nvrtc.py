@@ -77,7 +77,7 @@ def test_what_is_compiled_beforehand_is_what_cupy_compiles(stem):
 
 
 def test_a_build_at_run_time_has_the_options_of_one_made_beforehand(monkeypatch):
-    """`Device` through CuPy, `make kernels` through NVRTC: the same list but for what is CuPy's or only asks for a log."""
+    """`Device` through CuPy, `make kernels` through NVRTC: one list, but for what CuPy appends and for the log."""
     told = {}
 
     def module(code, options):

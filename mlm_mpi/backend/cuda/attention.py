@@ -39,7 +39,7 @@ def _lacks(gpu: Any) -> str:
 
 def _fit(
     q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    others: tuple[Any, ...] = (),
+    positions: Any = None, others: tuple[Any, ...] = (),
 ) -> str:  # fmt: skip
     """Why a kernel cannot take these arguments, or "". `others`: more arrays (B, rows, H, D) or (B, H, rows, D)."""
     for x in (q, k, v, *others):
@@ -59,14 +59,20 @@ def _fit(
         return f"lengths: {reason}"
     if reason := fit_draw(draw, (*q.shape[:3], k.shape[2])):
         return reason
+    offset = k.shape[2] - q.shape[2]
+    if positions not in (None, (offset, 0)):
+        return "positions of a ring"
+    if _in_shares(k, share) and offset < 0:
+        return "positions in shares, more queries than keys"
     return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
 
 
 def _fit_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit(q, k, v, causal, draw, lengths, share, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
+    reason = _fit(q, k, v, causal, draw, lengths, share, positions, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
     return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
@@ -140,16 +146,18 @@ def _fit_one_share(k: Any, share: int) -> str:
 
 
 def _fit_mma(
-    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0
-) -> str:
-    return _fit(q, k, v, causal, draw, lengths) or _fit_tiles(q, k, v) or _fit_one_share(k, share)
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> str:  # fmt: skip
+    return _fit(q, k, v, causal, draw, lengths, share, positions) or _fit_tiles(q, k, v) or _fit_one_share(k, share)
 
 
 def _fit_mma_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
     return reason or _fit_tiles(do, q, k, v, dq, dk, dv) or _fit_one_share(k, share)
 
 
@@ -170,16 +178,18 @@ def _lacks_hopper(gpu: Any) -> str:
 
 
 def _fit_hopper(
-    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0
-) -> str:
-    return _fit_mma(q, k, v, causal, draw, lengths, share) or ("" if draw is None else "dropout")
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> str:  # fmt: skip
+    return _fit_mma(q, k, v, causal, draw, lengths, share, positions) or ("" if draw is None else "dropout")
 
 
 def _fit_hopper_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share)
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
     return reason or ("" if draw is None else "dropout")
 
 
@@ -190,8 +200,9 @@ def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
 
 @KERNELS.kernel("attention.forward", _fit_hopper, variant="hopper", lacks=_lacks_hopper)
 def _hopper_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head = _head(q.shape[3])
     stages = 4 if head == 64 else 2
@@ -207,6 +218,7 @@ def _hopper_forward(
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -233,8 +245,9 @@ MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
 
 @KERNELS.kernel("attention.forward", _fit_mma, variant="mma", lacks=_lacks)
 def _mma_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, dropped = _head(q.shape[3]), int(draw is not None)
     queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
@@ -249,6 +262,7 @@ def _mma_forward(
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -279,8 +293,9 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
 
 @KERNELS.kernel("attention.forward", _fit, variant="plain", lacks=_lacks)
 def _plain_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     shared = 3 * rows + scores
@@ -298,6 +313,7 @@ def _plain_forward(
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths, share)
     statistics = _statistics(gpu, problem, do, o, lse)

@@ -5,8 +5,8 @@
     mma      bfloat16, mma.sync fed by cp.async: also rows in multiples of 16 bytes
     plain    float32 or bfloat16, any size, address and pitch
 
-Shares of k (mlm_mpi/order.py) are products of their own, which matmul_shares.cu joins: each sum crosses memory, a price that
-nothing but a proof on cut operands asks for.
+Shares of k are products of their own, which matmul_shares.cu joins in a tree: each sum crosses memory, a price that
+nothing but a proof on cut operands pays.
 
 A kernel sums tiles of the result. Which tile, and whether a tile is summed in pieces by several blocks (kernels/cuda/
 matmul.cuh), is `plan`: a function of the shape alone, never of the GPU at hand, and so are a kernel's bits.
@@ -38,8 +38,8 @@ SHARE_THREADS, SHARE_RUN, MOST_SHARES = 128, 4, 1 << 16  # matmul_shares.cu, tre
 class Product:
     """out = epilogue(a b). Shapes: a (M, K), b (K, N); `other` (M, N): the residual, or the input of the GELU.
 
-    `out`: an (M, N) array, or None: a new one of the operands' dtype. K is summed in `shares`, joined in a tree; of each
-    of `segments` equal parts of K a share has an equal part, one after another.
+    `out`: an (M, N) array, or None: a new one of the operands' dtype. K is summed in `shares`, joined in a tree; of
+    each of `segments` equal parts of K a share has an equal part, one after another.
     """
 
     epilogue: str  # of kernels/cuda/matmul.cuh
@@ -249,15 +249,16 @@ def _in_pieces(gpu: Any, whole: Launch, start: Start) -> None:
 
 
 def _in_shares(gpu: Any, product: Product, out: Any, tiles: tuple[Tile, ...], start: Start) -> None:
-    """The sum of each share as a product of its own, whose operands a rank might have alone; then what becomes of them."""
+    """Sums of shares, products of their own whose operands a rank might have alone; then what becomes of them."""
     m, n, _ = product.sizes
     pitch = -(-n // SHARE_RUN) * SHARE_RUN
     sums = gpu.cupy.empty((product.shares, m, pitch), np.float32)
     for share in range(product.shares):
         a, b = _part(gpu, product.a, share, product), _part(gpu, product.b.T, share, product).T
         _multiply(gpu, Product("STORE", a, b, out=sums[share][:, :n]), tiles, start)
-    macros = {"ELEMENT": element(product.a), "RESULT": element(out), "EPILOGUE": product.epilogue}
-    run = gpu.function("matmul_shares", "matmul_shares", TILE_M=1, TILE_N=1, VECTOR=int(_all_aligned(product)), **macros)
+    run = Launch(product, out, None, Tile(1, 1, 1, 1), 1).function(
+        gpu, "matmul_shares", VECTOR=int(_all_aligned(product))
+    )
     run(
         (-(-m * pitch // (SHARE_THREADS * SHARE_RUN)),),
         (SHARE_THREADS,),
@@ -320,7 +321,8 @@ def _bf16_fits(product: Product) -> str:
         return reason
     if product.a.dtype == np.float32:
         return "float32"
-    return "" if _all_aligned(product) and _parts_aligned(product) else "addresses or pitches not in multiples of 16 bytes"
+    aligned = _all_aligned(product) and _parts_aligned(product)
+    return "" if aligned else "addresses or pitches not in multiples of 16 bytes"
 
 
 def _parts_aligned(product: Product) -> bool:

@@ -1,7 +1,7 @@
 """Launches of the kernels over rows and columns of matrices.
 
-Where rows are summed they are cut into parts by their number alone, never by what a GPU has, so that every GPU gives the
-same bits. `pieces` of them are summed each by itself and join in a tree (kernels/cuda/columns.cu).
+Where rows are summed they are cut into parts by their number alone, never by what a GPU has, so that every GPU gives
+the same bits. `pieces` of them are summed each by itself and join in a tree (kernels/cuda/columns.cu).
 """
 
 from dataclasses import dataclass
@@ -252,13 +252,13 @@ def _fit_squares(x: Any, block: int) -> str:
         return str(x.dtype)
     if x.strides[1] != x.itemsize or x.strides[0] < x.shape[1] * x.itemsize or x.strides[0] % x.itemsize:
         return "not contiguous"
-    return "" if x.size < 1 << 31 or x.flags.c_contiguous else "too many elements"  # 32-bit in clip.cu
+    return "" if x.size < 1 << 31 or len(x) == 1 or x.flags.c_contiguous else "too many elements"  # 32-bit in clip.cu
 
 
 @KERNELS.kernel("clip.squares", _fit_squares)
 def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
     out = gpu.cupy.empty(-(-x.size // block), np.float64)
-    columns, pitch = (x.shape[1], x.strides[0] // x.itemsize) if x.ndim == 2 else (x.size, x.size)
+    columns, pitch = (x.shape[1], x.strides[0] // x.itemsize) if x.ndim == 2 and len(x) > 1 else (x.size, x.size)
     vector = x.data.ptr % 16 == 0 and not any(n % 4 for n in (block, columns, pitch) if n != x.size)
     run = gpu.function("clip", "clip_squares", VECTOR=int(vector), WARPS=CLIP_WARPS)
     if out.size:
