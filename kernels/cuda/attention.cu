@@ -4,6 +4,10 @@
 // (x, y) owns rows y, y + 16, … and columns x, x + 16, … of every product. Softmax is kept up to date tile by tile
 // (Dao et al., arXiv:2205.14135). Backward computes the probabilities twice, once for dq and once for dk and dv, so
 // that every sum belongs to one block and has one order.
+//
+// SHARED: positions come in shares (Problem::share), of which ranks that pass keys round in a ring have one each: a
+// query's softmax and its dq are summed over one share of keys after another, dk and dv over one share of queries after
+// another, each from zero; what comes of a share is then added. It takes registers, so it is a build of its own.
 #include "attention.cuh"
 
 constexpr int SIDE = 16;
@@ -40,8 +44,10 @@ __device__ __forceinline__ void load_tile(
     }
 }
 
-__device__ __forceinline__ void load_statistics(const Statistics *from, Statistics *to) {
-    if (threadIdx.x < TILE) to[threadIdx.x] = from[threadIdx.x];
+// of queries `first` … `first` + TILE − 1; zeros beyond `count`
+__device__ __forceinline__ void load_statistics(const Statistics *head, int first, int count, Statistics *to) {
+    int t = first + threadIdx.x;
+    if (threadIdx.x < TILE) to[threadIdx.x] = t < count ? head[t] : Statistics{};
 }
 
 // left rightᵀ of two tiles of rows
@@ -95,9 +101,51 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+// all += sum of a share
+__device__ __forceinline__ void join(float (&all)[EACH][WIDE], const float (&sum)[EACH][WIDE]) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int c = 0; c < WIDE; c++) all[i][c] = SHARED ? all[i][c] + sum[i][c] : sum[i][c];
+}
+
 __device__ __forceinline__ float factor_of(const Problem &p, const Work &work, int t, int key) {
     return work.kept(p, t, key) ? p.draw.factor : 0.0f;
 }
+
+// Of a thread's rows: the highest score so far, its part of the sum of weights relative to that, its columns of the
+// weighed values.
+struct Online {
+    float top[EACH], total[EACH] = {}, sum[EACH][WIDE] = {};
+
+    __device__ __forceinline__ Online() {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) top[i] = -INFINITY_F;
+    }
+    // what scores of row i are relative to from now on
+    __device__ __forceinline__ float rise(int i, float highest) {
+        float base = highest == -INFINITY_F ? 0.0f : highest;  // −∞ − −∞ is no number
+        float change = exp2f(top[i] - base);
+        top[i] = highest;
+        total[i] *= change;
+#pragma unroll
+        for (int c = 0; c < WIDE; c++) sum[i][c] *= change;
+        return base;
+    }
+    __device__ __forceinline__ void join(const Online &other) {
+        if constexpr (!SHARED) {
+            *this = other;
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            float change = exp2f(other.top[i] - rise(i, fmaxf(top[i], other.top[i])));
+            total[i] += other.total[i] * change;
+#pragma unroll
+            for (int c = 0; c < WIDE; c++) sum[i][c] += other.sum[i][c] * change;
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     Problem p, View q, View k, View v, View o, float *lse) {
@@ -106,56 +154,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int end = p.limit(min(first + TILE, p.queries) - 1, length);
-    float top[EACH], total[EACH], sum[EACH][WIDE] = {};
-#pragma unroll
-    for (int i = 0; i < EACH; i++) top[i] = -INFINITY_F, total[i] = 0.0f;
+    Online all;
     load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
 
-    for (int key = 0; key < end; key += TILE) {
-        load_tile(work.rows(k), k.row, key, end, p.width, keys);
-        load_tile(work.rows(v), v.row, key, end, p.width, values);
-        __syncthreads();
-        float score[EACH][EACH];
-        multiply(queries, keys, score);
+    int share = 0;
+    do {
+        const int stop = SHARED ? min(end, share + p.share) : end;
+        Online online;
+        for (int key = share; key < stop; key += TILE) {
+            load_tile(work.rows(k), k.row, key, stop, p.width, keys);
+            load_tile(work.rows(v), v.row, key, stop, p.width, values);
+            __syncthreads();
+            float score[EACH][EACH];
+            multiply(queries, keys, score);
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int limit = p.limit(first + row() + i * SIDE, length);
-            float highest = top[i];
+            for (int i = 0; i < EACH; i++) {
+                int limit = p.limit(first + row() + i * SIDE, SHARED ? stop : length);
+                float highest = online.top[i];
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                bool seen = key + column() + j * SIDE < limit;
-                score[i][j] = seen ? score[i][j] * p.scale_2() : -INFINITY_F;
-                highest = fmaxf(highest, score[i][j]);
+                for (int j = 0; j < EACH; j++) {
+                    bool seen = key + column() + j * SIDE < limit;
+                    score[i][j] = seen ? score[i][j] * p.scale_2() : -INFINITY_F;
+                    highest = fmaxf(highest, score[i][j]);
+                }
+                float base = online.rise(i, row_max(highest));
+#pragma unroll
+                for (int j = 0; j < EACH; j++) {
+                    float weight = exp2f(score[i][j] - base);
+                    online.total[i] += weight;
+                    if (DROPOUT) weight *= factor_of(p, work, first + row() + i * SIDE, key + column() + j * SIDE);
+                    weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = weight;
+                }
             }
-            highest = row_max(highest);
-            float base = highest == -INFINITY_F ? 0.0f : highest;  // −∞ − −∞ is no number
-            float change = exp2f(top[i] - base);
-            top[i] = highest;
-            total[i] *= change;
-#pragma unroll
-            for (int c = 0; c < WIDE; c++) sum[i][c] *= change;
-#pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                float weight = exp2f(score[i][j] - base);
-                total[i] += weight;
-                if (DROPOUT) weight *= factor_of(p, work, first + row() + i * SIDE, key + column() + j * SIDE);
-                weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = weight;
-            }
+            __syncthreads();
+            accumulate(weights, values, online.sum);
+            __syncthreads();
         }
-        __syncthreads();
-        accumulate(weights, values, sum);
-        __syncthreads();
-    }
+        all.join(online);
+    } while (SHARED && (share += p.share) < end);
 
     float factor[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        float all = row_sum(total[i]);
+        float total = row_sum(all.total[i]);
         int t = first + row() + i * SIDE;
-        factor[i] = end > 0 ? 1.0f / all : 0.0f;
-        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = top[i] / LOG2_E + logf(all);
+        factor[i] = end > 0 ? 1.0f / total : 0.0f;
+        if (column() == 0 && t < p.queries) lse[work.row(p) + t] = all.top[i] / LOG2_E + logf(total);
     }
-    store_tile(sum, factor, work.rows(o), o.row, first, p.queries, p.width);
+    store_tile(all.sum, factor, work.rows(o), o.row, first, p.queries, p.width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
@@ -167,37 +213,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
     const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
     const int first = work.tile * TILE, length = p.length(work.b);
     const int end = p.limit(min(first + TILE, p.queries) - 1, length);
-    float sum[EACH][WIDE] = {};
+    float all[EACH][WIDE] = {};
     load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
     load_tile(work.rows(dout), dout.row, first, p.queries, p.width, slopes);
-    load_statistics(statistics + work.padded_row(p) + first, levels);
+    load_statistics(statistics + work.padded_row(p), first, p.queries, levels);
 
-    for (int key = 0; key < end; key += TILE) {
-        load_tile(work.rows(k), k.row, key, end, p.width, keys);
-        load_tile(work.rows(v), v.row, key, end, p.width, values);
-        __syncthreads();
-        float score[EACH][EACH], slope[EACH][EACH];
-        multiply(queries, keys, score);
-        multiply(slopes, values, slope);
+    int share = 0;
+    do {
+        const int stop = SHARED ? min(end, share + p.share) : end;
+        float sum[EACH][WIDE] = {};
+        for (int key = share; key < stop; key += TILE) {
+            load_tile(work.rows(k), k.row, key, stop, p.width, keys);
+            load_tile(work.rows(v), v.row, key, stop, p.width, values);
+            __syncthreads();
+            float score[EACH][EACH], slope[EACH][EACH];
+            multiply(queries, keys, score);
+            multiply(slopes, values, slope);
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int r = row() + i * SIDE, limit = p.limit(first + r, length);
+            for (int i = 0; i < EACH; i++) {
+                int r = row() + i * SIDE, limit = p.limit(first + r, SHARED ? stop : length);
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                bool seen = key + column() + j * SIDE < limit;
-                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
-                if (DROPOUT) slope[i][j] *= factor_of(p, work, first + r, key + column() + j * SIDE);
-                weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
+                for (int j = 0; j < EACH; j++) {
+                    bool seen = key + column() + j * SIDE < limit;
+                    float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
+                    if (DROPOUT) slope[i][j] *= factor_of(p, work, first + r, key + column() + j * SIDE);
+                    weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
+                }
             }
+            __syncthreads();
+            accumulate(weights, keys, sum);
+            __syncthreads();
         }
-        __syncthreads();
-        accumulate(weights, keys, sum);
-        __syncthreads();
-    }
+        join(all, sum);
+    } while (SHARED && (share += p.share) < end);
     float factor[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) factor[i] = p.scale;
-    store_tile(sum, factor, work.rows(dq), dq.row, first, p.queries, p.width);
+    store_tile(all, factor, work.rows(dq), dq.row, first, p.queries, p.width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys(
@@ -208,46 +260,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
     const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
     const int first = work.tile * TILE, length = p.length(work.b);
-    const int begin = first < length ? p.first_query(first) / TILE * TILE : p.queries;  // hidden keys: no query
-    float dkey[EACH][WIDE] = {}, dvalue[EACH][WIDE] = {};
+    int begin = first < length ? p.first_query(first) : p.queries;  // hidden keys: no query
+    float all_dkey[EACH][WIDE] = {}, all_dvalue[EACH][WIDE] = {};
     load_tile(work.rows(k), k.row, first, length, p.width, keys);
     load_tile(work.rows(v), v.row, first, length, p.width, values);
 
-    for (int query = begin; query < p.queries; query += TILE) {
-        load_tile(work.rows(q), q.row, query, p.queries, p.width, queries);
-        load_tile(work.rows(dout), dout.row, query, p.queries, p.width, slopes);
-        load_statistics(statistics + work.padded_row(p) + query, levels);
-        __syncthreads();
-        float score[EACH][EACH], slope[EACH][EACH];  // rows are keys, columns queries
-        multiply(keys, queries, score);
-        multiply(values, slopes, slope);
+    do {
+        const int stop = SHARED ? p.share_end(begin) : p.queries;
+        float dkey[EACH][WIDE] = {}, dvalue[EACH][WIDE] = {};
+        for (int query = begin; query < stop; query += TILE) {
+            load_tile(work.rows(q), q.row, query, stop, p.width, queries);
+            load_tile(work.rows(dout), dout.row, query, stop, p.width, slopes);
+            load_statistics(statistics + work.padded_row(p), query, stop, levels);
+            __syncthreads();
+            float score[EACH][EACH], slope[EACH][EACH];  // rows are keys, columns queries
+            multiply(keys, queries, score);
+            multiply(values, slopes, slope);
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int r = row() + i * SIDE;
+            for (int i = 0; i < EACH; i++) {
+                int r = row() + i * SIDE;
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                int t = column() + j * SIDE;
-                bool seen = first + r < p.limit(query + t, length);
-                float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
-                float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
-                weights[r * SCORES + t] = weight * kept;
-                slope[i][j] = weight * (slope[i][j] * kept - levels[t].delta);
+                for (int j = 0; j < EACH; j++) {
+                    int t = column() + j * SIDE;
+                    bool seen = query + t < stop && first + r < p.limit(query + t, length);
+                    float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
+                    float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
+                    weights[r * SCORES + t] = weight * kept;
+                    slope[i][j] = weight * (slope[i][j] * kept - levels[t].delta);
+                }
             }
+            __syncthreads();
+            accumulate(weights, slopes, dvalue);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+#pragma unroll
+                for (int j = 0; j < EACH; j++) weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = slope[i][j];
+            __syncthreads();
+            accumulate(weights, queries, dkey);
+            __syncthreads();
         }
-        __syncthreads();
-        accumulate(weights, slopes, dvalue);
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-#pragma unroll
-            for (int j = 0; j < EACH; j++) weights[(row() + i * SIDE) * SCORES + column() + j * SIDE] = slope[i][j];
-        __syncthreads();
-        accumulate(weights, queries, dkey);
-        __syncthreads();
-    }
+        join(all_dkey, dkey);
+        join(all_dvalue, dvalue);
+        begin = stop;
+    } while (SHARED && begin < p.queries);
     float factor[EACH], one[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) factor[i] = p.scale, one[i] = 1.0f;
-    store_tile(dkey, factor, work.rows(dk), dk.row, first, p.keys, p.width);
-    store_tile(dvalue, one, work.rows(dv), dv.row, first, p.keys, p.width);
+    store_tile(all_dkey, factor, work.rows(dk), dk.row, first, p.keys, p.width);
+    store_tile(all_dvalue, one, work.rows(dv), dv.row, first, p.keys, p.width);
 }

@@ -15,8 +15,12 @@ struct Problem {
     int batch, heads, queries, keys, width;
     int causal;  // the queries are the last of the positions
     int group;   // heads whose keys and values fit into the L2 cache together
+    int share;   // positions that are summed by themselves (attention.cu)
     float scale;
-    Draw draw;  // of dropped weights, where a source is compiled with DROPOUT
+    // of dropped weights, where a source is compiled with DROPOUT: which mask, and where in it those of a head begin
+    Draw draw;
+    uint64_t start;
+    int64_t by_batch, by_head, by_query;
 
     __device__ int length(int b) const { return lengths ? max(0, min(lengths[b], keys)) : keys; }
     __device__ int offset() const { return keys - queries; }
@@ -26,6 +30,10 @@ struct Problem {
     __device__ int limit(int t, int length) const { return causal ? min(length, t + offset() + 1) : length; }
     // queries before this one see no key from `key` on
     __device__ int first_query(int key) const { return causal ? max(0, key - offset()) : 0; }
+    // the last of the queries that share positions with query t, and one
+    __device__ int share_end(int t) const {
+        return min(queries, ((t + offset()) / share + 1) * share - offset());
+    }
 };
 
 // What backward keeps of a query: log-sum-exp of its scores in base 2, and Σ do·o.
@@ -48,7 +56,8 @@ struct Work {
     }
     // whether dropout keeps a weight; a call of Philox for each, so it costs more than all else
     __device__ bool kept(const Problem &p, int t, int key) const {
-        return dropout_factors<1>(p.draw, uint64_t(row(p) + t) * p.keys + key).at[0] > 0.0f;
+        uint64_t element = p.start + b * p.by_batch + h * p.by_head + t * p.by_query + key;
+        return dropout_factors<1>(p.draw, element).at[0] > 0.0f;
     }
 };
 

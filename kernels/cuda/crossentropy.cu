@@ -1,11 +1,14 @@
 // Softmax and cross-entropy of rows of logits, the gradient in their place: mlm_mpi/ops/crossentropy.py.
 //
-// A block takes a row. The first read finds maximum and sum together (Milakov, Gimelshein, arXiv:1805.02867); the
-// second goes backwards, so that it begins with what the caches saw last.
-#include "common.cuh"
+// A block takes a row. The first read finds maximum and sum together (Milakov, Gimelshein, arXiv:1805.02867), of each of
+// `shares` equal parts of the row by itself and in an order that no address changes: whoever has that part only finds
+// the same two. Then sums are brought to the row's maximum and join in a tree. The second read goes backwards, so that
+// it begins with what the caches saw last.
+#include "tree.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int WIDTH = 16 / sizeof(ELEMENT);
+constexpr int MOST_SHARES = 64;
 constexpr float LOWEST = -3.402823466e38f;  // instead of -inf: a logit of -inf minus it is no NaN
 
 // A row of any alignment: elements before the first 16-byte line, packs, elements behind the last pack
@@ -39,12 +42,25 @@ struct Row {
 struct Online {
     float largest = LOWEST, sum = 0.0f;
 
-    template <int N> __device__ __forceinline__ void take(const ELEMENT *p) {
-        auto x = load<N>(p);
+    template <int N> __device__ __forceinline__ void take(const Pack<float, N> &x) {
         float top = largest;
         for (float each : x.at) top = fmaxf(top, each);
         sum *= __expf(largest - top), largest = top;
         for (float each : x.at) sum += __expf(each - top);
+    }
+    __device__ __forceinline__ void over(const ELEMENT *part, int length) {
+        int packs = length / WIDTH, left = packs * WIDTH + threadIdx.x;
+        if (left < length) take<1>({to_float(part[left])});
+        if (reinterpret_cast<uint64_t>(part) % 16 == 0) {
+            for (int p = threadIdx.x; p < packs; p += THREADS) take<WIDTH>(load<WIDTH>(part + p * WIDTH));
+        } else {
+            for (int p = threadIdx.x; p < packs; p += THREADS) {
+                Pack<float, WIDTH> x;
+#pragma unroll
+                for (int i = 0; i < WIDTH; i++) x.at[i] = to_float(part[p * WIDTH + i]);
+                take<WIDTH>(x);
+            }
+        }
     }
 };
 
@@ -74,7 +90,8 @@ __device__ __forceinline__ float block_max(float x) {
 // A masked row has loss 0 and gradient 0. A target that is no column makes the loss NaN and reads nothing.
 extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentropy_rows(
     ELEMENT *logits, const int32_t *targets, const bool *mask, double *losses, int64_t stride, int columns,
-    int gradient) {
+    int gradient, int shares) {
+    __shared__ float tops[MOST_SHARES], sums[MOST_SHARES], waiting[TREE_LEVELS], total;
     Row row(logits + int64_t(blockIdx.x) * stride, columns);
     if (mask && !mask[blockIdx.x]) {
         Zero zero;
@@ -85,14 +102,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentro
     int target = targets[blockIdx.x];
     bool known = unsigned(target) < unsigned(columns);
     float wanted = known ? to_float(row.at[target]) : NAN_F;
-    Online online;
-    row.forwards(online);
-    float largest = block_max(online.largest);
-    float sum = group_sum<WARPS>(online.sum * __expf(online.largest - largest));
+    float largest = LOWEST;
+    for (int share = 0, length = columns / shares; share < shares; share++) {
+        Online online;
+        online.over(row.at + share * length, length);
+        float top = block_max(online.largest);
+        float sum = group_sum<WARPS>(online.sum * __expf(online.largest - top));
+        largest = fmaxf(largest, top);
+        if (threadIdx.x == 0) tops[share] = top, sums[share] = sum;
+    }
+    if (threadIdx.x == 0) {
+        Tree<float, 1> tree{waiting};
+        for (int share = 0; share < shares; share++) tree.add(sums[share] * __expf(tops[share] - largest));
+        total = tree.sum();
+    }
+    __syncthreads();
+    float sum = total;
     if (threadIdx.x == 0) losses[blockIdx.x] = double(logf(sum)) - (double(wanted) - double(largest));
     if (!gradient) return;
     Softmax softmax{largest, 1.0f / sum};
-    row.backwards(softmax);  // every thread has `wanted`: group_sum waited for all
+    row.backwards(softmax);  // every thread has `wanted`: they have waited for each other
     __syncthreads();
     if (threadIdx.x == 0 && known) {
         row.at[target] = from_float<ELEMENT>(__expf(wanted - largest) * softmax.scale - 1.0f);

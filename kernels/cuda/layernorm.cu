@@ -63,12 +63,14 @@ __device__ __forceinline__ void leave(const Pack<float, WIDTH> (&sums)[PACKS], f
 }
 
 // dx = (g - mean(g) - n mean(g n)) / deviation, plus `add` where given; g = dy gain, n = normalised x.
-// Block b has rows b each … (b + 1) each - 1, whatever the GPU; parts[b] are their sums (dgain, dbias) per column.
+// Block b has `each` rows of piece b div count, whatever the GPU; parts[b] are their sums (dgain, dbias) per column,
+// which columns.cu joins. `rows`: of a piece.
 extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK) layernorm_backward(
     const ELEMENT *dy, const ELEMENT *x, const WEIGHT *gain, const float *means, const float *inverses,
-    const ELEMENT *add, ELEMENT *dx, float *parts, int64_t rows, int64_t each, int columns) {
+    const ELEMENT *add, ELEMENT *dx, float *parts, int64_t rows, int64_t each, int count, int columns) {
     Pack<float, WIDTH> gains[PACKS] = {}, biases[PACKS] = {};
-    int64_t begin = blockIdx.x * each, end = min(rows, begin + each);
+    int64_t piece = blockIdx.x / count * rows, begin = piece + blockIdx.x % count * each;
+    int64_t end = min(piece + rows, begin + each);
     for (int64_t first = begin; first < end; first += ROWS) {
         int64_t row = first + threadIdx.y;
         int mine = row < end ? columns : 0;

@@ -8,6 +8,26 @@ struct Draw {
     float rate, factor;  // dropped where uniform < rate, else times factor
 };
 
+// Which elements of a global array those of a cut of it are: in order, `extent` of the innermost dim, and so on outwards.
+// Dims that lie together count as one.
+struct Cut {
+    uint64_t start;
+    uint32_t extent[3];  // all but the outermost
+    int64_t stride[3];   // all but the innermost, which is 1
+
+    __device__ __forceinline__ uint64_t element(uint64_t i) const {
+        uint64_t e = start;
+        uint64_t place = i % extent[0];
+        i /= extent[0], e += place;
+#pragma unroll
+        for (int dim = 1; dim < 3; dim++) {
+            place = i % extent[dim];
+            i /= extent[dim], e += place * stride[dim - 1];
+        }
+        return e + i * stride[2];
+    }
+};
+
 struct Quad {
     uint32_t word[4];
 };

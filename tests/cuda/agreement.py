@@ -41,10 +41,10 @@ def assert_close(found, wanted, dtype, factor=1.0):
     assert error <= factor * TOLERANCE[np.dtype(dtype).name], f"relative error {error:.2e}"
 
 
-def run(function, *arguments):
+def run(function, *arguments, **named):
     """The result of a kernel, the reference not asked, written to arrays that were full of NaN."""
     with poisoned():
-        result = function(*arguments)
+        result = function(*arguments, **named)
     assert not registry.fallbacks()
     return result
 
@@ -52,6 +52,14 @@ def run(function, *arguments):
 def same_bits(a, b):
     """Whether two device arrays hold the same bytes."""
     return cupy.asnumpy(a).tobytes() == cupy.asnumpy(b).tobytes()
+
+
+def tree(terms):
+    """Their sum in the order of mlm_mpi/order.py: split at the largest power of two below their number."""
+    if len(terms) == 1:
+        return terms[0]
+    middle = 1 << (len(terms) - 1).bit_length() - 1
+    return tree(terms[:middle]) + tree(terms[middle:])
 
 
 def shifted(array):

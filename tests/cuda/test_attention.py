@@ -4,10 +4,11 @@ import cupy
 import ml_dtypes
 import numpy as np
 import pytest
-from agreement import TOLERANCE, assert_close, device, poisoned
+from agreement import TOLERANCE, assert_close, device, poisoned, same_bits
 
 from mlm_mpi.backend import registry
-from mlm_mpi.ops import attention
+from mlm_mpi.backend.cuda.provider import KERNELS
+from mlm_mpi.ops import attention, dropout
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
 
@@ -82,20 +83,20 @@ def variant(pair, gpu, monkeypatch):
     return pair[0]
 
 
-def _run(q, k, v, do, causal, lengths, draw=None):
+def _run(q, k, v, do, causal, lengths, draw=None, share=0):
     """o, lse, dq, dk, dv by the kernels, from and into strided views."""
     dq, dk, dv = _fused(*(np.full_like(x, np.nan) for x in (q, k, v)))
     q, k, v = _fused(q, k, v)
     lengths = None if lengths is None else device(np.array(lengths, "i4"))
     with poisoned():
-        o, lse = attention.forward(q, k, v, causal, draw, lengths)
-        attention.backward(device(do), q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+        o, lse = attention.forward(q, k, v, causal, draw, lengths, share)
+        attention.backward(device(do), q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share)
     assert not registry.fallbacks()
     return o, lse, dq, dk, dv
 
 
-def _wanted(q, k, v, do, causal, lengths, draw=None):
-    """The same in float64."""
+def _wanted(q, k, v, do, causal, lengths, draw=None, share=0):
+    """The same in float64, in which it does not matter how positions are shared."""
     lengths = None if lengths is None else np.array(lengths, "i4")
     q, k, v, do = (x.astype("f8") for x in (q, k, v, do))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -147,6 +148,110 @@ def _agrees(inputs, dtype, *how):
     lse = cupy.asnumpy(found[1])
     assert found[0].dtype == dtype and lse.dtype == np.float32
     assert np.allclose(lse[seen], wanted[1][seen], rtol=1e-5, atol=1e-5) and (lse[~seen] == -np.inf).all()
+    assert_close(found[0], wanted[0], dtype)
+    for got, exact in zip(found[2:], wanted[2:], strict=True):
+        _gradient_close(got, exact, inputs[3])
+
+
+def _heads(x):
+    return device(x).swapaxes(1, 2)
+
+
+# case, positions in a share (more and fewer than a tile has), dropout
+SHARED = [
+    ("ragged", 24, DRAW), ("wide", 72, None), ("full", 24, None), ("full", 72, DRAW), ("cache", 72, None),
+    ("causal lengths", 24, DRAW), ("causal lengths", 72, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), BF16], ids=str)
+@pytest.mark.parametrize(("name", "share", "draw"), SHARED, ids=[f"{name} {share}" for name, share, _ in SHARED])
+def test_positions_in_shares(gpu, dtype, name, share, draw, monkeypatch, rng):
+    _only("plain", monkeypatch)
+    *shape, causal, lengths = CASES[name]
+    _agrees(_drawn(rng, shape, dtype), dtype, causal, lengths, draw, share)
+
+
+def test_one_share_is_all(gpu, monkeypatch, rng):
+    _only("plain", monkeypatch)
+    inputs = _drawn(rng, (1, 2, 70, 70, 16), np.dtype("f4"))
+    whole, found = (_run(*inputs, True, None, None, share) for share in (0, 70))
+    assert all(same_bits(a, b) for a, b in zip(whole, found, strict=True))
+
+
+def test_a_ring_has_the_sums_of_shares(gpu, monkeypatch, rng):
+    """dq, dk, dv are those of pairs of shares, each pair by itself, added in ascending order of positions."""
+    _only("plain", monkeypatch)
+    share, shares = 72, 3
+    length = share * shares
+    q, k, v, do = _drawn(rng, (1, 1, length, length, 16), np.dtype("f4"))  # scaled by 1/4, which rounds nothing
+    o, lse, dq, dk, dv = _run(q, k, v, do, True, None, None, share)
+    parts = [slice(number * share, (number + 1) * share) for number in range(shares)]
+    sums = [[np.zeros((share, 16), "f4") for _ in parts] for _ in "qkv"]
+    for query, rows in enumerate(parts):
+        for key in range(query + 1):
+            keys = parts[key]
+            arrays = [_heads(x[:, at]) for x, at in ((q, rows), (k, keys), (v, keys))]
+            got = [device(np.full((1, 1, share, 16), np.nan, "f4")) for _ in "qkv"]
+            attention.backward(
+                device(do[:, rows]),
+                *arrays,
+                device(o.get()[:, rows]),
+                device(lse.get()[:, :, rows]),
+                *got,
+                key == query,
+            )
+            for to, at, part in zip(sums, (query, key, key), got, strict=True):
+                to[at] += part.get()[0, 0]
+    for found, of in zip((dq, dk, dv), sums, strict=True):
+        assert np.array_equal(found.get()[0, 0], np.concatenate(of))
+    first = attention.forward(*(_heads(x[:, :share]) for x in (q, k, v)))
+    assert np.array_equal(first[0].get(), o.get()[:, :share]) and np.array_equal(
+        first[1].get(), lse.get()[:, :, :share]
+    )
+    assert not registry.fallbacks()
+
+
+def test_a_share_of_keys_is_weighed_by_itself(gpu, monkeypatch):
+    """256 weights of 2^-26 are lost one by one beside a weight of 1, and seen as the sum of a share."""
+    _only("plain", monkeypatch)
+    q, k, v = np.zeros((1, 1, 1, 16), "f4"), np.zeros((1, 512, 1, 16), "f4"), np.ones((1, 512, 1, 16), "f4")
+    q[..., 0], k[0, 1:256, 0, 0], k[0, 256:, 0, 0] = 4.0, -1e4, -26 * np.log(2)
+    whole, shared = (
+        attention.forward(*map(_heads, (q, k, v)), False, None, None, share)[0].get() for share in (0, 256)
+    )
+    assert np.abs(shared - 1).max() < 2e-7 and whole.max() < 1 - 2e-6
+    assert not registry.fallbacks()
+
+
+def test_tensor_cores_have_no_shares_and_nobody_another_ring(gpu):
+    contracts = {name: KERNELS.entries()[f"attention.forward/{name}"].contract for name in ("hopper", "mma", "plain")}
+    q = device(np.ones((1, 1, 96, 64), BF16))
+    refused = {name: contract(q, q, q, share=48) for name, contract in contracts.items()}
+    assert refused == {"hopper": "positions in shares", "mma": "positions in shares", "plain": ""}
+    for contract in contracts.values():
+        assert contract(q, q, q, share=96) == contract(q, q, q, share=0, positions=(0, 0)) == ""
+        assert "ring" in contract(q, q, q, share=96, positions=(96, 0))
+
+
+@pytest.mark.parametrize("name", ["ragged", "wide"])
+def test_dropout_of_a_cut(variant, dtype, name, rng):
+    """Heads 1 and 2 of four, queries and keys of a cut batch: the mask of the whole where they lie."""
+    if variant == "hopper":
+        pytest.skip("handed on to the next variant")
+    *_, queries, keys, width, causal, _ = CASES[name]
+    strides = (4 * 200 * 256, 200 * 256, 256, 1)
+    cut = DRAW._replace(start=strides[1] + 3 * 256 + 16, strides=strides)
+    inputs = _drawn(rng, (2, 2, queries, keys, width), dtype)
+    found = _run(*inputs, causal, None, cut)
+    places = cut.start + sum(
+        np.arange(n).reshape(-1, *[1] * (3 - i)) * strides[i] for i, n in enumerate((2, 2, queries, keys))
+    )
+    whole = dropout.mask.__wrapped__(DRAW, (int(places.max()) + 1,), 0, "f8")[places]
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched:
+        patched.setattr(attention, "_factors", lambda draw, shape, b, start, stop, *_: whole[b, :, start:stop])
+        wanted = _wanted(*inputs, causal, None, DRAW)
     assert_close(found[0], wanted[0], dtype)
     for got, exact in zip(found[2:], wanted[2:], strict=True):
         _gradient_close(got, exact, inputs[3])

@@ -7,9 +7,10 @@ import pytest
 from agreement import device
 
 from mlm_mpi.backend.cuda.provider import KERNELS
+from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.rng import key_of
 
-DRAW = (0.3, key_of(1, "test"), 2, 3)
+DRAW = Draw(0.3, key_of(1, "test"), 2, 3)
 
 
 def matrix(dtype="f4"):
@@ -97,6 +98,19 @@ def test_what_does_not_fit_is_refused(name, change):
         if name == "crossentropy.rows" and i == 0 and change is other_shape:
             arguments[0] = arguments[0][:, :8]  # 7 rows, padded: the targets are too few
         assert contract(*arguments), f"argument {i}"
+
+
+@pytest.mark.parametrize("name", ["linear.bias_gradient", "layernorm.backward"])
+def test_rows_of_no_whole_pieces_are_refused(name):
+    contract = KERNELS.entries()[name].contract
+    assert contract(*FITTING[name](), pieces=3) == ""
+    assert "pieces" in contract(*FITTING[name](), pieces=4) and "pieces" in contract(*FITTING[name](), pieces=0)
+
+
+def test_strided_squares():
+    contract = KERNELS.entries()["clip.squares"].contract
+    assert contract(matrix()[:, 2:5], 4) == ""
+    assert contract(matrix()[:, ::2], 4) and contract(transposed(matrix()), 4) and contract(matrix("f8")[:, :4], 4)
 
 
 def test_masks_for_the_cpu_are_refused():

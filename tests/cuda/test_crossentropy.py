@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from agreement import assert_close, device, run, same_bits, shifted
 
+from mlm_mpi.backend.cuda.provider import KERNELS
 from mlm_mpi.ops import crossentropy
 
 SHAPES = [(1, 1), (3, 7), (5, 333), (2, 5000), (1, 8200)]
@@ -33,6 +34,39 @@ def test_losses_and_gradients(gpu, dtype, shape, masked, place, rng):
     assert_close(found, gradient, dtype)
     again = run(crossentropy.rows, place(logits), device(targets), device(mask) if masked else None, False)
     assert same_bits(losses, again), "the loss does not depend on `gradient`"
+
+
+@pytest.mark.parametrize(("columns", "shares"), [(16, 2), (1000, 8), (1001, 7), (8200 * 2, 2)])
+@pytest.mark.parametrize("place", [device, shifted])
+def test_shares_of_the_vocabulary(gpu, dtype, columns, shares, place, rng):
+    logits, targets, mask = drawn(rng, (2, columns), dtype)
+    found = place(logits)
+    losses = run(crossentropy.rows, found, device(targets), device(mask), True, shares)
+    wanted, gradient = exact(logits, targets, mask)
+    assert_close(losses, wanted, "f4")
+    assert_close(found, gradient, dtype)
+    other = device(logits) if place is shifted else shifted(logits)
+    assert same_bits(losses, run(crossentropy.rows, other, device(targets), device(mask), True, shares)), "any address"
+
+
+def test_a_share_of_the_vocabulary_is_summed_by_itself(gpu):
+    """256 weights of 2^-25 are lost one by one beside a weight of 1, and seen as the sum of a share."""
+    logits = np.full((1, 2 * 8192), -1e30, "f4")
+    logits[0, 0], logits[0, 8192:] = 0.0, -25 * np.log(2)
+    logits[0, 8192::2] = -1e30
+    target = device(np.zeros(1, "i4"))
+    small = 4096 * 2.0**-25
+    found = run(crossentropy.rows, device(logits), target, None, False, 2).get()[0]
+    assert found == pytest.approx(small, rel=1e-2)
+    whole = run(crossentropy.rows, device(logits), target, None, False).get()[0]
+    assert whole != found
+
+
+def test_a_vocabulary_of_no_whole_shares_is_refused():
+    contract = KERNELS.entries()["crossentropy.rows"].contract
+    logits, targets = device(np.ones((2, 12), "f4")), device(np.zeros(2, "i4"))
+    assert contract(logits, targets, None, True, 4) == ""
+    assert "shares" in contract(logits, targets, None, True, 5) and "shares" in contract(logits, targets, None, True, 0)
 
 
 def test_rows_of_a_wider_matrix(gpu, dtype, rng):

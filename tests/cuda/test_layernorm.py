@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from agreement import assert_close, device, run, same_bits, shifted
+from agreement import assert_close, device, run, same_bits, shifted, tree
 
 from mlm_mpi.backend import registry
 from mlm_mpi.ops import layernorm
@@ -72,6 +72,32 @@ def test_rows_in_many_parts(gpu, dtype, rng):
     assert_close(dx, layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics), *exact, False), dtype, 3)
     for got, want in zip(found, exact, strict=True):
         assert_close(got, want, "f4", 4)
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(12, 4), (260, 5)])
+def test_a_piece_is_the_sum_of_whoever_has_it_alone(gpu, dtype, rows, pieces, rng):
+    dy, x, add, gain, _ = drawn(rng, (rows, 40), dtype)
+    statistics = statistics_of(x)
+
+    def backward(part, sums, accumulate, **how):
+        arrays = (dy[part], x[part], gain, statistics[:, part])
+        return run(layernorm.backward, *map(device, arrays), *sums, accumulate, device(add[part]), **how)
+
+    own = []
+    for number in range(pieces):
+        sums = [device(np.full(40, np.nan, "f4")) for _ in range(2)]
+        part = slice(number * rows // pieces, (number + 1) * rows // pieces)
+        own.append((backward(part, sums, False).get(), *(s.get() for s in sums)))
+    start = [rng.normal(size=40).astype("f4") for _ in range(2)]
+    added = [device(s) for s in start]
+    dx = backward(slice(None), added, True, pieces=pieces)
+    assert np.array_equal(dx.get(), np.concatenate([rows for rows, *_ in own]))
+    for got, before, parts in zip(added, start, list(zip(*own, strict=True))[1:], strict=True):
+        assert np.array_equal(got.get(), before + tree(parts)), "complete before it joins"
+    wanted = [np.zeros(40) for _ in range(2)]
+    layernorm.backward.__wrapped__(*wide(dy, x, gain, statistics), *wanted, False, *wide(add))
+    for parts, want in zip(list(zip(*own, strict=True))[1:], wanted, strict=True):
+        assert np.allclose(tree(parts), want, rtol=1e-4, atol=1e-4)
 
 
 def test_any_address(gpu, dtype, rng):

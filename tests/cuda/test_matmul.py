@@ -9,7 +9,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 import pytest
-from agreement import assert_close, device, poisoned
+from agreement import assert_close, device, poisoned, tree
 
 from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.cuda import matmul as launches
@@ -152,7 +152,8 @@ def cut(monkeypatch):
 
 @pytest.fixture
 def always_cut(four_processors, cut, monkeypatch):
-    """As `cut`, in pieces wherever that can be."""
+    """As `cut`, in pieces wherever that can be, and as few as for four multiprocessors."""
+    monkeypatch.setattr(launches, "PROCESSORS", 4)
     monkeypatch.setattr(launches, "PIECES_COST", -(1 << 20))
     return cut
 
@@ -186,15 +187,93 @@ def test_pieces_of_several_tiles(gpu, variant, epilogues, always_cut, rng, monke
 
 
 @pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
-def test_a_long_sum_is_cut_for_every_block_of_the_gpu(gpu, variant, cut, rng):
-    """What `plan` chooses by itself, for as many multiprocessors as there are."""
+def test_a_long_sum_is_cut_as_for_an_h200(gpu, variant, cut, rng):
+    """What `plan` chooses by itself, on any GPU."""
     tiles, dtype = getattr(launches, f"{variant.upper()}_TILES"), F32 if variant == "plain" else BF16
-    k = max(tile.k * int(tile.cut) * (64 + tile.blocks * gpu.processors) for tile in tiles)
+    k = max(tile.k * int(tile.cut) * (64 + tile.blocks * launches.PROCESSORS) for tile in tiles)
     (a, on_a), (b, on_b) = matrix(rng, 9, k, dtype, align=8), matrix(rng, k, 16, dtype, align=8)
     out, on_out = matrix(rng, 9, 16, F32, align=4)
     run(gpu, variant, "matmul.add", on_a, on_b, on_out, True)
     assert_close(on_out, out + a @ b, F32, factor=4)
-    assert [call.args[1].shares for call in cut.call_args_list] in [[tile.blocks * gpu.processors] for tile in tiles]
+    cuts = [call.args[1].shares for call in cut.call_args_list]
+    assert cuts in [[tile.blocks * launches.PROCESSORS] for tile in tiles]
+
+
+# ---- shares of k
+
+
+def of_variant(variant):
+    return F32 if variant == "plain" else BF16
+
+
+def zeros(*shape):
+    return device(np.full(shape, np.nan, "f4"))
+
+
+def cut_of(host, share, shares, segments, axis):
+    """What a rank has of an operand whose k is cut."""
+    of_segments = np.split(host, segments, axis)
+    return np.concatenate([np.split(part, shares, axis)[share] for part in of_segments], axis)
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+@pytest.mark.parametrize(("shares", "segments"), [(2, 1), (8, 1), (4, 3)])
+@pytest.mark.parametrize("by_rows", [(True, True), (True, False), (False, True)])
+def test_a_share_is_the_product_of_whoever_has_it_alone(gpu, variant, shares, segments, by_rows, rng):
+    dtype, (m, n, k) = of_variant(variant), (40, 24, 8 * shares * segments * 2)
+    (a, on_a), (b, on_b) = matrix(rng, m, k, dtype, by_rows[0], 8), matrix(rng, k, n, dtype, by_rows[1], 8)
+    out = zeros(m, n)
+    run(gpu, variant, "matmul.add", on_a, on_b, out, False, shares, segments)
+    parts = []
+    for share in range(shares):
+        own = [cut_of(x, share, shares, segments, axis).astype(dtype) for x, axis in ((a, 1), (b, 0))]
+        part = zeros(m, n)
+        run(gpu, variant, "matmul.add", *map(device, own), part, False, segments=segments)
+        parts.append(cupy.asnumpy(part))
+    assert np.array_equal(cupy.asnumpy(out), tree(parts))
+    assert_close(out, a @ b, F32, factor=2)
+    start = rng.normal(size=(m, n)).astype("f4")
+    added = device(start)
+    run(gpu, variant, "matmul.add", on_a, on_b, added, True, shares, segments)
+    assert np.array_equal(cupy.asnumpy(added), start + tree(parts)), "complete before it joins"
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_what_is_added_to_joins_the_whole_sum(gpu, variant, always_cut, rng):
+    """Whole or in pieces: out + (the sum from zero)."""
+    dtype = of_variant(variant)
+    for k in (16, 330):
+        (_, on_a), (_, on_b) = matrix(rng, 40, k, dtype, False, 8), matrix(rng, k, 24, dtype, True, 8)
+        whole, start = zeros(40, 24), rng.normal(size=(40, 24)).astype("f4")
+        run(gpu, variant, "matmul.add", on_a, on_b, whole, False)
+        added = device(start)
+        run(gpu, variant, "matmul.add", on_a, on_b, added, True)
+        assert np.array_equal(cupy.asnumpy(added), start + cupy.asnumpy(whole))
+    assert always_cut.call_count >= 2
+
+
+@pytest.mark.parametrize("variant", ["plain", "mma", "hopper"])
+def test_epilogues_come_after_the_shares(gpu, variant, rng):
+    known = calls(rng, (37, 64, 72) if variant == "plain" else (40, 64, 72), of_variant(variant))
+    for key, how in (
+        ("bias", {"shares": 4}), ("residual", {"shares": 4}),
+        ("store", {"shares": 3}), ("slope", {"shares": 3}), ("slope", {"shares": 3, "segments": 3}),
+    ):  # fmt: skip
+        function, arguments, exact = known[key]
+        found = run(gpu, variant, f"linear.{function.__name__}", *arguments, **how)
+        assert_close(found, function.__wrapped__(*exact), of_variant(variant), factor=2)
+
+
+def test_shares_that_do_not_fit_are_refused():
+    x, w, out = ones(8, 48), ones(48, 24), ones(8, 24, dtype=F32)
+    contracts = {name: KERNELS.entries()[f"matmul.add/{name}"].contract for name in ("hopper", "mma", "plain")}
+    for contract in contracts.values():
+        assert contract(x, w, out, False, shares=2) == ""
+        assert "shares" in contract(x, w, out, False, shares=5) and "shares" in contract(x, w, out, False, shares=0)
+        assert "shares" in contract(x, w, out, False, shares=2, segments=5)
+    narrow = {name: contract(x, w, out, False, shares=4) for name, contract in contracts.items()}
+    assert narrow["plain"] == "" and "16 bytes" in narrow["mma"] and "16 bytes" in narrow["hopper"]
+    assert "in shares" in launches.prefers_cublas(launches.FUNCTIONS["matmul.add"](x, w, ones(8, 24), False, shares=2))
 
 
 # ---- who serves, and what is refused
@@ -277,15 +356,15 @@ def test_what_is_not_finite_stays_so(gpu):
 
 def test_plan_takes_wide_tiles_where_they_fill_the_gpu():
     wide, narrow = launches.HOPPER_TILES
-    assert launches.plan((32768, 3072, 768), launches.HOPPER_TILES, 132) == (wide, 3072)
-    assert launches.plan((128, 128, 64), launches.HOPPER_TILES, 132) == (narrow, 1)
+    assert launches.plan((32768, 3072, 768), launches.HOPPER_TILES) == (wide, 3072)
+    assert launches.plan((128, 128, 64), launches.HOPPER_TILES) == (narrow, 1)
 
 
 def test_plan_cuts_few_tiles_of_a_long_sum():
     """A weight's gradient of GPT-2 124M: 18 tiles for 132 multiprocessors."""
-    tile, shares = launches.plan((768, 768, 32768), launches.HOPPER_TILES, 132)
+    tile, shares = launches.plan((768, 768, 32768), launches.HOPPER_TILES)
     assert shares == 132 > tile.count(768, 768)
-    tile, shares = launches.plan((768, 768, 256), launches.HOPPER_TILES, 132)
+    tile, shares = launches.plan((768, 768, 256), launches.HOPPER_TILES)
     assert shares == tile.count(768, 768)  # too short to be worth a second kernel
 
 
@@ -304,18 +383,17 @@ def test_plan_cuts_few_tiles_of_a_long_sum():
 )
 def test_plan_is_what_an_h200_does_fastest(sizes, number, cut):
     """Each tile was timed whole and cut (LOG.md, 2026-11-27)."""
-    tile, shares = launches.plan(sizes, launches.HOPPER_TILES, 132)
+    tile, shares = launches.plan(sizes, launches.HOPPER_TILES)
     assert (tile, shares != tile.count(*sizes[:2])) == (launches.HOPPER_TILES[number], cut)
 
 
-@pytest.mark.parametrize("processors", [4, 108, 114, 132, 148])
 @pytest.mark.parametrize("kernel", ["PLAIN", "MMA", "HOPPER"])
-def test_plan_never_cuts_finer_than_a_step(kernel, processors, rng):
-    for _ in range(200):
+def test_plan_never_cuts_finer_than_a_step(kernel, rng):
+    for _ in range(1000):
         sizes = tuple(int(2**exponent) for exponent in rng.uniform(0, 14, 3))
-        tile, shares = launches.plan(sizes, getattr(launches, f"{kernel}_TILES"), processors)
+        tile, shares = launches.plan(sizes, getattr(launches, f"{kernel}_TILES"))
         tiles, steps = tile.count(*sizes[:2]), -(-sizes[2] // tile.k)
-        assert shares == tiles or (shares == tile.blocks * processors and shares <= tiles * steps)
+        assert shares == tiles or (shares == tile.blocks * launches.PROCESSORS and shares <= tiles * steps)
 
 
 def test_cublas_serves_what_was_measured(gpu, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """NVRTC assembles every build of the kernels, without a GPU or a header: nothing spills or lives in local memory."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from mlm_mpi.backend.cuda import nvrtc
-from mlm_mpi.backend.cuda.device import cubin_path, options, source, sources
+from mlm_mpi.backend.cuda.device import ARITHMETIC, Device, cubin_path, options, source, sources
 from mlm_mpi.errors import ConfigError
 
 try:
@@ -13,6 +15,7 @@ except ConfigError as error:
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 BUILDS = nvrtc.builds()
+DEFINES = (("ELEMENT", "float"), ("WIDTH", 4))
 STEMS = sorted({stem for stem, _ in BUILDS})
 
 
@@ -71,6 +74,28 @@ def test_what_is_compiled_beforehand_is_what_cupy_compiles(stem):
     appended = ["-ftz=true", "-arch=sm_90", "--device-as-default-execution-space", "--ptxas-options=-v"]
     by_cupy, _ = nvrtc.compile_text(source(stem), f"{stem}.cu", [*options("sm_90a", defines), *appended])
     assert nvrtc.compile_cubin(stem, "sm_90a", defines)[0] == by_cupy
+
+
+def test_a_build_at_run_time_has_the_options_of_one_made_beforehand(monkeypatch):
+    """`Device` through CuPy, `make kernels` through NVRTC: one list, but for what CuPy appends and for the log."""
+    told = {}
+
+    def module(code, options):
+        told["at run time"] = options
+        return SimpleNamespace(compile=lambda: None)
+
+    def compile_text(text, name, given):
+        told["beforehand"] = given
+        return b"", ""
+
+    gpu = object.__new__(Device)
+    gpu.capability, gpu.builds, gpu.cupy = (9, 0), set(), SimpleNamespace(RawModule=module)
+    gpu._module("gelu", DEFINES)
+    monkeypatch.setattr(nvrtc, "compile_text", compile_text)
+    nvrtc.compile_cubin("gelu", gpu.architecture, DEFINES)
+    assert set(ARITHMETIC) < set(told["at run time"]), "a default of nobody's decides bits"
+    appended = ["-arch=sm_90", "--device-as-default-execution-space", "--ptxas-options=-v"]
+    assert [*told["at run time"], *appended] == list(told["beforehand"])
 
 
 def test_a_cubin_belongs_to_its_source_and_options(monkeypatch):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
+from mlm_mpi.backend.cuda.draws import DRAW, drawn, natural
+from mlm_mpi.backend.cuda.draws import fit as fit_draw
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
@@ -17,10 +19,9 @@ KERNELS = Table()
 # attention.cuh: Problem, View
 PROBLEM = np.dtype(
     [("lengths", "u8")]
-    + [(name, "i4") for name in ("batch", "heads", "queries", "keys", "width", "causal", "group")]
-    + [("scale", "f4")]
-    + [(name, "u4") for name in ("key0", "key1", "step", "micro_batch")]
-    + [("rate", "f4"), ("factor", "f4")],
+    + [(name, "i4") for name in ("batch", "heads", "queries", "keys", "width", "causal", "group", "share")]
+    + [("scale", "f4"), ("draw", DRAW), ("start", "u8")]
+    + [(name, "i8") for name in ("by_batch", "by_head", "by_query")],
     align=True,
 )
 VIEW = np.dtype([("data", "u8"), ("batch", "i8"), ("head", "i8"), ("row", "i8")])
@@ -37,8 +38,9 @@ def _lacks(gpu: Any) -> str:
 
 
 def _fit(
-    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, others: tuple[Any, ...] = ()
-) -> str:
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None, others: tuple[Any, ...] = (),
+) -> str:  # fmt: skip
     """Why a kernel cannot take these arguments, or "". `others`: more arrays (B, rows, H, D) or (B, H, rows, D)."""
     for x in (q, k, v, *others):
         if not on_device(x) or x.ndim != 4:
@@ -55,14 +57,22 @@ def _fit(
         return f"head width above {WIDEST}"
     if lengths is not None and (reason := dense(lengths, dtype=np.int32) or shaped(q.shape[:1], lengths)):
         return f"lengths: {reason}"
+    if reason := fit_draw(draw, (*q.shape[:3], k.shape[2])):
+        return reason
+    offset = k.shape[2] - q.shape[2]
+    if positions not in (None, (offset, 0)):
+        return "positions of a ring"
+    if _in_shares(k, share) and offset < 0:
+        return "positions in shares, more queries than keys"
     return "more queries than keys" if causal and q.shape[2] > k.shape[2] else ""
 
 
 def _fit_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit(q, k, v, causal, draw, lengths, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
+    reason = _fit(q, k, v, causal, draw, lengths, share, positions, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
     return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
@@ -77,20 +87,15 @@ def _heads_first(x: Any) -> Any:
     return x.swapaxes(1, 2)  # (B, T, H, D) -> (B, H, T, D), a view
 
 
-def _problem(q: Any, k: Any, causal: bool, draw: Any, lengths: Any) -> Any:
+def _problem(q: Any, k: Any, causal: bool, draw: Any, lengths: Any, share: int = 0) -> Any:
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     group = max(1, min(batch * heads, L2_BYTES // (2 * keys * width * k.itemsize)))
     address = 0 if lengths is None else lengths.data.ptr
-    numbers = (address, batch, heads, queries, keys, width, causal, group, 1.0 / math.sqrt(width))
-    return np.array([(*numbers, *_drawn(draw))], PROBLEM)
-
-
-def _drawn(draw: Any) -> tuple[Any, ...]:
-    if draw is None:
-        return 0, 0, 0, 0, 0.0, 1.0
-    words = (*draw.key, draw.step, draw.micro_batch)
-    return *(word & 0xFFFFFFFF for word in words), draw.rate, 1.0 / (1.0 - draw.rate)
+    numbers = (address, batch, heads, queries, keys, width, causal, group, share or keys, 1.0 / math.sqrt(width))
+    start, strides = (0, ()) if draw is None else (draw.start, draw.strides)
+    by = (strides or natural((batch, heads, queries, keys)))[:3]
+    return np.array([(*numbers, drawn(draw)[0], start, *by)], PROBLEM)
 
 
 def _blocks(q: Any, rows: int, tile: int) -> tuple[int]:
@@ -132,16 +137,28 @@ def _fit_tiles(*arrays: Any) -> str:
     return ""
 
 
-def _fit_mma(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
-    return _fit(q, k, v, causal, draw, lengths) or _fit_tiles(q, k, v)
+def _in_shares(k: Any, share: int) -> bool:
+    return 0 < share < k.shape[2]
+
+
+def _fit_one_share(k: Any, share: int) -> str:
+    return "positions in shares" if _in_shares(k, share) else ""
+
+
+def _fit_mma(
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> str:  # fmt: skip
+    return _fit(q, k, v, causal, draw, lengths, share, positions) or _fit_tiles(q, k, v) or _fit_one_share(k, share)
 
 
 def _fit_mma_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
-    return reason or _fit_tiles(do, q, k, v, dq, dk, dv)
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
+    return reason or _fit_tiles(do, q, k, v, dq, dk, dv) or _fit_one_share(k, share)
 
 
 def _head(width: int) -> int:
@@ -160,15 +177,19 @@ def _lacks_hopper(gpu: Any) -> str:
     return "" if gpu.capability == (9, 0) else "needs compute capability 9.0"
 
 
-def _fit_hopper(q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None) -> str:
-    return _fit_mma(q, k, v, causal, draw, lengths) or ("" if draw is None else "dropout")
+def _fit_hopper(
+    q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> str:  # fmt: skip
+    return _fit_mma(q, k, v, causal, draw, lengths, share, positions) or ("" if draw is None else "dropout")
 
 
 def _fit_hopper_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths)
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
     return reason or ("" if draw is None else "dropout")
 
 
@@ -179,8 +200,9 @@ def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
 
 @KERNELS.kernel("attention.forward", _fit_hopper, variant="hopper", lacks=_lacks_hopper)
 def _hopper_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head = _head(q.shape[3])
     stages = 4 if head == 64 else 2
@@ -195,7 +217,8 @@ def _hopper_forward(
 @KERNELS.kernel("attention.backward", _fit_hopper_backward, variant="hopper", lacks=_lacks_hopper)
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -222,8 +245,9 @@ MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
 
 @KERNELS.kernel("attention.forward", _fit_mma, variant="mma", lacks=_lacks)
 def _mma_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, dropped = _head(q.shape[3]), int(draw is not None)
     queries, keys = 64 if dropped else 128, 64 if head == 64 else 48
@@ -237,7 +261,8 @@ def _mma_forward(
 @KERNELS.kernel("attention.backward", _fit_mma_backward, variant="mma", lacks=_lacks)
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -268,16 +293,18 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
 
 @KERNELS.kernel("attention.forward", _fit, variant="plain", lacks=_lacks)
 def _plain_forward(
-    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None
-) -> tuple[Any, Any]:
+    gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     shared = 3 * rows + scores
     run = gpu.function(
-        "attention", "attention_forward", shared, ELEMENT=element(q), HEAD=head, DROPOUT=int(draw is not None)
-    )
+        "attention", "attention_forward", shared, ELEMENT=element(q), HEAD=head, DROPOUT=int(draw is not None),
+        SHARED=int(_in_shares(k, share)),
+    )  # fmt: skip
     views = map(_view, (q, k, v, _heads_first(o)))
-    arguments = (_problem(q, k, causal, draw, lengths), *views, lse)
+    arguments = (_problem(q, k, causal, draw, lengths, share), *views, lse)
     run(_blocks(q, q.shape[2], tile), (PLAIN_THREADS,), arguments, shared_mem=shared)
     return o, lse
 
@@ -285,9 +312,10 @@ def _plain_forward(
 @KERNELS.kernel("attention.backward", _fit_backward, variant="plain", lacks=_lacks)
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
-    causal: bool = True, draw: Any = None, lengths: Any = None,
+    causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
+    positions: Any = None,
 ) -> None:  # fmt: skip
-    problem = _problem(q, k, causal, draw, lengths)
+    problem = _problem(q, k, causal, draw, lengths, share)
     statistics = _statistics(gpu, problem, do, o, lse)
     head, tile, rows, scores = _plain_shape(q.shape[3])
     inputs = (problem, *map(_view, (_heads_first(do), q, k, v)), statistics)
@@ -295,7 +323,7 @@ def _plain_backward(
     for name, length, outputs in (("queries", q.shape[2], (dq,)), ("keys", k.shape[2], (dk, dv))):
         run = gpu.function(
             "attention", f"attention_backward_{name}", shared, ELEMENT=element(q), HEAD=head,
-            DROPOUT=int(draw is not None),
+            DROPOUT=int(draw is not None), SHARED=int(_in_shares(k, share)),
         )  # fmt: skip
         arguments = (*inputs, *map(_view, outputs))
         run(_blocks(q, length, tile), (PLAIN_THREADS,), arguments, shared_mem=shared)

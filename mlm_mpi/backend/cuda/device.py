@@ -22,6 +22,8 @@ from mlm_mpi.errors import ConfigError
 
 SPECIFIC = (90, 100, 103, 120)  # chips with instructions that only `-arch=sm_XXa` allows
 SPECIFIC_SINCE = (12, 9)  # NVRTC takes the second -arch, which CuPy appends; 12.2 to 12.8 refuse it (tried)
+# that decide bits: as CuPy says, then NVRTC's defaults
+ARITHMETIC = ("-ftz=true", "-prec-div=true", "-prec-sqrt=true", "-fmad=true")
 STATIC_SHARED_BYTES = 48 << 10  # above this a kernel has to ask for its dynamic shared memory
 
 Defines = tuple[tuple[str, Any], ...]  # (macro, value) in the order of their names
@@ -52,15 +54,18 @@ def source(stem: str, folder: Path | None = None) -> str:
 
 
 def options(architecture: str, defines: Defines) -> tuple[str, ...]:
-    """What CuPy is told: for `architecture` (sm_80, sm_90a, …), with these macros."""
+    """Every option of a build for `architecture` (sm_80, sm_90a, …) with these macros, made beforehand or at run time.
+
+    What decides bits is stated, defaults too: neither NVRTC's nor what a version of CuPy appends may change it.
+    """
     # CuPy appends -arch=sm_90; NVRTC keeps the "a" of an earlier -arch of the same number
     specific = (f"-arch={architecture}",) if architecture.endswith("a") else ()
-    return ("-std=c++17", *specific, *(f"-D{key}={value}" for key, value in defines))
+    return ("-std=c++17", *ARITHMETIC, *specific, *(f"-D{key}={value}" for key, value in defines))
 
 
 def all_options(architecture: str, defines: Defines) -> tuple[str, ...]:
     """What NVRTC is told in the end: our options and what CuPy 14 appends to them (its cuda/compiler.py)."""
-    appended = ("-ftz=true", f"-arch={architecture.rstrip('a')}", "--device-as-default-execution-space")
+    appended = (f"-arch={architecture.rstrip('a')}", "--device-as-default-execution-space")
     return (*options(architecture, defines), *appended)
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, width
+from mlm_mpi.backend.cuda.draws import cut_of, drawn, merged
+from mlm_mpi.backend.cuda.draws import fit as fit_draw
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
@@ -38,31 +40,42 @@ def _gelu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
 # ---- dropout
 
 
-def _drawn(draw: Any) -> tuple[Any, ...]:
-    words = (*draw.key, draw.step, draw.micro_batch)
-    numbers = (draw.rate, 1.0 / (1.0 - draw.rate))
-    return *(np.uint32(word & 0xFFFFFFFF) for word in words), *map(np.float32, numbers)
+def _cut(draw: Any, shape: tuple[int, ...], start: int, pack: int) -> tuple[Any, int, int]:
+    """The elements of a draw (`Cut` of philox.cuh), whether they are more than one run, and how many a thread draws.
+
+    A pack is whole counters of four words.
+    """
+    dims = merged(shape, draw.strides)
+    is_cut = len(dims) > 1
+    places = [draw.start + start, *(stride for _, stride in dims[:-1])]
+    whole = not any(place % 4 for place in places) and not (is_cut and dims[-1][0] % pack)
+    return cut_of(draw.start + start, dims), int(is_cut), pack if whole else 1
 
 
 def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
     if xp is np:
         return "not in the GPU's memory"
-    return "" if np.dtype(dtype).name in ELEMENTS else str(np.dtype(dtype))
+    return fit_draw(draw, shape) or ("" if np.dtype(dtype).name in ELEMENTS else str(np.dtype(dtype)))
 
 
 @KERNELS.kernel("dropout.mask", _fit_mask)
 def _dropout_mask(gpu: Any, draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any) -> Any:
     out = gpu.cupy.empty(shape, dtype)
-    wide = width(out) if start % 4 == 0 else 1  # a pack is whole counters of four words
-    _launch(gpu, "dropout_mask", out.size, wide, (*_drawn(draw), np.uint64(start), out), ELEMENT=element(out))
+    cut, is_cut, wide = _cut(draw, shape, start, width(out))
+    _launch(gpu, "dropout_mask", out.size, wide, (drawn(draw), cut, out), ELEMENT=element(out), CUT=is_cut)
     return out
 
 
-@KERNELS.kernel("dropout.forward", lambda x, draw, residual=None: dense(x, residual) or shaped(x.shape, residual))
+def _fit_dropout(x: Any, draw: Any, residual: Any = None) -> str:
+    return dense(x, residual) or shaped(x.shape, residual) or fit_draw(draw, x.shape)
+
+
+@KERNELS.kernel("dropout.forward", _fit_dropout)
 def _dropout_forward(gpu: Any, x: Any, draw: Any, residual: Any = None) -> Any:
     y = gpu.cupy.empty(x.shape, x.dtype)
-    wide = width(x, residual, y)
-    _launch(gpu, "dropout_forward", x.size, wide, (*_drawn(draw), x, residual, y), ELEMENT=element(x))
+    cut, is_cut, wide = _cut(draw, x.shape, 0, width(x, residual, y))
+    arguments = (drawn(draw), cut, x, residual, y)
+    _launch(gpu, "dropout_forward", x.size, wide, arguments, ELEMENT=element(x), CUT=is_cut)
     return y
 
 

@@ -5,8 +5,11 @@
     mma      bfloat16, mma.sync fed by cp.async: also rows in multiples of 16 bytes
     plain    float32 or bfloat16, any size, address and pitch
 
+Shares of k are products of their own, which matmul_shares.cu joins in a tree: each sum crosses memory, a price that
+nothing but a proof on cut operands pays.
+
 A kernel sums tiles of the result. Which tile, and whether a tile is summed in pieces by several blocks (kernels/cuda/
-matmul.cuh), is `plan`: a function of the shape and the number of multiprocessors alone, and so are the bits.
+matmul.cuh), is `plan`: a function of the shape alone, never of the GPU at hand, and so are a kernel's bits.
 """
 
 import functools
@@ -25,6 +28,7 @@ KERNELS = Table()
 
 MAX_PITCH = 1 << 24  # elements: offsets within a tile are 32-bit
 PIECE_THREADS, PIECE_RUN = 256, 4  # matmul_pieces.cu
+SHARE_THREADS, SHARE_RUN, MOST_SHARES = 128, 4, 1 << 16  # matmul_shares.cu, tree.cuh
 
 
 # ---- what is asked for
@@ -34,7 +38,8 @@ PIECE_THREADS, PIECE_RUN = 256, 4  # matmul_pieces.cu
 class Product:
     """out = epilogue(a b). Shapes: a (M, K), b (K, N); `other` (M, N): the residual, or the input of the GELU.
 
-    `out`: an (M, N) array, or None: a new one of the operands' dtype.
+    `out`: an (M, N) array, or None: a new one of the operands' dtype. K is summed in `shares`, joined in a tree; of
+    each of `segments` equal parts of K a share has an equal part, one after another.
     """
 
     epilogue: str  # of kernels/cuda/matmul.cuh
@@ -44,6 +49,8 @@ class Product:
     bias: Any = None
     other: Any = None
     accumulate: bool = False
+    shares: int = 1
+    segments: int = 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -55,20 +62,20 @@ class Product:
         return [x for x in (self.a, self.b, self.out, self.bias, self.other) if x is not None]
 
 
-def _add(a: Any, b: Any, out: Any, accumulate: bool) -> Product:
-    return Product("STORE", a, b, out=out, accumulate=accumulate)
+def _add(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> Product:
+    return Product("STORE", a, b, out=out, accumulate=accumulate, shares=shares, segments=segments)
 
 
-def _forward(x: Any, w: Any, b: Any, residual: Any = None) -> Product:
-    return Product("BIAS" if residual is None else "RESIDUAL", x, w, bias=b, other=residual)
+def _forward(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Product:
+    return Product("BIAS" if residual is None else "RESIDUAL", x, w, bias=b, other=residual, shares=shares)
 
 
 def _forward_gelu(x: Any, w: Any, b: Any) -> Product:
     return Product("GELU", x, w, bias=b)
 
 
-def _backward_input(dy: Any, w: Any, pre: Any = None) -> Product:
-    return Product("STORE" if pre is None else "SLOPE", dy, w.T, other=pre)
+def _backward_input(dy: Any, w: Any, pre: Any = None, shares: int = 1, segments: int = 1) -> Product:
+    return Product("STORE" if pre is None else "SLOPE", dy, w.T, other=pre, shares=shares, segments=segments)
 
 
 # ---- contracts
@@ -106,7 +113,9 @@ def _fits(product: Product) -> str:
         return "neither rows nor columns contiguous"
     if max(pitch for pitch, _ in layouts) >= MAX_PITCH:  # type: ignore[misc]
         return "pitch too large"
-    m, n, _ = product.sizes
+    m, n, k = product.sizes
+    if not 1 <= product.shares < MOST_SHARES or k % (product.shares * product.segments):
+        return "k is no whole shares"
     return (
         shaped((m, n), out, product.other)
         or shaped((n,), product.bias)
@@ -149,15 +158,19 @@ class Tile:
         return -(-m // self.m) * -(-n // self.n)
 
 
+PROCESSORS = 132  # of an H100 SXM or an H200, for which tiles and pieces are chosen whatever GPU runs them
 PIECES_COST = 32  # steps: partial sums are written and read once, and a second kernel starts
 
 
-def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...], processors: int) -> tuple[Tile, int]:
-    """The tile to use, and the number of shares its steps are cut into: one a tile, or one a block."""
+def plan(sizes: tuple[int, int, int], tiles: tuple[Tile, ...]) -> tuple[Tile, int]:
+    """The tile to use, and the number of shares its steps are cut into: one a tile, or one a block.
+
+    Says in which order a sum is added, so it asks the shape and nothing of the GPU.
+    """
     m, n, k = sizes
     best = []
     for tile in tiles:
-        count, steps, blocks = tile.count(m, n), -(-k // tile.k), tile.blocks * processors
+        count, steps, blocks = tile.count(m, n), -(-k // tile.k), tile.blocks * PROCESSORS
         step_cost = tile.m * tile.n * tile.k / tile.rate
         best.append((-(-count // blocks) * steps * step_cost, tile, count))
         if count % blocks and blocks <= count * steps < 1 << 31:  # 32-bit in matmul.cuh
@@ -209,8 +222,10 @@ def _multiply(gpu: Any, product: Product, tiles: tuple[Tile, ...], start: Start)
     (m, n, _), empty, dtype = product.sizes, gpu.cupy.empty, product.a.dtype
     out = empty((m, n), dtype) if product.out is None else product.out
     pre = empty((m, n), dtype) if product.epilogue == "GELU" else None
-    whole = Launch(product, out, pre, *plan(product.sizes, tiles, gpu.processors))
-    if whole.shares == whole.tile.count(m, n):
+    whole = Launch(product, out, pre, *plan(product.sizes, tiles))
+    if product.shares > 1:
+        _in_shares(gpu, product, out, tiles, start)
+    elif whole.shares == whole.tile.count(m, n):
         start(gpu, whole)
     else:
         _in_pieces(gpu, whole, start)
@@ -231,6 +246,37 @@ def _in_pieces(gpu: Any, whole: Launch, start: Start) -> None:
         (partial, *map(np.int32, (*product.sizes[:2], whole.steps, whole.shares)), whole.out,
          *map(np.int32, (_pitch(whole.out), product.accumulate)), product.bias, product.other, whole.pre),
     )  # fmt: skip
+
+
+def _in_shares(gpu: Any, product: Product, out: Any, tiles: tuple[Tile, ...], start: Start) -> None:
+    """Sums of shares, products of their own whose operands a rank might have alone; then what becomes of them."""
+    m, n, _ = product.sizes
+    pitch = -(-n // SHARE_RUN) * SHARE_RUN
+    sums = gpu.cupy.empty((product.shares, m, pitch), np.float32)
+    for share in range(product.shares):
+        a, b = _part(gpu, product.a, share, product), _part(gpu, product.b.T, share, product).T
+        _multiply(gpu, Product("STORE", a, b, out=sums[share][:, :n]), tiles, start)
+    run = Launch(product, out, None, Tile(1, 1, 1, 1), 1).function(
+        gpu, "matmul_shares", VECTOR=int(_all_aligned(product))
+    )
+    run(
+        (-(-m * pitch // (SHARE_THREADS * SHARE_RUN)),),
+        (SHARE_THREADS,),
+        (sums, *map(np.int32, (m, n, pitch, product.shares)), out, *map(np.int32, (_pitch(out), product.accumulate)),
+         product.bias, product.other),
+    )  # fmt: skip
+
+
+def _part(gpu: Any, x: Any, share: int, product: Product) -> Any:
+    """Of an operand (i, k) a share's k: a view, or a copy where it is not in one piece; contiguous as x is."""
+    long = x.shape[1] // product.segments
+    length = long // product.shares
+    starts = range(share * length, x.shape[1], long)
+    if product.segments == 1:
+        return x[:, starts[0] : starts[0] + length]
+    if layout(x)[1]:  # type: ignore[index]
+        return gpu.cupy.concatenate([x[:, k : k + length] for k in starts], axis=1)
+    return gpu.cupy.concatenate([x.T[k : k + length] for k in starts], axis=0).T
 
 
 def _by_blocks(gpu: Any, launch: Launch, stem: str, threads: int, shared_bytes: int, vector: bool) -> None:
@@ -275,7 +321,20 @@ def _bf16_fits(product: Product) -> str:
         return reason
     if product.a.dtype == np.float32:
         return "float32"
-    return "" if _all_aligned(product) else "addresses or pitches not in multiples of 16 bytes"
+    aligned = _all_aligned(product) and _parts_aligned(product)
+    return "" if aligned else "addresses or pitches not in multiples of 16 bytes"
+
+
+def _parts_aligned(product: Product) -> bool:
+    """As `_aligned`, of what `_part` makes."""
+    if product.shares == 1:
+        return True
+    m, n, k = product.sizes
+    pitches = [k // product.shares]
+    if product.segments > 1:
+        along_k = layout(product.a)[1], not layout(product.b)[1]  # type: ignore[index]
+        pitches += [extent for extent, along in zip((m, n), along_k, strict=True) if not along]
+    return not any(pitch % 8 for pitch in pitches)
 
 
 def _mma_fits(product: Product) -> str:
@@ -381,6 +440,8 @@ def prefers_cublas(product: Product) -> str:
     """Why a product, plain and without anything to add to, is not given to cuBLAS; "" where that is faster."""
     if reason := _fits(product):
         return reason
+    if product.shares > 1:
+        return "in shares"
     if product.accumulate or product.out.dtype != product.a.dtype:
         return "adds, or widens"
     return "" if case_of(product) in _measured(MEASURED)["faster"] else "not measured to be faster"

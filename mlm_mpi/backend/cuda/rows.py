@@ -1,9 +1,10 @@
 """Launches of the kernels over rows and columns of matrices.
 
-Where rows are summed they are cut into parts by shape alone, never by what a GPU has, so that every GPU gives the
-same bits.
+Where rows are summed they are cut into parts by their number alone, never by what a GPU has, so that every GPU gives
+the same bits. `pieces` of them are summed each by itself and join in a tree (kernels/cuda/columns.cu).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ KERNELS = Table()
 LANES = 32
 ROWS = 8  # warps of a block that share the columns, each with rows of its own
 THREADS = 2048  # that fit on a processor
-PARTS = 256  # of the rows in layernorm.backward: two blocks on each processor of an H100
-BLOCKS = 768  # of columns_sum: 6 on each processor of an H100
+PARTS = 256  # at most, of the rows of a piece: two blocks on each processor of an H100
+PART_ROWS = 32  # at the least: four of a warp
+MAX_PARTS = 0xFFFF  # of all pieces: a grid's y
 SHORT_ROW = 8192  # logits; a longer row gets more warps
+MOST_SHARES = 64  # crossentropy.cu
 CHUNK = 32  # positions that a warp of embedding_backward sums: as many as it has lanes
 CLIP_WARPS = 16  # of a block of elements
 
@@ -34,40 +37,66 @@ def _grid(gpu: Any, rows: int, columns: int, wide: int) -> tuple[int, int]:
     return strips, max(1, min(-(-rows // ROWS), most))
 
 
-def _cut(rows: int, parts: int) -> tuple[int, int]:
-    # (parts, rows of each but the last)
-    each = max(1, -(-rows // max(1, parts)))
-    return max(1, -(-rows // each)), each
+@dataclass(frozen=True)
+class Cut:
+    """Rows cut into `pieces`, each of `rows`, and those into `parts` of `each` rows, of which the last may have fewer.
+
+    The parts of a piece depend on its rows alone: whoever has some of the pieces only sums them in the same order.
+    """
+
+    pieces: int
+    rows: int
+    parts: int
+    each: int
+
+    @property
+    def blocks(self) -> int:
+        """Parts of all pieces."""
+        return self.pieces * self.parts
+
+
+def _cut(rows: int, pieces: int, unit: int = 1) -> Cut:
+    # `unit`: rows that stay together
+    own = rows // pieces
+    each = max(1, -(-own // max(1, min(PARTS, own // PART_ROWS))))
+    each = -(-each // unit) * unit
+    return Cut(pieces, own, max(1, -(-own // each)), each)
+
+
+def _fit_pieces(rows: int, pieces: int) -> str:
+    if pieces < 1 or rows % pieces:
+        return "rows are no whole pieces"
+    return "" if _cut(rows, pieces).blocks <= MAX_PARTS else "too many pieces"
 
 
 # ---- linear
 
 
-def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool) -> str:
-    return dense(dy) or dense(db, dtype=np.float32) or ("" if dy.ndim == 2 else "no matrix") or shaped(dy.shape[1:], db)
+def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> str:
+    why = dense(dy) or dense(db, dtype=np.float32) or ("" if dy.ndim == 2 else "no matrix")
+    return why or shaped(dy.shape[1:], db) or _fit_pieces(dy.shape[0], pieces)
 
 
 @KERNELS.kernel("linear.bias_gradient", _fit_bias_gradient)
-def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool) -> None:
+def _bias_gradient(gpu: Any, dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
     rows, columns = dy.shape
-    wide = width(dy, columns=columns)
-    strips = _strips(columns, 16 // dy.itemsize)  # whatever the address, so that the cut is the same
-    parts, each = _cut(rows, min(BLOCKS // strips, rows // (4 * ROWS)))  # four rows a warp, at the least
-    sums = db if parts == 1 else gpu.cupy.empty((parts, columns), db.dtype)
+    wide, cut = width(dy, columns=columns), _cut(rows, pieces)
+    alone = cut.blocks == 1
+    sums = db if alone else gpu.cupy.empty((cut.blocks, columns), db.dtype)
     run = gpu.function("columns", "columns_sum", ELEMENT=element(dy), WIDTH=wide, WARPS=ROWS)
-    sizes = (np.int64(rows), np.int64(columns), np.int64(each))
-    run((_strips(columns, wide), parts), (LANES, ROWS), (dy, sums, *sizes, np.int32(accumulate and parts == 1)))
-    if parts > 1:
-        _add_parts(gpu, sums, (db,), accumulate)
+    sizes = (np.int64(cut.rows), np.int64(columns), np.int64(cut.each), np.int32(cut.parts))
+    run((_strips(columns, wide), cut.blocks), (LANES, ROWS), (dy, sums, *sizes, np.int32(accumulate and alone)))
+    if not alone:
+        _add_parts(gpu, sums, cut, (db,), accumulate)
 
 
-def _add_parts(gpu: Any, parts: Any, out: tuple[Any, ...], accumulate: bool) -> None:
-    # shapes: parts (P, len(out) · C), out (C,) each
+def _add_parts(gpu: Any, sums: Any, cut: Cut, out: tuple[Any, ...], accumulate: bool) -> None:
+    # shapes: sums (cut.blocks, len(out) · C), out (C,) each
     columns = out[0].size
     run = gpu.function("columns", "columns_add", ELEMENT="float", WIDTH=1, WARPS=ROWS)
     first, second = (*out, None)[:2]
-    numbers = (np.int32(len(parts)), np.int64(columns), np.int32(accumulate))
-    run((_strips(columns, 1), len(out)), (LANES, ROWS), (parts, first, second, *numbers))
+    numbers = (np.int32(cut.parts), np.int32(cut.pieces), np.int64(columns), np.int32(accumulate))
+    run((_strips(columns, 1), len(out)), (LANES, ROWS), (sums, first, second, *numbers))
 
 
 # ---- layernorm
@@ -115,42 +144,45 @@ def _layernorm_forward(gpu: Any, x: Any, gain: Any, bias: Any, epsilon: float) -
 
 
 def _fit_norm_backward(
-    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
-) -> str:
+    dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
+    pieces: int = 1,
+) -> str:  # fmt: skip
     return (
         _fit_norm(x, (gain,), dy, add) or dense(statistics, dgain, dbias, dtype=np.float32) or shaped(x.shape, dy, add)
-        or shaped(x.shape[1:], dgain, dbias) or shaped((2, x.shape[0]), statistics)
+        or shaped(x.shape[1:], dgain, dbias) or shaped((2, x.shape[0]), statistics) or _fit_pieces(x.shape[0], pieces)
     )  # fmt: skip
 
 
 @KERNELS.kernel("layernorm.backward", _fit_norm_backward)
 def _layernorm_backward(
-    gpu: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None
-) -> Any:
+    gpu: Any, dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
+    pieces: int = 1,
+) -> Any:  # fmt: skip
     rows, columns = x.shape
     dx = gpu.cupy.empty(x.shape, x.dtype)
     defines = _layout(x, gain, dy, add)
-    parts, each = _cut(-(-rows // defines["ROWS"]), PARTS)
-    each *= defines["ROWS"]
-    sums = gpu.cupy.empty((parts, 2 * columns), np.float32)
-    sizes = (np.int64(rows), np.int64(each), np.int32(columns))
+    cut = _cut(rows, pieces, defines["ROWS"])
+    sums = gpu.cupy.empty((cut.blocks, 2 * columns), np.float32)
+    sizes = (np.int64(cut.rows), np.int64(cut.each), np.int32(cut.parts), np.int32(columns))
     arguments = (dy, x, gain, statistics[0], statistics[1], add, dx, sums, *sizes)
     block = LANES * defines["WARPS"], defines["ROWS"]
-    gpu.function("layernorm", "layernorm_backward", **defines)((parts,), block, arguments)
-    _add_parts(gpu, sums, (dgain, dbias), accumulate)
+    gpu.function("layernorm", "layernorm_backward", **defines)((cut.blocks,), block, arguments)
+    _add_parts(gpu, sums, cut, (dgain, dbias), accumulate)
     return dx
 
 
 # ---- crossentropy
 
 
-def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> str:
     if not on_device(logits):
         return "not in the GPU's memory"
     if logits.ndim != 2 or logits.size == 0 or logits.strides[1] != logits.itemsize:
         return "not contiguous"
     if logits.strides[0] < logits.shape[1] * logits.itemsize:
         return "rows overlap"
+    if not 1 <= shares <= MOST_SHARES or logits.shape[1] % shares:
+        return "columns are no whole shares"
     return (
         dense(logits[:1]) or dense(targets, dtype=np.int32) or dense(mask, dtype=np.bool_)
         or shaped(logits.shape[:1], targets, mask)
@@ -158,14 +190,15 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool) -> str:
 
 
 @KERNELS.kernel("crossentropy.rows", _fit_rows)
-def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool) -> Any:
+def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
     """A target outside the vocabulary, which only the device can see, makes its loss NaN."""
     rows, columns = logits.shape
     losses = gpu.cupy.empty(rows, np.float64)
-    warps = 4 if columns <= SHORT_ROW else 16
+    warps = 4 if columns // shares <= SHORT_ROW else 16  # by what is summed, however long the row is
     run = gpu.function("crossentropy", "crossentropy_rows", ELEMENT=element(logits), WARPS=warps)
     stride = np.int64(logits.strides[0] // logits.itemsize)
-    run((rows,), (LANES * warps,), (logits, targets, mask, losses, stride, np.int32(columns), np.int32(gradient)))
+    sizes = (stride, *map(np.int32, (columns, gradient, shares)))
+    run((rows,), (LANES * warps,), (logits, targets, mask, losses, *sizes))
     return losses
 
 
@@ -212,10 +245,22 @@ def _embedding_backward(gpu: Any, dy: Any, ids: Any, dtable: Any) -> None:
 # ---- clip
 
 
-@KERNELS.kernel("clip.squares", lambda x, block: dense(x, dtype=np.float32))
+def _fit_squares(x: Any, block: int) -> str:
+    if not on_device(x) or x.ndim != 2:
+        return dense(x, dtype=np.float32)
+    if x.dtype != np.float32:
+        return str(x.dtype)
+    if x.strides[1] != x.itemsize or x.strides[0] < x.shape[1] * x.itemsize or x.strides[0] % x.itemsize:
+        return "not contiguous"
+    return "" if x.size < 1 << 31 or len(x) == 1 or x.flags.c_contiguous else "too many elements"  # 32-bit in clip.cu
+
+
+@KERNELS.kernel("clip.squares", _fit_squares)
 def _clip_squares(gpu: Any, x: Any, block: int) -> Any:
     out = gpu.cupy.empty(-(-x.size // block), np.float64)
-    run = gpu.function("clip", "clip_squares", WIDTH=width(x, columns=block), WARPS=CLIP_WARPS)
+    columns, pitch = (x.shape[1], x.strides[0] // x.itemsize) if x.ndim == 2 and len(x) > 1 else (x.size, x.size)
+    vector = x.data.ptr % 16 == 0 and not any(n % 4 for n in (block, columns, pitch) if n != x.size)
+    run = gpu.function("clip", "clip_squares", VECTOR=int(vector), WARPS=CLIP_WARPS)
     if out.size:
-        run((out.size,), (LANES * CLIP_WARPS,), (x, out, np.int64(x.size), np.int64(block)))
+        run((out.size,), (LANES * CLIP_WARPS,), (x, out, *map(np.int64, (x.size, block, columns, pitch))))
     return out
