@@ -30,9 +30,10 @@ void EXPORT(layernorm_backward)(
     size rows, size c, size pieces, const float *dy, const float *x, const float *gain, const float *means,
     const float *inverses, const float *add, float *dx, float *dgain, float *dbias, int accumulate, float *work) {
     const size group = rows / pieces;
-    float *sums = work; /* of the newest piece: gains, biases */
-    for (size piece = 0, n = 0; piece < pieces; piece++, sums += 2 * c) {
-        memset(sums, 0, (size_t)(2 * c) * sizeof *sums);
+    float *gains = work; /* sums of the newest piece: gains, behind them biases */
+    for (size piece = 0, n = 0; piece < pieces; piece++, gains += 2 * c) {
+        float *biases = gains + c;
+        for (size i = 0; i < 2 * c; i += W) store_some(gains + i, 2 * c - i, splat(0));
         for (size stop = n + group; n < stop; n++, x += c, dy += c, dx += c) {
             float mean = means[n], inverse = inverses[n];
             vf sum[PARTS] = {{0}}, along[PARTS] = {{0}};
@@ -43,8 +44,8 @@ void EXPORT(layernorm_backward)(
                     vf g = d * load_some(gain + at, some, 0);
                     sum[j] += g;
                     along[j] = FMA(g, normal, along[j]);
-                    store_some(sums + at, some, FMA(d, normal, load_some(sums + at, some, 0)));
-                    store_some(sums + c + at, some, load_some(sums + c + at, some, 0) + d);
+                    store_some(gains + at, some, FMA(d, normal, load_some(gains + at, some, 0)));
+                    store_some(biases + at, some, load_some(biases + at, some, 0) + d);
                 }
             float middle = sum_lanes(sum) / (float)c, slope = sum_lanes(along) / (float)c;
             for (size i = 0; i < c; i += W) {
@@ -56,8 +57,8 @@ void EXPORT(layernorm_backward)(
             }
             if (add) add += c;
         }
-        for (int more = joins(piece, pieces); more; more--, sums -= 2 * c)
-            for (size i = 0; i < 2 * c; i++) sums[i - 2 * c] += sums[i];
+        for (int more = joins(piece, pieces); more; more--, gains -= 2 * c)
+            for (size i = 0; i < 2 * c; i++) gains[i - 2 * c] += gains[i];
     }
     for (size i = 0; i < c; i++) {
         dgain[i] = accumulate ? dgain[i] + work[i] : work[i];

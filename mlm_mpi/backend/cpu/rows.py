@@ -21,7 +21,8 @@ def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> s
 
 @KERNELS.kernel("linear.bias_gradient", _fit_bias_gradient)
 def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
-    lib.linear_bias_gradient(*dy.shape, pieces, at(dy), at(db), accumulate)
+    work = np.empty(lib.linear_work(db.size, pieces), np.float32)
+    lib.linear_bias_gradient(*dy.shape, pieces, at(dy), at(db), accumulate, at(work))
 
 
 # ---- layernorm
