@@ -46,8 +46,9 @@ def test_closed_streams_are_not_taken_by_files(place, straight):
 
 
 def test_a_terminal_without_our_characters(place):
-    for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
-        run = shell(place, place.words("run", None, "train.steps=2"), "", **environment)
+    plain = {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, environment in zip(("one", "two"), plain, strict=True):
+        run = shell(place, place.words(name, None, "train.steps=2"), "", **environment)
         assert run.returncode == 0, run.stderr
         assert "1 rank, 1 thread each" in run.stdout
 
