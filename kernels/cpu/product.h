@@ -10,9 +10,9 @@
  * if it were all there is: for each DEPTH of it a chain of multiply-adds over ascending steps that starts at zero; the
  * chains are added in order. A tree joins the shares, a power of two: ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)).
  * start = ((0 + bias) + base). Where c is to be `complete`, start + the joined sum is c; otherwise there is one share,
- * whose chains are added to start one by one. Tiles, bands, strips, planes and the other rows do not enter, so that every level
- * with a fused multiply-add gives the same bits, on any number of threads, and who has the operands of a share has its
- * sum. c overlaps neither a nor b. */
+ * whose chains are added to start one by one. Tiles, bands, strips, planes and the other rows do not enter, so that every
+ * level with a fused multiply-add gives the same bits, on any number of threads, and who has the operands of a share has
+ * its sum. c overlaps neither a nor b; where it is complete it may be base. */
 #if W == 16 || defined(__aarch64__)
 #define TALL 12 /* rows of a tile: 24 vectors of sums in 32 registers */
 #else
@@ -23,8 +23,8 @@
 #define STRIP 2048
 #define WAITING (1 << 21) /* floats of a plane of sums that wait: 8 MiB */
 #define SPELL 16 /* steps from one prefetch to the next: 24 of them in a whole DEPTH */
-#define HALVINGS 6 /* of the tree: 64 shares at most */
 #define LATE 96  /* so many steps before the end c is fetched: earlier, the panel drives it out of L1 again */
+#define HALVINGS 6 /* of k into shares: at most 64 */
 
 typedef float quad __attribute__((vector_size(16)));
 typedef quad quad_any __attribute__((aligned(4), may_alias));
@@ -40,7 +40,8 @@ struct plane {
     size row, column; /* strides in floats */
 };
 
-/* What a product starts from; bias (n) and base (m, n) may be absent. c has column stride 1, as has base. */
+/* bias (n) and base (m, n) may be absent. c and base have column stride 1. `shares`: a power of two that, times
+ * `segments`, divides k; one where c is not `complete`. */
 struct product {
     size m, n, k, shares, segments, complete;
     struct plane a, b, c, base;
@@ -92,13 +93,14 @@ static size waiting_planes(const struct product *p) {
     return planes;
 }
 
-/* Where in k a step of the order is, and how many lie one behind the other from there on. */
+/* Where in k a step of the order is. */
 INLINE size place(const struct product *p, size step) {
     const size run = p->k / (p->shares * p->segments), part = step / run;
     if (p->segments == 1) return step;
     return (part % p->segments * p->shares + part / p->segments) * run + step % run;
 }
 
+/* So many steps lie one behind the other from there on. */
 INLINE size run_from(const struct product *p, size step) {
     const size run = p->segments == 1 ? p->k : p->k / (p->shares * p->segments);
     return run - step % run;
@@ -206,6 +208,7 @@ struct sums {
     const float *bias;
 };
 
+/* Which plane takes the sums of a stretch. */
 INLINE const struct plane *target_of(const struct stretch *k, const struct sums *s) {
     return k->last ? &s->c : &s->plane[k->to];
 }

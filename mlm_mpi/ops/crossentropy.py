@@ -128,6 +128,7 @@ def loss_and_grad(
         losses[part] = rows(logits, targets[part], some, True, shares)
         matmul.add(logits, w, dx[part], False, shares)
         matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
+        del logits  # its memory is the next chunk's
     if whole is not dw:
         dw += whole
     return summed(losses, pieces), dx
