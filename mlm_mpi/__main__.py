@@ -1,9 +1,14 @@
 """Sub-commands and nothing else: each names the module whose `configure` and `main` serve it."""
 
+import signal
+import sys
+
+if sys.argv[0].endswith(("/mlm-mpi", "/mlm_mpi/__main__.py")):  # as a program: Ctrl-C during imports is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import importlib
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -94,6 +99,7 @@ def entry() -> NoReturn:
         from mlm_mpi.commands import completion
 
         completion.answer(tuple(COMMANDS), lambda name: command(name)[0])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams(patient=sys.argv[1:2] == ["train"])
     code = main()
     with contextlib.suppress(OSError, MlmError):  # was told, or nobody is there to be told

@@ -79,7 +79,9 @@ Ctrl-C lets train save and leave; the same command goes on."""
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `mlm-mpi run`."""
     parser.epilog, parser.usage = _EXAMPLES, "mlm-mpi run [-n RANKS] [OPTION …] -- COMMAND …"
-    parser.add_argument("-n", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)")
+    parser.add_argument(
+        "-n", "-np", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)"
+    )
     parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
     parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
     parser.add_argument(
@@ -99,6 +101,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `python -m mlm_mpi <command>` on every rank. Raises LaunchError, ConfigError."""
     command = args.words[1:] if args.words[:1] == ["--"] else args.words
+    command = command[command[:1] == ["mlm-mpi"] :]  # as one writes behind mpiexec
+    if signs.is_heard():
+        raise LaunchError("mlm-mpi run inside mlm-mpi run would start a job for each rank: leave one of them out")
     if not command:
         raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
     ranks = args.ranks if args.ranks is not None else launch.number("SLURM_NTASKS", 1)
@@ -304,7 +309,7 @@ class _Job:
                 self.repeat_at = now + _REPEAT_S
         self._kill_session(process.pid)
         if code < 0:
-            stands = "" if self.grace_s is None else ", the last checkpoint stands"
+            stands = "" if self.grace_s is None else ", the last checkpoint, if any, stands"
             self._say_end(f"mpiexec died by {_name(-code)}: the ranks were killed{stands}")
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
@@ -350,7 +355,7 @@ class _Job:
             code = 128 + self.cause
         else:
             had = "asked twice" if self.again else f"which had {self.grace_s:g} s to end after {_cause(self.cause)}"
-            self._say_end(f"killing the job, {had}: the last checkpoint stands")
+            self._say_end(f"killing the job, {had}: the last checkpoint, if any, stands")
             code = 128 + signal.SIGKILL
         self._end(process)
         return code

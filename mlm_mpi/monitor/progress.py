@@ -21,8 +21,8 @@ def console(terminal: bool | None = None) -> Console:
     told = os.environ.get("COLUMNS", "")
     width = max(40, int(told)) if told.isdecimal() else None if fancy else 120
     return Console(
-        file=sys.stdout, force_terminal=fancy, width=width, no_color=not fancy, highlight=False, legacy_windows=False,
-        color_system="standard" if fancy else None,
+        file=sys.stdout, force_terminal=fancy, width=width, no_color=None if fancy else True, highlight=False,
+        legacy_windows=False, color_system="standard" if fancy else None,
     )  # fmt: skip
 
 
@@ -83,9 +83,8 @@ class Silent:
 class Progress:
     """Shows a run: lines that stay, and on a terminal a bar below them.
 
-    A line comes with every held-out loss and with the last step; without a terminal also every `every` steps. What it
-    says of loss and speed is the mean of the steps since the line before, of `every` at most; what the bar says, of the
-    last `every` steps.
+    A line comes with every held-out loss and with the last step; without a terminal also every `every` steps. Loss and
+    speed are the means of the last `every` steps, whatever is shown.
     `quiet` leaves important messages and the last line.
     """
 
@@ -95,15 +94,14 @@ class Progress:
         self.total_steps, self.start_step, self.every, self.quiet = total_steps, start_step, every, quiet
         self._start = time.monotonic()
         self._lately: deque[Done] = deque(maxlen=min(every, _MOST))
-        self._since = self._lately.copy()  # the last line
         self._heldout: float | None = None
+        self._shown = start_step  # by the last line
         self._live: Live = Plain() if quiet else live("step", terminal)
         self._live.update(start_step, total_steps, self._bar_text())
 
     def update(self, done: Done, heldout: float | None = None) -> None:
         """One finished step."""
         self._lately.append(done)
-        self._since.append(done)
         self._heldout = self._heldout if heldout is None else heldout
         due = done.step % self.every == 0 and not self._live.drawn
         if not self.quiet and (due or heldout is not None or done.step == self.total_steps):
@@ -118,11 +116,11 @@ class Progress:
     def close(self) -> None:
         """Ends the bar and says where the run stands, unless the last line already did."""
         self._live.close()
-        if self._since:
+        if self._lately and self._lately[-1].step != self._shown:
             self._show_line(None)  # the held-out loss on the bar may be of an earlier step
 
     def _show_line(self, heldout: float | None) -> None:
-        last, mean = self._since[-1], _Mean.of(self._since)
+        last, mean = self._lately[-1], _Mean.of(self._lately)
         width = len(str(self.total_steps))
         line = f"step {last.step:>{width}}/{self.total_steps}  loss {mean.loss:.4f}"
         if heldout is not None:
@@ -131,7 +129,7 @@ class Progress:
         line += f"  comm {mean.comm:.0%}  wait {mean.wait:.0%}"
         remaining = self._remaining_s(last.step)
         self._live.line(line + (f"  left {duration(remaining)}" if remaining >= 1 else ""))
-        self._since.clear()
+        self._shown = last.step
 
     def _bar_text(self) -> str:
         if not self._lately:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import sys
@@ -24,6 +25,7 @@ from mlm_mpi.errors import ConfigError
 from mlm_mpi.files import HeldError, Lock, publish, read_whole
 
 _DONE_BYTES = 1 << 16
+_LOG = re.compile(r".+\.(log|out|err)", re.DOTALL)  # of a job, which begins before its run
 
 
 class RunFolder:
@@ -60,12 +62,15 @@ class RunFolder:
             ) from None
 
     def _refuse_foreign(self) -> None:
-        """What a run would write over must be a run's: the lock is the first file that one makes."""
-        names = ("config.toml", "environment.json", "metrics.jsonl", "loss.png", "DONE", "checkpoints", "catalog.json")
-        found = [name for name in names if os.path.lexists(self.path / name)]
-        if found and not (self.path / "run.lock").exists():
+        """A new run begins in an empty folder, but for what a job script logs; the lock is a run's first file."""
+        if (self.path / "run.lock").exists() or not self.path.exists():
+            return
+        found = sorted(path.name for path in self.path.iterdir() if not _LOG.fullmatch(path.name))
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(
-                f"{self.path} holds {', '.join(found)}, which no run of mlm-mpi wrote: give another --run, or move them"
+                f"{self.path} holds {', '.join(found[:3])}{more}, which no run of mlm-mpi wrote: "
+                "give another --run, or move them"
             )
 
     def _remove(self, made: list[Path]) -> None:

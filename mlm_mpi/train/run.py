@@ -179,7 +179,7 @@ class Run:
             rows = plan_rows(self.config, self.task, self.engine, step, digest(self.facts))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
-            self._say(f"ALARM bits are not comparable: {self.incomparable}: pin numerics.level and numerics.threads")
+            self._say(f"ALARM bits are not comparable: {self.incomparable}")
         show: Reporter = Progress(train.steps, step, log.every, self.options.quiet)
         return Ledger(sinks, show, train.micro_batches * train.rows * self.task.row_tokens)
 

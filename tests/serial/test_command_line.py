@@ -59,7 +59,7 @@ MISTAKES = {
     TRAIN + "--max-steps many": "train: argument --max-steps: not a whole number: 'many': see mlm-mpi train --help",
     TRAIN + "--device tpu": "train: argument --device: invalid choice: 'tpu' (choose from ",
     "generate r --temperature hot": "generate: argument --temperature: not a number: 'hot': see mlm-mpi generate",
-    "run -n two -- train ok.toml --run r": "run: argument -n/--ranks: not a whole number: 'two': see mlm-mpi run",
+    "run -n two -- train ok.toml --run r": "run: argument -n/-np/--ranks: not a whole number: 'two': see mlm-mpi run",
     "run -n 2 -- train ok.toml": "train: the following arguments are required: --run: see mlm-mpi train --help",
     "run -n 2 -- train ok.toml --run r --nonsense": "train: unknown arguments: --nonsense: see mlm-mpi train --help",
     "completion ksh": "completion: argument shell: invalid choice: 'ksh' (choose from ",

@@ -24,7 +24,7 @@ def test_a_disk_without_room_for_a_lock_is_one_line(tmp_path):
     RunFolder(tmp_path / "run").acquire()
 
 
-@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "DONE", "checkpoints", "catalog.json"])
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "DONE", "checkpoints", "catalog.json", "notes.md"])
 def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_path, name):
     """`--run .` beside one's own config.toml would write over it."""
     (tmp_path / name).write_text("precious")
@@ -35,7 +35,7 @@ def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_pat
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "precious"}
 
 
-def test_a_folder_with_other_files_may_hold_a_run(tmp_path):
+def test_a_folder_with_the_log_of_a_job_may_hold_a_run(tmp_path):
     (tmp_path / "job-17.log").write_text("of Slurm")
     RunFolder(tmp_path).acquire()
     assert (tmp_path / "job-17.log").read_text() == "of Slurm"

@@ -129,7 +129,7 @@ def test_plain_lines(capsys):
     assert [line.split()[1] for line in steps] == ["2/5", "3/5", "4/5", "5/5"]
     # the first line is of steps 1 and 2, which took 0.1 and 0.2 s
     assert steps[0].startswith("step 2/5  loss 4.8500  lr 1.00e-03  6,667 tokens/s  comm 5%  wait 1%")
-    assert steps[1].startswith("step 3/5  loss 4.7000  held-out 4.2500  lr 1.00e-03  3,333 tokens/s")
+    assert steps[1].startswith("step 3/5  loss 4.7500  held-out 4.2500  lr 1.00e-03  4,000 tokens/s"), "of 2 and 3"
     assert "aside 1 [not markup]" in out
     assert "\x1b" not in out
     assert "\r" not in out
