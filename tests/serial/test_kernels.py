@@ -181,6 +181,25 @@ def _rows(masked: bool, gradient: bool, scale: float, shares: int = 1) -> Callab
     return make
 
 
+def _exponentials(shares: int) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        logits = _f(size[0], shares * size[1])
+        return (logits, logits.max(axis=1) + 0.5, shares), (0,)
+
+    return make
+
+
+def _losses(size: tuple[int, int]) -> Case:
+    n = size[0] * size[1]
+    return (1 + np.abs(_f(n)), _f(n), _f(n)), ()
+
+
+def _softmax_gradient(size: tuple[int, int]) -> Case:
+    n, c = size
+    targets = RANDOM.integers(-1, c, n).astype("i4")
+    return (np.abs(_f(n, c)), 1 + np.abs(_f(n)), targets), (0,)
+
+
 def _sums(*merges: int) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n = size[0] * size[1]
@@ -247,6 +266,9 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         + [_rows(True, True, 1.0, 8)],
         16,
     ),
+    "crossentropy.exponentials": ([_exponentials(1), _exponentials(8)], 16),
+    "crossentropy.losses": ([_losses], 4),
+    "crossentropy.gradient": ([_softmax_gradient], 4),
     "sums.tree": ([_sums(0), _sums(0, 1), _sums(0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 2)], 4),
     "adamw.update": ([_adamw], 4),
     "clip.squares": (
