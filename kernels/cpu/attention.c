@@ -136,7 +136,10 @@ struct partial {
 INLINE void merge_row(
     size d, float *top, float *total, float *o, float other_top, float other_total, const float *other_o) {
     const float above = other_top > *top ? other_top : *top, level = above > -__builtin_inff() ? above : 0.0f;
-    const vf mine = vexp(splat(*top - level)), other = vexp(splat(other_top - level));
+    vf both = splat(*top - level);
+    both[1] = other_top - level;
+    both = vexp(both);
+    const vf mine = splat(both[0]), other = splat(both[1]);
     *top = above;
     *total = FMA(splat(*total), mine, splat(other_total) * other)[0];
     for (size k = 0; k < d; k += W) {
