@@ -218,6 +218,8 @@ for _name in (
     "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
 ):  # fmt: skip
     globals()[_name] = _function(_name)
+
+
 def split(value, sections, axis=0):
     """Views of equal parts."""
     if value.shape[axis] % sections:
