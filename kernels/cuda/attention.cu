@@ -135,14 +135,14 @@ struct Online {
     __device__ __forceinline__ void join(const Online &other) {
         if constexpr (!SHARED) {
             *this = other;
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            float change = exp2f(other.top[i] - rise(i, fmaxf(top[i], other.top[i])));
-            total[i] += other.total[i] * change;
+            for (int i = 0; i < EACH; i++) {
+                float change = exp2f(other.top[i] - rise(i, fmaxf(top[i], other.top[i])));
+                total[i] += other.total[i] * change;
 #pragma unroll
-            for (int c = 0; c < WIDE; c++) sum[i][c] += other.sum[i][c] * change;
+                for (int c = 0; c < WIDE; c++) sum[i][c] += other.sum[i][c] * change;
+            }
         }
     }
 };

@@ -15,10 +15,13 @@ struct Elements {
         return from + uint32_t(i) / uint32_t(columns) * pitch + uint32_t(i) % uint32_t(columns);
     }
     __device__ __forceinline__ Pack<float, RUN> run(int64_t i) const {
-        if constexpr (VECTOR) return load<RUN>(at(i));  // within a row
-        Pack<float, RUN> x;
-        for (int e = 0; e < RUN; e++) x.at[e] = *at(i + e);
-        return x;
+        if constexpr (VECTOR) {
+            return load<RUN>(at(i));  // within a row
+        } else {
+            Pack<float, RUN> x;
+            for (int e = 0; e < RUN; e++) x.at[e] = *at(i + e);
+            return x;
+        }
     }
 };
 

@@ -264,6 +264,18 @@ def test_epilogues_come_after_the_shares(gpu, variant, rng):
         assert_close(found, function.__wrapped__(*exact), of_variant(variant), factor=2)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_shares_of_any_size(gpu, dtype, rng):
+    known = calls(rng, (37, 63, 41), dtype)
+    for key, how in (
+        ("bias", {"shares": 7}), ("residual", {"shares": 3}),
+        ("store", {"shares": 41}), ("slope", {"shares": 1, "segments": 41}),
+    ):  # fmt: skip
+        function, arguments, exact = known[key]
+        found = run(gpu, "plain", f"linear.{function.__name__}", *arguments, **how)
+        assert_close(found, function.__wrapped__(*exact), dtype, factor=2)
+
+
 def test_shares_that_do_not_fit_are_refused():
     x, w, out = ones(8, 48), ones(48, 24), ones(8, 24, dtype=F32)
     contracts = {name: KERNELS.entries()[f"matmul.add/{name}"].contract for name in ("hopper", "mma", "plain")}

@@ -218,6 +218,16 @@ for _name in (
     "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
 ):  # fmt: skip
     globals()[_name] = _function(_name)
+
+
+def split(value, sections, axis=0):
+    """Views of equal parts."""
+    if value.shape[axis] % sections:
+        raise ValueError("array split does not result in an equal division")
+    length, before = value.shape[axis] // sections, (slice(None),) * axis
+    return [value[(*before, slice(i * length, (i + 1) * length))] for i in range(sections)]
+
+
 inf = np.inf
 WAITING = ("argsort", "flatnonzero")  # CuPy's wait for the device in between
 
