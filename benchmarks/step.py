@@ -28,6 +28,7 @@ from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config import rules
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Sizes
 from mlm_mpi.models import gpt
@@ -74,7 +75,7 @@ def work(job: dict[str, Any]) -> None:
     size = job["size"]
     c = configuration(size, group.size, job["threads"], job["settings"])
     place, plugins = choice.place_of(c, c.numerics.level), Plugins()
-    parts = language_model.parts(c, plugins, Sizes(size["vocabulary"]))
+    parts = language_model.parts(c, plugins, Sizes(size["vocabulary"], rules.shares(c)))
     engine = build(c, plugins, parts, Mesh(group), place)
     engine.machine.store.initialise(0)
     random = np.random.default_rng(group.rank)

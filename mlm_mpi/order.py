@@ -26,8 +26,9 @@ def pieces(batch: int, length: int, most: int = MOST) -> int:
 
 
 def share_length(length: int, most: int = MOST) -> int:
-    """Positions of a share of attention's keys and queries."""
-    return length // shares(length, min(most, max(1, length // _POSITIONS)))
+    """Positions of a share of attention's keys and queries; 0: there is one share."""
+    count = shares(length, min(most, max(1, length // _POSITIONS)))
+    return length // count if count > 1 else 0
 
 
 def middle(first: int, stop: int) -> int:

@@ -46,6 +46,7 @@ def fingerprint(config: Config, ranks: int, place: Place, plugins: dict[str, str
     }
     by_numpy: list[str] = []
     if place.on_gpu:
+        facts["mesh"] = "tp and cp decide bits on a GPU: sums over k and keys have one share"
         facts["device"], facts["kernels"] = place.description, registry.summary(config.train.dtype)
         facts["cupy"] = f"{place.xp.__version__}, CUDA {place.xp.cuda.runtime.runtimeGetVersion()}"
     else:
