@@ -12,6 +12,7 @@ import mmap
 import platform
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,6 +75,17 @@ class Arena:
 
     def like(self, x: np.ndarray) -> np.ndarray:
         return self.empty(x.shape, x.dtype)
+
+    def sorting(self, inner: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        """`inner`, whose result a launch hands to a kernel, in the arena."""
+
+        def into_arena(x: np.ndarray, **how: Any) -> np.ndarray:
+            found = inner(x, **how)
+            held = self.like(found)
+            held[...] = found
+            return held
+
+        return into_arena
 
     def copy(self, x: np.ndarray, copied: dict[int, int]) -> np.ndarray:
         """A copy with the same strides; views of one array stay views of one array (`copied`: its id -> offset)."""
@@ -140,7 +152,7 @@ def record(name: str, case: Any, label: str, recorder: Recorder, arena: Arena) -
     if reason == ONE_ROW:
         return []
     assert not reason, f"{label}: {reason}"
-    with mock.patch.multiple(np, empty=arena.empty, empty_like=arena.like):
+    with mock.patch.multiple(np, empty=arena.empty, empty_like=arena.like, argsort=arena.sorting(np.argsort)):
         result = entry.launch(recorder, *arguments)
     returned = [x.ctypes.data for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
