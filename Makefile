@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 RANKS ?= 4
 RUN ?= runs/tiny
 GPU_CHECK ?=
+SLURM ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 ARCH ?= sm_90a
@@ -94,7 +95,7 @@ test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulat
 	@tests/isa/run $(BIN)/python
 
 test-slurm: $(VENV)/.installed-test  ## the job script under a real Slurm on two nodes, made by namespaces: needs root, skips without
-	@tests/slurm/run $(BIN)/python
+	@tests/slurm/run $(BIN)/python $(SLURM)
 
 # the kernels run on the CPU (kernels/cuda/emulator) while NVRTC compiles every build of them
 test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100

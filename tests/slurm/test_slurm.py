@@ -22,7 +22,7 @@ import pytest
 from cluster import LAB, LAB_FOLDER, SCRIPT, SITE, STEPS, Cluster, command
 
 ONE_WAY = pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
-EACH_WAY = pytest.mark.parametrize("slurm", ["linuxproc", "pgid"], indirect=True)
+EACH_WAY = pytest.mark.parametrize("slurm", ["linuxproc", pytest.param("pgid", marks=pytest.mark.slow)], indirect=True)
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
