@@ -18,7 +18,10 @@ def verdict(readme: str, python: str, machine: str, content: str, weights: str) 
         return f"README lists these weights for {here} and this corpus"
     same_corpus = [other for corpus, other in listed if corpus == content]
     if same_corpus:
-        return f"NOT the weights that README lists for {here} and this corpus, {same_corpus[0]}: see DESIGN.md, bits"
+        return (
+            f"NOT the weights that README lists for {here} and this corpus, {same_corpus[0]}: a run of another version "
+            "(make train RUN=runs/new trains anew), a CPU without fused multiply-add, or a bug: see DESIGN.md, bits"
+        )
     if listed:
         return f"README lists weights for {here} with the corpus {listed[0][0]}, this one is {content}: not comparable"
     return f"README lists no weights for {here}"

@@ -210,6 +210,11 @@ class Run:
             self._say(
                 f"{self.folder.path} is complete: all {manifest.step} steps are made{ended}, nothing is left to do"
             )
+            if manifest.fingerprint != self.facts:  # of another version, say, whose hash is another
+                changed = differences(manifest.fingerprint, self.facts)[0]
+                self._say(
+                    f"note: it was trained with other numerics than now ({changed}); trained anew, bits may differ"
+                )
             self._say(f"to go on, raise train.steps above {manifest.step}; to train anew, give another --run")
             self._say_hashes(manifest.fingerprint, weights, manifest.incomparable)
         return 0

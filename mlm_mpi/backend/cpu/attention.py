@@ -71,17 +71,22 @@ def _attention_arguments(
     return shape, drawn, 1.0 / math.sqrt(width), np.empty(lib.attention_work(lib.pointer(shape)), np.float32)
 
 
+def _softmax(lib: Any, q: Any, k: Any, v: Any, arguments: tuple[_Shape, Any, float, Any], first: Any, sums: Any) -> Any:
+    """o. Writes lse into `first`; with `sums`, maxima and sums, and o is not yet divided by these."""
+    (batch, heads, queries, width), (shape, drawn, scale, work) = q.shape, arguments
+    o = np.empty((batch, queries, heads, width), np.float32)
+    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
+    lib.attention_forward(*map(lib.pointer, structures), scale, at(first), at(sums), at(work))
+    return o
+
+
 @KERNELS.kernel("attention.forward", _fit_attention)
 def _attention_forward(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
     share: int = 0, positions: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    batch, heads, queries, width = q.shape
-    o, lse = np.empty((batch, queries, heads, width), np.float32), np.empty((batch, heads, queries), np.float32)
-    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
-    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
-    lib.attention_forward(*map(lib.pointer, structures), scale, at(lse), None, at(work))
-    return o, lse
+    lse = np.empty(q.shape[:3], np.float32)
+    return _softmax(lib, q, k, v, _attention_arguments(lib, q, k, causal, draw, share, positions), lse, None), lse
 
 
 @KERNELS.kernel("attention.partial", _fit_attention)
@@ -89,12 +94,9 @@ def _attention_partial(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
     share: int = 0, positions: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    batch, heads, queries, width = q.shape
-    o, statistics = np.empty((batch, queries, heads, width), np.float32), np.empty((2, *q.shape[:3]), np.float32)
-    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
-    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
-    lib.attention_forward(*map(lib.pointer, structures), scale, at(statistics[0]), at(statistics[1]), at(work))
-    return o, statistics
+    statistics = np.empty((2, *q.shape[:3]), np.float32)
+    arguments = _attention_arguments(lib, q, k, causal, draw, share, positions)
+    return _softmax(lib, q, k, v, arguments, statistics[0], statistics[1]), statistics
 
 
 def _fit_partial(o: Any, statistics: Any, *others: Any) -> str:

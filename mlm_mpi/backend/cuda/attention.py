@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped
-from mlm_mpi.backend.cuda.draws import DRAW, drawn, natural
+from mlm_mpi.backend.cuda.draws import DRAW, drawn
 from mlm_mpi.backend.cuda.draws import fit as fit_draw
 from mlm_mpi.backend.registry import Table
 
@@ -93,8 +93,7 @@ def _problem(q: Any, k: Any, causal: bool, draw: Any, lengths: Any, share: int =
     group = max(1, min(batch * heads, L2_BYTES // (2 * keys * width * k.itemsize)))
     address = 0 if lengths is None else lengths.data.ptr
     numbers = (address, batch, heads, queries, keys, width, causal, group, share or keys, 1.0 / math.sqrt(width))
-    start, strides = (0, ()) if draw is None else (draw.start, draw.strides)
-    by = (strides or natural((batch, heads, queries, keys)))[:3]
+    start, by = (0, (0, 0, 0)) if draw is None else (draw.start, draw.along((batch, heads, queries, keys))[:3])
     return np.array([(*numbers, drawn(draw)[0], start, *by)], PROBLEM)
 
 

@@ -9,7 +9,6 @@ CUT = np.dtype([("start", "u8"), ("extent", "u4", 3), ("stride", "i8", 3)], alig
 
 Dims = list[tuple[int, int]]  # (extent, stride), the outermost first
 
-
 MOST = 1 << 32  # elements of a dim
 
 
@@ -21,22 +20,10 @@ def drawn(draw: Any) -> Any:
     return np.array([(*words, draw.rate, 1.0 / (1.0 - draw.rate))], DRAW)
 
 
-def natural(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a whole array."""
-    return tuple(int(np.prod(shape[dim + 1 :], dtype=np.int64)) for dim in range(len(shape)))
-
-
-def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> Dims:
-    """Extents and strides with dims that lie together made one; () strides: of a whole array."""
-    dims: Dims = []
-    for extent, stride in zip(shape, strides or natural(shape), strict=True):
-        if extent == 1:
-            continue
-        if dims and dims[-1][1] == extent * stride:
-            dims[-1] = dims[-1][0] * extent, stride
-        else:
-            dims.append((extent, stride))
-    return dims if dims and dims[-1][1] == 1 else [*dims, (1, 1)]
+def dims_of(draw: Any, shape: tuple[int, ...]) -> Dims:
+    """Extents and strides in the global array, of dims that lie together made one; the last stride is 1."""
+    extents, strides, width = draw.rows(shape)
+    return [*zip(extents, strides, strict=True), (width, 1)]
 
 
 def fit(draw: Any, shape: tuple[int, ...]) -> str:
@@ -45,7 +32,7 @@ def fit(draw: Any, shape: tuple[int, ...]) -> str:
         return ""
     if len(draw.strides) != len(shape) or draw.strides[-1] != 1:
         return "a draw for arrays of another shape"
-    dims = merged(shape, draw.strides)
+    dims = dims_of(draw, shape)
     return "cut along more than three dims" if len(dims) > 4 or max(dims)[0] >= MOST else ""
 
 

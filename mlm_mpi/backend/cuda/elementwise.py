@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, shaped, width
-from mlm_mpi.backend.cuda.draws import cut_of, drawn, merged
+from mlm_mpi.backend.cuda.draws import cut_of, dims_of, drawn
 from mlm_mpi.backend.cuda.draws import fit as fit_draw
 from mlm_mpi.backend.registry import Table
 
@@ -45,7 +45,7 @@ def _cut(draw: Any, shape: tuple[int, ...], start: int, pack: int) -> tuple[Any,
 
     A pack is whole counters of four words.
     """
-    dims = merged(shape, draw.strides)
+    dims = dims_of(draw, shape)
     is_cut = len(dims) > 1
     places = [draw.start + start, *(stride for _, stride in dims[:-1])]
     whole = not any(place % 4 for place in places) and not (is_cut and dims[-1][0] % pack)
