@@ -7,7 +7,7 @@ summed in *pieces*, equal groups of rows that a tree joins, of which a chunk may
 """
 
 import math
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,10 +79,12 @@ def _rows_at_once(x: Any) -> int:
     return CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
 
 
-def _chunks(x: Any, mask: Any) -> Iterator[tuple[slice, Any]]:
-    for start in range(0, x.shape[0], _rows_at_once(x)):
-        part = slice(start, min(start + _rows_at_once(x), x.shape[0]))
-        yield part, None if mask is None else mask[part]
+def _chunks(x: Any, mask: Any) -> list[tuple[slice, Any]]:
+    # a last row does not stay alone: products of one row are not our kernels', and their bits not ours
+    rows_at_once, count = _rows_at_once(x), x.shape[0]
+    edges = [*range(0, max(1, count - 1), rows_at_once), count]
+    parts = [slice(start, stop) for start, stop in pairwise(edges)]
+    return [(part, None if mask is None else mask[part]) for part in parts]
 
 
 def _logits(x: Any, w: Any) -> Any:
@@ -121,9 +123,10 @@ def loss_and_grad(
     Cost: 6·N·C·V flops; with `accumulate` and more than one chunk, memory for one more dw.
     """
     xp = module_of(x)
-    losses, dx, several = xp.empty(x.shape[0]), xp.empty_like(x), x.shape[0] > _rows_at_once(x)
+    losses, dx, chunks = xp.empty(x.shape[0]), xp.empty_like(x), _chunks(x, mask)
+    several = len(chunks) > 1
     whole = xp.empty_like(dw) if accumulate and several else dw
-    for part, some in _chunks(x, mask):
+    for part, some in chunks:
         logits = _logits(x[part], w)  # (R, V)
         losses[part] = rows(logits, targets[part], some, True, shares)
         matmul.add(logits, w, dx[part], False, shares)

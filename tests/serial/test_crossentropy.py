@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numerics import directional, poisoned, same_bits, strided
 
+from mlm_mpi.backend import registry
 from mlm_mpi.ops import crossentropy
 from mlm_mpi.ops.crossentropy import CHUNK_ROWS
 
@@ -101,3 +102,14 @@ def test_what_is_not_finite_stays_visible(bad: float) -> None:
     assert not np.isfinite(total) and not np.isfinite(dx[4]).all() and not np.isfinite(dw).all()
     assert np.isfinite(np.delete(dx, 4, axis=0)).all()
     assert not np.isfinite(crossentropy.loss(x, w, targets))
+
+
+@pytest.mark.parametrize("rows", [CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 1])
+def test_no_row_is_left_alone(rows: int) -> None:
+    """A product of one row is NumPy's, whose bits are not stated."""
+    x, w, targets, _ = _draw(rows, 4, 9)
+    before = registry.fallbacks()
+    crossentropy.loss_and_grad(
+        x.astype("f4"), w.astype("f4"), targets.astype("i4"), None, np.empty((9, 4), "f4"), False
+    )
+    assert registry.fallbacks() == before
