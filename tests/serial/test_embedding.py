@@ -121,3 +121,15 @@ def test_a_lane_of_one_micro_batch_needs_no_second_sum() -> None:
         chain.backward((), kept, ctx)
         results.append(gradients[tokens].copy())
     assert same_bits(*results)
+
+
+def test_the_second_sum_of_an_engine_leaves_alone_what_nobody_looks_up():
+    """It begins with -0: zeros have the same signs in a lane of several micro-batches and in one of a single one."""
+    config = tiny_config()
+    engine = engine_of(config, VOCABULARY)
+    engine.machine.store.initialise(1)
+    inner = batches(config, list(engine.plan(0, 1)))
+    engine.step(0, lambda: inner().map(lambda array: array % 5 if array.dtype == np.int32 else array))
+    (summed,) = engine.second_sums.values()
+    assert summed[:5].any() and not summed[5:].any()
+    assert np.signbit(summed[5:]).all()

@@ -2,6 +2,7 @@
 after another and joined by the tree, has the bits of the uncut model.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,11 +11,14 @@ from numerics import same_bits
 from whole import Whole, batch_of
 
 from mlm_mpi import order
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
-from mlm_mpi.layers.linear import flat
+from mlm_mpi.layers.linear import Linear, flat
+from mlm_mpi.layers.norm import LayerNorm
 from mlm_mpi.models import gpt
-from mlm_mpi.ops import attention, crossentropy, dropout, linear, matmul
+from mlm_mpi.ops import attention, crossentropy, dropout, layernorm, linear, matmul
 from mlm_mpi.order import joined
+from mlm_mpi.params.store import FlatStore
 
 VOCABULARY, LENGTH, ROWS = 8192, 64, 2
 SETTINGS = gpt.Settings(
@@ -256,3 +260,51 @@ def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
         for rank in cut.ranks if "tp" in parameter.layout.axes else cut.ranks[:1]:
             found = cut.grad(rank, parameter)
             assert same_bits(found, np.ascontiguousarray(rank.mine(parameter, wanted))), f"{parameter.name}, {rank}"
+
+
+@pytest.mark.parametrize("make", [lambda: LayerNorm("n", 48, 1e-5), lambda: Linear("l", 48, 40, 0.02)])
+def test_sums_over_rows_are_those_of_ranks_that_hold_a_share_of_the_positions(make):
+    """Gain, bias: every rank sums its positions of every row of the batch; the tree joins row after row."""
+    random = np.random.default_rng(0)
+    layer, batch, length, shares = make(), 3, 64, 8
+    store = FlatStore([layer.parameters()], Mesh(), "f4")
+    store.initialise(1)
+    x = random.standard_normal((batch, length, 48)).astype("f4")
+    bias = layer.parameters()[-1]
+    dy = random.standard_normal((batch, length, bias.data.size)).astype("f4")
+
+    def gradient(x, dy, shares):
+        flat_buffer = store.new_buffer()
+        views = store.by_parameter(flat_buffer)
+        _, saved = layer.forward(x, Context())
+        layer.backward(dy, saved, Context(gradients=views, shares=shares))
+        return {p.name: view for p, view in views.items() if view.ndim == 1}
+
+    pieces = [
+        gradient(x[b : b + 1, at : at + length // shares], dy[b : b + 1, at : at + length // shares], 1)
+        for b in range(batch)
+        for at in range(0, length, length // shares)
+    ]
+    for name, found in gradient(x, dy, shares).items():
+        assert same_bits(found, joined([piece[name] for piece in pieces])), name
+
+
+def test_every_sum_over_rows_of_a_model_has_pieces(uncut, monkeypatch):
+    whole, data, _, _ = uncut
+    asked: list[int] = []
+
+    def recorded(inner, rows):
+        def call(dy, *rest, **named):
+            bound = inspect.signature(inner).bind(dy, *rest, **named)
+            bound.apply_defaults()
+            if dy.shape[0] == rows:  # not the positions' gradient, which is summed over the batch
+                asked.append(bound.arguments["pieces"])
+            return inner(dy, *rest, **named)
+
+        return call
+
+    monkeypatch.setattr(linear, "bias_gradient", recorded(linear.bias_gradient, ROWS * LENGTH))
+    monkeypatch.setattr(layernorm, "backward", recorded(layernorm.backward, ROWS * LENGTH))
+    run(lambda ids, targets, ctx: whole.loss_and_grad(ids, targets, None, ctx), data[:1], whole.head.table)
+    assert len(asked) == 6 * SETTINGS.layers + 1  # four biases and two norms a block, and the last norm
+    assert set(asked) == {ROWS * order.MOST}
