@@ -25,7 +25,7 @@ from mlm_mpi.errors import ConfigError
 from mlm_mpi.files import HeldError, Lock, publish, read_whole
 
 _DONE_BYTES = 1 << 16
-_LOG = re.compile(r".+\.(log|out|err)", re.DOTALL)  # of a job, which begins before its run
+_NOBODYS = re.compile(r"\..*|.+\.(log|out|err)", re.DOTALL)  # hidden, or of a job, which begins before its run
 
 
 class RunFolder:
@@ -48,8 +48,9 @@ class RunFolder:
         try:
             made = [path for path in (self.checkpoints, self.path, *self.path.parents) if not path.exists()]
             self._refuse_foreign()
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path / "run.lock")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path / "run.lock")  # first: whatever kills this start, the folder is a run's
+            self.checkpoints.mkdir(exist_ok=True)
         except HeldError as holder:
             raise ConfigError(
                 f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another --run"
@@ -62,10 +63,10 @@ class RunFolder:
             ) from None
 
     def _refuse_foreign(self) -> None:
-        """A new run begins in an empty folder, but for what a job script logs; the lock is a run's first file."""
+        """A new run begins in an empty folder, but for what a job logs and what is hidden; its lock is its first file."""
         if (self.path / "run.lock").exists() or not self.path.exists():
             return
-        found = sorted(path.name for path in self.path.iterdir() if not _LOG.fullmatch(path.name))
+        found = sorted(path.name for path in self.path.iterdir() if not _NOBODYS.fullmatch(path.name))
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(
@@ -78,7 +79,8 @@ class RunFolder:
             if self.path in made:
                 (self.path / "run.lock").unlink(missing_ok=True)
             for path in made:
-                path.rmdir()
+                if path.exists():
+                    path.rmdir()
 
     def describe(self, config: Config, facts: dict[str, Any], ranks: int) -> None:
         """Writes the effective configuration and what it runs on."""

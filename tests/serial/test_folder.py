@@ -9,6 +9,7 @@ import pytest
 
 from mlm_mpi import config
 from mlm_mpi.errors import ConfigError
+from mlm_mpi.train import folder
 from mlm_mpi.train.folder import RunFolder, findable
 
 
@@ -37,8 +38,22 @@ def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_pat
 
 def test_a_folder_with_the_log_of_a_job_may_hold_a_run(tmp_path):
     (tmp_path / "job-17.log").write_text("of Slurm")
+    (tmp_path / ".gitignore").touch()
     RunFolder(tmp_path).acquire()
     assert (tmp_path / "job-17.log").read_text() == "of Slurm"
+
+
+def test_a_start_that_was_killed_at_once_leaves_a_folder_that_the_next_takes(tmp_path, monkeypatch):
+    """The lock comes first: without it, what was made would look like somebody else's."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(
+        folder.Path, "mkdir", lambda path, **how: os._exit(9) if path.name == "checkpoints" else os.mkdir(path)
+    )
+    if (child := os.fork()) == 0:
+        RunFolder(run).acquire()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.undo()
+    RunFolder(run).acquire()
 
 
 def test_a_name_that_no_file_system_takes_is_one_line(tmp_path):
