@@ -44,14 +44,13 @@ def test_a_folder_with_the_log_of_a_job_may_hold_a_run(tmp_path):
 
 
 def test_a_start_that_was_killed_at_once_leaves_a_folder_that_the_next_takes(tmp_path, monkeypatch):
-    """The lock comes first: without it, what was made would look like somebody else's."""
+    """The lock comes first: without it, what else was made would look like somebody else's."""
     run = tmp_path / "run"
-    monkeypatch.setattr(
-        folder.Path, "mkdir", lambda path, **how: os._exit(9) if path.name == "checkpoints" else os.mkdir(path)
-    )
+    monkeypatch.setattr(folder, "Lock", lambda path: os._exit(9))
     if (child := os.fork()) == 0:
         RunFolder(run).acquire()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert run.exists()
     monkeypatch.undo()
     RunFolder(run).acquire()
 
