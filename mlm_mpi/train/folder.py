@@ -63,7 +63,7 @@ class RunFolder:
             ) from None
 
     def _refuse_foreign(self) -> None:
-        """A new run begins in an empty folder, but for what a job logs and what is hidden; its lock is its first file."""
+        """A new run begins in an empty folder, but for logs of jobs and what is hidden; its lock is its first file."""
         if (self.path / "run.lock").exists() or not self.path.exists():
             return
         found = sorted(path.name for path in self.path.iterdir() if not _NOBODYS.fullmatch(path.name))
