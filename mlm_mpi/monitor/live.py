@@ -65,9 +65,9 @@ class Shown:
         """What `encode` made; None for anything else, which may be another program's."""
         try:
             picture = cls(**json.loads(line))
-        except (ValueError, TypeError, RecursionError):
+            numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (picture.done, picture.total))
+        except (ValueError, TypeError, RecursionError, OverflowError):  # the last: a whole number beyond all floats
             return None
-        numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (picture.done, picture.total))
         texts = isinstance(picture.what, str) and isinstance(picture.text, str)
         return picture if numbers and texts else None
 
@@ -193,7 +193,8 @@ def _draw_on(bar: "Progress", task: "TaskID", picture: Shown) -> None:
     from rich.cells import cell_len, set_cell_size
 
     room = bar.console.width - cell_len(picture.what) - _BAR - 2  # else the bar would make room for the text
-    text = picture.text if cell_len(picture.text) <= room else set_cell_size(picture.text, max(0, room - 1)) + "…"
+    text = "".join(c if c.isprintable() else "?" for c in picture.text)
+    text = text if cell_len(text) <= room else set_cell_size(text, max(0, room - 1)) + "…"
     bar.update(task, completed=picture.done, total=picture.total, description=text, what=picture.what)
 
 

@@ -98,6 +98,13 @@ def test_a_rank_tells_its_launcher_and_not_too_often(capfd, monkeypatch):
     assert err.count("\n") < 20
 
 
+@pytest.mark.parametrize(("done", "total"), [(0, 0), (5, 0), (-1, 3), (1e300, 1e-300), (7, 3)])
+def test_odd_numbers_are_drawn_and_do_not_end_the_launcher(seen, done, total):
+    drawn = screen.Screen(True)
+    drawn.show(Shown("step", done, total, "text \x1b[2J\n of two lines").encode())
+    assert len(seen.lines) == 1 and seen.lines[0].startswith("step"), seen.lines
+
+
 @pytest.mark.parametrize("term", ["dumb", "xterm"])
 def test_a_dumb_terminal_is_not_drawn_on(monkeypatch, term):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
