@@ -53,7 +53,7 @@ def test_scancel_on_two_nodes_saves_and_another_job_goes_on_with_three_ranks(clu
     again = cluster.submit("--nodes=1", "--ntasks-per-node=3")
     again.wait(lambda: (again.run / "DONE").exists())
     again.leaves("COMPLETED", restarts=0)
-    assert f"steps {saved} to {STEPS}" in again.text()
+    assert f"steps {saved + 1} to {STEPS}" in again.text()
     assert again.weights() == undisturbed
 
 
