@@ -50,7 +50,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
     place = gpu("float32", job["products"], 0)
     choice.select(reference=job["reference"], device="cuda")
     trunk = gpt.build(model, Sizes(job["vocabulary"]))
-    chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
+    chain = Chain([*trunk.parts, TokenHead(trunk)])
     store = FlatStore(chain.parameter_blocks(), Mesh(), "float32", place)
     random = np.random.default_rng(0)
     for span, view in zip(store.spans, store.views(store.data), strict=True):

@@ -28,7 +28,7 @@ def batch_of(ids, targets, mask=None, step=0, index=0) -> Batch:
 def blocks_of(settings, vocabulary):
     """The parameters of a GPT with its head, by part: what a store is made of."""
     trunk = gpt.build(settings, Sizes(vocabulary))
-    return [part.parameters() for part in (*trunk.parts, TokenHead(trunk.norm, trunk.table))]
+    return [part.parameters() for part in (*trunk.parts, TokenHead(trunk))]
 
 
 class Whole:
@@ -36,7 +36,7 @@ class Whole:
 
     def __init__(self, settings, vocabulary, dtype="f8", place=None, recompute=False, model=gpt):
         trunk = model.build(settings, Sizes(vocabulary))
-        self.head = TokenHead(trunk.norm, trunk.table)
+        self.head = TokenHead(trunk)
         parts = list(map(Recomputed, trunk.parts[1:])) if recompute else trunk.parts[1:]
         self.chain = Chain([trunk.parts[0], *parts, self.head])
         self.store = FlatStore(self.chain.parameter_blocks(), Mesh(), dtype, place)

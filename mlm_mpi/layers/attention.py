@@ -6,9 +6,8 @@ from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
-from mlm_mpi.layers.linear import ResidualLinear
-from mlm_mpi.ops import attention, linear
-from mlm_mpi.params.layout import Layout
+from mlm_mpi.layers.linear import Linear, ResidualLinear
+from mlm_mpi.ops import attention
 from mlm_mpi.params.store import Parameter
 
 
@@ -45,43 +44,35 @@ class SelfAttention:
         of a sum over heads or positions.
         """
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
-        width, unit = project.inputs, project.inputs // heads
-        self.most, self.shares = shares, order.shares(heads, shares)
-        layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, unit), self.shares)
-        self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
-        self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, unit), self.shares), "zeros")
+        width, self.most = project.inputs, shares
+        self.qkv = Linear(f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares)
 
     def parameters(self) -> list[Parameter]:
-        return [self.qkv_weight, self.qkv_bias, *self.project.parameters()]
+        return [*self.qkv.parameters(), *self.project.parameters()]
 
-    def _split(self, qkv: Any, batch: int) -> tuple[Any, Any, Any]:
-        parts = qkv.reshape(batch, -1, 3, self.heads, qkv.shape[1] // (3 * self.heads))
+    def _split(self, qkv: Any) -> tuple[Any, Any, Any]:
+        batch, length, width = qkv.shape
+        parts = qkv.reshape(batch, length, 3, self.heads, width // (3 * self.heads))
         parts = parts.transpose(2, 0, 3, 1, 4)  # (3, B, H, T, D), still views of qkv
         return parts[0], parts[1], parts[2]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to."""
-        batch, length, width = x.shape
-        flat = x.reshape(-1, width)
-        qkv = linear.forward(flat, self.qkv_weight.data.reshape(width, -1), self.qkv_bias.data.reshape(-1))  # (N, 3C)
-        q, k, v = self._split(qkv, batch)
+        qkv, _ = self.qkv.forward(x, ctx)  # (B, T, 3C)
+        q, k, v = self._split(qkv)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
         draw = self.drop.draw(ctx)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         o, lse = attention.forward(q, k, v, draw=draw, share=share)  # (B, T, H, D)
-        y, s_project = self.project.join(o.reshape(batch, length, -1), residual, ctx)
-        return y, (flat, qkv, o, lse, draw, share, s_project)
+        y, s_project = self.project.join(o.reshape(x.shape), residual, ctx)
+        return y, (x, qkv, o, lse, draw, share, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        flat, qkv, o, lse, draw, share, s_project = saved
-        batch, _, width = dy.shape
+        x, qkv, o, lse, draw, share, s_project = saved
         do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
-        q, k, v = self._split(qkv, batch)
+        q, k, v = self._split(qkv)
         dqkv = module_of(dy).empty_like(qkv)
-        dq, dk, dv = self._split(dqkv, batch)
+        dq, dk, dv = self._split(dqkv)
         attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw, share=share)
-        weight, dweight = self.qkv_weight.data.reshape(width, -1), ctx.grad(self.qkv_weight).reshape(width, -1)
-        dbias, pieces = ctx.grad(self.qkv_bias).reshape(-1), ctx.pieces(dy)
-        linear.backward_weight(dqkv, flat, dweight, dbias, ctx.accumulate, pieces)
-        return linear.backward_input(dqkv, weight, shares=self.shares, segments=3).reshape(dy.shape)
+        return self.qkv.backward(dqkv, x, ctx)

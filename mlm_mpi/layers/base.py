@@ -90,4 +90,5 @@ class Trunk(NamedTuple):
     parts: list[Part]
     norm: Layer  # the final one, before the head
     width: int
-    table: Parameter  # of token embeddings, for a head that is tied to it
+    table: Parameter  # of the head of a language model; the embedding's, unless it is not `tied`
+    cap: float = 0.0  # of the logits: cap · tanh(logit / cap); 0: none

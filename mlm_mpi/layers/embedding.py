@@ -10,10 +10,18 @@ from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
 
 
-class Embedding:
+def token_table(
+    name: str, vocabulary: int, width: int, init: float | str, tied: bool, shares: int = order.MOST
+) -> Parameter:
+    """A row of C numbers for each token. `tied`: of embedding and head; `shares`: at most, of sums over tokens."""
+    layout = Layout((vocabulary, width), ("tp", None), shares=order.shares(vocabulary, shares))
+    return Parameter(name, layout, init, decay=True, tied=tied)
+
+
+class TokenEmbedding:
     """Shapes: the batch's ids (B, T) -> (B, T, C).
 
-    The token table is the head's too, and its gradient has two sums over the micro-batches of a lane, head and
+    A tied token table is the head's too, and its gradient has two sums over the micro-batches of a lane, head and
     embedding, each micro-batch complete before it is added. They become one when the lane closes, element by element:
     head + embedding. So the stages of a pipeline that hold the table at its two ends need not take turns: each forms
     its own sum, and they are joined once a lane. A rank that holds some rows of the table (tp) sums the ids that lie
@@ -21,41 +29,68 @@ class Embedding:
     """
 
     def __init__(
-        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
-    ) -> None:
-        """`shares`: at most so many has a sum over the vocabulary."""
-        layout = Layout((vocabulary, width), ("tp", None), shares=order.shares(vocabulary, shares))
-        self.tokens = Parameter(f"{name}.tokens", layout, std, decay=True, tied=True)
-        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+        self, name: str, vocabulary: int, width: int, std: float, dropout: float, tied: bool = True,
+        shares: int = order.MOST,
+    ) -> None:  # fmt: skip
+        self.tokens = token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
         self.drop = Dropout(name, dropout)
 
     def parameters(self) -> list[Parameter]:
-        return [self.tokens, self.positions]
+        return [self.tokens]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         assert ctx.batch is not None, "the first part reads its ids from the context"
         ids = ctx.batch.inputs["ids"]
-        start = ctx.cache.length if ctx.cache is not None else 0
-        y = embedding.forward(ids, self.tokens.data)  # (B, T, C)
-        y += self.positions.data[start : start + ids.shape[1]]
-        y, factors = self.drop.forward(y, ctx)
+        y, factors = self.drop.forward(self._placed(embedding.forward(ids, self.tokens.data), ctx), ctx)
         return (y,), (ids, factors)
 
-    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
-        """Adds to the tied token gradient, whatever `ctx.accumulate` says: the head came first.
+    def _placed(self, y: Any, ctx: Context) -> Any:
+        """What the model adds for positions: nothing. Shapes: (B, T, C) -> the same, may be y itself."""
+        return y
 
-        In a lane of several micro-batches the sum lies in `ctx.lane` until the last. It begins with -0, which changes
-        nothing that is added to it, so that a lane of one needs none.
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        self._backward(dy[0], saved, ctx)
+        return ()
+
+    def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        """The gradient before dropout. Adds to a tied table's, whatever `ctx.accumulate` says: the head came first.
+
+        In a lane of several micro-batches the sum of a tied table lies in `ctx.lane` until the last. It begins with -0,
+        which changes nothing that is added to it, so that a lane of one needs none.
         """
         ids, factors = saved
-        dx = self.drop.backward(dy[0], factors, ctx)
-        tokens, positions = ctx.grad(self.tokens), ctx.grad(self.positions)
-        summed = ctx.lane.get(self.tokens)
+        dx = self.drop.backward(dy, factors, ctx)
+        tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
+        if not self.tokens.tied and not ctx.accumulate:
+            tokens[...] = 0.0
         embedding.backward(dx.reshape(-1, dx.shape[2]), ids.reshape(-1), tokens if summed is None else summed)
         if summed is not None and ctx.closes:
             tokens += summed
-        seen = positions[: ids.shape[1]]
-        linear.bias_gradient(dx.reshape(ids.shape[0], -1), seen.reshape(-1), ctx.accumulate)  # Σ over rows of the batch
+        return dx
+
+
+class Embedding(TokenEmbedding):
+    """Tokens and learned positions. Shapes: the batch's ids (B, T) -> (B, T, C)."""
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
+    ) -> None:
+        """`shares`: at most so many has a sum over the vocabulary."""
+        super().__init__(name, vocabulary, width, std, dropout, shares=shares)
+        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.tokens, self.positions]
+
+    def _placed(self, y: Any, ctx: Context) -> Any:
+        start = ctx.cache.length if ctx.cache is not None else 0
+        y += self.positions.data[start : start + y.shape[1]]
+        return y
+
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        dx, positions = self._backward(dy[0], saved, ctx), ctx.grad(self.positions)
+        batch, length, _ = dx.shape
+        linear.bias_gradient(dx.reshape(batch, -1), positions[:length].reshape(-1), ctx.accumulate)  # Σ over the batch
         if not ctx.accumulate:
-            positions[ids.shape[1] :] = 0.0
+            positions[length:] = 0.0
         return ()

@@ -1,8 +1,8 @@
-"""The head of a language model: final norm, output projection tied to the token table, cross-entropy."""
+"""The head of a language model: final norm, output projection by a table of tokens, cross-entropy."""
 
 from typing import Any
 
-from mlm_mpi.layers.base import Array, Context, Flow, Layer
+from mlm_mpi.layers.base import Array, Context, Flow, Trunk
 from mlm_mpi.layers.linear import flat
 from mlm_mpi.ops import crossentropy, matmul
 from mlm_mpi.params.store import Parameter
@@ -11,15 +11,15 @@ from mlm_mpi.params.store import Parameter
 class TokenHead:
     """Shapes: (B, T, C) -> the tally's "loss", summed over targets, in nats.
 
-    The token table is the embedding's parameter; this head's gradient comes first and the embedding adds to it.
+    A tied table is the embedding's parameter; this head's gradient comes first and the embedding adds to it.
     """
 
-    def __init__(self, norm: Layer, table: Parameter) -> None:
-        self.norm, self.table = norm, table
+    def __init__(self, trunk: Trunk) -> None:
+        self.norm, self.table, self.cap = trunk.norm, trunk.table, trunk.cap
 
     def parameters(self) -> list[Parameter]:
-        """Its own; the token table belongs to the embedding."""
-        return self.norm.parameters()
+        """Its own: a tied table belongs to the embedding."""
+        return [*self.norm.parameters(), *([] if self.table.tied else [self.table])]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x

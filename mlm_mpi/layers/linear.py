@@ -1,5 +1,6 @@
 """Affine map with its weight stored (in, out); the two gradients can be asked for separately."""
 
+import math
 from typing import Any
 
 from mlm_mpi import order
@@ -16,45 +17,56 @@ def flat(x: Any) -> Any:
 
 
 class Linear:
-    """y = x W + b. Shapes: (…, K) -> (…, F). `cut` names which side the tp axis will cut, "in" or "out", `unit` how
-    many of its elements stay together, and `shares` how many shares a sum over that side has at most.
+    """y = x W + b. Shapes: (…, K) -> (…, F), where F may be the product of several dims of the weight (K, *outputs).
+
+    `cut`: the dim of the weight that the tp axis will cut, 0 for the inputs; `unit`: how many of its elements stay
+    together; `shares`: how many shares a sum over that dim has at most. `init`: standard deviation, or "zeros".
     """
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, std: float, cut: str | None = None, unit: int = 1,
-        shares: int = order.MOST,
+        self, name: str, inputs: int, outputs: int | tuple[int, ...], init: float | str, cut: int | None = None,
+        unit: int = 1, shares: int = order.MOST, bias: bool = True,
     ) -> None:  # fmt: skip
-        self.inputs, self.outputs = inputs, outputs
-        axes = {"in": ("tp", None), "out": (None, "tp"), None: (None, None)}[cut]
-        units = {"in": (unit, 1), "out": (1, unit), None: (1, 1)}[cut]
-        self.shares_in = order.shares(inputs // unit, shares) if cut == "in" else 1  # of the forward
-        self.shares_out = order.shares(outputs // unit, shares) if cut == "out" else 1  # of the backward
-        count = max(self.shares_in, self.shares_out)
-        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units, count), std, decay=True)
-        self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:], units[1:], self.shares_out), "zeros")
+        shape = inputs, *((outputs,) if isinstance(outputs, int) else outputs)
+        self.inputs, self.outputs = inputs, shape[1:]
+        count = 1 if cut is None else order.shares(shape[cut] // unit, shares)
+        self.shares_in, self.shares_out = (count, 1) if cut == 0 else (1, count)  # of the forward, of the backward
+        self.segments = math.prod(shape[1:cut]) if cut else 1  # of the outputs, each of them cut alike
+        axes = tuple("tp" if dim == cut else None for dim in range(len(shape)))
+        units = tuple(unit if dim == cut else 1 for dim in range(len(shape)))
+        self.weight = Parameter(f"{name}.weight", Layout(shape, axes, units, count), init, decay=True)
+        self.bias = None
+        if bias:
+            self.bias = Parameter(f"{name}.bias", Layout(shape[1:], axes[1:], units[1:], self.shares_out), "zeros")
 
     def parameters(self) -> list[Parameter]:
-        return [self.weight, self.bias]
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return self._map(x), x
 
+    def _matrices(self) -> tuple[Any, Any]:
+        """Weight (K, F) and bias (F,) or None."""
+        return self.weight.data.reshape(self.inputs, -1), None if self.bias is None else self.bias.data.reshape(-1)
+
     def _map(self, x: Any, residual: Any = None) -> Any:
         added = None if residual is None else flat(residual)
-        y = linear.forward(flat(x), self.weight.data, self.bias.data, added, self.shares_in)
+        y = linear.forward(flat(x), *self._matrices(), added, self.shares_in)
         return y.reshape(*x.shape[:-1], -1)
 
     def forward_gelu(self, x: Any) -> tuple[Any, Any]:
         """(gelu(pre), pre) with pre what `forward` gives."""
-        y, pre = linear.forward_gelu(flat(x), self.weight.data, self.bias.data)
+        y, pre = linear.forward_gelu(flat(x), *self._matrices())
         return y.reshape(*x.shape[:-1], -1), pre.reshape(*x.shape[:-1], -1)
 
     def backward_input(self, dy: Any, pre: Any = None) -> Any:
-        dx = linear.backward_input(flat(dy), self.weight.data, None if pre is None else flat(pre), self.shares_out)
+        weight, before = self._matrices()[0], None if pre is None else flat(pre)
+        dx = linear.backward_input(flat(dy), weight, before, self.shares_out, self.segments)
         return dx.reshape(*dy.shape[:-1], -1)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
-        dw, db = ctx.grad(self.weight), ctx.grad(self.bias)
+        dw = ctx.grad(self.weight).reshape(self.inputs, -1)
+        db = None if self.bias is None else ctx.grad(self.bias).reshape(-1)
         linear.backward_weight(flat(dy), flat(saved), dw, db, ctx.accumulate, ctx.pieces(dy))
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
@@ -66,9 +78,10 @@ class ResidualLinear(Linear):
     """y = residual + dropout(x W + b): how a branch joins the residual stream. Shapes: (…, K), (…, F) -> (…, F)."""
 
     def __init__(
-        self, name: str, inputs: int, outputs: int, std: float, drop: Dropout, unit: int = 1, shares: int = order.MOST
-    ) -> None:
-        super().__init__(name, inputs, outputs, std, "in", unit, shares)
+        self, name: str, inputs: int, outputs: int, init: float | str, drop: Dropout, unit: int = 1,
+        shares: int = order.MOST, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(name, inputs, outputs, init, 0, unit, shares, bias)
         self.drop = drop
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:

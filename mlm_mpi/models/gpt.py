@@ -96,7 +96,7 @@ def _block(name: str, settings: Settings, shares: int = order.MOST) -> Block:
 
     project = join("attention.project", width, 1, unit=width // settings.heads)  # tp cuts whole heads
     mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"), shares)
-    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut="out", shares=shares)
+    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut=1, shares=shares)
     mlp = FeedForward(up, join("feed_forward.down", hidden, 2))
     norms = (LayerNorm(f"{name}.norm{number}", width, settings.norm_epsilon) for number in (1, 2))
     return Block(next(norms), mixer, next(norms), mlp)

@@ -40,7 +40,7 @@ def build(config: Config, plugins: Plugins) -> "LanguageModel":
 def parts(config: Config, plugins: Plugins, sizes: Sizes) -> list[Part]:
     """The model and its head; a checkpoint's, where there is no corpus."""
     trunk = plugins.find("models", config.model.kind, "model.kind").build(config.model, sizes)
-    return [*trunk.parts, TokenHead(trunk.norm, trunk.table)]
+    return [*trunk.parts, TokenHead(trunk)]
 
 
 def least(config: Config, plugins: Plugins, sizes: Sizes, rows: int) -> Least:

@@ -52,7 +52,7 @@ def test_twice_gives_equal_bits_and_nan_stays_visible() -> None:
 
 def test_feed_forward() -> None:
     down = ResidualLinear("name.down", 10, 6, 0.3, Dropout("drop", 0.0))
-    layer = FeedForward(Linear("name.up", 6, 10, 0.4, cut="out"), down)
+    layer = FeedForward(Linear("name.up", 6, 10, 0.4, cut=1), down)
     store = FlatStore([layer.parameters()], Mesh(), "f8")
     store.initialise(0)
     r = np.random.default_rng(0)

@@ -111,7 +111,7 @@ class Cut:
     def mixer(self, mixer, x, residual, ctx):
         kept, outs = [], []
         for rank in self.ranks:
-            weight, bias = rank.of(mixer.qkv_weight), rank.of(mixer.qkv_bias)
+            weight, bias = rank.of(mixer.qkv.weight), rank.of(mixer.qkv.bias)
             qkv = linear.forward(flat(x), weight.reshape(weight.shape[0], -1), bias.reshape(-1))
             q, k, v = self.heads(mixer, qkv, x.shape[0])
             draw, share = self.drawn(mixer, rank, q, ctx), order.share_length(x.shape[1])
@@ -132,14 +132,14 @@ class Cut:
             attention.backward(
                 do, *self.heads(mixer, qkv, batch), o, lse, *self.heads(mixer, dqkv, batch), draw=drop, share=share
             )
-            weight, bias = self.grad(rank, mixer.qkv_weight), self.grad(rank, mixer.qkv_bias)
+            weight, bias = self.grad(rank, mixer.qkv.weight), self.grad(rank, mixer.qkv.bias)
             linear.backward_weight(
                 dqkv, flat(x), weight.reshape(weight.shape[0], -1), bias.reshape(-1), ctx.accumulate, ctx.pieces(dy)
             )
-            w = rank.of(mixer.qkv_weight)
+            w = rank.of(mixer.qkv.weight)
             partials.append(
                 linear.backward_input(
-                    dqkv, w.reshape(w.shape[0], -1), shares=mixer.shares // len(self.ranks), segments=3
+                    dqkv, w.reshape(w.shape[0], -1), shares=mixer.qkv.shares_out // len(self.ranks), segments=3
                 )
             )
         return joined(partials).reshape(dy.shape)

@@ -65,7 +65,7 @@ def test_tp_cuts_between_heads():
     shapes = [[parameter.layout.local_shape(Grid(2, at)) for parameter in layer.parameters()] for at in range(2)]
     assert shapes[0] == [(12, 3, 8), (3, 8), (8, 12), (12,)]
     assert shapes[1] == [(12, 3, 4), (3, 4), (4, 12), (12,)]
-    assert layer.qkv_weight.layout.slices(Grid(2, 1))[2] == slice(8, 12)
+    assert layer.qkv.weight.layout.slices(Grid(2, 1))[2] == slice(8, 12)
     with pytest.raises(ValueError, match="12 is no multiple of its unit 5"):
         Layout((12,), ("tp",), (5,)).slices(Grid(2, 0))
 

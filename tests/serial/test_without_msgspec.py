@@ -24,7 +24,7 @@ from mlm_mpi.params.store import FlatStore
 model = gpt.Settings(layers=1, width=8, heads=2, context=4).resolved()
 choice.select()
 trunk = gpt.build(model, Sizes(11))
-chain = Chain([*trunk.parts, TokenHead(trunk.norm, trunk.table)])
+chain = Chain([*trunk.parts, TokenHead(trunk)])
 store = FlatStore(chain.parameter_blocks(), Mesh(), "float32")
 store.initialise(0)
 optimizer, gradient = adamw.build(adamw.Settings(), store), store.new_buffer()

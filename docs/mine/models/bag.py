@@ -42,7 +42,7 @@ def build(settings: Settings, sizes: Sizes) -> Trunk:
 
 def block(name: str, width: int) -> Block:
     """x + mean(norm1(x)), then x + mlp(norm2(x)): GPT's block, with a mean where GPT has attention."""
-    up = Linear(f"{name}.up", width, 4 * width, STD, cut="out")
+    up = Linear(f"{name}.up", width, 4 * width, STD, cut=1)
     down = ResidualLinear(f"{name}.down", 4 * width, width, STD, Dropout(f"{name}.drop", 0.0))
     norm1, norm2 = (LayerNorm(f"{name}.norm{number}", width, EPSILON) for number in (1, 2))
     return Block(norm1, RunningMean(name), norm2, FeedForward(up, down))
