@@ -1,5 +1,6 @@
 """What layers and parts are: parameters, a forward that returns what backward needs, and where it all happens."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -66,6 +67,11 @@ class Part(Protocol):
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]: ...
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow: ...
+
+
+def elements(part: Layer | Part) -> int:
+    """Numbers in its parameters, on all ranks together."""
+    return sum(math.prod(parameter.layout.shape) for parameter in part.parameters())
 
 
 class Sizes(NamedTuple):

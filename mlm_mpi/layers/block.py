@@ -1,9 +1,9 @@
-"""The pre-norm transformer block, composed of what it is given, and GPT's feed-forward half."""
+"""The pre-norm transformer block, composed of what it is given, and feed-forward halves."""
 
 from typing import Any, Protocol
 
 from mlm_mpi.layers.base import Array, Context, Flow
-from mlm_mpi.layers.linear import Linear, ResidualLinear
+from mlm_mpi.layers.linear import Linear, ResidualLinear, flat
 from mlm_mpi.params.store import Parameter
 
 
@@ -41,6 +41,36 @@ class FeedForward:
     def backward(self, dy: Array, saved: Any, ctx: Context) -> Array:
         x, pre, s_down = saved
         return self.up.backward(self.down.backward(dy, s_down, ctx, pre), x, ctx)
+
+
+class Activation(Protocol):
+    """An op of ops/ between the two products. Shapes: (N, *outputs of the first) <-> (N, F)."""
+
+    def forward(self, x: Array) -> Array: ...
+    def backward(self, dy: Array, x: Array) -> Array: ...
+
+
+class ActivatedFeedForward:
+    """x -> activation(x W₁) W₂, where W₁ (C, 2, F) may give a gate too. Shapes: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, up: Linear, activation: Activation, down: ResidualLinear) -> None:
+        self.up, self.activation, self.down = up, activation, down
+
+    def parameters(self) -> list[Parameter]:
+        return self.up.parameters() + self.down.parameters()
+
+    def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]:
+        """`residual` or None: what the result is added to."""
+        pre = self.up.forward(x, ctx)[0].reshape(-1, *self.up.outputs)  # (N, 2, F), or (N, F)
+        hidden = self.activation.forward(pre).reshape(*x.shape[:2], -1)
+        y, s_down = self.down.join(hidden, residual, ctx)
+        return y, (x, pre, s_down)
+
+    def backward(self, dy: Array, saved: Any, ctx: Context) -> Array:
+        x, pre, s_down = saved
+        dhidden = self.down.backward(dy, s_down, ctx)
+        dpre = self.activation.backward(flat(dhidden), pre)
+        return self.up.backward(dpre.reshape(*dy.shape[:2], -1), x, ctx)
 
 
 class Block:

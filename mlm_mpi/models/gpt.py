@@ -10,7 +10,7 @@ from mlm_mpi import order
 from mlm_mpi.config.keys import key
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import SelfAttention
-from mlm_mpi.layers.base import Layer, Least, Part, Sizes, Trunk
+from mlm_mpi.layers.base import Least, Sizes, Trunk, elements
 from mlm_mpi.layers.block import Block, FeedForward
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.embedding import Embedding
@@ -105,13 +105,9 @@ def _block(name: str, settings: Settings, shares: int = order.MOST) -> Block:
 def least(settings: Settings, sizes: Sizes, rows: int) -> Least:
     """Lower bounds for micro-batches of B rows; blocks are alike, and none but one is built."""
     one = rows * settings.context * settings.width  # (B, T, C)
-    parameters = _elements(_embedding(settings, sizes)) + _elements(_final_norm(settings))
-    parameters += settings.layers * _elements(_block("block0", settings))
+    parameters = elements(_embedding(settings, sizes)) + elements(_final_norm(settings))
+    parameters += settings.layers * elements(_block("block0", settings))
     return Least(settings.layers, parameters, settings.layers * one, one)
-
-
-def _elements(part: Layer | Part) -> int:
-    return sum(math.prod(parameter.layout.shape) for parameter in part.parameters())
 
 
 def flops(settings: Settings, sizes: Sizes, tokens: int) -> float:

@@ -1,0 +1,124 @@
+"""Causal self-attention of a modern decoder: groups of queries that share a key and a value, rotary positions."""
+
+from typing import Any, NamedTuple
+
+from mlm_mpi import order
+from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.linear import Linear, ResidualLinear
+from mlm_mpi.ops import attention, rotary
+from mlm_mpi.params.layout import Layout
+from mlm_mpi.params.store import Parameter
+
+
+class Heads(NamedTuple):
+    """G groups of g queries each and one key and value, all of width D."""
+
+    groups: int
+    queries: int
+    width: int
+
+
+class Positions:
+    """Cosines and sines of every position, (T, R/2) float32 each: constants of a model, which all its blocks share."""
+
+    def __init__(self, cos: Any, sin: Any) -> None:
+        self._tables = cos, sin
+        self._elsewhere: Any = None  # the same in the memory of a GPU
+
+    def at(self, x: Any, start: int, length: int) -> tuple[Any, Any]:
+        """Those of positions start … start + length − 1, where x lies."""
+        tables, xp = self._tables, module_of(x)
+        if not isinstance(tables[0], xp.ndarray):
+            if self._elsewhere is None:
+                self._elsewhere = tuple(map(xp.asarray, tables))
+            tables = self._elsewhere
+        return tables[0][start : start + length], tables[1][start : start + length]
+
+
+class GroupedAttention:
+    """Shapes: (B, T, C) -> (B, T, C). tp cuts whole groups.
+
+    The fused projection (C, G, g + 2, D) gives each group its queries, its key and its value side by side, so that a
+    share of the groups is a range of it. Source: Ainslie et al., arXiv:2305.13245 (groups), Su et al., arXiv:2104.09864
+    (rotary positions), Henry et al., arXiv:2010.04245 (normalised queries and keys).
+    """
+
+    def __init__(
+        self, name: str, heads: Heads, project: ResidualLinear, width: int, std: float, drop: Dropout,
+        positions: Positions, window: int = 0, norm_epsilon: float | None = None, bias: bool = False,
+        shares: int = order.MOST,
+    ) -> None:  # fmt: skip
+        """`window`: a query sees so many keys at most, its own among them; 0: all before it. `norm_epsilon`: of the
+        normalisation of queries and keys; None: there is none. `shares`: at most, of a sum over groups or positions.
+        """
+        self.name, self.heads, self.project, self.drop = name, heads, project, drop
+        self.positions, self.window, self.epsilon, self.most = positions, window, norm_epsilon, shares
+        outputs = heads.groups, heads.queries + 2, heads.width
+        self.qkv = Linear(f"{name}.qkv", width, outputs, std, cut=1, shares=shares, bias=bias)
+        self.gain = None
+        if norm_epsilon is not None:  # of the queries, of the key
+            self.gain = Parameter(f"{name}.norm.gain", Layout((2, heads.width)), "ones")
+
+    def parameters(self) -> list[Parameter]:
+        gain = [] if self.gain is None else [self.gain]
+        return [*self.qkv.parameters(), *gain, *self.project.parameters()]
+
+    def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
+        """`residual` or None: what the result is added to."""
+        units = self._units(self.qkv.forward(x, ctx)[0])
+        start = ctx.cache.length if ctx.cache is not None else 0
+        cos, sin = self.positions.at(x, start, x.shape[1])
+        gain = None if self.gain is None else self.gain.data
+        turned, inverse = rotary.forward(units[..., :-1, :], cos, sin, gain, self.epsilon or 0.0)  # (B, T, G, g + 1, D)
+        q, k, v = *_queries_and_key(turned), _one(units, -1)
+        if ctx.cache is not None:
+            k, v = ctx.cache.extend(self.name, k, v)
+        draw, starts = self.drop.draw(ctx), self._starts(x, ctx, start)
+        share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
+        o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
+        y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
+        return y, (x, units, turned, inverse, o, lse, draw, starts, share, s_project)
+
+    def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        x, units, turned, inverse, o, lse, draw, starts, share, s_project = saved
+        do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
+        dunits = module_of(dy).empty_like(units)
+        dturned = dunits[..., :-1, :]
+        attention.backward(
+            do, *_queries_and_key(turned), _one(units, -1), o, lse, *_queries_and_key(dturned), _one(dunits, -1),
+            draw=draw, share=share, starts=starts,
+        )  # fmt: skip
+        gain, dgain = (None, None) if self.gain is None else (self.gain.data, ctx.grad(self.gain))
+        cos, sin = self.positions.at(x, 0, x.shape[1])
+        rotary.backward(
+            dturned, units[..., :-1, :], cos, sin, gain, inverse, dgain, ctx.accumulate, ctx.pieces(dy),
+            self.qkv.shares_out, out=dturned,
+        )  # fmt: skip
+        return self.qkv.backward(dunits.reshape(*dy.shape[:2], -1), x, ctx)
+
+    def _units(self, qkv: Any) -> Any:
+        """(B, T, G·(g + 2)·D) -> (B, T, G, g + 2, D)."""
+        return qkv.reshape(*qkv.shape[:2], self.heads.groups, self.heads.queries + 2, self.heads.width)
+
+    def _starts(self, x: Any, ctx: Context, start: int) -> Any:
+        """The first key that each query sees, (B, T) int32; None: all before it."""
+        starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")
+        if not self.window:
+            return starts
+        xp, (batch, length, _) = module_of(x), x.shape
+        first = xp.maximum(xp.arange(start, start + length, dtype=xp.int32) - (self.window - 1), 0)
+        if starts is None:
+            return xp.ascontiguousarray(xp.broadcast_to(first, (batch, length)))
+        return xp.maximum(starts, first)
+
+
+def _one(units: Any, number: int) -> Any:
+    """Unit `number` of every group: (B, T, G, U, D) -> (B, G, T, D), a view."""
+    return units[..., number, :].swapaxes(1, 2)
+
+
+def _queries_and_key(turned: Any) -> tuple[Any, Any]:
+    """(B, T, G, g + 1, D) -> (B, G, g, T, D), (B, G, T, D), views."""
+    return turned[..., :-1, :].transpose(0, 2, 3, 1, 4), _one(turned, -1)
