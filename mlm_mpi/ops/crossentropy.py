@@ -4,6 +4,9 @@ The loss is the turning point of a step: forward and backward of a chunk run tog
 are kept and none are computed twice. Losses are *sums* over targets; the division by the global target
 count comes once, after the reduction. Sums over the vocabulary have *shares*, as those of `ops.matmul`; the loss is
 summed in *pieces*, equal groups of rows that a tree joins, of which a chunk may hold any part.
+
+Logits z may have a soft cap, so that none is greater: l = cap·tanh(z/cap), slope 1 − (l/cap)²; a cap of 0 is none.
+Source: Gemma team, "Gemma 2", arXiv:2408.00118, section 2.
 """
 
 import math
@@ -22,16 +25,39 @@ CHUNK_ROWS = 512  # logits of 512 rows and 8192 tokens take 16 MiB; fewer rows c
 
 
 @served
-def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
-    """Losses, float64, 0 where masked; with `gradient`, the logits become softmax − onehot, 0 where masked.
+def capped(logits: Any, cap: float) -> Any:
+    """cap·tanh(logits/cap), a new array; with a cap of 0 the logits themselves. Shapes: (R, V) -> (R, V)."""
+    if not cap:
+        return logits
+    values = wide(logits) / cap
+    module_of(logits).tanh(values, out=values)
+    values *= cap
+    return values.astype(logits.dtype, copy=False)
 
-    The sum of exp over V has so many shares. Without `gradient` nothing of use is left in the logits. A target outside
-    the vocabulary raises IndexError on the CPU; the CUDA kernel makes its loss NaN.
+
+def _slope(capped: Any, cap: float) -> Any:
+    # of `capped` where it gave these values
+    part = capped / cap
+    part *= part
+    return 1.0 - part
+
+
+@served
+def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> Any:
+    """Losses, float64, 0 where masked; with `gradient`, the logits become the loss's gradient, 0 where masked.
+
+    That is softmax − onehot of the capped logits, times the cap's slope. The sum of exp over V has so many shares.
+    Without `gradient` nothing of use is left in the logits. A target outside the vocabulary raises IndexError on the
+    CPU; the CUDA kernel makes its loss NaN.
 
     Shapes: logits (R, V), overwritten; targets (R,), mask (R,) or None -> (R,).
     """
     xp, stored, logits = module_of(logits), logits, wide(logits)
     index = xp.arange(logits.shape[0])
+    slope = None
+    if cap:
+        logits = capped(logits, cap)
+        slope = _slope(logits, cap) if gradient else None
     logits -= logits.max(axis=1, keepdims=True)
     wanted = logits[index, targets].copy()
     xp.exp(logits, out=logits)
@@ -40,6 +66,8 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) 
     if gradient:
         logits /= total
         logits[index, targets] -= 1.0
+        if slope is not None:
+            logits *= slope
     if mask is not None:
         losses[~mask] = 0.0
         logits[~mask] = 0.0
@@ -52,7 +80,8 @@ def rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) 
 def exponentials(logits: Any, top: Any, shares: int = 1) -> Any:
     """The logits become exp(logit − top); returns their sums. What a rank does that holds some columns of V.
 
-    `rows` is `exponentials` with the maxima of whole rows, its sums joined by the tree, `losses` and `gradient`.
+    `rows` is `capped`, `exponentials` with the maxima of whole rows, its sums joined by the tree, `losses` and
+    `gradient`, to the last bit where logits are float32.
     Shapes: logits (R, V / ranks), top (R,) -> (R,).
     """
     xp = module_of(logits)
@@ -68,11 +97,16 @@ def losses(totals: Any, top: Any, wanted: Any) -> Any:
 
 
 @served
-def gradient(exponentials: Any, totals: Any, targets: Any) -> None:
-    """exp(…) becomes softmax − onehot; a target below zero lies among other columns. Shapes: as `exponentials`."""
+def gradient(exponentials: Any, totals: Any, targets: Any, capped: Any = None, cap: float = 0.0) -> None:
+    """exp(…) becomes softmax − onehot; a target below zero lies among other columns. Shapes: as `exponentials`.
+
+    With a cap, times its slope at the capped logits, which the caller has kept: `capped` (R, V / ranks).
+    """
     exponentials /= totals[:, None]
     here = (targets >= 0).nonzero()[0]
     exponentials[here, targets[here]] -= 1.0
+    if cap:
+        exponentials *= _slope(capped, cap)
 
 
 def _rows_at_once(x: Any) -> int:
@@ -104,20 +138,22 @@ def summed(losses: Any, pieces: int) -> Any:
     return np.float64(joined([math.fsum(part) if np.isfinite(part).all() else part.sum() for part in parts]))
 
 
-def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces: int = 1) -> Any:
+def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces: int = 1, cap: float = 0.0) -> Any:
     """Summed cross-entropy in nats, float64; a GPU is not awaited.
 
-    `shares`: of sums over V. `pieces`: of the sum over N. Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
+    `shares`: of sums over V. `pieces`: of the sum over N. `cap`: of the logits, 0 for none.
+    Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
     """
     losses = module_of(x).empty(x.shape[0])
     for part, some in _chunks(x, mask):
-        losses[part] = rows(_logits(x[part], w), targets[part], some, False, shares)
+        losses[part] = rows(_logits(x[part], w), targets[part], some, False, shares, cap)
     return summed(losses, pieces)
 
 
 def loss_and_grad(
-    x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool, shares: int = 1, pieces: int = 1
-) -> tuple[Any, Any]:
+    x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool, shares: int = 1, pieces: int = 1,
+    cap: float = 0.0,
+) -> tuple[Any, Any]:  # fmt: skip
     """(summed loss as in `loss`, dx); writes dw, or adds the whole of it. Shapes: as `loss`; dx (N, C).
 
     Cost: 6·N·C·V flops; with `accumulate` and more than one chunk, memory for one more dw.
@@ -128,7 +164,7 @@ def loss_and_grad(
     whole = xp.empty_like(dw) if accumulate and several else dw
     for part, some in chunks:
         logits = _logits(x[part], w)  # (R, V)
-        losses[part] = rows(logits, targets[part], some, True, shares)
+        losses[part] = rows(logits, targets[part], some, True, shares, cap)
         matmul.add(logits, w, dx[part], False, shares)
         matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
         del logits  # its memory is the next chunk's

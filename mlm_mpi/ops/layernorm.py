@@ -48,7 +48,7 @@ def backward(
     dy, x, gain = wide(dy), wide(x), wide(gain)
     dx = xp.empty_like(x)
     sums = xp.zeros((pieces, 2, x.shape[1]), gain.dtype)  # gain's and bias' of every piece
-    for piece, rows in _blocks(x, pieces):
+    for piece, rows in blocks(x, pieces):
         mean, inverse = statistics[0, rows, None], statistics[1, rows, None]
         normal = (x[rows] - mean) * inverse
         sums[piece, 0] += xp.einsum("nc,nc->c", dy[rows], normal)
@@ -67,8 +67,8 @@ def backward(
     return dx.astype(dtype, copy=False)
 
 
-def _blocks(x: Any, pieces: int) -> Iterator[tuple[int, slice]]:
-    # (piece, rows) in ascending order
+def blocks(x: Any, pieces: int) -> Iterator[tuple[int, slice]]:
+    """(piece, its rows) in blocks that stay in cache, in ascending order. ValueError where rows do not divide so."""
     group, rest = divmod(x.shape[0], pieces)
     if rest:
         raise ValueError(f"{x.shape[0]} rows in {pieces} equal pieces")

@@ -4,28 +4,44 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import deposit, wide
 from mlm_mpi.backend.registry import served
-from mlm_mpi.ops import gelu, matmul
+from mlm_mpi.ops import gelu, matmul, relu2, swiglu
 from mlm_mpi.order import joined
 
 
 @served
-def forward(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Any:
+def forward(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> Any:
     """Bias and residual join the sum over K, which has so many shares (`ops.matmul`), when it is whole.
 
-    Shapes: x (N, K), w (K, F), b (F,), residual (N, F) -> (N, F). Cost: 2·N·K·F flops.
+    Shapes: x (N, K), w (K, F), b (F,) or None, residual (N, F) or None -> (N, F). Cost: 2·N·K·F flops.
     """
     y = matmul.summed(x, w, shares)
-    y += wide(b)
+    if b is not None:
+        y += wide(b)
     if residual is not None:
         y += wide(residual)
     return y.astype(x.dtype, copy=False)
 
 
 @served
-def forward_gelu(x: Any, w: Any, b: Any) -> tuple[Any, Any]:
+def forward_gelu(x: Any, w: Any, b: Any = None) -> tuple[Any, Any]:
     """(gelu(pre), pre) with pre = x w + b, which backward needs. Shapes: as `forward`, both results (N, F)."""
     pre = forward(x, w, b)
     return gelu.forward(pre), pre
+
+
+def forward_relu2(x: Any, w: Any) -> tuple[Any, Any]:
+    """(relu2(pre), pre) with pre = x w, which `relu2.backward` needs. Shapes: as `forward`, both results (N, F)."""
+    pre = forward(x, w)
+    return relu2.forward(pre), pre
+
+
+def forward_swiglu(x: Any, w: Any) -> tuple[Any, Any]:
+    """(swiglu(pre), pre) with pre = x w, which `swiglu.backward` needs.
+
+    Shapes: x (N, K), w (K, 2·F), gates before what they open -> (N, F), pre (N, 2, F). Cost: 4·N·K·F flops.
+    """
+    pre = forward(x, w).reshape(x.shape[0], 2, -1)
+    return swiglu.forward(pre), pre
 
 
 @served
@@ -39,9 +55,10 @@ def backward_input(dy: Any, w: Any, pre: Any = None, shares: int = 1, segments: 
 
 
 def backward_weight(dy: Any, x: Any, dw: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
-    """dw = xᵀ dy and db = Σ dy, written or added. Shapes: as `forward`. Cost: 2·N·K·F flops."""
+    """dw = xᵀ dy and db = Σ dy, unless that is None, written or added. Shapes: as `forward`. Cost: 2·N·K·F flops."""
     matmul.add(x.T, dy, dw, accumulate)
-    bias_gradient(dy, db, accumulate, pieces)
+    if db is not None:
+        bias_gradient(dy, db, accumulate, pieces)
 
 
 @served

@@ -85,14 +85,14 @@ def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: in
     _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments)
 
 
-def _fit_linear(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> str:
+def _fit_linear(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> str:
     return matrices(x, w, residual) or rowwise(residual) or dense(b) or chained(x, w) or (
         shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b) or halved(x.shape[1], shares)
     )  # fmt: skip
 
 
 @KERNELS.kernel("linear.forward", _fit_linear)
-def _linear_forward(lib: Any, x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Any:
-    y = np.empty((x.shape[0], b.size), np.float32)
+def _linear_forward(lib: Any, x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> Any:
+    y = np.empty((x.shape[0], w.shape[1]), np.float32)
     _multiply(lib, x, w, y, base=residual, bias=b, shares=shares)
     return y

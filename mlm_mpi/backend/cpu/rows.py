@@ -81,7 +81,9 @@ def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
     lib.embedding_backward(*dy.shape, at(dy), at(ids), at(order), at(dtable))
 
 
-def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> str:
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> str:
+    if cap:
+        return "a cap"
     return (
         dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
         or shaped(logits.shape[:1], targets, mask) or halved(logits.shape[1], shares)
@@ -89,7 +91,9 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int 
 
 
 @KERNELS.kernel("crossentropy.rows", _fit_rows)
-def _crossentropy_rows(lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
+def _crossentropy_rows(
+    lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0
+) -> Any:
     losses = np.empty(logits.shape[0])
     lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses))
     return losses
@@ -118,10 +122,13 @@ def _crossentropy_losses(lib: Any, totals: Any, top: Any, wanted: Any) -> Any:
 
 @KERNELS.kernel(
     "crossentropy.gradient",
-    lambda exponentials, totals, targets: dense(exponentials, totals) or dense(targets, dtype=np.int32)
+    lambda exponentials, totals, targets, capped=None, cap=0.0: ("a cap" if cap else "")
+    or dense(exponentials, totals) or dense(targets, dtype=np.int32)
     or shaped(exponentials.shape[:1], totals, targets),
 )  # fmt: skip
-def _crossentropy_gradient(lib: Any, exponentials: Any, totals: Any, targets: Any) -> None:
+def _crossentropy_gradient(
+    lib: Any, exponentials: Any, totals: Any, targets: Any, capped: Any = None, cap: float = 0.0
+) -> None:
     lib.crossentropy_gradient(*exponentials.shape, at(exponentials), at(totals), at(targets))
 
 

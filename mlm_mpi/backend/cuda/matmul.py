@@ -66,11 +66,12 @@ def _add(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: 
     return Product("STORE", a, b, out=out, accumulate=accumulate, shares=shares, segments=segments)
 
 
-def _forward(x: Any, w: Any, b: Any, residual: Any = None, shares: int = 1) -> Product:
-    return Product("BIAS" if residual is None else "RESIDUAL", x, w, bias=b, other=residual, shares=shares)
+def _forward(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> Product:
+    plain = "STORE" if b is None else "BIAS"
+    return Product(plain if residual is None else "RESIDUAL", x, w, bias=b, other=residual, shares=shares)
 
 
-def _forward_gelu(x: Any, w: Any, b: Any) -> Product:
+def _forward_gelu(x: Any, w: Any, b: Any = None) -> Product:
     return Product("GELU", x, w, bias=b)
 
 
@@ -102,6 +103,8 @@ def _fits(product: Product) -> str:
         return "not matrices in the GPU's memory"
     if a.dtype != b.dtype or a.dtype.name not in ELEMENTS:
         return f"{a.dtype} and {b.dtype}"
+    if product.epilogue in ("RESIDUAL", "GELU") and product.bias is None:
+        return "no bias"
     if out is not None and out.dtype not in (a.dtype, np.float32):
         return f"{out.dtype} result"
     if 0 in (*a.shape, *b.shape):

@@ -174,7 +174,9 @@ def _layernorm_backward(
 # ---- crossentropy
 
 
-def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> str:
+def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> str:
+    if cap:
+        return "a cap"
     if not on_device(logits):
         return "not in the GPU's memory"
     if logits.ndim != 2 or logits.size == 0 or logits.strides[1] != logits.itemsize:
@@ -190,7 +192,9 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int 
 
 
 @KERNELS.kernel("crossentropy.rows", _fit_rows)
-def _crossentropy_rows(gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1) -> Any:
+def _crossentropy_rows(
+    gpu: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0
+) -> Any:
     """A target outside the vocabulary, which only the device can see, makes its loss NaN."""
     rows, columns = logits.shape
     losses = gpu.cupy.empty(rows, np.float64)
