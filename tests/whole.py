@@ -53,9 +53,10 @@ class Whole:
         self.head.forward(hidden, replace(ctx, training=False))
         return ctx.tally["loss"]
 
-    def loss_and_grad(self, ids, targets, mask, ctx, *ready):
-        """The summed loss; every gradient is written or added to `gradient`."""
+    def loss_and_grad(self, ids, targets, mask, ctx, *ready, inputs=None):
+        """The summed loss; every gradient is written or added to `gradient`. `inputs`: of the batch, beside ids."""
         batch, views = batch_of(ids, targets, mask), self.store.by_parameter(self.gradient)
+        batch.inputs.update(inputs or {})
         ctx = replace(ctx, training=True, batch=batch, tally={}, gradients=views)
         _, kept = self.chain.forward((), ctx)
         self.chain.backward((), kept, ctx, *ready)

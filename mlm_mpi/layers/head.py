@@ -26,7 +26,7 @@ class TokenHead:
         if not ctx.training:
             n, _ = self.norm.forward(hidden, ctx)
             ctx.tally["loss"] = crossentropy.loss(
-                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(hidden)
+                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(hidden), self.cap
             )
         return (), hidden
 
@@ -34,14 +34,15 @@ class TokenHead:
         n, s_norm = self.norm.forward(saved, ctx)
         ctx.tally["loss"], dn = crossentropy.loss_and_grad(
             flat(n), self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate,
-            self.table.layout.shares, ctx.pieces(saved),
+            self.table.layout.shares, ctx.pieces(saved), self.cap,
         )  # fmt: skip
         return (self.norm.backward(dn.reshape(saved.shape), s_norm, ctx),)
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
         """Shapes: (B, T, C) -> (B, T, V)."""
         n, _ = self.norm.forward(hidden, ctx)
-        return matmul.product(flat(n), self.table.data.T).reshape(*hidden.shape[:2], -1)
+        logits = matmul.product(flat(n), self.table.data.T)
+        return (crossentropy.capped(logits, self.cap) if self.cap else logits).reshape(*hidden.shape[:2], -1)
 
     def _wanted(self, ctx: Context) -> tuple[Array, Array | None]:
         assert ctx.batch is not None, "a head reads its targets from the context"
