@@ -32,14 +32,18 @@ def _draw(b: int, h: int, t: int, s: int, d: int) -> tuple[np.ndarray, ...]:
 
 def _naive(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool,
-    drop: np.ndarray | None = None, lengths: np.ndarray | None = None,
+    drop: np.ndarray | None = None, lengths: np.ndarray | None = None, starts: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
+    q = q.reshape(q.shape[0], -1, *q.shape[-2:])
+    k, v = (x.repeat(q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     scores = np.einsum("bhtd,bhsd->bhts", q, k) / math.sqrt(q.shape[3])
+    t, s = scores.shape[2:]
     if causal:
-        t, s = scores.shape[2:]
         scores[:, :, np.arange(s)[None, :] > np.arange(t)[:, None] + s - t] = -np.inf
     if lengths is not None:
-        scores[np.arange(scores.shape[3]) >= lengths[:, None, None, None] + np.zeros_like(scores)] = -np.inf
+        scores[np.arange(s) >= lengths[:, None, None, None] + np.zeros_like(scores)] = -np.inf
+    if starts is not None:
+        scores[np.arange(s) < starts[:, None, :, None] + np.zeros_like(scores)] = -np.inf
     p = np.exp(scores - np.maximum(scores.max(axis=3, keepdims=True), -1e300))
     p /= np.maximum(p.sum(axis=3, keepdims=True), 1e-300)  # a row of hidden keys: 0
     return np.einsum("bhts,bhsd->bthd", p if drop is None else p * drop, v)
@@ -120,6 +124,57 @@ def test_partial_results_of_some_keys_are_merged_and_finished() -> None:
         *(np.concatenate([a[:, :, lower], b[:, :, upper]], 2) for a, b in zip(left[1:], right[1:], strict=True)),
     )
     assert all(np.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(joined, whole, strict=True))
+
+
+def _grouped(b: int, groups: int, each: int, t: int, s: int, d: int) -> list[np.ndarray]:
+    """q (B, G, g, T, D), k, v (B, G, S, D), seen in one array (B, S, G, g + 2, D) as a layer holds them; do."""
+    r = np.random.default_rng(b + groups + each + t + s + d)
+    fused = r.standard_normal((b, s, groups, each + 2, d)).transpose(0, 2, 3, 1, 4)
+    q, k, v = fused[:, :, :each, s - t :], fused[:, :, each], fused[:, :, each + 1]
+    return [q, k, v, r.standard_normal((b, t, groups * each, d))]
+
+
+def _starts(kind: str, b: int, t: int, s: int) -> np.ndarray | None:
+    """A window, documents of random lengths, both, or documents that begin behind their first queries."""
+    window = np.maximum(0, np.arange(s - t, s) - max(1, s // 5) + 1)
+    cuts = np.random.default_rng(t + s).random((b, t)) < 6 / t
+    documents = np.maximum.accumulate(np.where(cuts, np.arange(s - t, s), 0), axis=1)
+    found = {
+        "all": None, "window": window[None], "documents": documents, "both": np.maximum(window, documents),
+        "blind": np.minimum(documents + 3, s + 1),
+    }[kind]  # fmt: skip
+    return None if found is None else found.astype("i4")
+
+
+KINDS = ["all", "window", "documents", "both", "blind"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "share"), [(9, 12, 0), (135, 150, 60)])
+def test_groups_and_first_keys(kind: str, causal: bool, queries: int, keys: int, share: int) -> None:
+    q, k, v, do = _grouped(2, 2, 3, queries, keys, 3)
+    starts, lengths = _starts(kind, 2, queries, keys), np.array([keys, keys // 2], "i4")
+    drop = dropout.mask(DRAW, (2, 6, queries, keys), 0, "f8")
+    rest = (causal, DRAW, lengths, share, None, starts)
+    o, lse = attention.forward(q, k, v, *rest)
+    assert np.allclose(o, _naive(q, k, v, causal, drop, lengths, starts), rtol=1e-12, atol=1e-13)
+    gradients = [poisoned(*a.shape) for a in (q, k, v)]
+    attention.backward(do, q, k, v, o, lse, *gradients, *rest)
+    for value, gradient in zip((q, k, v), gradients, strict=True):
+        directional(lambda: float((_naive(q, k, v, causal, drop, lengths, starts) * do).sum()), value, gradient)
+
+
+def test_starts_are_positions_and_never_descend() -> None:
+    q, k, v, _ = _grouped(2, 2, 2, 30, 30, 4)
+    starts = _starts("both", 2, 30, 30)
+    assert starts is not None
+    whole = attention.forward(q, k, v, starts=starts)
+    moved = attention.forward(q, k, v, True, None, None, 0, (100, 100), starts + 100)
+    assert all(same_bits(a, b) for a, b in zip(whole, moved, strict=True))
+    for wrong in (starts[:, ::-1], starts[:, :-1], starts[0]):
+        with pytest.raises(ValueError, match="starts of shape"):
+            attention.forward(q, k, v, starts=wrong)
 
 
 def test_hidden_keys_are_never_read() -> None:

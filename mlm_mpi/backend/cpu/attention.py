@@ -36,10 +36,12 @@ def _matrices(*arrays: Any) -> list[_Matrix]:
 
 def _fit_attention(
     q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None,
-    share: int = 0, positions: Any = None, others: tuple[Any, ...] = (),
+    share: int = 0, positions: Any = None, starts: Any = None, others: tuple[Any, ...] = (),
 ) -> str:  # fmt: skip
     if lengths is not None:
         return "lengths"
+    if starts is not None:
+        return "first visible keys"
     for x in (q, k, v, *others):
         if not isinstance(x, np.ndarray) or x.ndim != 4:
             return "not in the CPU's memory"
@@ -83,7 +85,7 @@ def _softmax(lib: Any, q: Any, k: Any, v: Any, arguments: tuple[_Shape, Any, flo
 @KERNELS.kernel("attention.forward", _fit_attention)
 def _attention_forward(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
-    share: int = 0, positions: Any = None,
+    share: int = 0, positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     lse = np.empty(q.shape[:3], np.float32)
     return _softmax(lib, q, k, v, _attention_arguments(lib, q, k, causal, draw, share, positions), lse, None), lse
@@ -92,7 +94,7 @@ def _attention_forward(
 @KERNELS.kernel("attention.partial", _fit_attention)
 def _attention_partial(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
-    share: int = 0, positions: Any = None,
+    share: int = 0, positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     statistics = np.empty((2, *q.shape[:3]), np.float32)
     arguments = _attention_arguments(lib, q, k, causal, draw, share, positions)
@@ -132,17 +134,21 @@ def _attention_finish(lib: Any, o: Any, statistics: Any) -> tuple[Any, Any]:
 def _fit_attention_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0, positions: Any = None,
+    starts: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_attention(q, k, v, causal, draw, lengths, share, positions, (do, o, dq, dk, dv)) or dense(lse)
+    reason = _fit_attention(q, k, v, causal, draw, lengths, share, positions, starts, (do, o, dq, dk, dv)) or dense(lse)
+    if reason:
+        return reason
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
-    return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
+    return shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
 
 
 @KERNELS.kernel("attention.backward", _fit_attention_backward)
 def _attention_backward(
     lib: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: None = None, share: int = 0, positions: Any = None,
+    starts: Any = None,
 ) -> None:  # fmt: skip
     shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
     structures = (shape, drawn, *_matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv))

@@ -39,9 +39,11 @@ def _lacks(gpu: Any) -> str:
 
 def _fit(
     q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None, others: tuple[Any, ...] = (),
+    positions: Any = None, starts: Any = None, others: tuple[Any, ...] = (),
 ) -> str:  # fmt: skip
     """Why a kernel cannot take these arguments, or "". `others`: more arrays (B, rows, H, D) or (B, H, rows, D)."""
+    if starts is not None:
+        return "first visible keys"
     for x in (q, k, v, *others):
         if not on_device(x) or x.ndim != 4:
             return "not in the GPU's memory"
@@ -70,12 +72,15 @@ def _fit(
 def _fit_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit(q, k, v, causal, draw, lengths, share, positions, (do, o, dq, dk, dv)) or dense(lse, dtype=np.float32)
+    arrays = (do, o, dq, dk, dv)
+    reason = _fit(q, k, v, causal, draw, lengths, share, positions, starts, arrays) or dense(lse, dtype=np.float32)
+    if reason:
+        return reason
     batch, heads, queries, width = q.shape
     rows = (batch, queries, heads, width)
-    return reason or shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
+    return shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
 
 
 def _view(x: Any) -> Any:
@@ -146,17 +151,21 @@ def _fit_one_share(k: Any, share: int) -> str:
 
 def _fit_mma(
     q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> str:  # fmt: skip
-    return _fit(q, k, v, causal, draw, lengths, share, positions) or _fit_tiles(q, k, v) or _fit_one_share(k, share)
+    return (
+        _fit(q, k, v, causal, draw, lengths, share, positions, starts)
+        or _fit_tiles(q, k, v)
+        or _fit_one_share(k, share)
+    )
 
 
 def _fit_mma_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
+    reason = _fit_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions, starts)
     return reason or _fit_tiles(do, q, k, v, dq, dk, dv) or _fit_one_share(k, share)
 
 
@@ -178,17 +187,17 @@ def _lacks_hopper(gpu: Any) -> str:
 
 def _fit_hopper(
     q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> str:  # fmt: skip
-    return _fit_mma(q, k, v, causal, draw, lengths, share, positions) or ("" if draw is None else "dropout")
+    return _fit_mma(q, k, v, causal, draw, lengths, share, positions, starts) or ("" if draw is None else "dropout")
 
 
 def _fit_hopper_backward(
     do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> str:  # fmt: skip
-    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions)
+    reason = _fit_mma_backward(do, q, k, v, o, lse, dq, dk, dv, causal, draw, lengths, share, positions, starts)
     return reason or ("" if draw is None else "dropout")
 
 
@@ -200,7 +209,7 @@ def _map(gpu: Any, x: Any, rows: int = HOPPER_ROWS) -> Any:
 @KERNELS.kernel("attention.forward", _fit_hopper, variant="hopper", lacks=_lacks_hopper)
 def _hopper_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head = _head(q.shape[3])
@@ -217,7 +226,7 @@ def _hopper_forward(
 def _hopper_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -245,7 +254,7 @@ MMA_OWNED = 128  # rows of a block of attention_bf16_backward.cu
 @KERNELS.kernel("attention.forward", _fit_mma, variant="mma", lacks=_lacks)
 def _mma_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, dropped = _head(q.shape[3]), int(draw is not None)
@@ -261,7 +270,7 @@ def _mma_forward(
 def _mma_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths)
     statistics = _statistics(gpu, problem, do, o, lse)
@@ -293,7 +302,7 @@ def _plain_shape(width: int) -> tuple[int, int, int, int]:
 @KERNELS.kernel("attention.forward", _fit, variant="plain", lacks=_lacks)
 def _plain_forward(
     gpu: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     o, lse = _outputs(gpu, q)
     head, tile, rows, scores = _plain_shape(q.shape[3])
@@ -312,7 +321,7 @@ def _plain_forward(
 def _plain_backward(
     gpu: Any, do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, dq: Any, dk: Any, dv: Any,
     causal: bool = True, draw: Any = None, lengths: Any = None, share: int = 0,
-    positions: Any = None,
+    positions: Any = None, starts: Any = None,
 ) -> None:  # fmt: skip
     problem = _problem(q, k, causal, draw, lengths, share)
     statistics = _statistics(gpu, problem, do, o, lse)
