@@ -10,6 +10,7 @@ import pytest
 
 from mlm_mpi import config
 from mlm_mpi.config import reference
+from mlm_mpi.config.sections import KINDS
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.plug import ROOMS, Plugins
 
@@ -198,24 +199,29 @@ def test_a_number_that_no_checkpoint_could_hold(name: str) -> None:
 NOT_ZERO = [
     "model.layers", "model.width", "model.heads", "model.context", "train.steps", "train.micro_batches", "train.rows",
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
-    "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares",
+    "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
+    "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
     "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
-    "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum",
+    "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum", "model.logit_cap",
+    "model.key_value_heads", "model.head_width", "model.window", "model.full_every", "model.rotary_skip",
 ]  # fmt: skip
 BELOW_ONE = ["model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"]
 
 
 def of(name: str) -> list[str]:
-    """Overrides under which a key is known."""
-    return ["optim.name=sgd"] if name == "optim.momentum" else []
+    """Overrides under which a key is known: none where the default kind of its section knows it."""
+    section = name.partition(".")[0]
+    kinds = [found.kind for found in declared() if any(entry.full == name for entry in found.entries.values())]
+    default = section not in KINDS or KINDS[section].default in kinds
+    return [] if default else [f"{section}.{KINDS[section].key}={kinds[0]}"]
 
 
 @pytest.mark.parametrize("name", NOT_ZERO)
 def test_zero_is_refused(name: str) -> None:
-    assert f"{name} = 0" in refused(f"{name}=0")
+    assert f"{name} = 0" in refused(*of(name), f"{name}=0")
 
 
 @pytest.mark.parametrize("name", [*NOT_ZERO, *NOT_NEGATIVE])

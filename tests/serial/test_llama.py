@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from mlm_mpi.models import llama
 from mlm_mpi.models.llama import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from make_llama import FILE, MODELS, PACKED, VOCABULARY, golden_weights  # noqa: E402
+from make_llama import FILE, MODELS, PACKED, VOCABULARY, golden_weights
 
 SMALL = Settings(
-    layers=2, width=24, heads=6, key_value_heads=3, context=40, init_std=0.3, qk_norm=True, qkv_bias=True, logit_cap=4.0,
-    window=9, full_every=2,
+    layers=2, width=24, heads=6, key_value_heads=3, context=40, init_std=0.3, qk_norm=True, qkv_bias=True,
+    logit_cap=4.0, window=9, full_every=2,
 )  # fmt: skip
 VARIANTS = {
     "llama": Settings(layers=2, width=24, heads=6, key_value_heads=2, context=40, init_std=0.3),
@@ -119,10 +120,10 @@ def test_packed_documents_have_the_loss_they_have_alone():
     whole = whole_of(replace(SMALL, window=0))
     ids, targets, _ = batch(rows=1)
     ends = 0, 7, 20, 33
-    starts = np.concatenate([np.full(stop - first, first) for first, stop in zip(ends, ends[1:])])
+    starts = np.concatenate([np.full(stop - first, first) for first, stop in pairwise(ends)])
     inputs = {"starts": starts[None].astype(np.int32)}
     packed = whole.loss_and_grad(ids, targets, None, Context(training=True), inputs=inputs)
-    alone = [whole.loss(ids[:, a:b], targets[:, a:b], None, Context()) for a, b in zip(ends, ends[1:])]
+    alone = [whole.loss(ids[:, a:b], targets[:, a:b], None, Context()) for a, b in pairwise(ends)]
     assert packed == pytest.approx(sum(alone), rel=1e-8)  # tables are float32
 
 
