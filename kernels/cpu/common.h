@@ -111,6 +111,17 @@ INLINE float sum_lanes(const vf *part) {
     return x[0];
 }
 
+/* 1 / sqrt(mean(x^2) + epsilon) of n floats. */
+INLINE float inverse_root(size n, const float *x, float epsilon) {
+    vf squares[PARTS] = {{0}};
+    for (size i = 0; i < n; i += LANES)
+        for (int j = 0; j < PARTS; j++) {
+            vf v = load_some(x + i + j * W, most(0, n - i - j * W), 0);
+            squares[j] = FMA(v, v, squares[j]);
+        }
+    return 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)n + epsilon);
+}
+
 INLINE float max_lanes(const vf *part) {
     float x[LANES];
     memcpy(x, part, sizeof x);

@@ -1,3 +1,31 @@
+/* tanh: an odd polynomial below 0.625 (Cephes, S. Moshier), 1 - 2 / (exp(2|x|) + 1) with x's sign from there on. */
+INLINE vf vtanh(vf x) {
+    const vi sign = (vi)x & (int32_t)0x80000000;
+    const vf size_of = (vf)((vi)x & 0x7FFFFFFF), z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = FMA(p, z, splat(2.06390887954e-2f));
+    p = FMA(p, z, splat(-5.37397155531e-2f));
+    p = FMA(p, z, splat(1.33314422036e-1f));
+    p = FMA(p, z, splat(-3.33332819422e-1f));
+    const vf far = 1.0f - 2.0f / (vexp(size_of + size_of) + 1.0f);
+    return pick(size_of < splat(0.625f), FMA(p * z, x, x), (vf)((vi)far | sign));
+}
+
+/* to = cap tanh(x / cap); `to` may be x. */
+INLINE void cap_row(size n, const float *x, float cap, float *to) {
+    const float inverse = 1.0f / cap;
+    for (size i = 0; i < n; i += W) store_some(to + i, n - i, vtanh(load_some(x + i, n - i, 0) * inverse) * cap);
+}
+
+/* x *= the slope of the cap, 1 - (l / cap)^2, at the capped l. */
+INLINE void slope_row(size n, float *x, const float *capped, float cap) {
+    const float inverse = 1.0f / cap;
+    for (size i = 0; i < n; i += W) {
+        vf t = load_some(capped + i, n - i, 0) * inverse;
+        store_some(x + i, n - i, load_some(x + i, n - i, 0) * FMA(-t, t, splat(1)));
+    }
+}
+
 /* The sum of exp(x - shift) over a share of a row, which with `keep` becomes these. */
 INLINE float sum_of_exp(size n, float *x, float shift, int keep) {
     vf sum[PARTS] = {{0}};
@@ -36,6 +64,10 @@ INLINE void divide_row(size v, float *row, float total) {
     for (size i = 0; i < v; i += W) store_some(row + i, v - i, load_some(row + i, v - i, 0) / total);
 }
 
+void EXPORT(crossentropy_capped)(size n, const float *logits, float cap, float *capped) {
+    cap_row(n, logits, cap, capped);
+}
+
 void EXPORT(crossentropy_exponentials)(
     size rows, size v, float *logits, const float *shifts, size shares, float *totals) {
     for (size r = 0; r < rows; r++, logits += v) totals[r] = sum_of_shares(shares, v, logits, shifts[r], 1);
@@ -45,24 +77,31 @@ void EXPORT(crossentropy_losses)(size rows, const float *totals, const float *sh
     for (size r = 0; r < rows; r++) losses[r] = loss_of(totals[r], shifts[r], wanted[r]);
 }
 
-/* A target below zero lies in another rank's columns. */
-void EXPORT(crossentropy_gradient)(size rows, size v, float *logits, const float *totals, const int32_t *targets) {
+/* A target below zero lies in another rank's columns. `capped`: the capped logits, or NULL without a cap. */
+void EXPORT(crossentropy_gradient)(
+    size rows, size v, float *logits, const float *totals, const int32_t *targets, const float *capped, float cap) {
     for (size r = 0; r < rows; r++, logits += v) {
         divide_row(v, logits, totals[r]);
         if (targets[r] >= 0) logits[targets[r]] -= 1.0f;
+        if (capped) slope_row(v, logits, capped + r * v, cap);
     }
 }
 
 /* Softmax cross-entropy of rows of logits, in place: a row is read from memory once and stays in L2.
- * losses[r] in nats, 0 where the mask hides the row. With `gradient`, the logits become softmax - onehot. */
+ * losses[r] in nats, 0 where the mask hides the row. With `gradient`, the logits become softmax - onehot, times the slope
+ * of the cap. `work`: v floats where there is a cap, which is not 0, or NULL. */
 void EXPORT(crossentropy_rows)(
     size rows, size v, float *logits, const int32_t *targets, const uint8_t *mask, int gradient, size shares,
-    double *losses) {
+    double *losses, float cap, float *work) {
     for (size r = 0; r < rows; r++, logits += v) {
         if (mask && !mask[r]) {
             if (gradient) memset(logits, 0, (size_t)v * sizeof *logits);
             losses[r] = 0.0;
             continue;
+        }
+        if (work) {
+            cap_row(v, logits, cap, logits);
+            if (gradient) memcpy(work, logits, (size_t)v * sizeof *work);
         }
         float wanted = logits[targets[r]];
         float shift = largest(v, logits);
@@ -71,6 +110,7 @@ void EXPORT(crossentropy_rows)(
         if (gradient) {
             divide_row(v, logits, total);
             logits[targets[r]] -= 1.0f;
+            if (work) slope_row(v, logits, work, cap);
         }
     }
 }

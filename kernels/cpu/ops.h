@@ -12,4 +12,8 @@
 #include "layernorm.c"
 #include "linear.c"
 #include "matmul.c"
+#include "relu2.c"
+#include "rmsnorm.c"
+#include "rotary.c"
 #include "sums.c"
+#include "swiglu.c"

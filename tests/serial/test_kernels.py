@@ -23,13 +23,29 @@ from mlm_mpi.backend.cpu import matmul as products
 from mlm_mpi.backend.cpu.provider import KERNELS
 from mlm_mpi.comm import tree
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
+from mlm_mpi.ops import (
+    attention,
+    crossentropy,
+    dropout,
+    embedding,
+    gelu,
+    layernorm,
+    linear,
+    matmul,
+    relu2,
+    rmsnorm,
+    rotary,
+    swiglu,
+)
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.optim import adamw
 from mlm_mpi.params import clip
 from mlm_mpi.rng import key_of, words
 
-MODULES = (matmul, linear, gelu, layernorm, dropout, attention, embedding, crossentropy, sums, adamw, clip)
+MODULES = (
+    matmul, linear, gelu, relu2, swiglu, layernorm, rmsnorm, rotary, dropout, attention, embedding, crossentropy, sums,
+    adamw, clip,
+)  # fmt: skip
 WISH = os.environ.get("MLM_MPI_TEST_SEED", "20261123")
 SEED = secrets.randbits(32) if WISH == "fresh" else int(WISH)
 RANDOM = np.random.default_rng(SEED)
@@ -78,10 +94,10 @@ def _matmul(
     return make
 
 
-def _linear(residual: bool, depth: int = 9, shares: int = 1) -> Callable[[tuple[int, int]], Case]:
+def _linear(residual: bool, depth: int = 9, shares: int = 1, bias: bool = True) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n, c = size
-        return (_f(n, depth), _f(depth, c), _f(c), _f(n, c) if residual else None, shares), ()
+        return (_f(n, depth), _f(depth, c), _f(c) if bias else None, _f(n, c) if residual else None, shares), ()
 
     return make
 
@@ -98,6 +114,53 @@ def _layernorm_backward(
         return dx, (4, 5)
 
     return make
+
+
+def _rmsnorm_backward(
+    accumulate: bool, add: bool, cut: Callable[[int], int] = lambda n: 1
+) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        n, c = size
+        x, dgain = _f(n, c) + 2, _f(c) if accumulate else _nan(c)
+        inverse = (1 / np.sqrt((x**2).mean(axis=1) + 0.1)).astype("f4")
+        return (_f(n, c), x, _f(c), inverse, dgain, accumulate, _f(n, c) if add else None, cut(n)), (4,)
+
+    return make
+
+
+def _heads(size: tuple[int, int], part: int, groups: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries and keys beside values in one array, cos and sin of a rotation of 1/part of a head."""
+    t, d = size[0], 2 * size[1]
+    half = max(1, d // part // 2)
+    cos, sin = rotary.tables(np.arange(t), 2 * half, 100.0)
+    return _f(2, t, groups, 4, d)[:, :, :, :3], cos, sin
+
+
+def _rotary(normal: bool, part: int) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        x, cos, sin = _heads(size, part)
+        return (x, cos, sin, *((_f(2, x.shape[4]), 0.1) if normal else ())), ()
+
+    return make
+
+
+def _rotary_backward(
+    accumulate: bool, part: int, cut: Callable[[int], int] = lambda n: 1, shares: int = 1, fresh: bool = True
+) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        dy, cos, sin = _heads(size, part, 4)
+        x, gain = _f(*dy.shape), _f(2, dy.shape[4])
+        inverse = (1 / np.sqrt((x**2).mean(axis=4) + 0.1)).astype("f4")
+        dgain, out = (_f if accumulate else _nan)(*gain.shape), None if fresh else _nan(*dy.shape)
+        pieces = cut(2 * size[0])
+        return (dy, x, cos, sin, gain, inverse, dgain, accumulate, pieces, shares, out), (6,) if fresh else (6, 10)
+
+    return make
+
+
+def _turned_back(size: tuple[int, int]) -> Case:
+    dy, cos, sin = _heads(size, 1)
+    return (dy, None, cos, sin), ()
 
 
 def _bias_gradient(accumulate: bool, cut: Callable[[int], int]) -> Callable[[tuple[int, int]], Case]:
@@ -171,12 +234,14 @@ def _merge(size: tuple[int, int]) -> Case:
     return (o, statistics, other, others), (0, 1)
 
 
-def _rows(masked: bool, gradient: bool, scale: float, shares: int = 1) -> Callable[[tuple[int, int]], Case]:
+def _rows(
+    masked: bool, gradient: bool, scale: float, shares: int = 1, cap: float = 0.0
+) -> Callable[[tuple[int, int]], Case]:
     def make(size: tuple[int, int]) -> Case:
         n, c = size[0], shares * size[1]
         mask = RANDOM.random(n) < 0.7 if masked else None
         targets = RANDOM.integers(0, c, n).astype("i4")
-        return (_f(n, c, scale=scale), targets, mask, gradient, shares), (0,) if gradient else ()
+        return (_f(n, c, scale=scale), targets, mask, gradient, shares, cap), (0,) if gradient else ()
 
     return make
 
@@ -198,6 +263,15 @@ def _softmax_gradient(size: tuple[int, int]) -> Case:
     n, c = size
     targets = RANDOM.integers(-1, c, n).astype("i4")
     return (np.abs(_f(n, c)), 1 + np.abs(_f(n)), targets), (0,)
+
+
+def _capped(scale: float) -> Callable[[tuple[int, int]], Case]:
+    return lambda size: ((_f(*size, scale=scale), 3.0), ())
+
+
+def _capped_gradient(size: tuple[int, int]) -> Case:
+    (exponentials, totals, targets), written = _softmax_gradient(size)
+    return (exponentials, totals, targets, 3 * np.tanh(_f(*size)), 3.0), written
 
 
 def _sums(*merges: int) -> Callable[[tuple[int, int]], Case]:
@@ -222,13 +296,39 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         + [_matmul(False, False, True, 42, 2, 3), _matmul(True, False, False, 400, 4)],
         32,  # of sums of 400 terms that may cancel; the bits themselves have tests of their own
     ),
-    "linear.forward": ([_linear(False), _linear(True), _linear(True, 392, 8)], 4),
+    "linear.forward": (
+        [_linear(False), _linear(True), _linear(True, bias=False), _linear(True, 24, 8, False)]
+        + [_linear(True, 392, 8)],
+        4,
+    ),
     "linear.bias_gradient": (
         [_bias_gradient(a, cut) for a in (False, True) for cut in (lambda n: 1, _few, lambda n: n)],
         16,
     ),
     "gelu.forward": ([lambda s: ((_f(*s, scale=3),), ())], 4),
     "gelu.backward": ([lambda s: ((_f(*s), _f(*s, scale=3)), ()), lambda s: ((_f(*s), _f(*s), _nan(*s)), (2,))], 16),
+    "relu2.forward": ([lambda s: ((_f(*s),), ())], 2),
+    "relu2.backward": ([lambda s: ((_f(*s), _f(*s)), ()), lambda s: ((_f(*s), _f(*s), _nan(*s)), (2,))], 2),
+    "swiglu.forward": ([lambda s: ((_f(s[0], 2, s[1], scale=3),), ())], 4),
+    "swiglu.backward": (
+        [
+            lambda s: ((_f(*s), _f(s[0], 2, s[1], scale=3)), ()),
+            lambda s: ((_f(*s), _f(s[0], 2, s[1]), _nan(s[0], 2, s[1])), (2,)),
+        ],
+        8,
+    ),
+    "rmsnorm.forward": ([lambda s: ((_f(*s) + 3, _f(s[1]), 1e-5), ())], 8),
+    "rmsnorm.backward": (
+        [_rmsnorm_backward(a, b) for a in (False, True) for b in (False, True)]
+        + [_rmsnorm_backward(True, False, _few), _rmsnorm_backward(False, True, lambda n: n)],
+        64,
+    ),
+    "rotary.forward": ([_rotary(normal, part) for normal in (False, True) for part in (1, 3)], 8),
+    "rotary.backward": (
+        [_turned_back, _rotary_backward(False, 1), _rotary_backward(True, 3, _few, 4, False)]
+        + [_rotary_backward(True, 1, lambda n: n, 2)],
+        64,
+    ),
     "layernorm.forward": ([lambda s: ((_f(*s) + 3, _f(s[1]), _f(s[1]), 1e-5), ())], 32),
     "layernorm.backward": (
         [_layernorm_backward(a, b) for a in (False, True) for b in (False, True)]
@@ -263,12 +363,14 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     ),
     "crossentropy.rows": (
         [_rows(m, g, scale) for m in (False, True) for g in (False, True) for scale in (1.0, 1e4)]
-        + [_rows(True, True, 1.0, 8)],
+        + [_rows(True, True, 1.0, 8)]
+        + [_rows(True, False, 4.0, 1, 5.0), _rows(True, True, 4.0, 8, 5.0), _rows(False, True, 1e4, 1, 5.0)],
         16,
     ),
+    "crossentropy.capped": ([_capped(scale) for scale in (0.1, 3.0, 1e4)], 4),
     "crossentropy.exponentials": ([_exponentials(1), _exponentials(8)], 16),
     "crossentropy.losses": ([_losses], 4),
-    "crossentropy.gradient": ([_softmax_gradient], 4),
+    "crossentropy.gradient": ([_softmax_gradient, _capped_gradient], 4),
     "sums.tree": ([_sums(0), _sums(0, 1), _sums(0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 2)], 4),
     "adamw.update": ([_adamw], 4),
     "clip.squares": (
@@ -313,8 +415,8 @@ def _copy(x: Any, shift: int | None = None) -> Any:
 def _call(function: Callable[..., Any], case: Case, shift: int | None = None) -> list[np.ndarray]:
     arguments = [_copy(x, shift) for x in case[0]]
     result = function(*arguments)
-    returned = [] if result is None else list(result) if isinstance(result, tuple) else [result]
-    return [*returned, *(arguments[i] for i in case[1])]
+    returned = result if isinstance(result, tuple) else (result,)
+    return [*(x for x in returned if x is not None), *(arguments[i] for i in case[1])]
 
 
 def _function(name: str) -> Any:
@@ -473,6 +575,8 @@ def test_products_have_the_bits_of_the_order_they_state(shape, lay, level) -> No
     assert same_bits(matmul.product(lay(a), lay(b)), whole)
     assert same_bits(linear.forward(lay(a), lay(b), bias), _in_order(a, b, 0 + np.tile(bias, (m, 1)), chain))
     assert same_bits(linear.forward(lay(a), lay(b), bias, base), _in_order(a, b, bias + base, chain))
+    assert same_bits(linear.forward(lay(a), lay(b)), whole), "without a bias"
+    assert same_bits(linear.forward(lay(a), lay(b), None, base), _in_order(a, b, base, chain))
     assert not level.fallen
 
 

@@ -29,6 +29,46 @@ def _gelu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
     return dx
 
 
+# ---- relu2
+
+
+@KERNELS.kernel("relu2.forward", dense)
+def _relu2_forward(lib: Any, x: Any) -> Any:
+    y = np.empty_like(x)
+    lib.relu2_forward(x.size, at(x), at(y))
+    return y
+
+
+@KERNELS.kernel("relu2.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+def _relu2_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = np.empty_like(x) if out is None else out
+    lib.relu2_backward(x.size, at(dy), at(x), at(dx))
+    return dx
+
+
+# ---- swiglu
+
+
+def _fit_gates(x: Any, *rows: Any) -> str:
+    pairs = x.ndim == 3 and x.shape[1] == 2
+    return dense(x, *rows) or ("" if pairs else "shapes differ") or shaped((x.shape[0], x.shape[2]), *rows)
+
+
+@KERNELS.kernel("swiglu.forward", _fit_gates)
+def _swiglu_forward(lib: Any, x: Any) -> Any:
+    rows, _, width = x.shape
+    y = np.empty((rows, width), np.float32)
+    lib.swiglu_forward(rows, width, at(x), at(y))
+    return y
+
+
+@KERNELS.kernel("swiglu.backward", lambda dy, x, out=None: _fit_gates(x, dy) or dense(out) or shaped(x.shape, out))
+def _swiglu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = np.empty_like(x) if out is None else out
+    lib.swiglu_backward(x.shape[0], x.shape[2], at(dy), at(x), at(dx))
+    return dx
+
+
 # ---- dropout
 
 

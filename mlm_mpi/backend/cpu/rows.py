@@ -1,5 +1,6 @@
 """Launches of the kernels over rows of matrices, or over blocks of a flat array."""
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,113 @@ def _layernorm_backward(
     return dx
 
 
+# ---- rmsnorm
+
+
+@KERNELS.kernel("rmsnorm.forward", lambda x, gain, epsilon: dense(x, gain) or shaped(x.shape[1:], gain))
+def _rmsnorm_forward(lib: Any, x: Any, gain: Any, epsilon: float) -> tuple[Any, Any]:
+    y, inverse = np.empty_like(x), np.empty(x.shape[0], np.float32)
+    lib.rmsnorm_forward(*x.shape, at(x), at(gain), epsilon, at(y), at(inverse))
+    return y, inverse
+
+
+def _fit_rms_backward(
+    dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
+) -> str:
+    return dense(dy, x, gain, inverse, dgain, add) or shaped(x.shape, dy, add) or (
+        shaped(x.shape[1:], gain, dgain) or shaped(x.shape[:1], inverse) or equal_groups(x, pieces)
+    )  # fmt: skip
+
+
+@KERNELS.kernel("rmsnorm.backward", _fit_rms_backward)
+def _rmsnorm_backward(
+    lib: Any, dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
+) -> Any:
+    dx, work = np.empty_like(x), np.empty(x.shape[1] * pieces.bit_length(), np.float32)
+    lib.rmsnorm_backward(
+        *x.shape, pieces, at(dy), at(x), at(gain), at(inverse), at(add), at(dx), at(dgain), accumulate, at(work)
+    )
+    return dx
+
+
+# ---- rotary
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("batch", "length", "groups", "units", "width", "half", "pieces", "shares")
+    ]  # fmt: skip
+
+
+class _Units(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("b", "t", "g", "u")]
+
+
+def _units(x: Any) -> _Units:
+    return _Units(x.ctypes.data, *(stride // 4 for stride in x.strides[:4]))
+
+
+def _fit_heads(cos: Any, sin: Any, gain: Any, inverse: Any, *heads: Any) -> str:
+    """`heads`: arrays (B, T, G, U, D) of one shape, whose last dim is contiguous; None is left out."""
+    present = [x for x in heads if x is not None]
+    for x in present:
+        if not isinstance(x, np.ndarray) or x.ndim != 5:
+            return "not heads in the CPU's memory"
+        if x.dtype != np.float32:
+            return str(x.dtype)
+        if x.size == 0:
+            return "empty"
+        if (x.shape[4] > 1 and x.strides[4] != 4) or any(stride % 4 for stride in x.strides) or x.ctypes.data % 4:
+            return "not contiguous"
+    batch, length, groups, units, width = shape = present[0].shape
+    reason = dense(cos, sin, gain, inverse) or shaped(shape, *present) or shaped((2, width), gain)
+    reason = reason or shaped((length, cos.shape[1]), cos, sin) or shaped((batch, length, groups, units), inverse)
+    return reason or ("" if 2 * cos.shape[1] <= width else "a rotation of more than there is")
+
+
+def _fit_rotary(x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0.0) -> str:
+    return _fit_heads(cos, sin, gain, None, x)
+
+
+@KERNELS.kernel("rotary.forward", _fit_rotary)
+def _rotary_forward(lib: Any, x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0.0) -> tuple[Any, Any]:
+    y, inverse = np.empty(x.shape, np.float32), None if gain is None else np.empty(x.shape[:4], np.float32)
+    heads, units = _Heads(*x.shape, cos.shape[1], 1, 1), _units(x)
+    lib.rotary_forward(lib.pointer(heads), lib.pointer(units), at(cos), at(sin), at(gain), epsilon, at(y), at(inverse))
+    return y, inverse
+
+
+def _fit_rotary_backward(
+    dy: Any, x: Any, cos: Any, sin: Any, gain: Any = None, inverse: Any = None, dgain: Any = None,
+    accumulate: bool = False, pieces: int = 1, shares: int = 1, out: Any = None,
+) -> str:  # fmt: skip
+    if gain is None:
+        return _fit_heads(cos, sin, None, None, dy, out)
+    reason = _fit_heads(cos, sin, gain, inverse, dy, x, out) or dense(dgain) or shaped(gain.shape, dgain)
+    batch, length, groups = dy.shape[:3]
+    equal = pieces > 0 and shares > 0 and batch * length % pieces == 0 and groups % shares == 0
+    return reason or ("" if equal else "rows or groups do not fall into equal ranges")
+
+
+@KERNELS.kernel("rotary.backward", _fit_rotary_backward)
+def _rotary_backward(
+    lib: Any, dy: Any, x: Any, cos: Any, sin: Any, gain: Any = None, inverse: Any = None, dgain: Any = None,
+    accumulate: bool = False, pieces: int = 1, shares: int = 1, out: Any = None,
+) -> Any:  # fmt: skip
+    dx, work = np.empty(dy.shape, np.float32) if out is None else out, None
+    heads = _Heads(*dy.shape, cos.shape[1], *((1, 1) if gain is None else (pieces, shares)))
+    pointer = lib.pointer(heads)
+    if gain is not None:
+        work = np.empty(lib.rotary_work(pointer), np.float32)
+    units = [None if each is None else _units(each) for each in (dy, None if gain is None else x, dx)]
+    at_dy, at_x, at_dx = map(lib.pointer, units)
+    lib.rotary_backward(
+        pointer, at_dy, at_x, at(cos), at(sin), at(gain), at(inverse), at_dx, at(dgain), accumulate, at(work)
+    )
+    return dx
+
+
 # ---- embedding, crossentropy
 
 
@@ -82,8 +190,6 @@ def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
 
 
 def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> str:
-    if cap:
-        return "a cap"
     return (
         dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
         or shaped(logits.shape[:1], targets, mask) or halved(logits.shape[1], shares)
@@ -94,9 +200,18 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int 
 def _crossentropy_rows(
     lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0
 ) -> Any:
-    losses = np.empty(logits.shape[0])
-    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses))
+    losses, work = np.empty(logits.shape[0]), np.empty(logits.shape[1], np.float32) if cap else None
+    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses), cap, at(work))
     return losses
+
+
+@KERNELS.kernel("crossentropy.capped", lambda logits, cap: dense(logits) if cap else "")
+def _crossentropy_capped(lib: Any, logits: Any, cap: float) -> Any:
+    if not cap:
+        return logits
+    capped = np.empty_like(logits)
+    lib.crossentropy_capped(logits.size, at(logits), cap, at(capped))
+    return capped
 
 
 @KERNELS.kernel(
@@ -122,14 +237,15 @@ def _crossentropy_losses(lib: Any, totals: Any, top: Any, wanted: Any) -> Any:
 
 @KERNELS.kernel(
     "crossentropy.gradient",
-    lambda exponentials, totals, targets, capped=None, cap=0.0: ("a cap" if cap else "")
-    or dense(exponentials, totals) or dense(targets, dtype=np.int32)
-    or shaped(exponentials.shape[:1], totals, targets),
+    lambda exponentials, totals, targets, capped=None, cap=0.0: dense(exponentials, totals)
+    or dense(targets, dtype=np.int32) or shaped(exponentials.shape[:1], totals, targets)
+    or (dense(capped) or shaped(exponentials.shape, capped) if cap else ""),
 )  # fmt: skip
 def _crossentropy_gradient(
     lib: Any, exponentials: Any, totals: Any, targets: Any, capped: Any = None, cap: float = 0.0
 ) -> None:
-    lib.crossentropy_gradient(*exponentials.shape, at(exponentials), at(totals), at(targets))
+    at_capped = at(capped) if cap else None
+    lib.crossentropy_gradient(*exponentials.shape, at(exponentials), at(totals), at(targets), at_capped, cap)
 
 
 # ---- clip

@@ -1,0 +1,21 @@
+/* y = silu(a) b with silu(a) = a s, s = 1 / (1 + exp(-a)); x has rows of n gates a, then n numbers b. */
+INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + vexp(-a)); }
+
+void EXPORT(swiglu_forward)(size rows, size n, const float *x, float *y) {
+    for (size r = 0; r < rows; r++, x += 2 * n, y += n)
+        for (size i = 0; i < n; i += W) {
+            vf a = load_some(x + i, n - i, 0), b = load_some(x + n + i, n - i, 0);
+            store_some(y + i, n - i, a * sigmoid(a) * b);
+        }
+}
+
+/* da = dy b (s + a s (1 - s)), db = dy a s: s again, as in gelu.c. dx may be x. */
+void EXPORT(swiglu_backward)(size rows, size n, const float *dy, const float *x, float *dx) {
+    for (size r = 0; r < rows; r++, dy += n, x += 2 * n, dx += 2 * n)
+        for (size i = 0; i < n; i += W) {
+            vf a = load_some(x + i, n - i, 0), b = load_some(x + n + i, n - i, 0), d = load_some(dy + i, n - i, 0);
+            vf s = sigmoid(a), silu = a * s;
+            store_some(dx + i, n - i, FMA(silu, 1.0f - s, s) * b * d);
+            store_some(dx + n + i, n - i, silu * d);
+        }
+}
