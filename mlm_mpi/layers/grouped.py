@@ -72,10 +72,10 @@ class GroupedAttention:
         cos, sin = self.positions.at(x, start, x.shape[1])
         gain = None if self.gain is None else self.gain.data
         turned, inverse = rotary.forward(units[..., :-1, :], cos, sin, gain, self.epsilon or 0.0)  # (B, T, G, g + 1, D)
-        q, k, v = *_queries_and_key(turned), _one(units, -1)
+        q, k, v = *queries_and_key(turned), unit_of(units, -1)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
-        draw, starts = self.drop.draw(ctx), self._starts(x, ctx, start)
+        draw, starts = self.drop.draw(ctx), self.starts(x, ctx, start)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
         y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
@@ -87,7 +87,7 @@ class GroupedAttention:
         dunits = module_of(dy).empty_like(units)
         dturned = dunits[..., :-1, :]
         attention.backward(
-            do, *_queries_and_key(turned), _one(units, -1), o, lse, *_queries_and_key(dturned), _one(dunits, -1),
+            do, *queries_and_key(turned), unit_of(units, -1), o, lse, *queries_and_key(dturned), unit_of(dunits, -1),
             draw=draw, share=share, starts=starts,
         )  # fmt: skip
         gain, dgain = (None, None) if self.gain is None else (self.gain.data, ctx.grad(self.gain))
@@ -102,7 +102,7 @@ class GroupedAttention:
         """(B, T, G·(g + 2)·D) -> (B, T, G, g + 2, D)."""
         return qkv.reshape(*qkv.shape[:2], self.heads.groups, self.heads.queries + 2, self.heads.width)
 
-    def _starts(self, x: Any, ctx: Context, start: int) -> Any:
+    def starts(self, x: Any, ctx: Context, start: int) -> Any:
         """The first key that each query sees, (B, T) int32; None: all before it."""
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")
         if not self.window:
@@ -114,11 +114,11 @@ class GroupedAttention:
         return xp.maximum(starts, first)
 
 
-def _one(units: Any, number: int) -> Any:
+def unit_of(units: Any, number: int) -> Any:
     """Unit `number` of every group: (B, T, G, U, D) -> (B, G, T, D), a view."""
     return units[..., number, :].swapaxes(1, 2)
 
 
-def _queries_and_key(turned: Any) -> tuple[Any, Any]:
+def queries_and_key(turned: Any) -> tuple[Any, Any]:
     """(B, T, G, g + 1, D) -> (B, G, g, T, D), (B, G, T, D), views."""
-    return turned[..., :-1, :].transpose(0, 2, 3, 1, 4), _one(turned, -1)
+    return turned[..., :-1, :].transpose(0, 2, 3, 1, 4), unit_of(turned, -1)

@@ -13,16 +13,21 @@ from whole import Whole, batch_of
 from mlm_mpi import order
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.grouped import queries_and_key, unit_of
 from mlm_mpi.layers.linear import Linear, flat
-from mlm_mpi.layers.norm import LayerNorm
-from mlm_mpi.models import gpt
-from mlm_mpi.ops import attention, crossentropy, dropout, layernorm, linear, matmul
+from mlm_mpi.layers.norm import LayerNorm, RMSNorm
+from mlm_mpi.models import gpt, llama
+from mlm_mpi.ops import attention, crossentropy, dropout, layernorm, linear, matmul, rotary
 from mlm_mpi.order import joined
 from mlm_mpi.params.store import FlatStore
 
 VOCABULARY, LENGTH, ROWS = 8192, 64, 2
 SETTINGS = gpt.Settings(
     layers=8, width=384, heads=8, context=LENGTH, feed_forward=1536, dropout=0.1, init_std=0.02
+)  # fmt: skip
+DECODER = llama.Settings(
+    layers=2, width=128, heads=8, key_value_heads=4, context=LENGTH, dropout=0.1, qk_norm=True, tied=True,
+    logit_cap=4.0, window=20, full_every=2,
 )  # fmt: skip
 
 
@@ -96,15 +101,16 @@ class Cut:
             matmul.product(flat(x), rank.of(layer.weight), shares) for rank, x in zip(self.ranks, parts, strict=True)
         ]
         tree, base, draw = joined(partials), flat(residual), layer.drop.draw(ctx)
+        bias = np.float32(-0.0) if layer.bias is None else layer.bias.data  # -0 leaves what it is added to alone
         if draw is None:
-            return ((layer.bias.data + base) + tree).reshape(residual.shape), None
-        return dropout.forward((layer.bias.data + tree).reshape(residual.shape), draw, residual), draw
+            return ((bias + base) + tree).reshape(residual.shape), None
+        return dropout.forward((bias + tree).reshape(residual.shape), draw, residual), draw
 
     def row_parallel_backward(self, layer, dy, parts, draw, ctx):
         """(dy after dropout, flat); gradients of every rank's rows of W."""
         d = flat(layer.drop.backward(dy, draw, ctx))
         for rank, x in zip(self.ranks, parts, strict=True):
-            dw, db = self.grad(rank, layer.weight), self.grad(rank, layer.bias)
+            dw, db = self.grad(rank, layer.weight), None if layer.bias is None else self.grad(rank, layer.bias)
             linear.backward_weight(d, flat(x), dw, db, ctx.accumulate, ctx.pieces(dy))
         return d
 
@@ -184,7 +190,8 @@ class Cut:
         flat_n, wanted, rows = flat(n), targets.reshape(-1), np.arange(targets.size)
         tables = [rank.of(head.table) for rank in self.ranks]
         shares, width = head.table.layout.shares // len(self.ranks), tables[0].shape[0]
-        logits = [matmul.product(flat_n, table.T) for table in tables]
+        logits = [crossentropy.capped(matmul.product(flat_n, table.T), head.cap) for table in tables]
+        kept = [part.copy() for part in logits]
         top = np.max([part.max(axis=1) for part in logits], axis=0)  # exact, in any order
         picked = np.concatenate(logits, axis=1)[rows, wanted].copy()  # one rank has it
         total = joined([crossentropy.exponentials(part, top, shares) for part in logits])
@@ -192,13 +199,84 @@ class Cut:
         for number, part in enumerate(logits):
             local = wanted - number * width
             here = (local >= 0) & (local < width)
-            crossentropy.gradient(part, total, np.where(here, local, -1).astype("i4"))
+            crossentropy.gradient(part, total, np.where(here, local, -1).astype("i4"), kept[number], head.cap)
         ctx.tally["loss"] = crossentropy.summed(losses, ctx.pieces(x))
         partials = []
         for rank, part, table in zip(self.ranks, logits, tables, strict=True):
             partials.append(matmul.product(part, table, shares))
             matmul.add(part.T, flat_n, self.grad(rank, head.table), ctx.accumulate)
         return head.norm.backward(joined(partials).reshape(x.shape), s_norm, ctx)
+
+
+class CutDecoder(Cut):
+    """The same for the modern decoder: whole groups of queries, key and value; gates and their products together."""
+
+    def mixer(self, mixer, x, residual, ctx):
+        kept, outs, starts = [], [], mixer.starts(x, ctx, 0)
+        cos, sin = mixer.positions.at(x, 0, x.shape[1])
+        for rank in self.ranks:
+            weight = rank.of(mixer.qkv.weight)  # (C, G / ranks, g + 2, D)
+            units = linear.forward(flat(x), weight.reshape(weight.shape[0], -1), None)
+            units = units.reshape(*x.shape[:2], *weight.shape[1:])
+            turned, inverse = rotary.forward(units[..., :-1, :], cos, sin, mixer.gain.data, mixer.epsilon)
+            q, k, v = *queries_and_key(turned), unit_of(units, -1)
+            draw, share = self.drawn(mixer, rank, q, ctx), order.share_length(x.shape[1])
+            o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)
+            outs.append(o.reshape(*x.shape[:2], -1))
+            kept.append((units, turned, inverse, o, lse, draw, share))
+        y, draw = self.row_parallel(mixer.project, outs, residual, ctx)
+        return y, (x, kept, outs, draw, starts)
+
+    def mixer_backward(self, mixer, dy, saved, ctx):
+        x, kept, outs, draw, starts = saved
+        d = self.row_parallel_backward(mixer.project, dy, outs, draw, ctx)
+        cos, sin = mixer.positions.at(x, 0, x.shape[1])
+        partials, gains = [], []
+        shares = mixer.qkv.shares_out // len(self.ranks)
+        for rank, (units, turned, inverse, o, lse, drop, share) in zip(self.ranks, kept, strict=True):
+            do = linear.backward_input(d, rank.of(mixer.project.weight)).reshape(o.shape)
+            dunits, dgain = np.empty_like(units), np.empty_like(mixer.gain.data)
+            dturned = dunits[..., :-1, :]
+            attention.backward(
+                do, *queries_and_key(turned), unit_of(units, -1), o, lse, *queries_and_key(dturned), unit_of(dunits, -1),
+                draw=drop, share=share, starts=starts,
+            )  # fmt: skip
+            rotary.backward(
+                dturned, units[..., :-1, :], cos, sin, mixer.gain.data, inverse, dgain, False, ctx.pieces(dy), shares,
+                out=dturned,
+            )  # fmt: skip
+            gains.append(dgain)
+            dqkv, dw = dunits.reshape(flat(x).shape[0], -1), self.grad(rank, mixer.qkv.weight)
+            weight = rank.of(mixer.qkv.weight)
+            linear.backward_weight(dqkv, flat(x), dw.reshape(dw.shape[0], -1), None, ctx.accumulate, ctx.pieces(dy))
+            partials.append(linear.backward_input(dqkv, weight.reshape(weight.shape[0], -1), shares=shares))
+        gain = self.grad(self.ranks[0], mixer.gain)
+        gain[...] = gain + joined(gains) if ctx.accumulate else joined(gains)
+        return joined(partials).reshape(dy.shape)
+
+    def drawn(self, mixer, rank, q, ctx):
+        """The mask of this rank's groups: a cut of that of (B, H, T, T)."""
+        draw, heads, one = mixer.drop.draw(ctx), mixer.heads.groups * mixer.heads.queries, q.shape[3] ** 2
+        start = rank.number * heads // len(self.ranks) * one
+        return draw._replace(start=start, strides=(heads * one, one, q.shape[3], 1))
+
+    def mlp(self, mlp, x, residual, ctx):
+        weights = [rank.of(mlp.up.weight) for rank in self.ranks]  # (C, 2, F / ranks)
+        pres = [linear.forward(flat(x), w.reshape(w.shape[0], -1), None).reshape(-1, *w.shape[1:]) for w in weights]
+        hidden = [mlp.activation.forward(pre).reshape(*x.shape[:2], -1) for pre in pres]
+        y, draw = self.row_parallel(mlp.down, hidden, residual, ctx)
+        return y, (x, pres, hidden, draw)
+
+    def mlp_backward(self, mlp, dy, saved, ctx):
+        x, pres, hidden, draw = saved
+        d = self.row_parallel_backward(mlp.down, dy, hidden, draw, ctx)
+        partials, shares = [], mlp.up.shares_out // len(self.ranks)
+        for rank, pre in zip(self.ranks, pres, strict=True):
+            dpre = mlp.activation.backward(linear.backward_input(d, rank.of(mlp.down.weight)), pre)
+            dpre, w, dw = dpre.reshape(len(pre), -1), rank.of(mlp.up.weight), self.grad(rank, mlp.up.weight)
+            linear.backward_weight(dpre, flat(x), dw.reshape(dw.shape[0], -1), None, ctx.accumulate, ctx.pieces(dy))
+            partials.append(linear.backward_input(dpre, w.reshape(w.shape[0], -1), shares=shares, segments=2))
+        return joined(partials).reshape(dy.shape)
 
 
 class _Same:
@@ -225,15 +303,24 @@ class _Joined:
         return self
 
 
-@pytest.fixture(scope="module")
-def uncut():
+def trained(settings, model, vocabulary):
     """(model, micro-batches, losses, gradients) of two micro-batches of a lane."""
-    whole = Whole(SETTINGS, VOCABULARY, "f4")
+    whole = Whole(settings, vocabulary, "f4", model=model)
     whole.store.initialise(1)
     random = np.random.default_rng(0)
-    data = [random.integers(0, VOCABULARY, (2, ROWS, LENGTH)).astype("i4") for _ in range(2)]
+    data = [random.integers(0, vocabulary, (2, ROWS, LENGTH)).astype("i4") for _ in range(2)]
     losses = run(lambda ids, targets, ctx: whole.loss_and_grad(ids, targets, None, ctx), data, whole.head.table)
     return whole, data, losses, whole.gradient.copy()
+
+
+@pytest.fixture(scope="module")
+def uncut():
+    return trained(SETTINGS, gpt, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def uncut_decoder():
+    return trained(DECODER, llama, 2048)
 
 
 def run(loss_and_grad, data, table):
@@ -251,10 +338,9 @@ def run(loss_and_grad, data, table):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
+def compare(cut, uncut):
+    """Losses and gradients of all ranks are those of the uncut model."""
     whole, data, losses, gradient = uncut
-    cut = Cut(whole, ranks)
     assert run(cut.loss_and_grad, data, whole.head.table) == losses
     for parameter, wanted in whole.store.by_parameter(gradient).items():
         for rank in cut.ranks if "tp" in parameter.layout.axes else cut.ranks[:1]:
@@ -262,7 +348,19 @@ def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
             assert same_bits(found, np.ascontiguousarray(rank.mine(parameter, wanted))), f"{parameter.name}, {rank}"
 
 
-@pytest.mark.parametrize("make", [lambda: LayerNorm("n", 48, 1e-5), lambda: Linear("l", 48, 40, 0.02)])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_tensor_parallel_gpt_has_the_bits_of_the_uncut_one(uncut, ranks):
+    compare(Cut(uncut[0], ranks), uncut)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_tensor_parallel_decoder_has_the_bits_of_the_uncut_one(uncut_decoder, ranks):
+    compare(CutDecoder(uncut_decoder[0], ranks), uncut_decoder)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LayerNorm("n", 48, 1e-5), lambda: RMSNorm("n", 48, 1e-5), lambda: Linear("l", 48, 40, 0.02)]
+)
 def test_sums_over_rows_are_those_of_ranks_that_hold_a_share_of_the_positions(make):
     """Gain, bias: every rank sums its positions of every row of the batch; the tree joins row after row."""
     random = np.random.default_rng(0)
