@@ -238,7 +238,8 @@ class CutDecoder(Cut):
             dunits, dgain = np.empty_like(units), np.empty_like(mixer.gain.data)
             dturned = dunits[..., :-1, :]
             attention.backward(
-                do, *queries_and_key(turned), unit_of(units, -1), o, lse, *queries_and_key(dturned), unit_of(dunits, -1),
+                do, *queries_and_key(turned), unit_of(units, -1), o, lse,
+                *queries_and_key(dturned), unit_of(dunits, -1),
                 draw=drop, share=share, starts=starts,
             )  # fmt: skip
             rotary.backward(
