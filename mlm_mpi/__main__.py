@@ -29,6 +29,8 @@ COMMANDS = {
         "held-out loss and bits per character of a run (also under mpiexec)",
     ),
     "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
+    "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
+    "compare": ("mlm_mpi.commands.compare", False, "where runs differ in their settings, and what became of it"),
     "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),
     "doctor": ("mlm_mpi.doctor", False, "what this machine has, and what will hurt"),
     "completion": ("mlm_mpi.commands.completion", False, "let bash, zsh or fish complete commands, options and keys"),

@@ -51,7 +51,7 @@ MISTAKES = {
     # the words of the command line
     "trian ok.toml": "no command 'trian'; did you mean 'train'?",
     "help trian": "no command 'trian'; did you mean 'train'?",
-    "wat": "no command 'wat'; known: completion, config, doctor, evaluate, generate, help, prepare, run, train",
+    "wat": "no command 'wat'; known: compare, completion, config, doctor, evaluate, generate, help, prepare, ",
     "train": "train: the following arguments are required: CONFIG, --run: see mlm-mpi train --help",
     "train ok.toml --run": "train: argument --run: expected one argument: see mlm-mpi train --help",
     TRAIN + "--resum_e must": "unknown arguments: --resum_e must; did you mean '--resume'?: see mlm-mpi train --help",
@@ -100,9 +100,17 @@ MISTAKES = {
     TRAIN + "--set data.dir=7": "--set: data.dir = 7 must be a string, not a whole number: write '\"7\"'",
     TRAIN + "--set optim.lr=1": "--set: unknown key optim.lr; known: beta1, beta2, clip, epsilon, final_fraction, ",
     TRAIN + "--set trian.steps=5": "--set: unknown section [trian]; did you mean 'train'?",
-    TRAIN + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt (a file of your own: --plugins DIR)',
+    TRAIN
+    + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt, llama (a file of your own: --plugins DIR)',
     TRAIN
     + "--set comm.reduction=nccl": 'comm.reduction = "nccl" needs backend.device = "gpu", not "cpu": set that, or ',
+    "sweep ok.toml --out s --over optim.lr=1,2": "unknown key optim.lr; known: beta1, beta2, clip, epsilon, ",
+    "sweep ok.toml --out s": "nothing to try: give --over section.key=value,value",
+    "sweep ok.toml --out s --over train.seed=1,2 --eta 1": "--eta 1 must be at least 2",
+    "sweep ok.toml --out s --over train.steps=1,2": "would compare runs of other lengths: leave it out",
+    "sweep ok.toml --out '' --over train.seed=1,2": "--out '' is empty",
+    "compare one": "one run alone compares with nothing: name two or more",
+    "compare one two": "one is no run folder: give the --run folder of a training",
 }
 
 
