@@ -43,6 +43,36 @@ def test_loss_and_gradients(size, arrange, masked) -> None:  # type: ignore[no-u
         assert not dx[~mask].any()
 
 
+@pytest.mark.parametrize("arrange", [np.ascontiguousarray, strided])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_and_gradients_of_capped_logits(arrange, masked) -> None:  # type: ignore[no-untyped-def]
+    x, w, targets, mask = map(arrange, _draw(40, 3, 7))
+    mask, dw = mask if masked else None, poisoned(*w.shape)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, mask, dw, False, cap=1.5)
+    logits = 1.5 * np.tanh(x @ w.T / 1.5)
+    assert np.allclose(crossentropy.capped(x @ w.T, 1.5), logits, rtol=1e-13)
+    assert total == pytest.approx(_naive(logits, np.eye(7), targets, mask), rel=1e-12)
+    assert total == crossentropy.loss(x, w, targets, mask, cap=1.5)
+    for value, gradient in ((x, dx), (w, dw)):
+        directional(lambda: float(crossentropy.loss(x, w, targets, mask, cap=1.5)), value, gradient)
+
+
+def test_no_cap_changes_nothing_and_a_wide_one_little() -> None:
+    x, w, targets, mask = _draw(40, 3, 8)
+    logits = x @ w.T
+    assert crossentropy.capped(logits, 0.0) is logits
+    plain, wide = ([*crossentropy.loss_and_grad(x, w, targets, mask, np.empty_like(w), False, cap=c)] for c in (0, 1e6))
+    assert wide[0] == pytest.approx(plain[0], rel=1e-9) and np.allclose(*(each[1] for each in (plain, wide)), atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_no_logit_is_greater_than_the_cap_and_nan_stays_visible(dtype: str) -> None:
+    logits = np.array([[1e4, -1e4, np.inf, -np.inf, 0, np.nan, 1e-4]], dtype)
+    got = crossentropy.capped(logits, 30.0)[0]
+    assert got[:5].tolist() == [30, -30, 30, -30, 0] and np.isnan(got[5]) and got[6] == pytest.approx(1e-4, rel=1e-6)
+    assert np.isnan(crossentropy.rows(logits, np.array([0], "i4"), None, False, 1, 30.0))
+
+
 def test_accumulate_adds_and_repetition_gives_equal_bits() -> None:
     x, w, targets, mask = _draw(700, 6, 20)
     x, w = x.astype("f4"), w.astype("f4")

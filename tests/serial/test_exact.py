@@ -62,6 +62,28 @@ def test_sine_and_cosine_err_by_a_unit_in_the_last_place():
         assert ulps(c, true_cosine) < MOST and ulps(s, true_sine) < MOST, word
 
 
+def test_exp_errs_by_less_than_a_unit_in_the_last_place():
+    every = np.concatenate([RANDOM.uniform(-708, 709, 200), RANDOM.uniform(-1, 1, 200), [0.0, -0.0, 1e-300, -708, 709]])
+    assert max(ulps(y, Decimal(x).exp()) for x, y in zip(every.tolist(), exact.exp(every).tolist(), strict=True)) < MOST
+    halves = (np.arange(-1020, 1024) + 0.5) * math.log(2)  # where the multiple of ln 2 that is taken changes
+    assert np.allclose(exact.exp(halves), np.exp(halves), rtol=4e-16, atol=0)
+    assert exact.exp(np.zeros(1))[0] == 1.0
+
+
+def test_sine_and_cosine_of_any_turns():
+    quarters = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 2.0**40 + 0.25, 2.0**49])
+    cosine, sine = exact.cos_sin_of_turns(quarters)
+    assert cosine.tolist() == [1, 0, -1, 0, 1, 0, 1] and sine.tolist() == [0, 1, 0, -1, 0, 1, 0]
+    words = RANDOM.integers(0, 1 << 32, 200)
+    for whole in (0, 1, 12_345):  # a word is a fraction of a turn that float64 holds
+        found = exact.cos_sin_of_turns(whole + words * 2.0**-32)
+        assert all((a == b).all() for a, b in zip(found, exact.circle(words.astype(np.uint32)), strict=True))
+    for turns in RANDOM.uniform(0, 3, 50):
+        cosine, sine = (float(x[0]) for x in exact.cos_sin_of_turns(np.array([turns])))
+        true_sine, true_cosine = sin_cos(2 * PI * (Decimal(turns) % 1))
+        assert ulps(cosine, true_cosine) < MOST and ulps(sine, true_sine) < MOST
+
+
 def test_what_it_gives_is_known():
     """Values of 2026-11-27 on x86-64, written down: another CPU, NumPy or Python gives the same."""
     words = np.array([0x12345678, 0x9ABCDEF0, 0x3FFFFFFF, 0xC0000001], np.uint32)

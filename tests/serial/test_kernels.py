@@ -491,7 +491,8 @@ def test_what_is_not_contiguous_or_not_float32_falls_back_and_is_counted(name: s
 ROWS = [("gelu.forward", 0, 0), ("gelu.backward", 0, 0), ("gelu.backward", 1, 0), ("layernorm.forward", 0, 0),
         ("layernorm.backward", 0, 0), ("layernorm.backward", 1, 0), ("crossentropy.rows", 0, 0),
         ("dropout.forward", 0, 0), ("linear.forward", 0, 0), ("linear.forward", 3, 0),
-        ("matmul.add", 0, 0)]  # fmt: skip
+        ("rmsnorm.forward", 0, 0), ("rmsnorm.backward", 0, 0), ("rmsnorm.backward", 1, 0), ("relu2.forward", 0, 0),
+        ("relu2.backward", 0, 0), ("matmul.add", 0, 0)]  # fmt: skip
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -725,6 +726,30 @@ def test_sums_of_exp_over_cut_vocabularies_give_the_bits_of_the_whole(ranks, wid
     parts = [total(part, 8 // ranks) for part in np.split(logits, ranks, axis=1)]
     assert same_bits(_in_pairs(parts), total(logits, 8))
     assert not level.fallen
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+def test_what_ranks_do_that_hold_some_columns_has_the_bits_of_whole_rows(ranks, cap, level) -> None:  # type: ignore[no-untyped-def]
+    logits, targets = _f(37, 8 * 21, scale=3), RANDOM.integers(0, 8 * 21, 37).astype("i4")
+    parts = [crossentropy.capped(part.copy(), cap) for part in np.split(logits, ranks, axis=1)]
+    width, capped = 8 * 21 // ranks, [part.copy() for part in parts]
+    losses = crossentropy.rows(logits, targets, None, True, 8, cap)
+    top = np.stack([part.max(axis=1) for part in parts]).max(axis=0)
+    wanted = np.hstack(parts)[np.arange(37), targets]
+    totals = _in_pairs([crossentropy.exponentials(part, top, 8 // ranks) for part in parts])
+    assert same_bits(crossentropy.losses(totals, top, wanted), losses)
+    for rank, part in enumerate(parts):
+        local = targets - rank * width
+        here = np.where((local >= 0) & (local < width), local, -1).astype("i4")
+        crossentropy.gradient(part, totals, here, capped[rank], cap)
+    assert same_bits(np.hstack(parts), logits) and not level.fallen
+
+
+def test_tanh_of_the_cap_is_accurate_relative_to_each_element(level: registry.Choice) -> None:
+    x = np.concatenate([np.linspace(-10, 10, 400_001), [0, 1e-30, 0.625, -0.625, 1e4, -1e4]]).astype("f4")
+    exact, got = np.tanh(x.astype("f8")), crossentropy.capped(x, 1.0)
+    assert (np.abs(got - exact) <= 2e-7 * np.abs(exact)).all() and np.abs(got).max() == 1
 
 
 def test_a_head_in_chunks_is_complete_before_it_is_added(level: registry.Choice) -> None:

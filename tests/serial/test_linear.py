@@ -34,6 +34,19 @@ def test_gradients(size, arrange) -> None:  # type: ignore[no-untyped-def]
         directional(objective, value, gradient)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])  # the kernel, the reference
+def test_without_a_bias(dtype: str) -> None:
+    x, w, b, dy = (a.astype(dtype) for a in _draw(17, 24, 8))
+    dw, other, none = poisoned(24, 8, dtype=dtype), poisoned(24, 8, dtype=dtype), np.zeros_like(b)
+    linear.backward_weight(dy, x, dw, None, accumulate=False, pieces=17)
+    linear.backward_weight(dy, x, other, none, accumulate=False, pieces=17)
+    assert same_bits(dw, other)
+    for residual, shares in ((None, 1), (dy, 1), (dy, 8)):
+        expected = linear.forward(x, w, np.zeros_like(b), residual, shares)
+        assert same_bits(linear.forward(x, w, None, residual, shares), expected)
+    assert all(map(same_bits, linear.forward_gelu(x, w), linear.forward_gelu(x, w, np.zeros_like(b))))
+
+
 @pytest.mark.parametrize(("shares", "segments"), [(2, 1), (4, 3), (8, 1)])
 def test_shares_are_sums_of_their_own_that_a_tree_joins(shares: int, segments: int) -> None:
     x, w, b, dy = _draw(5, 24, 24)
