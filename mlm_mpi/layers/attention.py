@@ -48,7 +48,7 @@ class SelfAttention:
         width, unit = project.inputs, project.inputs // heads
         self.most, self.shares = shares, order.shares(heads, shares)
         layout = Layout((width, 3, width), (None, None, "tp"), (1, 1, unit), self.shares)
-        self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True)
+        self.qkv_weight = Parameter(f"{name}.qkv.weight", layout, std, decay=True, matrices=(1, (1, 1, 1)))
         self.qkv_bias = Parameter(f"{name}.qkv.bias", Layout((3, width), (None, "tp"), (1, unit), self.shares), "zeros")
 
     def parameters(self) -> list[Parameter]:

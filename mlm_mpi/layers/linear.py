@@ -30,7 +30,8 @@ class Linear:
         self.shares_in = order.shares(inputs // unit, shares) if cut == "in" else 1  # of the forward
         self.shares_out = order.shares(outputs // unit, shares) if cut == "out" else 1  # of the backward
         count = max(self.shares_in, self.shares_out)
-        self.weight = Parameter(f"{name}.weight", Layout((inputs, outputs), axes, units, count), std, decay=True)
+        layout = Layout((inputs, outputs), axes, units, count)
+        self.weight = Parameter(f"{name}.weight", layout, std, decay=True, matrices=(1, (outputs,)))
         self.bias = Parameter(f"{name}.bias", Layout((outputs,), axes[1:], units[1:], self.shares_out), "zeros")
 
     def parameters(self) -> list[Parameter]:
