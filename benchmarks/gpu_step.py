@@ -58,7 +58,7 @@ def ours(job: dict[str, Any], model: Any) -> Side:
         host = random.standard_normal(span.shape, np.float32) * span.parameter.init if draw else None
         view[...] = {"ones": 1.0, "zeros": 0.0}[span.parameter.init] if host is None else cupy.asarray(host)
     store.refresh()
-    optimizer, gradient = adamw.build(OPTIM, store), store.new_buffer()
+    optimizer, gradient = adamw.build(OPTIM, store, Mesh()), store.new_buffer()
     views = store.by_parameter(gradient)
     captured = Captured(chain, place) if job["graphs"] else None
     done = 0

@@ -136,6 +136,13 @@ class Group:
         self.wait(self.comm.Iallgather(np.ascontiguousarray(row), out), what)
         return out
 
+    def gather_parts(self, whole: np.ndarray, counts: Sequence[int], what: str) -> None:
+        """Everybody's part of an array, which holds mine: counts[0] elements of rank 0, and so on. Collective."""
+        if self.size > 1:
+            from mpi4py import MPI
+
+            self.wait(self.comm.Iallgatherv(MPI.IN_PLACE, [whole, np.array(counts, np.int64)]), what)
+
     def allgather(self, value: Any, what: str) -> list[Any]:
         """Everybody's value, in rank order. Collective. Values travel as JSON: plain data only."""
         if self.size == 1:

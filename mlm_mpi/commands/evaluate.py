@@ -71,7 +71,8 @@ def _measured(trained: "Trained", task: "Task", group: "Group") -> tuple[dict[st
                 "prepare with a larger --heldout or more text"
             )
         )
-    return {"step": trained.step, "loss": sums.mean, "tokens": sums.targets}, task.quality(sums)
+    what = {"step": trained.step, "weights": "average" if trained.averaged else "last"}
+    return what | {"loss": sums.mean, "tokens": sums.targets}, task.quality(sums)
 
 
 def _tell(
@@ -92,14 +93,15 @@ def _tell(
 
         print(msgspec.json.encode(numbers).decode())
         return
+    of = f"checkpoint of step {trained.step}" + (", moving average of its weights" if trained.averaged else "")
     if "bits_per_character" not in numbers:  # another task, with figures of its own
-        print(f"held-out            {numbers['tokens']:,} targets; checkpoint of step {trained.step}")
+        print(f"held-out            {numbers['tokens']:,} targets; {of}")
         print(f"loss                {numbers['loss']:.4f} nats per target")
         for name in own:
             print(f"{name}  {numbers[name]:.4g}")
         return
     size = f"{numbers['tokens']:,} tokens, {numbers['characters']:,} characters"
-    print(f"held-out text       {size}; checkpoint of step {trained.step}")
+    print(f"held-out text       {size}; {of}")
     print(f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}")
     print(f"bits per character  {numbers['bits_per_character']:.3f}")
     if args.baselines:

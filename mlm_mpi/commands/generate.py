@@ -35,12 +35,14 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     from mlm_mpi.data.tokenizer import StreamDecoder  # here, not above: --help and completion need no NumPy
     from mlm_mpi.generation import Sampling, continue_prompt
-    from mlm_mpi.train.trained import load
+    from mlm_mpi.train.trained import load, note
 
     if not 1 <= args.tokens <= sys.maxsize:
         raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     trained = load(args.run, named(args.plugins), args.device)
+    if trained.averaged:
+        note(f"note: checkpoint of step {trained.step}, moving average of its weights")
     end = trained.tokenizer.eot
     text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]

@@ -45,7 +45,9 @@ class SelfAttention:
         """
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         width, self.most = project.inputs, shares
-        self.qkv = Linear(f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares)
+        self.qkv = Linear(
+            f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares, matrices=(1, (1, 1, 1))
+        )
 
     def parameters(self) -> list[Parameter]:
         return [*self.qkv.parameters(), *self.project.parameters()]

@@ -56,7 +56,9 @@ class GroupedAttention:
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         self.positions, self.window, self.epsilon, self.most = positions, window, norm_epsilon, shares
         outputs = heads.groups, heads.queries + 2, heads.width
-        self.qkv = Linear(f"{name}.qkv", width, outputs, std, cut=1, shares=shares, bias=bias)
+        self.qkv = Linear(
+            f"{name}.qkv", width, outputs, std, cut=1, shares=shares, bias=bias, matrices=(2, (heads.queries, 1, 1))
+        )
         self.gain = None
         if norm_epsilon is not None:  # of the queries, of the key
             self.gain = Parameter(f"{name}.norm.gain", Layout((2, heads.width)), "ones")

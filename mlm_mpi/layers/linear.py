@@ -21,11 +21,12 @@ class Linear:
 
     `cut`: the dim of the weight that the tp axis will cut, 0 for the inputs; `unit`: how many of its elements stay
     together; `shares`: how many shares a sum over that dim has at most. `init`: standard deviation, or "zeros".
+    `matrices`: what an optimiser of matrices sees in the weight (`Parameter.matrices`); None: one.
     """
 
     def __init__(
         self, name: str, inputs: int, outputs: int | tuple[int, ...], init: float | str, cut: int | None = None,
-        unit: int = 1, shares: int = order.MOST, bias: bool = True,
+        unit: int = 1, shares: int = order.MOST, bias: bool = True, matrices: tuple[int, tuple[int, ...]] | None = None,
     ) -> None:  # fmt: skip
         shape = inputs, *((outputs,) if isinstance(outputs, int) else outputs)
         self.inputs, self.outputs = inputs, shape[1:]
@@ -34,7 +35,9 @@ class Linear:
         self.segments = math.prod(shape[1:cut]) if cut else 1  # of the outputs, each of them cut alike
         axes = tuple("tp" if dim == cut else None for dim in range(len(shape)))
         units = tuple(unit if dim == cut else 1 for dim in range(len(shape)))
-        self.weight = Parameter(f"{name}.weight", Layout(shape, axes, units, count), init, decay=True)
+        self.weight = Parameter(
+            f"{name}.weight", Layout(shape, axes, units, count), init, decay=True, matrices=matrices or (1, shape[1:2])
+        )
         self.bias = None
         if bias:
             self.bias = Parameter(f"{name}.bias", Layout(shape[1:], axes[1:], units[1:], self.shares_out), "zeros")

@@ -199,7 +199,7 @@ def _block(name: str, settings: Settings, positions: Positions, window: int, sha
     hidden, gated = s.feed_forward, s.activation == "swiglu"
     up = Linear(
         f"{name}.feed_forward.up", width, (2, hidden) if gated else hidden, s.init_std, cut=2 if gated else 1,
-        shares=shares, bias=False,
+        shares=shares, bias=False, matrices=(1, (1, 1)) if gated else None,
     )  # fmt: skip
     mlp = ActivatedFeedForward(up, swiglu if gated else relu2, join("feed_forward.down", hidden, 2))
     norms = (RMSNorm(f"{name}.norm{number}", width, s.norm_epsilon) for number in (1, 2))

@@ -1,4 +1,6 @@
-"""Optimisers over flat buffers: `optim.name` names the file, with `Settings(Common)` and `build(settings, store)`."""
+"""Optimisers over flat buffers: `optim.name` names the file, with `Settings(Common)` and
+`build(settings, store, mesh) -> Optimizer`.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +24,14 @@ class Common:
         least=0,
         most=1,
     )
+    decay_fraction: float = key(
+        1.0,
+        says="The learning rate follows the curve during this last fraction of the steps after the warm-up and stays "
+        "at its largest before; less than 1 makes of any curve warm-up, stable and decay (Hägele et al., "
+        "arXiv:2405.18392).",
+        least=0,
+        most=1,
+    )
     clip: float = key(
         1.0,
         says="A gradient whose global norm is larger is scaled down to this norm; 0 means no clipping (Pascanu, "
@@ -34,10 +44,17 @@ class Common:
         "and biases keep theirs.",
         least=0,
     )
+    average: float = key(
+        0.0,
+        says="A moving average of the weights keeps this much of itself at each step, 0.99 say, and the held-out text "
+        "is measured and text is generated with it; training goes on with the weights themselves; 0 means no average.",
+        least=0,
+        below=1,
+    )
 
 
 class Optimizer(Protocol):
-    """Updates `store.data` in place; its state is flat buffers of the store's layout."""
+    """Updates `store.data` in place, to the same bits on all ranks; its state is flat buffers of the store's layout."""
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
     def state(self) -> dict[str, Any]: ...

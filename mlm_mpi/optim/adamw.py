@@ -4,15 +4,17 @@ Source: Kingma, Ba, arXiv:1412.6980; Loshchilov, Hutter, arXiv:1711.05101.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.backend.registry import served
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
 from mlm_mpi.exact import power
 from mlm_mpi.optim import Common
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.params.store import FlatStore, Span
 
 _BLOCK = 1 << 15  # elements: two work arrays and slices of p, g, m, v stay in a core's L2 cache
 
@@ -70,6 +72,23 @@ def update(
             working[part] = a
 
 
+def move(
+    store: FlatStore, spans: Sequence[Span], gradient: Any, moments: tuple[Any, Any], optim: Settings,
+    learning_rate: float, scale: float, number: int,
+) -> None:  # fmt: skip
+    """Update number `number` (from 1) of some parameters of a store, with g = scale · gradient."""
+    rate = learning_rate / (1.0 - power(optim.beta1, number))
+    root = 1.0 / math.sqrt(1.0 - power(optim.beta2, number))
+    for span in spans:
+        part = slice(span.start, span.stop)
+        shrink = 1.0 - learning_rate * optim.weight_decay * span.parameter.decay
+        working = None if store.working is store.data else store.working[part]
+        update(
+            store.data[part], gradient[part], moments[0][part], moments[1][part],
+            scale, optim.beta1, optim.beta2, root, optim.epsilon, rate, shrink, working,
+        )  # fmt: skip
+
+
 class AdamW:
     """Moments as flat buffers; decay only on parameters that ask for it (not on norms and biases)."""
 
@@ -82,19 +101,10 @@ class AdamW:
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
         """Update number `number` (from 1) with g = scale · gradient. Cost: reads p, g, m, v, writes p, m, v."""
-        o = self.optim
-        rate = learning_rate / (1.0 - power(o.beta1, number))
-        root = 1.0 / math.sqrt(1.0 - power(o.beta2, number))
-        for span in self.store.spans:
-            part = slice(span.start, span.stop)
-            shrink = 1.0 - learning_rate * o.weight_decay * span.parameter.decay
-            working = None if self.store.working is self.store.data else self.store.working[part]
-            update(
-                self.store.data[part], gradient[part], self.moment1[part], self.moment2[part],
-                scale, o.beta1, o.beta2, root, o.epsilon, rate, shrink, working,
-            )  # fmt: skip
+        moments = self.moment1, self.moment2
+        move(self.store, self.store.spans, gradient, moments, self.optim, learning_rate, scale, number)
 
 
-def build(settings: Settings, store: FlatStore) -> AdamW:
+def build(settings: Settings, store: FlatStore, mesh: Mesh) -> AdamW:
     """The optimiser over the parameters of a store."""
     return AdamW(settings, store)

@@ -6,6 +6,7 @@ Source: Sutskever et al., ICML 2013, in the form PyTorch uses (no dampening, wei
 from dataclasses import dataclass
 from typing import Any
 
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
 from mlm_mpi.ops import cast
 from mlm_mpi.optim import Common
@@ -50,6 +51,6 @@ class SGD:
             cast.to(self.store.data, self.store.working)
 
 
-def build(settings: Settings, store: FlatStore) -> SGD:
+def build(settings: Settings, store: FlatStore, mesh: Mesh) -> SGD:
     """The optimiser over the parameters of a store."""
     return SGD(settings, store)

@@ -31,6 +31,11 @@ def squares(x: Any, block: int) -> Any:
     return out
 
 
+def norm_of(x: Any) -> float:
+    """‖x‖₂ of one contiguous array, float64, in the order of `squares`. A GPU is awaited."""
+    return math.sqrt(_in_order(to_host(squares(x.reshape(-1), BLOCK_ELEMENTS)).tolist()))
+
+
 def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:
     """name -> Σ of squares of each share that this rank holds, the shares in their order. A GPU is awaited once.
 

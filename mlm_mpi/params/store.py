@@ -5,7 +5,9 @@ a checkpoint part are slices of it. The layout depends on the model alone, never
 """
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,10 @@ class Parameter:
 
     `init`: standard deviation of a centred normal, or "ones" or "zeros". `decay`: weight decay applies. `tied`: two
     parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
+    `matrices`: how an optimiser of matrices (optim/muon.py) sees the weight of a hidden layer: (dim, lengths), the
+    array is cut along `dim` into pieces of these lengths, and each piece, seen as (shape[0], -1), is one matrix stored
+    (in, out). None: no such matrix, as tables, heads, gains and biases. A cut of ownership may lie
+    between matrices and never inside one, which has no update by halves. ValueError where lengths do not fill the dim.
     """
 
     name: str
@@ -33,7 +39,23 @@ class Parameter:
     init: float | str
     decay: bool = False
     tied: bool = False
+    matrices: tuple[int, tuple[int, ...]] | None = None
     data: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.matrices is not None:
+            dim, lengths = self.matrices
+            if list(itertools.accumulate(lengths))[-1:] != [self.layout.shape[dim]]:
+                raise ValueError(f"{self.name}: matrices {self.matrices} do not fill the shape {self.layout.shape}")
+
+    def as_matrices(self, whole: Any) -> list[Any]:
+        """The matrices (in, …) in an array of this parameter's shape, views of it; [] where it has none."""
+        if self.matrices is None:
+            return []
+        dim, lengths = self.matrices
+        edges = [0, *itertools.accumulate(lengths)]
+        cuts = [(*[slice(None)] * dim, slice(a, b)) for a, b in itertools.pairwise(edges)]
+        return [whole[cut] for cut in cuts]
 
 
 @dataclass(frozen=True)
@@ -74,13 +96,30 @@ class FlatStore:
         self.data = self.xp.zeros(offset, self.dtype)
         same = self.place.compute == self.dtype
         self.working = self.data if same else self.xp.zeros(offset, self.place.compute)
-        for span, view in zip(self.spans, self.views(self.working), strict=True):
-            span.parameter.data = view
+        self._bind(self.working)
 
     def refresh(self) -> None:
         """Layers see what `data` holds now."""
         if self.working is not self.data:
             self.working[...] = self.data
+
+    @contextmanager
+    def showing(self, flat: Any) -> Iterator[None]:
+        """Layers see another flat buffer instead of `data` until the block ends, such as averaged weights."""
+        if self.working is self.data:
+            shown = flat
+        else:
+            shown = self.xp.zeros(self.size, self.place.compute)
+            shown[...] = flat
+        try:
+            self._bind(shown)
+            yield
+        finally:
+            self._bind(self.working)
+
+    def _bind(self, flat: Any) -> None:
+        for span, view in zip(self.spans, self.views(flat), strict=True):
+            span.parameter.data = view
 
     def new_buffer(self) -> Any:
         """A zeroed flat buffer of this layout."""

@@ -9,6 +9,7 @@ from mlm_mpi.config import Config
 from mlm_mpi.config.rules import shares
 from mlm_mpi.layers.base import Part
 from mlm_mpi.layers.chain import Chain, Recomputed
+from mlm_mpi.params.average import Average
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rates import learning_rate
@@ -33,15 +34,17 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     return Engine(
         Machine(
             mesh, place, chain, store,
-            plugins.find("optim", optim.name, "optim.name").build(optim, store),
+            plugins.find("optim", optim.name, "optim.name").build(optim, store, mesh),
             _reduction(config, plugins, store, assignment, mesh, place),
             assignment,
             instructions,
             lambda step: learning_rate(
-                optim.learning_rate, optim.warmup_steps, optim.final_fraction, rate, train.steps, step
+                optim.learning_rate, optim.warmup_steps, optim.final_fraction, rate, train.steps, step,
+                optim.decay_fraction,
             ),
             optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
+            Average(store, optim.average) if optim.average else None,
         )
     )  # fmt: skip
 

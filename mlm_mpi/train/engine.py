@@ -8,6 +8,7 @@ every rank decides alike.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain, Ready
 from mlm_mpi.optim import Optimizer
+from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
@@ -48,6 +50,7 @@ class Machine:
     seed: int = 0
     shares: int = order.MOST  # of sums over rows
     captured: Captured | None = None  # forward and backward as CUDA graphs
+    average: Average | None = None  # of weights: what is measured in their place
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,14 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """Everything a step changes, as flat buffers by name."""
-        return {"weights": self.machine.store.data, **self.machine.optimizer.state()}
+        m = self.machine
+        averaged = {} if m.average is None else m.average.state()
+        return {"weights": m.store.data, **m.optimizer.state(), **averaged}
+
+    def measured(self) -> AbstractContextManager[None]:
+        """Inside of it layers see the weights that are measured: their average, where there is one."""
+        m = self.machine
+        return nullcontext() if m.average is None else m.store.showing(m.average.flat)
 
     def plan(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, micro-batch) pairs this rank runs in steps [first, stop), one after another."""
@@ -121,6 +131,8 @@ class Engine:
         self.group.note(f"the update of step {step + 1}")
         factor = clip_factor(m.clip, length / targets)
         m.optimizer.step(total, rate, factor / targets, step + 1)
+        if m.average is not None:
+            m.average.follow(step + 1)
         seconds = time.perf_counter() - began
         return StepResult(loss / targets, targets, length / targets, rate, seconds, m.reduction.exposed_s, all_notes)
 

@@ -19,7 +19,7 @@ _PART_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by 
 def check_memory(config: Config, task: Task, moments: int, place: Place, on_node: int = 1) -> None:
     """Refuses what cannot fit where the ranks of a node calculate: a lower bound, made before anything is built.
 
-    `moments`: flat buffers of the optimiser. `on_node`: ranks that share the node. Raises ConfigError.
+    `moments`: flat buffers of the optimiser and of averages. `on_node`: ranks that share the node. Raises ConfigError.
     """
     needed = least_bytes(config, task, moments)
     present, where, share = psutil.virtual_memory().total, f"this machine, with {on_node} rank(s),", on_node
@@ -55,4 +55,6 @@ def bytes_held(engine: Engine) -> dict[str, int]:
     if engine.second_sums:
         held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
     held["optimiser"] = sum(buffer.nbytes for buffer in engine.machine.optimizer.state().values())
+    if engine.machine.average is not None:
+        held["average of weights"] = engine.machine.average.flat.nbytes
     return held

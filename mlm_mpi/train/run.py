@@ -70,7 +70,8 @@ class Run:
             self.samples, self.heldout = self.task.samples("train"), self.task.samples("heldout")
             self.sampler = Sampler(config.train.seed, len(self.samples), config.train.micro_batches, config.train.rows)
             optimizer = self.plugins.find("optim", config.optim.name, "optim.name")
-            check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
+            held = getattr(optimizer, "MOMENTS", 0) + (config.optim.average > 0)
+            check_memory(config, self.task, held, self.place, on_node[1])
             self.config = findable(config)
         check_same(self.plugins, self.group)
         self.mesh = Mesh(self.group)
@@ -123,7 +124,8 @@ class Run:
     def _measure(self) -> float | None:
         """Held-out loss in nats per target, None where the corpus holds nothing out. Collective."""
         wanted = self.config.eval
-        sums = measure(self.engine.machine.chain, self.heldout, wanted.rows, wanted.windows, self.mesh, self.place)
+        with self.engine.measured():
+            sums = measure(self.engine.machine.chain, self.heldout, wanted.rows, wanted.windows, self.mesh, self.place)
         return None if sums is None else sums.mean
 
     def _keeper(self, ledger: Ledger) -> Keeper:

@@ -25,6 +25,7 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         size += f", products in {config.numerics.products}"
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"
     shape = f"{train.micro_batches} micro-batches of {train.rows} × {task.row_tokens}"
+    averaged = f"held-out text is measured with the moving average of weights, decay {config.optim.average:g}"
     return [
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
         ("model", f"{task.model}: {size}"),
@@ -33,6 +34,7 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {machine.assignment.balance:.0%}"),
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
+        *([("average", averaged)] if machine.average is not None else []),
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]

@@ -40,6 +40,11 @@ class Trained:
     plugins: Plugins
 
     @property
+    def averaged(self) -> bool:
+        """Whether the weights are the moving average of those that were trained."""
+        return bool(self.config.optim.average)
+
+    @property
     def step(self) -> int:
         return self.manifest.step
 
@@ -98,7 +103,7 @@ def _restored(
         store = FlatStore(chain.parameter_blocks(), Mesh(), config.train.dtype, place)
     except MemoryError:
         raise CheckpointError(f"{path}: its weights do not fit into the memory that is free here") from None
-    checkpoint.restore(path, manifest, store, {"weights": store.data})
+    checkpoint.restore(path, manifest, store, {"average" if config.optim.average else "weights": store.data})
     return Trained(path, manifest, config, tokenizer, chain, place, plugins)
 
 

@@ -30,7 +30,7 @@ def step(place, dtype, rng, dropout=0.0, updates=2):
     whole = Whole(model(dropout), VOCABULARY, dtype, place)
     store, gradient = whole.store, whole.gradient
     store.initialise(7)
-    optimizer = adamw.build(optim, store)
+    optimizer = adamw.build(optim, store, Mesh())
     losses, norms, first = [], [], None
     for number in range(updates):
         for micro_batch in range(2):

@@ -9,6 +9,7 @@ from whole import Whole
 
 from mlm_mpi.backend import choice
 from mlm_mpi.backend.cpu import library
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
 from mlm_mpi.optim import adamw
 from mlm_mpi.params.clip import clip_factor, norm
@@ -89,7 +90,7 @@ def test_three_steps_with_bf16_products(record: dict[str, np.ndarray], monkeypat
 
 def _three_steps(record: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
     whole, store = _build(dtype)
-    optimizer = adamw.build(OPTIM, store)
+    optimizer = adamw.build(OPTIM, store, Mesh())
     for step, rate in enumerate(RATES):
         ids, targets, mask = _batch(record, step)
         total = whole.loss_and_grad(ids.astype("i4"), targets.astype("i4"), mask, Context(training=True))

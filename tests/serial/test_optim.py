@@ -32,7 +32,7 @@ def gradient_of(store, seed):
 def test_adamw_is_its_formula(decay):
     optim = adamw.Settings(weight_decay=decay)
     store = store_of()
-    optimizer = adamw.build(optim, store)
+    optimizer = adamw.build(optim, store, Mesh())
     p = {n: v.copy() for n, v in store.named(store.data).items()}
     m = {n: np.zeros_like(v) for n, v in p.items()}
     v = {n: np.zeros_like(w) for n, w in p.items()}
@@ -52,7 +52,7 @@ def test_adamw_is_its_formula(decay):
 
 def test_sgd_is_its_formula():
     store = store_of()
-    optimizer = sgd.build(sgd.Settings(momentum=0.8, weight_decay=0.1), store)
+    optimizer = sgd.build(sgd.Settings(momentum=0.8, weight_decay=0.1), store, Mesh())
     before = {n: w.copy() for n, w in store.named(store.data).items()}
     flats = [gradient_of(store, number) for number in (1, 2)]
     for number, flat in enumerate(flats, 1):
@@ -67,13 +67,13 @@ def test_sgd_is_its_formula():
 @pytest.mark.parametrize("kind", [adamw, sgd])
 def test_moments_are_counted_as_they_are_held(kind):
     """The lower bound of a rank's memory rests on it; a kind that says nothing counts as holding none."""
-    assert len(kind.build(kind.Settings(), store_of()).state()) == kind.MOMENTS
+    assert len(kind.build(kind.Settings(), store_of(), Mesh()).state()) == kind.MOMENTS
 
 
 @pytest.mark.parametrize("kind", [adamw, sgd])
 def test_gaps_between_parameters_stay_zero(kind):
     store = store_of()
-    optimizer = kind.build(kind.Settings(), store)
+    optimizer = kind.build(kind.Settings(), store, Mesh())
     optimizer.step(gradient_of(store, 1), 0.1, 1.0, 1)
     used = np.zeros(store.size, bool)
     for span in store.spans:

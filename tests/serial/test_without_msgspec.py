@@ -27,7 +27,7 @@ trunk = gpt.build(model, Sizes(11))
 chain = Chain([*trunk.parts, TokenHead(trunk)])
 store = FlatStore(chain.parameter_blocks(), Mesh(), "float32")
 store.initialise(0)
-optimizer, gradient = adamw.build(adamw.Settings(), store), store.new_buffer()
+optimizer, gradient = adamw.build(adamw.Settings(), store, Mesh()), store.new_buffer()
 ids = np.arange(8, dtype=np.int32).reshape(2, 4)
 losses = []
 for number in range(1, 4):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
 from mlm_mpi.optim import Common
 from mlm_mpi.params.store import FlatStore
@@ -19,8 +20,8 @@ class Settings(Common):
     name: str = key("signs", says="This optimiser updates the weights.", room="optim")
 
 
-def build(settings: Settings, store: FlatStore) -> "Signs":
-    """The optimiser over all weights of a rank, which lie in one flat buffer, `store.data`."""
+def build(settings: Settings, store: FlatStore, mesh: Mesh) -> "Signs":
+    """The optimiser over all weights of a rank, which lie in one flat buffer, `store.data`; it needs no other rank."""
     return Signs(store)
 
 

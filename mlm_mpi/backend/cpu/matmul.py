@@ -23,8 +23,9 @@ def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
 
 
 def _multiply(
-    lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1
-) -> None:
+    lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1,
+    full: bool = False,
+) -> None:  # fmt: skip
     """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
     order = shares, segments, int(shares > 1 or base is c)
     parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
@@ -32,20 +33,23 @@ def _multiply(
 
     def multiply(first: int, stop: int) -> None:
         rows = slice(first, stop)
-        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order)
+        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order, full)
 
     if parts == 1:
-        _multiply_rows(lib, a, b, c, base, bias, order)
+        _multiply_rows(lib, a, b, c, base, bias, order, full)
     else:
         list(lib.pool.map(multiply, edges[:-1], edges[1:]))
 
 
-def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int]) -> None:
+def _multiply_rows(
+    lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int], full: bool
+) -> None:  # fmt: skip
     (m, k), n = a.shape, b.shape[1]
     product = _Product(m, n, k, *order, *_plane(a), *_plane(b), *_plane(c), *_plane(base), at(bias) or 0)
     pointer = lib.pointer(product)
-    work = np.empty(lib.multiply_work(pointer), np.float32)
-    lib.multiply(pointer, at(work))
+    multiply, work_floats = (lib.matmul_float32, lib.matmul_work) if full else (lib.multiply, lib.multiply_work)
+    work = np.empty(work_floats(pointer), np.float32)
+    multiply(pointer, at(work))
 
 
 def matrices(*arrays: Any) -> str:
@@ -74,15 +78,19 @@ def chained(a: Any, b: Any) -> str:
     return ONE_ROW if a.shape[0] == 1 else shaped(b.shape[:1], a[0])
 
 
-def _fit_matmul(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> str:
+def _fit_matmul(
+    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+) -> str:  # fmt: skip
     return matrices(a, b, out) or rowwise(out) or chained(a, b) or (
         shaped((a.shape[0], b.shape[1]), out) or halved(a.shape[1], shares, segments)
     )  # fmt: skip
 
 
 @KERNELS.kernel("matmul.add", _fit_matmul)
-def _matmul_add(lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> None:
-    _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments)
+def _matmul_add(
+    lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+) -> None:  # fmt: skip
+    _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments, full=full)
 
 
 def _fit_linear(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> str:

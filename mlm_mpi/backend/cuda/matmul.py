@@ -62,7 +62,10 @@ class Product:
         return [x for x in (self.a, self.b, self.out, self.bias, self.other) if x is not None]
 
 
-def _add(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> Product:
+def _add(
+    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+) -> Product:  # fmt: skip
+    # `full`: of arrays in float32 nothing is rounded here
     return Product("STORE", a, b, out=out, accumulate=accumulate, shares=shares, segments=segments)
 
 

@@ -1,0 +1,312 @@
+"""Muon: the momentum of a hidden layer's weight, made orthogonal, is its update; AdamW moves every other parameter.
+
+    M ← μ M + (1 − μ) g,   u = μ M + (1 − μ) g (Nesterov),   W ← (1 − η λ) W − η √max(1, out/in) · polar(u)
+
+polar(U S Vᵀ) = U Vᵀ: all directions move alike, however much the gradient prefers a few of them. Its iteration is a
+polynomial x ← a x + b x³ + c x⁵ of the singular values: five times that of Jordan, or the five best ones in turn.
+
+A product of u with a polynomial of u uᵀ is all it needs, so it runs on the Gram matrix of u's smaller side and returns
+to u once, at its end: Q u, or u Q. Everything in between is symmetric and of that side, and of a symmetric product only
+the blocks up to the diagonal are computed. In float32 the result is within 0.2 % of that of the iteration on u itself;
+bf16 would not do, so these products are never rounded to it.
+
+The matrices are shared out over the data-parallel ranks by their cost, every rank makes its own orthogonal, and the
+results are gathered: nothing that is added depends on the owner, so neither do the bits.
+
+Source: Jordan et al., "Muon", 2024; Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982 (weight decay);
+Amsel et al., "The Polar Express", arXiv:2505.16932; the Gram matrix: Zhang et al., "Gram Newton-Schulz", 2026.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mlm_mpi.backend.arrays import fill, module_of, row_blocks, to_host
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.config.keys import key
+from mlm_mpi.exact import power
+from mlm_mpi.ops import cast, matmul
+from mlm_mpi.optim import Common, adamw
+from mlm_mpi.params.clip import norm_of
+from mlm_mpi.params.store import FlatStore, Span
+
+MOMENTS = 2  # flat buffers that `state` holds
+
+_JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+_POLAR_EXPRESS = (  # optimal for singular values in [0.001, 1], each in its turn
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+_SAFETY = 1.01  # of the paper: what is rounded may not leave the interval for which a polynomial is made
+_LEAST_NORM = 1e-30  # of a matrix that has a direction at all; 1 / it is still a float32
+_BLOCK_ROWS = 96  # of a symmetric product: BAND of kernels/cpu/product.h
+_GPU_BLOCK_ROWS = 1024  # a launch costs more than the half that it saves
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """Muon: weights of hidden layers move by their momentum made orthogonal, every other parameter by AdamW."""
+
+    name: str = key("muon", says="This optimiser updates the weights.", room="optim")
+    learning_rate: float = key(
+        0.02,
+        says="The learning rate of the hidden layers' weights rises to this value during the warm-up; its schedule "
+        "scales that of AdamW too.",
+        above=0,
+    )
+    weight_decay: float = key(
+        0.1,
+        says="Each step takes this much, times the learning rate, of a hidden layer's weight off it, apart from the "
+        "gradient.",
+        least=0,
+    )
+    momentum: float = key(
+        0.95, says="This much of the running mean of gradients is kept at each step.", least=0, below=1
+    )
+    momentum_start: float = key(
+        0.85, says="The momentum begins with this value and rises linearly to optim.momentum.", least=0, below=1
+    )
+    momentum_steps: int = key(
+        300, says="The momentum rises during this many steps; 0 means that it does not.", unit="steps", least=0
+    )
+    nesterov: bool = key(
+        True, says="If true, the update looks one step ahead: the gradient is mixed into the momentum once more."
+    )
+    iteration: Literal["polar-express", "newton-schulz"] = key(
+        "polar-express",
+        says="The momentum is made orthogonal by this iteration: five optimal polynomials in turn (Amsel et al., "
+        "arXiv:2505.16932), or five times that of Jordan et al., 2024.",
+    )
+    adam_learning_rate: float = key(
+        8e-3, says="The learning rate of all other parameters, tables, gains and biases, at its largest.", least=0
+    )
+    adam_weight_decay: float = key(
+        0.0, says="The weight decay of those other parameters that have one, such as tables.", least=0
+    )
+    beta1: float = key(
+        0.9, says="AdamW keeps this much of the running mean of gradients at each step.", least=0, below=1
+    )
+    beta2: float = key(0.95, says="AdamW keeps this much of the running mean of their squares.", least=0, below=1)
+    epsilon: float = key(
+        1e-8, says="AdamW adds this to the root of the mean square, against division by zero.", above=0
+    )
+
+
+def coefficients(iteration: str) -> tuple[float, Coefficients]:
+    """(the largest singular value that it is meant for, a b c of each polynomial)."""
+    if iteration == "newton-schulz":
+        return 1.0, _JORDAN
+    safe = [(a / _SAFETY, b / power(_SAFETY, 3), c / power(_SAFETY, 5)) for a, b, c in _POLAR_EXPRESS[:-1]]
+    return 1.0 / _SAFETY, [*safe, _POLAR_EXPRESS[-1]]
+
+
+def flops(rows: int, columns: int) -> int:
+    """Multiply-adds of `orthogonalise`, of symmetric products one half: what matrices are shared out by."""
+    small, large = sorted((rows, columns))
+    return small * small * (3 * large + 17 * small) // 2
+
+
+def orthogonalise(u: Any, out: Any, squares: Any, largest: float, polynomials: Coefficients) -> None:
+    """out = p(u), p the polynomials in turn on the singular values of u · largest / ‖u‖; zero of what is zero.
+
+    Shapes: u, out (rows, columns), contiguous, u is changed; squares (4, s, s) with s the smaller side. A row or column
+    has one singular value, which becomes 1 exactly.
+    """
+    length, small = norm_of(u), min(u.shape)
+    if length < _LEAST_NORM:
+        out[...] = 0.0
+        return
+    u *= (1.0 if small == 1 else largest) / length
+    if small == 1:
+        out[...] = u
+        return
+    tall = u.shape[0] > u.shape[1]
+    x = u.T if tall else u
+    gram, square, p, q = squares
+    _symmetric(x, x.T, gram)
+    for number, (a, b, c) in enumerate(polynomials):
+        _symmetric(gram, gram, square)
+        _polynomial(gram, square, a, b, c, p)
+        if number == 0:
+            q[...] = p
+        else:
+            _symmetric(p, q, square)
+            q, square = square, q
+        if number + 1 < len(polynomials):
+            _symmetric(gram, p, square)
+            _symmetric(square, p, gram)
+    matmul.add(*((u, q) if tall else (q, u)), out, False, full=True)
+
+
+def _polynomial(gram: Any, square: Any, a: float, b: float, c: float, out: Any) -> None:
+    """out = a I + b G + c G²; `square` holds G² and is changed."""
+    xp = module_of(out)
+    xp.multiply(square, c, out=out)
+    xp.multiply(gram, b, out=square)
+    out += square
+    out.reshape(-1)[:: len(out) + 1] += a
+
+
+def _symmetric(a: Any, b: Any, out: Any) -> None:
+    """out = a b, known to be symmetric: rows of blocks up to the diagonal are computed, the rest is their mirror."""
+    size = len(out)
+    count = -(-size // (_BLOCK_ROWS if isinstance(out, np.ndarray) else _GPU_BLOCK_ROWS))
+    edges = [size * block // count for block in range(count + 1)]  # at least two rows: NumPy would compute a single one
+    for start, stop in itertools.pairwise(edges):
+        matmul.add(a[start:stop], b[:, :stop], out[start:stop, :stop], False, full=True)
+        out[:start, start:stop] = out[start:stop, :start].T
+
+
+def shared_out(costs: Sequence[int], ranks: int) -> list[int]:
+    """The rank that owns each of these pieces of work: the costliest first, each to whoever has least so far."""
+    loads, owners = [0] * ranks, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        owners[number] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[number]] += costs[number]
+    return owners
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One matrix (in, …) of a parameter, its owner, and where its update lies: a contiguous array of its shape."""
+
+    span: Span
+    number: int  # among those of its parameter
+    owner: int
+    update: Any
+
+    def of(self, flat: Any) -> Any:
+        """A view of this matrix in a flat buffer."""
+        span = self.span
+        return span.parameter.as_matrices(flat[span.start : span.stop].reshape(span.shape))[self.number]
+
+    @property
+    def scale(self) -> float:
+        """√max(1, out/in): an update of a wider result may be larger for the same change of its elements."""
+        rows = len(self.update)
+        return math.sqrt(max(1.0, self.update.size / rows**2))
+
+
+class Muon:
+    """`moment1` is the momentum of matrices and AdamW's first moment of the rest; `moment2` AdamW's second, else zero.
+
+    Beside them it holds all updates of a step, as large as the matrices are, and work for the largest one.
+    """
+
+    def __init__(self, optim: Settings, store: FlatStore, mesh: Mesh) -> None:
+        self.optim, self.store, self.group = optim, store, mesh.group("dp")
+        self.moment1, self.moment2 = store.new_buffer(), store.new_buffer()
+        self._largest, self._polynomials = coefficients(optim.iteration)
+        self.hidden = [span for span in store.spans if span.parameter.matrices is not None]
+        self.others = [span for span in store.spans if span.parameter.matrices is None]
+        self.adam = adamw.Settings(
+            learning_rate=optim.adam_learning_rate, weight_decay=optim.adam_weight_decay, beta1=optim.beta1,
+            beta2=optim.beta2, epsilon=optim.epsilon,
+        )  # fmt: skip
+        self._share_out()
+        shapes = [_flat(matrix.update).shape for matrix in self.matrices if matrix.owner == self.group.rank]
+        side = max((min(shape) for shape in shapes), default=0)
+        self._work = store.xp.empty(max((math.prod(shape) for shape in shapes), default=0), store.dtype)
+        self._squares = store.xp.empty(4 * side * side, store.dtype)
+
+    def _share_out(self) -> None:
+        """Owners of all matrices, and one buffer for their updates, those of an owner side by side."""
+        found = [(span, k, m.shape) for span in self.hidden for k, m in enumerate(_matrices(span, self.moment1))]
+        owners = shared_out([flops(shape[0], math.prod(shape[1:])) for _, _, shape in found], self.group.size)
+        order = sorted(range(len(found)), key=lambda number: (owners[number], number))
+        sizes = [math.prod(found[number][2]) for number in order]
+        edges = [0, *itertools.accumulate(sizes)]
+        self.updates = self.store.xp.zeros(edges[-1], self.store.dtype)
+        self.matrices = [
+            _Matrix(found[number][0], found[number][1], owners[number], self.updates[a:b].reshape(found[number][2]))
+            for number, (a, b) in zip(order, itertools.pairwise(edges), strict=True)
+        ]
+        owned = [[m.update.size for m in self.matrices if m.owner == rank] for rank in range(self.group.size)]
+        self._counts = [[0, *itertools.accumulate(mine)][-1] for mine in owned]
+
+    def state(self) -> dict[str, Any]:
+        return {"moment1": self.moment1, "moment2": self.moment2}
+
+    def momentum(self, number: int) -> float:
+        """That of update `number` (from 1)."""
+        o = self.optim
+        share = min(1.0, (number - 1) / o.momentum_steps) if o.momentum_steps else 1.0
+        return o.momentum_start + (o.momentum - o.momentum_start) * share
+
+    def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
+        """Update number `number` (from 1) with g = scale · gradient. Collective over dp."""
+        keep = self.momentum(number)
+        for span in self.hidden:
+            part = slice(span.start, span.stop)
+            _mix(self.moment1[part], gradient[part], keep, (1.0 - keep) * scale)
+        for matrix in self.matrices:
+            if matrix.owner == self.group.rank:
+                self._orthogonalise(matrix, gradient, keep, scale)
+        rate = self.adam.learning_rate * (learning_rate / self.optim.learning_rate)
+        moments = self.moment1, self.moment2
+        adamw.move(self.store, self.others, gradient, moments, self.adam, rate, scale, number)
+        self._gather(number)
+        for matrix in self.matrices:
+            _move(matrix.of(self.store.data), matrix.update, learning_rate * matrix.scale,
+                  1.0 - learning_rate * self.optim.weight_decay * matrix.span.parameter.decay)  # fmt: skip
+        if self.store.working is not self.store.data:
+            for span in self.hidden:
+                cast.to(self.store.data[span.start : span.stop], self.store.working[span.start : span.stop])
+
+    def _orthogonalise(self, matrix: _Matrix, gradient: Any, keep: float, scale: float) -> None:
+        xp, out, side = self.store.xp, matrix.update, min(_flat(matrix.update).shape)
+        u = self._work[: out.size].reshape(out.shape)
+        if self.optim.nesterov:
+            xp.multiply(matrix.of(gradient), (1.0 - keep) * scale, out=u)
+            xp.multiply(matrix.of(self.moment1), keep, out=out)
+            u += out
+        else:
+            u[...] = matrix.of(self.moment1)
+        squares = self._squares[: 4 * side * side].reshape(4, side, side)
+        orthogonalise(_flat(u), _flat(out), squares, self._largest, self._polynomials)
+
+    def _gather(self, number: int) -> None:
+        """Everybody's updates to everybody, through the CPU's memory."""
+        if self.group.size == 1:
+            return
+        host = to_host(self.updates)
+        self.group.gather_parts(host, self._counts, f"the orthogonal updates of step {number}")
+        if host is not self.updates:
+            fill(self.updates, host)
+
+
+def _flat(matrix: Any) -> Any:
+    """(in, …) -> (in, out), a view."""
+    return matrix.reshape(len(matrix), -1)
+
+
+def _matrices(span: Span, flat: Any) -> list[Any]:
+    return span.parameter.as_matrices(flat[span.start : span.stop].reshape(span.shape))
+
+
+def _mix(mean: Any, gradient: Any, keep: float, take: float) -> None:
+    """mean = keep · mean + take · gradient. Shapes: (n,)."""
+    for part in row_blocks(mean):
+        mean[part] *= keep
+        mean[part] += gradient[part] * take
+
+
+def _move(weights: Any, update: Any, rate: float, shrink: float) -> None:
+    """weights = shrink · weights − rate · update. Shapes: (rows, …)."""
+    for rows in row_blocks(update):
+        weights[rows] *= shrink
+        weights[rows] -= update[rows] * rate
+
+
+def build(settings: Settings, store: FlatStore, mesh: Mesh) -> Muon:
+    """The optimiser over the parameters of a store."""
+    return Muon(settings, store, mesh)
