@@ -28,12 +28,17 @@ class Mixture:
     weights: tuple[int, ...] = (1,)
     names: tuple[str, ...] = ("the corpus",)
 
+    @property
+    def whole(self) -> int:
+        """The sum W of the weights."""
+        return sum(self.weights)
+
     def split(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
         """For each corpus how many samples it had before sample `first`, and which of the next `count` are its own.
 
         Shapes: the second (n,) int64, ascending places below `count`; every place is one corpus' own.
         """
-        places, before, total = np.arange(count), first, sum(self.weights)
+        places, before, total = np.arange(count), first, self.whole
         found = []
         for weight in self.weights:
             had, rest = divmod(before * weight, total)

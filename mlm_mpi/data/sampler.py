@@ -18,9 +18,9 @@ class Sampler:
 
     def __init__(self, seed: int, mixture: Mixture, micro_batches: int, rows: Ramp) -> None:
         """M micro-batches of B rows per step. Raises DataError if a corpus has less than its share of a step."""
-        need, total = micro_batches * rows.last, sum(mixture.weights)
+        need = micro_batches * rows.last
         for name, windows, weight in zip(mixture.names, mixture.windows, mixture.weights, strict=True):
-            share = -(-need * weight // total)
+            share = -(-need * weight // mixture.whole)
             if windows < share:
                 of_it = "" if share == need else f", {share} of them from here"
                 raise DataError(

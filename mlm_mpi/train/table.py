@@ -51,10 +51,9 @@ def _mixture(mixture: Mixture, drawn: int) -> list[tuple[str, str]]:
     """A line for each corpus where there are several; `drawn`: samples of the whole run."""
     if len(mixture.windows) == 1:
         return []
-    total = sum(mixture.weights)
     parts = zip(mixture.names, mixture.weights, mixture.counts(drawn), mixture.windows, strict=True)
     return [
-        ("mixture", f"{weight / total:.1%} {name}, {count / windows:.1f} epochs of its {windows:,} windows")
+        ("mixture", f"{weight / mixture.whole:.1%} {name}, {count / windows:.1f} epochs of its {windows:,} windows")
         for name, weight, count, windows in parts
     ]
 
