@@ -34,6 +34,7 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.objectives import causal
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.stream import TokenStream
@@ -185,7 +186,7 @@ def quality(job: dict[str, Any]) -> None:
     model.load(store.named(store.data))
     adamw = make_adamw(model, c.optim, fused=True)
     samples = causal.samples(TokenStream(corpus, "train"), context, training=True)
-    sampler = Sampler(train.seed, len(samples), train.micro_batches, train.rows)
+    sampler = Sampler(train.seed, mixture_of(samples), train.micro_batches, train.rows_ramp())
     loader = Loader(samples, sampler, c.data.prefetch)
     decay = Plugins().find("rates", c.optim.schedule, "optim.schedule").rate
     print(json.dumps({"torch": torch.__version__}), flush=True)

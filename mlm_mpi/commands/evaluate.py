@@ -32,12 +32,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
-    from mlm_mpi.train.trained import load, note, open_corpus
+    from mlm_mpi.train.trained import load, note, open_corpora
 
     say, on_node = note if group.rank == 0 else _silent, group.on_node()
     with group.together("loading the model"):
         trained = load(args.run, named(args.plugins), args.device, say, on_node)
-        task = trained.task_over(open_corpus(trained, args.data, say))
+        corpora = open_corpora(trained, args.data, say)
+        if args.baselines and len(corpora.catalogs) > 1:
+            raise DataError("--baselines are of one corpus, the model was trained on several: give one by --data DIR")
+        task = trained.task_over(corpora)
     numbers, own = _measured(trained, task, group.with_timeout(trained.config.comm.timeout_s))
     if group.rank == 0:
         _tell(args, trained, task, numbers | own, list(own))
@@ -71,20 +74,23 @@ def _measured(trained: "Trained", task: "Task", group: "Group") -> tuple[dict[st
                 "prepare with a larger --heldout or more text"
             )
         )
-    what = {"step": trained.step, "weights": "average" if trained.averaged else "last"}
-    return what | {"loss": sums.mean, "tokens": sums.targets}, task.quality(sums)
+    numbers: dict[str, Any] = {"step": trained.step, "weights": "average" if trained.averaged else "last"}
+    numbers |= {"loss": sums.mean, "tokens": sums.targets}
+    if sums.parts:
+        numbers["loss_by_corpus"] = {name: part.mean for name, part in sums.parts.items()}
+    return numbers, task.quality(sums)
 
 
 def _tell(
     args: argparse.Namespace, trained: "Trained", task: "Task", numbers: dict[str, Any], own: list[str]
 ) -> None:  # fmt: skip
     from mlm_mpi.data import baselines
-    from mlm_mpi.train.trained import open_corpus
+    from mlm_mpi.train.trained import open_corpora
 
     about = task.about()
     numbers |= {"catalog": about["catalog"], "trained_on": trained.manifest.catalog}
     if args.baselines:
-        catalog, tokenizer = open_corpus(trained, args.data, _silent), trained.tokenizer
+        (catalog,), tokenizer = open_corpora(trained, args.data, _silent).catalogs, trained.tokenizer
         numbers["unigram_bits_per_character"] = baselines.unigram_bits_per_character(catalog, tokenizer.vocab_size)
         alone, after = baselines.xz_bits_per_character(catalog, tokenizer)
         numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}
@@ -104,6 +110,8 @@ def _tell(
     print(f"held-out text       {size}; {of}")
     print(f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}")
     print(f"bits per character  {numbers['bits_per_character']:.3f}")
+    for name, loss in numbers.get("loss_by_corpus", {}).items():
+        print(f"  {name}  {loss:.4f} nats per token")
     if args.baselines:
         print(f"  unigram tokens    {numbers['unigram_bits_per_character']:.3f}")
         print(f"  xz -9e            {alone:.3f}; {after:.3f} with the training text in its window")

@@ -11,10 +11,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from mlm_mpi.config.keys import META, Key
 from mlm_mpi.errors import ConfigError
 
+_ARRAYS = (tuple[float, ...], tuple[str, ...])
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of a section: `type` is int, float, bool, str or a Literal of strings; `default` may be MISSING."""
+    """A key of a section: `type` is int, float, bool, str, a Literal of strings, or a tuple of any number of floats or
+    strings; `default` may be MISSING.
+    """
 
     section: str
     name: str
@@ -31,6 +35,8 @@ class Entry:
 
         Raises ConfigError.
         """
+        if get_origin(self.type) is tuple:
+            return self._read_array(value, where)
         if self.type is float and type(value) is int:
             self._check_size(value, where)
             value = float(value)
@@ -43,6 +49,13 @@ class Entry:
             self._refuse(value, where, wanted + _meant(self.type, value))
         self._check_bounds(value, where)
         return value
+
+    def _read_array(self, value: Any, where: str) -> tuple[Any, ...]:
+        if type(value) not in (list, tuple):
+            meant = f": write {toml_value([value])}" if type(value) is get_args(self.type)[0] else ""
+            self._refuse(value, where, f"must be {type_name(self.type)}, not {word_of(value)}{meant}")
+        one = dataclasses.replace(self, type=get_args(self.type)[0])
+        return tuple(one.read(item, where) for item in value)
 
     def _check_bounds(self, value: Any, where: str) -> None:
         if isinstance(value, str | bool):
@@ -96,9 +109,10 @@ def entries(section: str, settings: Any) -> dict[str, Entry]:
         if META not in field.metadata:
             raise ConfigError(f"{where} is not made by key(…) of mlm_mpi.config.keys: declare it so")
         literal = get_origin(kind) is Literal and all(isinstance(option, str) for option in get_args(kind))
-        if kind not in (int, float, bool, str) and not literal:
+        if kind not in (int, float, bool, str, *_ARRAYS) and not literal:
             raise ConfigError(
                 f"{where} is a {getattr(kind, '__name__', kind)}: make it int, float, bool, str or a Literal of strings"
+                ", or a tuple of any number of floats or strings"
             )
         found[field.name] = Entry(section, field.name, kind, field.default, field.metadata[META])
     return found
@@ -136,6 +150,8 @@ _WORDS = {
 
 def type_name(kind: Any) -> str:
     """A type in words, such as "a whole number"."""
+    if get_origin(kind) is tuple:
+        return f"an array of {_WORDS[get_args(kind)[0]].removeprefix('a ')}s"
     if get_origin(kind) is not Literal:
         return _WORDS[kind]
     *before, last = (f'"{option}"' for option in get_args(kind))

@@ -7,7 +7,8 @@
 
         def resolved(self) -> "Settings": ...  # may be left out: rules among these keys, defaults that need another
 
-Types: int, float, bool, str, or Literal["one", "other"]. The reader checks type and bounds, the reference prints them.
+Types: int, float, bool, str, Literal["one", "other"], tuple[float, ...] or tuple[str, ...]. The reader checks type and
+bounds (of an array those of each element), the reference prints them.
 """
 
 from dataclasses import MISSING, dataclass, field

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from mlm_mpi.config.entries import Entry, allowed, entries, toml_value, type_name
 from mlm_mpi.config.sections import KINDS, SECTIONS, declaration, kinds_of
@@ -100,6 +100,8 @@ def _listed(entry: Entry, plugins: Plugins) -> list[str]:
     """The values of a key that has a few."""
     if entry.type is bool:
         return ["true", "false"]
+    if get_origin(entry.type) is tuple:
+        return []
     return _names(entry, plugins) if entry.about.room else list(get_args(entry.type))
 
 

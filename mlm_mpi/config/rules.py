@@ -24,6 +24,14 @@ def check(config: Config, plugins: Plugins) -> None:
         f"backend.graphs needs a GPU and no dropout: backend.device = {backend.device}, "
         f"model.dropout = {dropout}: set backend.graphs = false",
     )
+    _require(
+        not backend.graphs or not (train.rows_warmup_steps or train.context_warmup_steps),
+        "backend.graphs replays micro-batches of one shape, and in a warm-up of rows or context they grow: set "
+        "backend.graphs = false, or train.rows_warmup_steps and train.context_warmup_steps to 0",
+    )
+    _check_heeded(config, plugins)
+    if train.context_warmup_steps:
+        train.check_context(config.model.context)
     reduction = config.comm.reduction
     device = getattr(plugins.find("reductions", reduction, "comm.reduction"), "DEVICE", backend.device)
     _require(
@@ -35,6 +43,26 @@ def check(config: Config, plugins: Plugins) -> None:
         optim.warmup_steps <= train.steps,
         f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {train.steps}: lower it",
     )
+
+
+def _check_heeded(config: Config, plugins: Plugins) -> None:
+    """Some keys only some kinds heed, whose files name them in HEEDS; others refuse them."""
+    kinds = {
+        "tasks": ("task.kind", config.task.kind), "models": ("model.kind", config.model.kind),
+        "objectives": ("task.objective", getattr(config.task, "objective", "")),
+    }  # fmt: skip
+    asked = (
+        ("data.mixture", bool(config.data.mixture), ("tasks",)),
+        ("data.documents", config.data.documents != "joined", ("tasks", "models")),
+        ("train.context_warmup_steps", config.train.context_warmup_steps > 0, ("tasks", "objectives")),
+    )
+    for full, is_asked, rooms in asked:
+        for room in rooms if is_asked else ():
+            key, kind = kinds[room]
+            _require(
+                bool(kind) and full in getattr(plugins.find(room, kind, key), "HEEDS", ()),
+                f'{key} = "{kind}" does not heed {full}: take that out, or give a kind whose file names it in HEEDS',
+            )
 
 
 def shares(config: Config) -> int:

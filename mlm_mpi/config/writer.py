@@ -9,7 +9,10 @@ from mlm_mpi.config.sections import Config
 
 def to_table(config: Config) -> dict[str, Any]:
     """Nested dictionaries of plain values; `from_table` gives the same Config back."""
-    return dataclasses.asdict(config)
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
 
 
 def to_toml(config: Config) -> str:

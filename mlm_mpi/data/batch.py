@@ -10,7 +10,8 @@ class Batch:
     """Micro-batch `index` of `step`: named arrays that the model reads, named arrays that its head compares with.
 
     `count`: targets that count, what the summed loss of all micro-batches is divided by.
-    Shapes of a language model: ids (B, T) int32; targets ids (B, T) int32, mask (B, T) bool where some do not count.
+    Shapes of a language model: ids (B, T) int32, starts (B, T) int32 where documents are separate (documents.py);
+    targets ids (B, T) int32, mask (B, T) bool where some do not count.
     """
 
     step: int

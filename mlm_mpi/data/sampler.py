@@ -1,49 +1,68 @@
 """Which window every row of every micro-batch holds: computed, never stored.
 
-Sample number s = (step·M + index)·B + row of a run; its epoch is s div n and its window is
-perm(seed, epoch)(s mod n) for n windows. The state is one integer, the step; no rank enters.
+Sample number s = M·(rows of all earlier steps) + index·B + row of a run. The mixture says which corpus it comes from
+and how many of that corpus came before it, c; its epoch is c div n and its window is perm(seed, epoch)(c mod n) for n
+windows. The state is one integer, the step; no rank enters.
 """
 
 import numpy as np
 
+from mlm_mpi.data.mixture import Mixture
+from mlm_mpi.data.warmup import Ramp
 from mlm_mpi.errors import DataError
 from mlm_mpi.rng import key_of, permute
 
 
 class Sampler:
-    """Every window once per epoch, in an order keyed by seed and epoch; a step may straddle epochs."""
+    """Every window of a corpus once per epoch, in an order keyed by seed and epoch; a step may straddle epochs."""
 
-    def __init__(self, seed: int, windows: int, micro_batches: int, rows: int) -> None:
-        """n windows, M micro-batches of B rows per step. Raises DataError if n < M·B."""
-        need = micro_batches * rows
-        if windows < need:
-            raise DataError(
-                f"the corpus has {windows} windows, one step takes train.micro_batches * train.rows = {need}: "
-                "prepare more text, or lower train.rows, train.micro_batches or model.context"
-            )
+    def __init__(self, seed: int, mixture: Mixture, micro_batches: int, rows: Ramp) -> None:
+        """M micro-batches of B rows per step. Raises DataError if a corpus has less than its share of a step."""
+        need = micro_batches * rows.last
+        for name, windows, weight in zip(mixture.names, mixture.windows, mixture.weights, strict=True):
+            share = -(-need * weight // mixture.whole)
+            if windows < share:
+                of_it = "" if share == need else f", {share} of them from here"
+                raise DataError(
+                    f"{name} has {windows} windows, one step takes train.micro_batches * train.rows = {need}{of_it}: "
+                    "prepare more text, or lower train.rows, train.micro_batches or model.context"
+                )
         self.seed = seed
-        self.windows = windows
+        self.mixture = mixture
         self.micro_batches = micro_batches
         self.rows = rows
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def positions(self, step: int, index: int) -> np.ndarray:
-        """Windows of the rows of micro-batch (step, index). Shapes: -> (B,) int64."""
+        """Windows of the rows of micro-batch (step, index), numbered through all corpora. Shapes: -> (B,) int64."""
         held, windows = self._held
         if held != step:  # a whole step costs hardly more than one micro-batch: the calls dominate, not the elements
             windows = self._step(step)
             self._held = step, windows
-        return windows[index * self.rows : (index + 1) * self.rows]
+        rows = self.rows.at(step)
+        return windows[index * rows : (index + 1) * rows]
+
+    def samples(self, steps: int) -> int:
+        """Samples of the first so many steps, which is the number of the next one."""
+        return self.micro_batches * self.rows.before(steps)
 
     def _step(self, step: int) -> np.ndarray:
         """Windows of all samples of a step. Shapes: -> (M·B,) int64."""
-        count = self.micro_batches * self.rows
-        first, done = step * count, 0
+        first = self.samples(step)
+        out, base = np.empty(self.samples(step + 1) - first, np.int64), 0
+        for corpus, (before, places) in enumerate(self.mixture.split(first, len(out))):
+            out[places] = base + self._windows(corpus, before, len(places))
+            base += self.mixture.windows[corpus]
+        return out
+
+    def _windows(self, corpus: int, first: int, count: int) -> np.ndarray:
+        """Windows of samples first … first + count - 1 of a corpus. Shapes: -> (count,) int64."""
+        windows, done = self.mixture.windows[corpus], 0
         out = np.empty(count, np.int64)
         while done < count:
-            epoch, place = divmod(first + done, self.windows)
-            part = min(count - done, self.windows - place)
-            key = key_of(self.seed, "sampler", epoch)
-            out[done : done + part] = permute(key, self.windows, np.arange(place, place + part))
+            epoch, place = divmod(first + done, windows)
+            part = min(count - done, windows - place)
+            key = key_of(self.seed, "sampler", epoch, *([corpus] if corpus else []))  # one alone keeps its order
+            out[done : done + part] = permute(key, windows, np.arange(place, place + part))
             done += part
         return out

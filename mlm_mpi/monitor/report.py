@@ -24,12 +24,13 @@ Series = tuple[np.ndarray, np.ndarray]  # steps and values, (n,) each, one value
 
 @dataclass(frozen=True)
 class _Run:
-    """What a metrics file holds to be drawn; `step_tokens`: tokens a step, 0 where it does not say."""
+    """What a metrics file holds to be drawn; `step_tokens`: tokens a step, 0 where it does not say; `even`: always."""
 
     loss: Series
     heldout: Series
     rate: Series
     step_tokens: float
+    even: bool
 
 
 def loss_curve(metrics_path: str | Path, png_path: str | Path, title: str = "Loss") -> None:
@@ -92,19 +93,21 @@ def _draw_rate(axes: Axes, rate: Series) -> None:
 
 
 def _name(axes: Axes, run: _Run, title: str, last: int) -> None:
-    """The title, and a second axis where it is known how many tokens a step reads."""
+    """The title, and a second axis where it is known how many tokens every step reads."""
     for panel in axes.figure.axes:
         panel.grid(color="#e6e6e6", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize="small")
-    if tokens := run.step_tokens:
+    tokens = run.step_tokens
+    if tokens and run.even:
         there, back = partial(np.multiply, tokens), partial(np.multiply, 1 / tokens)
         top = axes.secondary_xaxis("top", functions=(there, back))
         top.set_xlabel("tokens seen", fontsize="small")
         top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_words(value)))
         top.tick_params(labelsize="small")
         top.spines["top"].set_color("#b0b0b0")
+    if tokens:
         title = f"{title}, {in_words(last * tokens)} tokens"
     axes.set_title(title if len(title) <= 90 else f"…{title[-89:]}", fontsize="medium", loc="left", parse_math=False)
 
@@ -166,7 +169,7 @@ def in_words(count: float) -> str:
 def _read(path: Path) -> _Run:
     """One pass over the file; the last value of a step counts."""
     found: dict[str, dict[int, float]] = {"loss": {}, "heldout_loss": {}, "learning_rate": {}}
-    step_tokens = 0.0
+    step_tokens, even = 0.0, True
     for record in read_metrics(path):
         step = record["step"]
         for name, values in found.items():
@@ -175,9 +178,9 @@ def _read(path: Path) -> _Run:
                 values[step] = float(value)
         tokens: Any = record.get("tokens")
         if is_loss(tokens) and tokens >= step > 0:
-            step_tokens = tokens / step
+            even, step_tokens = step_tokens in (0.0, tokens / step) and even, tokens / step
     loss, heldout, rate = map(_series, found.values())
-    return _Run(loss, heldout, rate, step_tokens)
+    return _Run(loss, heldout, rate, step_tokens, even)
 
 
 def _series(values: dict[int, float]) -> Series:

@@ -8,9 +8,12 @@ from typing import Any
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
-from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.corpora import Corpora
+from mlm_mpi.data.documents import Documents
+from mlm_mpi.data.mixture import Joined
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.stream import TokenStream
+from mlm_mpi.data.warmup import Pieces
 from mlm_mpi.errors import CheckpointError
 from mlm_mpi.layers.base import Least, Part, Sizes
 from mlm_mpi.layers.head import TokenHead
@@ -18,6 +21,8 @@ from mlm_mpi.plug import Plugins
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import in_words, origin
 from mlm_mpi.train.measure import Sums
+
+HEEDS = ("data.documents", "data.mixture", "train.context_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Settings:
 
 
 def build(config: Config, plugins: Plugins) -> "LanguageModel":
-    """The task over the corpus in `data.dir`. Raises DataError."""
+    """The task over the corpora that `data` names. Raises DataError."""
     return LanguageModel(config, plugins)
 
 
@@ -58,19 +63,28 @@ class LanguageModel:
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind
-        self.catalog = Catalog.open(config.data.dir)
-        self.catalog.check_files()
-        tokenizer = self.catalog.tokenizer()
+        self.corpora = Corpora.open(config.data)
+        self.corpora.check_files()
+        tokenizer = self.corpora.tokenizer()
+        self.eot = tokenizer.eot
         self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
-        self.row_tokens, self.content = config.model.context, self.catalog.manifest.content[:12]
+        self.row_tokens, self.content = config.model.context, self.corpora.content[:12]
 
     def samples(self, split: str) -> Samples:
+        corpora = self.corpora
+        made = [self._samples(TokenStream(catalog, split), split == "train") for catalog in corpora.catalogs]
+        return made[0] if len(made) == 1 else Joined(made, corpora.weights, corpora.names)
+
+    def _samples(self, stream: TokenStream, training: bool) -> Samples:
+        """Those of one corpus, as the steps and the model want them."""
         objective = self.plugins.find("objectives", self.config.task.objective, "task.objective")
-        made: Samples = objective.samples(TokenStream(self.catalog, split), self.row_tokens, split == "train")
-        return made
+        made: Samples = objective.samples(stream, self.row_tokens, training)
+        if training and self.config.train.context_warmup_steps:
+            made = Pieces(made, self.config.train.context_ramp(self.row_tokens))
+        return Documents(made, self.eot) if self.config.data.documents == "separate" else made
 
     def tokens(self, split: str) -> int:
-        return self.catalog.tokens(split)
+        return self.corpora.tokens(split)
 
     def parts(self) -> list[Part]:
         return parts(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)))
@@ -79,16 +93,19 @@ class LanguageModel:
         return least(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)), rows)
 
     def about(self) -> dict[str, Any]:
-        return {"vocabulary": self.vocabulary, "catalog": self.catalog.digest, "corpus": in_words(self.catalog)}
+        return {"vocabulary": self.vocabulary, "catalog": self.corpora.digest, "corpus": in_words(self.corpora)}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
-        return quality(sums, self.catalog.characters("heldout"))
+        return quality(sums, self.corpora.characters("heldout"))
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
-        if manifest.tokenizer != self.hash or manifest.catalog != self.catalog.digest:
+        if manifest.tokenizer != self.hash or manifest.catalog != self.corpora.digest:
             what = "tokenizer" if manifest.tokenizer != self.hash else "catalog"
+            several = len(self.corpora.catalogs) > 1
+            holder = f"the mixture of {' and '.join(self.corpora.names)}" if several else self.corpora.names[0]
+            key = "data.mixture" if several else "data.dir"
             raise CheckpointError(
-                f"{path} was trained on another {what} than {self.config.data.dir} holds: set data.dir to its own, "
+                f"{path} was trained on another {what} than {holder} holds: set {key} to its own, "
                 f"{origin(manifest)}, or give another --run"
             )
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlm_mpi.config.keys import key
+from mlm_mpi.data.warmup import Ramp
 from mlm_mpi.errors import ConfigError
 
 _LANES = 8  # the most by default: a rank alone holds 1 + log2 8 buffers of gradients
@@ -29,6 +30,34 @@ class Train:
         says="A micro-batch holds this many windows of text, which a rank computes at once.",
         unit="windows",
         least=1,
+    )
+    first_rows: int = key(
+        1,
+        says="In the steps of rows_warmup_steps, micro-batches begin with this many windows and double until they have "
+        "as many as rows says.",
+        unit="windows",
+        least=1,
+    )
+    rows_warmup_steps: int = key(
+        0,
+        says="Micro-batches grow to their full size over this many steps, in stages of the same length; 0 means that "
+        "they have it from the first step.",
+        unit="steps",
+        least=0,
+    )
+    first_context: int = key(
+        32,
+        says="In the steps of context_warmup_steps, the windows of a micro-batch are cut into shorter ones, first of "
+        "this many tokens, doubling to the model's context: it reads the same text.",
+        unit="tokens",
+        least=1,
+    )
+    context_warmup_steps: int = key(
+        0,
+        says="Windows grow to the context over this many steps, in stages of the same length; 0 means that they have "
+        "it from the first step.",
+        unit="steps",
+        least=0,
     )
     lanes: int = key(
         0,
@@ -56,6 +85,8 @@ class Train:
     def resolved(self) -> "Train":
         """The same with its number of lanes. Raises ConfigError where the lanes do not divide the micro-batches."""
         m, j = self.micro_batches, self.lanes
+        if self.rows_warmup_steps:
+            self._check_rows()
         if j == 0:
             return replace(self, lanes=max(lanes for lanes in range(1, _LANES + 1) if m % lanes == 0))
         if m % j != 0:
@@ -64,6 +95,46 @@ class Train:
                 f"set train.micro_batches = {-(-m // j) * j}"
             )
         return self
+
+    def rows_ramp(self) -> Ramp:
+        """Rows of a micro-batch by step."""
+        return Ramp(self.rows, self.first_rows, self.rows_warmup_steps)
+
+    def context_ramp(self, context: int) -> Ramp:
+        """Tokens of a row by step."""
+        return Ramp(context, self.first_context, self.context_warmup_steps)
+
+    def _check_rows(self) -> None:
+        if self.first_rows >= self.rows:
+            raise ConfigError(
+                f"train.first_rows = {self.first_rows} must be below train.rows = {self.rows} to grow: lower it, or "
+                "set train.rows_warmup_steps = 0"
+            )
+        self._check_stages("rows", self.rows_ramp())
+
+    def check_context(self, context: int) -> None:
+        """Raises ConfigError where windows cannot grow as the keys say."""
+        ramp = self.context_ramp(context)
+        if ramp.first >= context or ramp.first << ramp.doublings != context:
+            lengths = [context >> n for n in range(1, context.bit_length()) if context % (1 << n) == 0]
+            nearest = min(lengths, key=lambda length: abs(length - ramp.first), default=0)
+            remedy = f"set it to {nearest}" if nearest else "set an even context"
+            raise ConfigError(
+                f"train.first_context = {ramp.first} does not double to model.context = {context}: {remedy}, or "
+                "train.context_warmup_steps = 0"
+            )
+        self._check_stages("context", ramp)
+
+    def _check_stages(self, what: str, ramp: Ramp) -> None:
+        """Every stage has a step, and the run reaches the last."""
+        key, count = f"train.{what}_warmup_steps", ramp.doublings
+        if ramp.steps < count:
+            raise ConfigError(
+                f"{key} = {ramp.steps} is too few for {count} stages from {ramp.first} to {ramp.last}: set it to "
+                f"{count} or more, or raise train.first_{what}"
+            )
+        if ramp.steps > self.steps:
+            raise ConfigError(f"{key} = {ramp.steps} exceeds train.steps = {self.steps}: lower it")
 
 
 @dataclass(frozen=True)

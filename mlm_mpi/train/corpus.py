@@ -3,6 +3,7 @@
 import msgspec
 
 from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.corpora import Corpora
 from mlm_mpi.data.staging import PREPARED, Prepared
 from mlm_mpi.files import read_whole
 from mlm_mpi.train.checkpoint import Manifest
@@ -11,8 +12,16 @@ _PREPARED_BYTES = 1 << 20
 _LONGEST = 1000  # characters of a command that are kept: ten thousand file names help nobody
 
 
-def in_words(catalog: Catalog) -> str:
-    """The size of a corpus and, where it says so, the command that made it."""
+def in_words(corpora: Corpora) -> str:
+    """The size of each corpus and, where it says so, the command that made it."""
+    if len(corpora.catalogs) == 1:
+        return _in_words(corpora.catalogs[0])
+    total = sum(corpora.weights)
+    parts = zip(corpora.catalogs, corpora.weights, strict=True)
+    return "; ".join(f"{weight / total:.4g} of {catalog.folder}: {_in_words(catalog)}" for catalog, weight in parts)
+
+
+def _in_words(catalog: Catalog) -> str:
     shards = catalog.manifest.shards
     size = f"{sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
     return f"{size}, content {catalog.manifest.content[:12]}{_making(catalog)}"

@@ -125,13 +125,19 @@ def _command() -> str:
 
 
 def findable(config: Config) -> Config:
-    """The same with a `data.dir` that holds from any working directory, to be written down. Raises ConfigError."""
-    path = str(Path(config.data.dir).absolute())
+    """The same with folders of corpora that hold from any working directory, to be written down. Raises ConfigError."""
+    data = config.data
+    mixture = tuple(_absolute(folder, "data.mixture") for folder in data.mixture)
+    return replace(config, data=replace(data, dir=_absolute(data.dir, "data.dir"), mixture=mixture))
+
+
+def _absolute(folder: str, key: str) -> str:
+    path = str(Path(folder).absolute())
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"data.dir = {path!r} is no UTF-8, which files of a run are written in: rename it") from None
-    return replace(config, data=replace(config.data, dir=path))
+        raise ConfigError(f"{key} = {path!r} is no UTF-8, which files of a run are written in: rename it") from None
+    return path
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -10,10 +10,10 @@ from mlm_mpi.train.engine import StepResult
 
 
 class Ledger:
-    """Sinks of numbers, and progress. `step_tokens`: what a step reads."""
+    """Sinks of numbers, and progress. `tokens`: what the first so many steps read."""
 
-    def __init__(self, sinks: Sequence[Sink], show: Reporter, step_tokens: int = 0) -> None:
-        self.sinks, self.show, self.step_tokens = list(sinks), show, step_tokens
+    def __init__(self, sinks: Sequence[Sink], show: Reporter, tokens: Callable[[int], int] = lambda steps: 0) -> None:
+        self.sinks, self.show, self.tokens = list(sinks), show, tokens
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
         """Step number `step`, counted from 1, is done."""
@@ -23,7 +23,7 @@ class Ledger:
         if not self.sinks:
             return
         values = {
-            "step": step, "tokens": step * self.step_tokens, "loss": done.loss, "learning_rate": done.learning_rate,
+            "step": step, "tokens": self.tokens(step), "loss": done.loss, "learning_rate": done.learning_rate,
             "gradient_norm": done.gradient_norm, "tokens_per_s": done.targets / done.step_s, "step_s": done.step_s,
             "comm_s": done.exposed_s, "wait_s": waited_s, "time": time.time(),
         }  # fmt: skip
@@ -42,6 +42,10 @@ class Ledger:
             said = f"ALARM {sink.name}: {reason}: the run goes on without it"
         if said is not None:
             self.alarm(said)
+
+    def say(self, text: str) -> None:
+        """A line between those of progress."""
+        self.show.message(text)
 
     def alarm(self, text: str) -> None:
         """Says what is wrong, between the lines of progress."""

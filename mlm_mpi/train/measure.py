@@ -1,22 +1,25 @@
 """Held-out quality: the one evaluation, in the loop and in `mlm-mpi evaluate`, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.mixture import Joined, Mixture
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
 
 
 class Sums(NamedTuple):
-    """Summed loss in nats and the number of targets."""
+    """Summed loss in nats and the number of targets; `parts`: by the name of a corpus, where there are several."""
 
     loss: float
     targets: int
+    parts: Mapping[str, "Sums"] = MappingProxyType({})
 
     @property
     def mean(self) -> float:
@@ -40,6 +43,8 @@ def measure(
 
     Losses are float64 and added in the order of micro-batches, so that every number of ranks gives the same bits.
     """
+    if isinstance(samples, Joined):
+        return _measure_each(chain, samples, rows, limit, mesh, place, tell)
     total = min(len(samples), limit) if limit else len(samples)
     if total == 0:
         return None
@@ -62,3 +67,20 @@ def measure(
     for one, n in ordered.tolist():
         loss, targets = loss + one, targets + n
     return Sums(loss, int(targets))
+
+
+def _measure_each(
+    chain: Chain, samples: Joined, rows: int, limit: int, mesh: Mesh, place: Place, tell: Tell
+) -> Sums | None:  # fmt: skip
+    """Corpus by corpus; of `limit` samples each has as large a share as of all."""
+    own = [(name, part) for name, part in zip(samples.mixture.names, samples.parts, strict=True) if len(part)]
+    sizes = tuple(len(part) for _, part in own)
+    shares = Mixture(sizes, sizes).counts(min(limit, sum(sizes)) if limit else sum(sizes))
+    found: dict[str, Sums] = {}
+    loss, targets = 0.0, 0
+    for number, ((name, part), share) in enumerate(zip(own, shares, strict=True), 1):
+        sums = measure(chain, part, rows, share, mesh, place) if share else None
+        if sums is not None:
+            found[name], loss, targets = sums, loss + sums.loss, targets + sums.targets
+        tell(number, len(own))
+    return Sums(loss, targets, found) if found else None

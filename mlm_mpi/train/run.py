@@ -5,6 +5,7 @@ open the data · build the engine · resume · train (trainer.py) · report
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import DataError, MlmError, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
@@ -68,7 +70,8 @@ class Run:
             self.place = place_of(config, config.numerics.level, on_node)
             self.task = self._open(config, open_task)
             self.samples, self.heldout = self.task.samples("train"), self.task.samples("heldout")
-            self.sampler = Sampler(config.train.seed, len(self.samples), config.train.micro_batches, config.train.rows)
+            train = config.train
+            self.sampler = Sampler(train.seed, mixture_of(self.samples), train.micro_batches, train.rows_ramp())
             optimizer = self.plugins.find("optim", config.optim.name, "optim.name")
             held = getattr(optimizer, "MOMENTS", 0) + (config.optim.average > 0)
             check_memory(config, self.task, held, self.place, on_node[1])
@@ -109,9 +112,10 @@ class Run:
         keeper = self._keeper(ledger)
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
+        measuring = partial(self._measure, ledger)
         rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
         try:
-            step = Trainer(rhythm, self.engine, loader, keeper, ledger, self.stop, self._measure).train(first)
+            step = Trainer(rhythm, self.engine, loader, keeper, ledger, self.stop, measuring).train(first)
         except MlmError as error:
             if error.agreed:  # all ranks are here: what was begun before is not lost
                 keeper.publish()
@@ -121,12 +125,16 @@ class Run:
             ledger.close()
         return self._report(step, ledger)
 
-    def _measure(self) -> float | None:
-        """Held-out loss in nats per target, None where the corpus holds nothing out. Collective."""
+    def _measure(self, ledger: Ledger) -> float | None:
+        """Held-out loss in nats per target, None where the corpora hold nothing out. Collective."""
         wanted = self.config.eval
         with self.engine.measured():
             sums = measure(self.engine.machine.chain, self.heldout, wanted.rows, wanted.windows, self.mesh, self.place)
-        return None if sums is None else sums.mean
+        if sums is None:
+            return None
+        if sums.parts:
+            ledger.say("held-out  " + ", ".join(f"{name} {part.mean:.4f}" for name, part in sums.parts.items()))
+        return sums.mean
 
     def _keeper(self, ledger: Ledger) -> Keeper:
         saving, engine = self.config.checkpoint, self.engine
@@ -174,16 +182,16 @@ class Run:
         if self.group.rank != 0:
             return Ledger([], Silent())
         self.folder.describe(self.config, self.facts, self.group.size)
-        log, train = self.config.log, self.config.train
+        log = self.config.log
         table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
         sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         if not self.options.quiet:
-            rows = plan_rows(self.config, self.task, self.engine, step, digest(self.facts))
+            rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")
-        show: Reporter = Progress(train.steps, step, log.every, self.options.quiet)
-        return Ledger(sinks, show, train.micro_batches * train.rows * self.task.row_tokens)
+        show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet)
+        return Ledger(sinks, show, lambda steps: self.sampler.samples(steps) * self.task.row_tokens)
 
     def _report(self, step: int, ledger: Ledger) -> int:
         """The last words: curve, DONE, and the hash of the weights as the last line."""

@@ -16,8 +16,8 @@ from mlm_mpi.train.task import Task
 
 # keys that may differ on resume without another run being meant
 _FREE = (
-    "backend.", "checkpoint.", "comm.", "data.dir", "data.prefetch", "eval.", "log.", "numerics.", "train.recompute",
-    "train.schedule",
+    "backend.", "checkpoint.", "comm.", "data.dir", "data.mixture", "data.prefetch", "eval.", "log.", "numerics.",
+    "train.recompute", "train.schedule",
 )  # fmt: skip
 
 

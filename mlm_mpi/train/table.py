@@ -2,20 +2,27 @@
 
 from mlm_mpi.backend import registry
 from mlm_mpi.config import Config
+from mlm_mpi.data.mixture import Mixture
+from mlm_mpi.data.sampler import Sampler
+from mlm_mpi.data.warmup import Ramp
+from mlm_mpi.train import Train
 from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.memory import bytes_held
 from mlm_mpi.train.task import Task
 
 
-def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint: str) -> list[tuple[str, str]]:
+def plan_rows(
+    config: Config, task: Task, sampler: Sampler, engine: Engine, step: int, fingerprint: str
+) -> list[tuple[str, str]]:
     """(name, text) of each line; `step`: so many are done."""
     train, machine = config.train, engine.machine
     ranks, costs, held = machine.mesh.size("dp"), machine.reduction.costs(), bytes_held(engine)
     parts = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in held.items())
     steps = f"steps {step + 1} to {train.steps}" if step < train.steps else f"all {train.steps} steps are made"
     samples = train.micro_batches * train.rows
-    tokens = task.tokens("train")
-    epochs = train.steps * samples / len(task.samples("train"))
+    mixture, drawn = sampler.mixture, sampler.samples(train.steps)
+    epochs = drawn / sum(mixture.windows)
+    read = f"{epochs:.1f} epochs of" if len(mixture.windows) == 1 else f"{drawn * task.row_tokens:,} tokens out of"
     reduction = f"{config.comm.reduction}, overlap {'on' if config.comm.overlap else 'off'}"
     if machine.place.on_gpu and config.comm.reduction != "nccl":
         reduction += f", {machine.reduction.transport.name}"
@@ -30,7 +37,9 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
         ("model", f"{task.model}: {size}"),
         ("step", f"{samples * task.row_tokens:,} tokens: {shape}"),
-        ("run", f"{steps}, {epochs:.1f} epochs of {tokens:,} tokens"),
+        ("run", f"{steps}, {read} {task.tokens('train'):,} tokens"),
+        *_mixture(mixture, drawn),
+        *_warmups(train, task.row_tokens),
         ("lanes", f"{train.lanes} over {ranks} rank{'s' * (ranks > 1)}, balance {machine.assignment.balance:.0%}"),
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
@@ -38,3 +47,24 @@ def plan_rows(config: Config, task: Task, engine: Engine, step: int, fingerprint
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
+
+
+def _mixture(mixture: Mixture, drawn: int) -> list[tuple[str, str]]:
+    """A line for each corpus where there are several; `drawn`: samples of the whole run."""
+    if len(mixture.windows) == 1:
+        return []
+    parts = zip(mixture.names, mixture.weights, mixture.counts(drawn), mixture.windows, strict=True)
+    return [
+        ("mixture", f"{weight / mixture.whole:.1%} {name}, {count / windows:.1f} epochs of its {windows:,} windows")
+        for name, weight, count, windows in parts
+    ]
+
+
+def _warmups(train: Train, context: int) -> list[tuple[str, str]]:
+    ramps = (("rows", train.rows_ramp()), ("context", train.context_ramp(context)))
+    return [("warm-up", f"{what} {_growth(ramp)}") for what, ramp in ramps if ramp.steps]
+
+
+def _growth(ramp: Ramp) -> str:
+    (_, first), *later = ramp.stages()
+    return ", ".join([str(first), *(f"{number} from step {step + 1}" for step, number in later)])

@@ -13,6 +13,7 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.config.rules import shares
 from mlm_mpi.data.catalog import Catalog
+from mlm_mpi.data.corpora import Corpora
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
 from mlm_mpi.layers.base import Sizes
@@ -48,9 +49,12 @@ class Trained:
     def step(self) -> int:
         return self.manifest.step
 
-    def task_over(self, catalog: Catalog) -> Task:
-        """The task it was trained for, over a corpus."""
-        config = replace(self.config, data=replace(self.config.data, dir=str(catalog.folder)))
+    def task_over(self, corpora: Corpora) -> Task:
+        """The task it was trained for, over its own corpora or another one."""
+        data = self.config.data
+        if len(corpora.catalogs) == 1:
+            data = replace(data, dir=corpora.names[0], mixture=(), weights=())
+        config = replace(self.config, data=data)
         made: Task = self.plugins.find("tasks", config.task.kind, "task.kind").build(config, self.plugins)
         return made
 
@@ -147,24 +151,28 @@ def _compare_settings(path: Path, trained: Trained, plugins: Plugins, say: Say) 
         say(f"note: the settings are those of {trained.checkpoint.name}, not of {path}: {', '.join(changes)}")
 
 
-def open_corpus(trained: Trained, data: str | None = None, say: Say = note) -> Catalog:
-    """The corpus that a model was trained on, or the one in `data`; another text is noted on stderr.
+def open_corpora(trained: Trained, data: str | None = None, say: Say = note) -> Corpora:
+    """The corpora that a model was trained on, or the one in `data`; another text is noted on stderr.
 
     Raises DataError, naming the model's corpus and how to get it back, if it is gone or has another tokenizer.
     """
     wanted = f"the model was trained on {origin(trained.manifest)}"
     try:
-        catalog = Catalog.open(trained.config.data.dir if data is None else data, "--data")
-        catalog.check_files()
+        own = trained.config.data
+        single = own.dir if data is None else data
+        several = data is None and bool(own.mixture)
+        corpora = Corpora.open(own) if several else Corpora((Catalog.open(single, "--data"),))
+        corpora.check_files()
     except DataError as error:
         if data is not None:
             raise
         raise DataError(f"{error}; {wanted}: make it again there, or give its folder by --data DIR") from None
-    if catalog.manifest.tokenizer.hash != trained.manifest.tokenizer:
+    names = " and ".join(corpora.names)
+    if corpora.catalogs[0].manifest.tokenizer.hash != trained.manifest.tokenizer:
         raise DataError(
-            f"{catalog.folder} has another tokenizer than the model; {wanted}: give its folder by --data DIR, or for "
+            f"{names} has another tokenizer than the model; {wanted}: give its folder by --data DIR, or for "
             f"another text prepare it with --tokenizer {trained.checkpoint / checkpoint.TOKENIZER_FILE}"
         )
-    if catalog.digest != trained.manifest.catalog:
-        say(f"note: the figures are of another text, corpus {catalog.digest[:12]} in {catalog.folder}; {wanted}")
-    return catalog
+    if corpora.digest != trained.manifest.catalog:
+        say(f"note: the figures are of another text, corpus {corpora.digest[:12]} in {names}; {wanted}")
+    return corpora

@@ -200,13 +200,15 @@ NOT_ZERO = [
     "model.layers", "model.width", "model.heads", "model.context", "train.steps", "train.micro_batches", "train.rows",
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
-    "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high",
+    "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
+    "train.first_context",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
     "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
     "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum", "model.logit_cap",
     "model.key_value_heads", "model.head_width", "model.window", "model.full_every", "model.rotary_skip",
+    "train.rows_warmup_steps", "train.context_warmup_steps",
 ]  # fmt: skip
 BELOW_ONE = ["model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"]
 
@@ -265,7 +267,7 @@ def test_every_default_is_its_own_type() -> None:
     for section in dataclasses.fields(c):
         for field in dataclasses.fields(getattr(c, section.name)):
             value = getattr(getattr(c, section.name), field.name)
-            assert type(value) in (int, float, bool, str)
+            assert type(value) in (int, float, bool, str, tuple)
 
 
 def test_a_key_of_another_kind_says_whose_it_is() -> None:

@@ -12,9 +12,11 @@ from whole import mask_of
 
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.loader import Loader
+from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.objectives import causal
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.stream import TokenStream
+from mlm_mpi.data.warmup import Ramp
 from mlm_mpi.errors import DataError
 
 T, B, M = 16, 4, 3
@@ -39,7 +41,7 @@ def everything(catalog, split):
 @pytest.fixture
 def loader(catalog):
     samples = causal.samples(TokenStream(catalog, "train"), T, training=True)
-    made = Loader(samples, Sampler(0, len(samples), M, B), prefetch=2)
+    made = Loader(samples, Sampler(0, mixture_of(samples), M, Ramp(B)), prefetch=2)
     yield made
     made.close()
 

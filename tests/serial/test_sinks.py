@@ -62,7 +62,7 @@ def test_a_project_that_the_service_does_not_take(name):
 
 def test_a_sink_that_breaks_is_one_alarm_and_the_others_go_on():
     sound, broken, show = Listed(), Listed(breaks=3), Heard()
-    ledger = Ledger([broken, sound], show, step_tokens=64)
+    ledger = Ledger([broken, sound], show, tokens=lambda steps: 64 * steps)
     for step in range(1, 6):
         ledger.record(step, DONE, 0.0, 2.25 if step == 5 else None)
     ledger.finish()

@@ -16,7 +16,8 @@ PATH = (
     "rng.py", "exact.py", "cut.py", "order.py", "params", "layers", "ops", "models", "optim", "rates", "schedules",
     "comm/tree.py", "comm/buckets.py", "comm/reductions", "backend/arrays.py", "backend/registry.py", "backend/sums.py",
     "backend/cpu", "data/batch.py", "data/sampler.py", "data/loader.py", "data/stream.py", "data/objectives",
-    "train/assignment.py", "train/build.py", "train/captured.py", "train/engine.py",
+    "data/documents.py", "data/mixture.py", "data/warmup.py",
+       "train/assignment.py", "train/build.py", "train/captured.py", "train/engine.py",
 )  # fmt: skip
 FUNCTIONS = {
     "sin", "cos", "tan", "tanh", "sinh", "cosh", "arctan", "arctan2", "exp", "exp2", "expm1", "log", "log2", "log10",
@@ -31,6 +32,11 @@ ALLOWED = {
     ("comm/reductions/canonical.py", "Canonical._combine", "sum"): "whole numbers",
     ("comm/reductions/canonical.py", "Canonical._owned_elements", "sum"): "whole numbers",
     ("data/objectives/causal.py", "Windows.batch", "mask.sum"): "whole numbers",
+    ("data/mixture.py", "Joined.__init__", "np.cumsum"): "whole numbers",
+    ("data/mixture.py", "Joined.__len__", "sum"): "whole numbers",
+    ("data/mixture.py", "Mixture.whole", "sum"): "whole numbers",
+    ("data/mixture.py", "_stacked", "sum"): "whole numbers",
+    ("data/warmup.py", "Ramp.before", "sum"): "whole numbers",
     ("models/gpt.py", "_elements", "sum"): "whole numbers",
     ("models/gpt.py", "flops", "**"): "whole numbers, for people",
     ("ops/crossentropy.py", "summed", "parts.sum"): "on a GPU, and no weight depends on a loss",

@@ -1,6 +1,7 @@
 """What is predicted from what: `task.objective` names the file.
 
-A file has `samples(stream, context, training) -> Samples`.
+A file has `samples(stream, context, training) -> Samples`, and in HEEDS `train.context_warmup_steps` where rows of its
+batches may be cut into shorter ones (warmup.py).
 """
 
 from collections.abc import Sequence

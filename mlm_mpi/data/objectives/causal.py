@@ -9,6 +9,8 @@ from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.errors import DataError
 
+HEEDS = ("train.context_warmup_steps",)  # a window cut in two is two windows
+
 
 def windows_of(tokens: int, context: int) -> int:
     """Whole windows of T+1 tokens in a stream."""

@@ -1,0 +1,59 @@
+"""Where documents begin in a row, against a transcription that walks; models that read it not refuse the setting."""
+
+import numpy as np
+import pytest
+from streams import Tokens
+
+from mlm_mpi import config
+from mlm_mpi.data.documents import Documents, starts_of
+from mlm_mpi.data.objectives import causal
+from mlm_mpi.errors import ConfigError
+from mlm_mpi.plug import Plugins
+
+END = 7
+
+
+def walked(ids):
+    rows = []
+    for row in ids:
+        start, starts = 0, []
+        for position, token in enumerate(row):
+            starts.append(start)
+            if token == END:
+                start = position + 1
+        rows.append(starts)
+    return rows
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 40)])
+@pytest.mark.parametrize("vocabulary", [8, 9, 40])
+def test_starts(shape, vocabulary):
+    draw = np.random.default_rng(vocabulary)
+    for _ in range(10):
+        ids = draw.integers(6, vocabulary, shape).astype(np.int32)
+        starts = starts_of(ids, END)
+        assert starts.dtype == np.int32 and starts.tolist() == walked(ids)
+        assert (np.diff(starts, axis=1) >= 0).all() and (starts <= np.arange(shape[1])).all()
+
+
+def test_a_batch_has_them_beside_its_ids_and_every_target_counts():
+    plain = causal.samples(Tokens(100, vocabulary=9), 12, False)
+    samples = Documents(plain, END)
+    batch, other = samples.batch([2, 8], 1, 3, rows=3), plain.batch([2, 8], 1, 3, rows=3)
+    assert list(batch.inputs) == ["ids", "starts"] and len(samples) == len(plain)
+    assert batch.inputs["starts"].tolist() == walked(other.inputs["ids"])
+    assert batch.inputs["starts"].max() > 0
+    assert batch.count == other.count == 12 + 3
+    assert all(np.array_equal(batch.targets[name], other.targets[name]) for name in other.targets)
+
+
+def test_a_model_that_does_not_read_them_refuses(tmp_path):
+    (tmp_path / "models").mkdir()
+    text = "from mlm_mpi.models.gpt import Settings, build\nHEEDS = {}\n"
+    (tmp_path / "models/deaf.py").write_text(text.format("()"))
+    (tmp_path / "models/mine.py").write_text(text.format("('data.documents',)"))
+    wanted = ["data.documents=separate", "model.kind=deaf"]
+    with pytest.raises(ConfigError, match=r'model\.kind = "deaf" does not heed data\.documents: take') as caught:
+        config.load(None, wanted, Plugins(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert config.load(None, [wanted[0], "model.kind=mine"], Plugins(tmp_path)).data.documents == "separate"
