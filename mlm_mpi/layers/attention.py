@@ -66,15 +66,16 @@ class SelfAttention:
             k, v = ctx.cache.extend(self.name, k, v)
         draw = self.drop.draw(ctx)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
-        o, lse = attention.forward(q, k, v, draw=draw, share=share)  # (B, T, H, D)
+        starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
+        o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
         y, s_project = self.project.join(o.reshape(x.shape), residual, ctx)
-        return y, (x, qkv, o, lse, draw, share, s_project)
+        return y, (x, qkv, o, lse, draw, share, starts, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        x, qkv, o, lse, draw, share, s_project = saved
+        x, qkv, o, lse, draw, share, starts, s_project = saved
         do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
         q, k, v = self._split(qkv)
         dqkv = module_of(dy).empty_like(qkv)
         dq, dk, dv = self._split(dqkv)
-        attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw, share=share)
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, draw=draw, share=share, starts=starts)
         return self.qkv.backward(dqkv, x, ctx)

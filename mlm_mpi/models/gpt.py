@@ -17,6 +17,8 @@ from mlm_mpi.layers.embedding import Embedding
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import LayerNorm
 
+HEEDS = ("data.documents",)  # attention sees the starts of documents
+
 
 @dataclass(frozen=True)
 class Settings:

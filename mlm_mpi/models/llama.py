@@ -28,6 +28,8 @@ from mlm_mpi.params.store import Parameter
 
 _GATE_UNIT = 64  # a width of 8/3 · C is rounded up to a multiple of it: four vectors of 16, and 8 shares of 8
 
+HEEDS = ("data.documents",)  # attention sees the starts of documents
+
 
 @dataclass(frozen=True)
 class Settings:
