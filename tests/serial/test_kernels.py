@@ -214,6 +214,53 @@ def _attention_backward(
     return make
 
 
+def _grouped(t: int, s: int, d: int, groups: int = 2, each: int = 3) -> tuple[np.ndarray, ...]:
+    """do (B, T, H, D); q (B, G, g, T, D), k and v (B, G, S, D), seen in one array (B, S, G, g + 2, D)."""
+    fused = _f(2, s, groups, each + 2, d).transpose(0, 2, 3, 1, 4)
+    return _f(2, t, groups * each, d), fused[:, :, :each, s - t :], fused[:, :, each], fused[:, :, each + 1]
+
+
+def _windows(positions: range, share: int) -> np.ndarray:
+    """First keys of a window, the same for every row of the batch."""
+    return np.array([[max(0, p - share) for p in positions]], "i4")
+
+
+def _documents(positions: range, share: int) -> np.ndarray:
+    """First keys of a window and of documents of random lengths, about one in a share."""
+    begins = np.where(RANDOM.random((2, len(positions))) < 1 / share, np.array(positions), 0)
+    return np.maximum(np.maximum.accumulate(begins, axis=1), _windows(positions, 2 * share)).astype("i4")
+
+
+First = Callable[[range, int], np.ndarray]  # positions of queries, those of a share -> first keys
+
+
+def _attention_of_groups(
+    causal: bool, draw: Draw | None, past: int, first: First, share: Share = _whole,
+    positions: tuple[int, int] | None = None,
+) -> Callable[[tuple[int, int]], Case]:  # fmt: skip
+    def make(size: tuple[int, int]) -> Case:
+        t, d = size
+        _, q, k, v = _grouped(t, t + past, d)
+        query = past if positions is None else positions[0]
+        return (q, k, v, causal, draw, None, share(t), positions, first(range(query, query + t), _third(t))), ()
+
+    return make
+
+
+def _attention_backward_of_groups(
+    causal: bool, draw: Draw | None, first: First, share: Share = _whole, each: int = 3
+) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        t, d = size
+        rest = (causal, draw, None, share(t), None, first(range(t), _third(t)))
+        do, q, k, v = _grouped(t, t, d, each=each)
+        o, lse = (a.astype("f4") for a in attention.forward.__wrapped__(*(x.astype("f8") for x in (q, k, v)), *rest))
+        _, *out = (np.full_like(x, NAN) for x in _grouped(t, t, d, each=each))
+        return (do, q, k, v, o, lse, *out, *rest), (6, 7, 8)
+
+    return make
+
+
 def _partial(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """What `attention.partial` returns; the first query has seen no key."""
     (t, d), heads = size, 2
@@ -344,16 +391,25 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     "attention.forward": (
         [_attention(c, d, p) for c in (True, False) for d in (None, _draw()) for p in (0, 5)]
         + [_attention(c, d, p, _third) for c in (True, False) for d, p in ((None, 0), (_draw(), 5))]
-        + [_attention(True, _draw()._replace(start=7, strides=(9999, 3333, 500, 1)), 2, lambda t: 6, (9, 4))],
+        + [_attention(True, _draw()._replace(start=7, strides=(9999, 3333, 500, 1)), 2, lambda t: 6, (9, 4))]
+        + [_attention_of_groups(True, _draw(), 5, _documents, _third), _attention_of_groups(False, None, 0, _windows)]
+        + [_attention_of_groups(True, None, 2, _documents, lambda t: 6, (9, 4))],
         64,
     ),
-    "attention.partial": ([_attention(c, d, 5, _third, (6, 4)) for c in (True, False) for d in (None, _draw())], 64),
+    "attention.partial": (
+        [_attention(c, d, 5, _third, (6, 4)) for c in (True, False) for d in (None, _draw())]
+        + [_attention_of_groups(True, _draw(), 5, _windows, _third, (6, 4))],
+        64,
+    ),
     "attention.merge": ([_merge], 8),
     "attention.finish": ([_finish], 4),
     "attention.backward": (
         [_attention_backward(c, d) for c in (True, False) for d in (None, _draw())]
         + [_attention_backward(c, d, _third) for c in (True, False) for d in (None, _draw())]
-        + [_attention_backward(True, None, lambda t: 6, (2, 4))],
+        + [_attention_backward(True, None, lambda t: 6, (2, 4))]
+        + [_attention_backward_of_groups(True, _draw(), _documents, _third)]
+        + [_attention_backward_of_groups(False, None, _documents, each=1)]
+        + [_attention_backward_of_groups(True, None, _windows, lambda t: 6)],
         64,
     ),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
@@ -1041,21 +1097,27 @@ def test_strides_that_do_not_fit_are_refused(level: registry.Choice) -> None:
 class _Ring:
     """Attention computed for every pair of shares by itself and merged in the declared order."""
 
-    def __init__(self, arrays: tuple[np.ndarray, ...], past: int, share: int, causal: bool, draw: Draw | None) -> None:
+    def __init__(
+        self, arrays: tuple[np.ndarray, ...], past: int, share: int, causal: bool, draw: Draw | None,
+        starts: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.do, self.q, self.k, self.v = arrays
-        self.past, self.share, self.causal, self.draw = past, share, causal, draw
+        self.past, self.share, self.causal, self.draw, self.starts = past, share, causal, draw, starts
         total = self.k.shape[2]
         borders = [*range(0, total, share), total]
         self.keys = list(itertools.pairwise(borders))
         self.queries = [(max(a, past) - past, b - past) for a, b in self.keys if b > past]  # rows, of positions past …
 
-    def _pair(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Draw | None, tuple[int, int]]:
-        (i, _), (j, _) = queries, keys
-        shape = (*self.q.shape[:3], self.k.shape[2])
-        return self.draw and self.draw.cut(shape, (0, 0, i, j)), (self.past + i, j)
+    def _pair(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Any, ...]:
+        """What the call for a pair is told: draw, positions, first keys."""
+        (i, stop), (j, _) = queries, keys
+        shape = (self.do.shape[0], self.do.shape[2], self.do.shape[1], self.k.shape[2])
+        starts = None if self.starts is None else np.ascontiguousarray(self.starts[:, i:stop])
+        return self.draw and self.draw.cut(shape, (0, 0, i, j)), (self.past + i, j), starts
 
     def _sees(self, queries: tuple[int, int], keys: tuple[int, int]) -> bool:
-        return not self.causal or keys[0] < self.past + queries[1]
+        before = self.starts is not None and self.starts[:, queries[0]].min() >= keys[1]
+        return not before and (not self.causal or keys[0] < self.past + queries[1])
 
     def forward(self) -> tuple[np.ndarray, np.ndarray]:
         outs = []
@@ -1063,9 +1125,9 @@ class _Ring:
             state: Any = None
             for keys in self.keys:
                 if self._sees(queries, keys):
-                    draw, positions = self._pair(queries, keys)
-                    q, k, v = self.q[:, :, slice(*queries)], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
-                    part = attention.partial(q, k, v, self.causal, draw, None, self.share, positions)
+                    draw, *where = self._pair(queries, keys)
+                    q, k, v = self.q[..., slice(*queries), :], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
+                    part = attention.partial(q, k, v, self.causal, draw, None, self.share, *where)
                     if state is None:
                         state = part
                     else:
@@ -1081,16 +1143,16 @@ class _Ring:
             for keys in self.keys:
                 if not self._sees(queries, keys):
                     continue
-                draw, positions = self._pair(queries, keys)
-                q, k, v = self.q[:, :, rows], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
+                draw, *where = self._pair(queries, keys)
+                q, k, v = self.q[..., rows, :], self.k[:, :, slice(*keys)], self.v[:, :, slice(*keys)]
                 parts = [_nan(*x.shape) for x in (q, k, v)]
                 attention.backward(
                     self.do[:, rows], q, k, v, o[:, rows], np.ascontiguousarray(lse[:, :, rows]), *parts,
-                    self.causal, draw, None, 0, positions,
+                    self.causal, draw, None, 0, *where,
                 )  # fmt: skip
                 for name, to, part in zip("qkv", sums, parts, strict=True):
                     span = queries if name == "q" else keys
-                    to = to[:, :, slice(*span)]
+                    to = to[..., slice(*span), :]
                     to[...] = to + part if (name, span) in begun else part
                     begun.add((name, span))
         return tuple(sums)
@@ -1120,6 +1182,81 @@ def test_a_ring_over_shares_of_positions_has_the_bits_of_the_whole(ring, causal,
     pairs = _Ring((do, q, k, v), s - t, share, causal, draw)
     assert all(same_bits(a, b) for a, b in zip(pairs.forward(), (o, lse), strict=True))
     assert all(same_bits(a, b) for a, b in zip(pairs.backward(o, lse), gradients, strict=True))
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("first", [_windows, _documents])
+def test_a_ring_of_groups_that_see_some_keys_has_the_bits_of_the_whole(ring, first, level) -> None:  # type: ignore[no-untyped-def]
+    t, s, d, share = ring
+    arrays, draw = _grouped(t, s, d), _draw()
+    do, q, k, v = arrays
+    starts = first(range(s - t, s), share)
+    rest = (True, draw, None, share, None, starts)
+    o, lse = attention.forward(q, k, v, *rest)
+    gradients = [_nan(*x.shape) for x in (q, k, v)]
+    attention.backward(do, q, k, v, o, lse, *gradients, *rest)
+    pairs = _Ring(arrays, s - t, share, True, draw, starts)
+    assert all(same_bits(a, b) for a, b in zip(pairs.forward(), (o, lse), strict=True))
+    found = pairs.backward(o, lse)
+    seen = np.isfinite(found[1])  # keys that nobody sees are no pair's
+    assert np.isfinite(found[0]).all() and not gradients[1][~seen].any() and not gradients[2][~seen].any()
+    assert same_bits(found[0], gradients[0])
+    assert all(same_bits(a[seen], b[seen]) for a, b in zip(found[1:], gradients[1:], strict=True))
+    assert not level.fallen
+
+
+@pytest.mark.parametrize("share", [0, 100])
+def test_heads_of_a_group_have_the_bits_of_heads_with_keys_of_their_own(share: int, level: registry.Choice) -> None:
+    do, q, k, v = _grouped(300, 300, 24)
+    alone = q.reshape(2, 6, 300, 24)  # in memory of its own, and four dims
+    many = [np.repeat(x, 3, axis=1) for x in (k, v)]
+    starts, outs = _documents(range(300), 70), []
+    for inputs in ((q, k, v), (alone, k, v), (alone, *many)):
+        o, lse = attention.forward(*inputs, True, None, None, share, None, starts)
+        gradients = [_nan(*x.shape) for x in inputs]
+        attention.backward(do, *inputs, o, lse, *gradients, True, None, None, share, None, starts)
+        outs.append((o, lse, gradients[0].reshape(2, 6, 300, 24), *gradients[1:]))
+    assert all(same_bits(a, b) for a, b in zip(outs[0], outs[1], strict=True))
+    assert all(same_bits(a, b) for a, b in zip(outs[0][:3], outs[2][:3], strict=True))
+    for one, each in zip(outs[0][3:], outs[2][3:], strict=True):
+        assert np.allclose(one, each.reshape(2, 2, 3, 300, 24).sum(axis=2), rtol=1e-4, atol=1e-5)
+    assert not level.fallen
+
+
+def test_the_bits_of_a_query_depend_on_what_it_sees_alone(level: registry.Choice) -> None:
+    """Whatever other queries see, and whatever lies before: other numbers there change nothing."""
+    do, q, k, v = _grouped(600, 600, 16)
+    first = np.where(np.arange(600) < 290, 0, 290).astype("i4")[None]
+    for share in (0, 150):
+        results = []
+        for change in (False, True):
+            if change:
+                k[:, :, :290] *= 2
+            o, lse = attention.forward(q, k, v, True, None, None, share, None, first)
+            gradients = [_nan(*x.shape) for x in (q, k, v)]
+            attention.backward(do, q, k, v, o, lse, *gradients, True, None, None, share, None, first)
+            results.append([o[:, 290:], lse[..., 290:], *(x[..., 290:, :] for x in gradients)])
+        assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+        alone = attention.forward(q[..., 290:, :], k, v, True, None, None, share, (290, 0), first[:, 290:].copy())
+        assert share or all(np.array_equal(a, b) for a, b in zip(alone, results[0][:2], strict=True))
+    assert not level.fallen
+
+
+def test_queries_before_their_first_key_give_zeros(level: registry.Choice) -> None:
+    do, q, k, v = _grouped(200, 200, 16)
+    first = np.minimum(np.arange(200) // 40 * 40 + 7, 199).astype("i4")[None]
+    blind = first[0] > np.arange(200)
+    for share in (0, 50):
+        rest = (True, None, None, share, None, first)
+        o, lse = attention.forward(q, k, v, *rest)
+        dq, dk, dv = (_nan(*x.shape) for x in (q, k, v))
+        attention.backward(do, q, k, v, o, lse, dq, dk, dv, *rest)
+        assert (o[:, blind] == 0).all() and (lse[:, :, blind] == -np.inf).all() and not dq[..., blind, :].any()
+        assert all(np.isfinite(x).all() for x in (o, dq, dk, dv))
+        assert not dk[:, :, :7].any() and not dv[:, :, :7].any() and dv[:, :, 7].all()
+    for starts, reason in ((first[:, ::-1].copy(), "descend"), (first[0], "shapes"), (first.astype("i8"), "int64")):
+        assert reason in KERNELS.entries()["attention.forward"].contract(q, k, v, starts=starts)
     assert not level.fallen
 
 

@@ -359,6 +359,34 @@ def test_a_tensor_parallel_decoder_has_the_bits_of_the_uncut_one(uncut_decoder, 
     compare(CutDecoder(uncut_decoder[0], ranks), uncut_decoder)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_whole_groups_of_queries_may_be_cut(ranks):
+    """Attention of tensor-parallel ranks that have a fused buffer of some groups each: g queries, a key, a value."""
+    random, (batch, length, groups, each, width) = np.random.default_rng(0), (2, 96, 4, 3, 16)
+    fused = random.standard_normal((batch, length, groups, each + 2, width)).astype("f4")
+    do = random.standard_normal((batch, length, groups * each, width)).astype("f4")
+    draw = dropout.Draw(0.2, (1, 2), 3, 4)
+    starts = np.maximum(np.arange(length) - 40, np.arange(length) // 30 * 30).astype("i4")[None]
+
+    def run(first, stop):
+        """o, lse and the gradient of the buffer, of groups first … stop − 1."""
+        mine, rows = np.ascontiguousarray(fused[:, :, first:stop]), slice(first * each, stop * each)
+        heads, shape = (0, first * each, 0, 0), (batch, groups * each, length, length)
+        rest = (True, draw.cut(shape, heads), None, order.share_length(length), None, starts)
+        parts = [(x[:, :, :each], x[:, :, each], x[:, :, each + 1]) for x in views(mine, np.full_like(mine, np.nan))]
+        o, lse = attention.forward(*parts[0], *rest)
+        attention.backward(np.ascontiguousarray(do[:, :, rows]), *parts[0], o, lse, *parts[1], *rest)
+        return o, lse, parts[1][0].base
+
+    def views(*buffers):
+        return [x.transpose(0, 2, 3, 1, 4) for x in buffers]
+
+    whole, size = run(0, groups), groups // ranks
+    parts = zip(*(run(rank * size, (rank + 1) * size) for rank in range(ranks)), strict=True)
+    for wanted, found, axis in zip(whole, parts, (2, 1, 2), strict=True):
+        assert np.isfinite(wanted).all() and same_bits(np.concatenate(found, axis=axis), wanted)
+
+
 @pytest.mark.parametrize(
     "make", [lambda: LayerNorm("n", 48, 1e-5), lambda: RMSNorm("n", 48, 1e-5), lambda: Linear("l", 48, 40, 0.02)]
 )

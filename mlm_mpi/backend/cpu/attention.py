@@ -16,22 +16,45 @@ ONE_SHARE = 1 << 62  # positions in a share where nothing is cut
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("b", "h", "t")]
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("b", "g", "h", "t")]
 
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width", "query", "key", "share")),
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "heads", "queries", "keys", "width")),
+        *((name, ctypes.c_int64) for name in ("query", "key", "share")),
+        ("starts", ctypes.c_void_p),
+        ("starts_b", ctypes.c_int64),
         ("causal", ctypes.c_int),
     ]
+
+
+def _in_groups(x: Any, groups: int) -> Any:
+    """A view (B, G, heads of a group, rows, D) of (B, H, rows, D), or what it is already."""
+    return x if x.ndim == 5 else x.reshape(x.shape[0], groups, -1, *x.shape[2:])
 
 
 def _heads_first(x: Any) -> Any:
     return x.swapaxes(1, 2)  # (B, T, H, D) -> (B, H, T, D), a view
 
 
-def _matrices(*arrays: Any) -> list[_Matrix]:
-    return [_Matrix(x.ctypes.data, *(stride // 4 for stride in x.strides[:3])) for x in arrays]
+def _matrices(groups: int, *arrays: Any) -> list[_Matrix]:
+    views = [_in_groups(x, groups) for x in arrays]
+    return [_Matrix(x.ctypes.data, *(stride // 4 for stride in x.strides[:4])) for x in views]
+
+
+def _heads(q: Any) -> int:
+    return q.shape[1] if q.ndim == 4 else q.shape[1] * q.shape[2]
+
+
+def _fit_starts(starts: Any, batch: int, queries: int) -> str:
+    if starts is None:
+        return ""
+    if reason := dense(starts, dtype=np.int32):
+        return f"starts: {reason}"
+    if starts.shape not in ((batch, queries), (1, queries)) or (starts[:, 1:] < starts[:, :-1]).any():
+        return "starts: shapes differ, or they descend"
+    return ""
 
 
 def _fit_attention(
@@ -40,44 +63,52 @@ def _fit_attention(
 ) -> str:  # fmt: skip
     if lengths is not None:
         return "lengths"
-    if starts is not None:
-        return "first visible keys"
+    if isinstance(q, np.ndarray) and q.ndim not in (4, 5):
+        return "shapes differ"
     for x in (q, k, v, *others):
-        if not isinstance(x, np.ndarray) or x.ndim != 4:
+        if not isinstance(x, np.ndarray) or x.ndim not in (4, q.ndim):
             return "not in the CPU's memory"
         if x.dtype != np.float32:
             return str(x.dtype)
-        if (x.shape[3] > 1 and x.strides[3] != 4) or any(stride % 4 or stride < 0 for stride in x.strides):
+        if (x.shape[-1] > 1 and x.strides[-1] != 4) or any(stride % 4 or stride < 0 for stride in x.strides):
             return "not contiguous"
     if 0 in q.shape or 0 in k.shape:
         return "empty"
-    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+    groups = k.shape[1]
+    if k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[3]):
         return "shapes differ"
+    if q.shape[1] != groups if q.ndim == 5 else q.shape[1] % groups:
+        return "heads do not fall into groups"
     if min(share, *(positions or (0, 0))) < 0:
         return "negative positions"
-    last = positions is None and (causal or share)  # the queries are the last of the keys' positions
-    return "more queries than keys" if last and q.shape[2] > k.shape[2] else ""
+    last = positions is None and (causal or share or starts is not None)  # the queries are the last of the positions
+    if last and q.shape[-2] > k.shape[2]:
+        return "more queries than keys"
+    return _fit_starts(starts, q.shape[0], q.shape[-2])
 
 
 def _attention_arguments(
-    lib: Any, q: Any, k: Any, causal: bool, draw: Any, share: int, positions: Any
+    lib: Any, q: Any, k: Any, causal: bool, draw: Any, share: int, positions: Any, starts: Any
 ) -> tuple[_Shape, Any, float, Any]:
     # shape, draw, scale, work space
-    batch, heads, queries, width = q.shape
+    batch, groups, heads, queries, width = _in_groups(q, k.shape[1]).shape
     keys = k.shape[2]
     query, key = (max(0, keys - queries), 0) if positions is None else positions
-    shape = _Shape(batch, heads, queries, keys, width, query, key, share or ONE_SHARE, causal)
+    shape = _Shape(batch, groups, heads, queries, keys, width, query, key, share or ONE_SHARE)
+    shape.causal = causal
+    if starts is not None:
+        shape.starts, shape.starts_b = starts.ctypes.data, queries if len(starts) > 1 else 0
     drawn = None
     if draw is not None:
-        drawn = c_draw(draw, draw.start, draw.along((batch, heads, queries, keys))[:3])
+        drawn = c_draw(draw, draw.start, draw.along((batch, groups * heads, queries, keys))[:3])
     return shape, drawn, 1.0 / math.sqrt(width), np.empty(lib.attention_work(lib.pointer(shape)), np.float32)
 
 
 def _softmax(lib: Any, q: Any, k: Any, v: Any, arguments: tuple[_Shape, Any, float, Any], first: Any, sums: Any) -> Any:
     """o. Writes lse into `first`; with `sums`, maxima and sums, and o is not yet divided by these."""
-    (batch, heads, queries, width), (shape, drawn, scale, work) = q.shape, arguments
-    o = np.empty((batch, queries, heads, width), np.float32)
-    structures = (shape, drawn, *_matrices(q, k, v, _heads_first(o)))
+    shape, drawn, scale, work = arguments
+    o = np.empty((q.shape[0], q.shape[-2], _heads(q), q.shape[-1]), np.float32)
+    structures = (shape, drawn, *_matrices(k.shape[1], q, k, v, _heads_first(o)))
     lib.attention_forward(*map(lib.pointer, structures), scale, at(first), at(sums), at(work))
     return o
 
@@ -87,8 +118,10 @@ def _attention_forward(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
     share: int = 0, positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    lse = np.empty(q.shape[:3], np.float32)
-    return _softmax(lib, q, k, v, _attention_arguments(lib, q, k, causal, draw, share, positions), lse, None), lse
+    lse = np.empty((q.shape[0], _heads(q), q.shape[-2]), np.float32)
+    return _softmax(
+        lib, q, k, v, _attention_arguments(lib, q, k, causal, draw, share, positions, starts), lse, None
+    ), lse
 
 
 @KERNELS.kernel("attention.partial", _fit_attention)
@@ -96,8 +129,8 @@ def _attention_partial(
     lib: Any, q: Any, k: Any, v: Any, causal: bool = True, draw: Any = None, lengths: None = None,
     share: int = 0, positions: Any = None, starts: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    statistics = np.empty((2, *q.shape[:3]), np.float32)
-    arguments = _attention_arguments(lib, q, k, causal, draw, share, positions)
+    statistics = np.empty((2, q.shape[0], _heads(q), q.shape[-2]), np.float32)
+    arguments = _attention_arguments(lib, q, k, causal, draw, share, positions, starts)
     return _softmax(lib, q, k, v, arguments, statistics[0], statistics[1]), statistics
 
 
@@ -112,12 +145,12 @@ def _fit_partial(o: Any, statistics: Any, *others: Any) -> str:
 
 def _partial_shape(o: Any) -> _Shape:
     batch, queries, heads, width = o.shape
-    return _Shape(batch, heads, queries, 0, width)
+    return _Shape(batch, heads, 1, queries, 0, width)
 
 
 @KERNELS.kernel("attention.merge", _fit_partial)
 def _attention_merge(lib: Any, o: Any, statistics: Any, other_o: Any, other_statistics: Any) -> None:
-    shape, (mine, other) = _partial_shape(o), _matrices(_heads_first(o), _heads_first(other_o))
+    shape, (mine, other) = _partial_shape(o), _matrices(o.shape[2], _heads_first(o), _heads_first(other_o))
     lib.attention_merge(
         lib.pointer(shape), lib.pointer(mine), at(statistics[0]), at(statistics[1]),
         lib.pointer(other), at(other_statistics[0]), at(other_statistics[1]),
@@ -126,7 +159,8 @@ def _attention_merge(lib: Any, o: Any, statistics: Any, other_o: Any, other_stat
 
 @KERNELS.kernel("attention.finish", _fit_partial)
 def _attention_finish(lib: Any, o: Any, statistics: Any) -> tuple[Any, Any]:
-    shape, (matrix,), lse = _partial_shape(o), _matrices(_heads_first(o)), np.empty(statistics.shape[1:], np.float32)
+    shape, (matrix,) = _partial_shape(o), _matrices(o.shape[2], _heads_first(o))
+    lse = np.empty(statistics.shape[1:], np.float32)
     lib.attention_finish(lib.pointer(shape), lib.pointer(matrix), at(statistics[0]), at(statistics[1]), at(lse))
     return o, lse
 
@@ -139,9 +173,10 @@ def _fit_attention_backward(
     reason = _fit_attention(q, k, v, causal, draw, lengths, share, positions, starts, (do, o, dq, dk, dv)) or dense(lse)
     if reason:
         return reason
-    batch, heads, queries, width = q.shape
+    batch, heads, (queries, width) = q.shape[0], _heads(q), q.shape[-2:]
     rows = (batch, queries, heads, width)
-    return shaped(rows, do, o) or shaped(q.shape, dq) or shaped(k.shape, dk, dv) or shaped(q.shape[:3], lse)
+    lines = shaped(rows, do, o) or shaped((batch, heads, queries), lse)
+    return lines or shaped(q.shape, dq) or shaped(k.shape, dk, dv)
 
 
 @KERNELS.kernel("attention.backward", _fit_attention_backward)
@@ -150,6 +185,7 @@ def _attention_backward(
     causal: bool = True, draw: Any = None, lengths: None = None, share: int = 0, positions: Any = None,
     starts: Any = None,
 ) -> None:  # fmt: skip
-    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions)
-    structures = (shape, drawn, *_matrices(_heads_first(do), q, k, v, _heads_first(o), dq, dk, dv))
+    shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions, starts)
+    matrices = _matrices(k.shape[1], _heads_first(do), q, k, v, _heads_first(o), dq, dk, dv)
+    structures = (shape, drawn, *matrices)
     lib.attention_backward(*map(lib.pointer, structures), scale, at(lse), at(work))
