@@ -1,6 +1,6 @@
 """Quality after equal training: our weights and PyTorch's from equal starts on equal data, in bits per character.
 
-    python benchmarks/quality.py --peer torch                              # the tiny configuration, built-in text
+    python benchmarks/quality.py --peer torch                              # GPT-2, tiny, built-in text
     python benchmarks/quality.py --peer torch --config C --corpus DIR --steps 400 --ranks 2
 
 Ours is trained by the command line (`mlm-mpi run -n R -- train`) and judged by `mlm-mpi evaluate`. PyTorch
@@ -41,7 +41,7 @@ def curve(path: Path) -> list[float]:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--config", default=str(harness.HERE.parent / "jobs/configs/tiny.toml"))
+    parser.add_argument("--config", default=str(harness.HERE.parent / "jobs/configs/gpt2-tiny.toml"))
     parser.add_argument("--corpus", help="prepared corpus (default: `prepare --builtin` into a temporary folder)")
     parser.add_argument("--steps", type=int, help="instead of the configuration's")
     parser.add_argument("--ranks", type=int, default=2)
