@@ -11,6 +11,28 @@ constexpr int WIDTH = 16 / sizeof(ELEMENT);
 constexpr int MOST_SHARES = 64;
 constexpr float LOWEST = -3.402823466e38f;  // instead of -inf: a logit of -inf minus it is no NaN
 
+// The soft cap of the logits where there is one (CAP): cap tanh(z / cap), with a slope of 1 - (l / cap)^2 at l.
+struct Cap {
+    float cap, inverse;
+
+    __device__ __forceinline__ float of(float z) const {
+        if constexpr (!CAP) return z;
+        float x = z * inverse, size = fabsf(x), square = x * x;
+        float p = -5.70498872745e-3f;  // below 0.625: an odd polynomial (Cephes, S. Moshier)
+        p = p * square + 2.06390887954e-2f;
+        p = p * square - 5.37397155531e-2f;
+        p = p * square + 1.33314422036e-1f;
+        p = p * square - 3.33332819422e-1f;
+        float far = copysignf(1.0f - __fdividef(2.0f, __expf(2.0f * size) + 1.0f), x);
+        return cap * (size < 0.625f ? x + x * square * p : far);
+    }
+    __device__ __forceinline__ float slope(float l) const {
+        if constexpr (!CAP) return 1.0f;
+        float part = l * inverse;
+        return 1.0f - part * part;
+    }
+};
+
 // A row of any alignment: elements before the first 16-byte line, packs, elements behind the last pack
 struct Row {
     ELEMENT *at;
@@ -40,9 +62,11 @@ struct Row {
 
 // The largest logit so far, and the sum of exp(logit - largest)
 struct Online {
+    Cap cap;
     float largest = LOWEST, sum = 0.0f;
 
-    template <int N> __device__ __forceinline__ void take(const Pack<float, N> &x) {
+    template <int N> __device__ __forceinline__ void take(Pack<float, N> x) {
+        for (float &each : x.at) each = cap.of(each);
         float top = largest;
         for (float each : x.at) top = fmaxf(top, each);
         sum *= __expf(largest - top), largest = top;
@@ -50,7 +74,7 @@ struct Online {
     }
     __device__ __forceinline__ void over(const ELEMENT *part, int length) {
         int packs = length / WIDTH, left = packs * WIDTH + threadIdx.x;
-        if (left < length) take<1>({to_float(part[left])});
+        if (left < length) take(Pack<float, 1>{to_float(part[left])});
         if (reinterpret_cast<uint64_t>(part) % 16 == 0) {
             for (int p = threadIdx.x; p < packs; p += THREADS) take<WIDTH>(load<WIDTH>(part + p * WIDTH));
         } else {
@@ -65,11 +89,16 @@ struct Online {
 };
 
 struct Softmax {
+    Cap cap;
     float largest, scale;
 
     template <int N> __device__ __forceinline__ void take(ELEMENT *p) const {
         auto x = load<N>(p);
-        for (float &each : x.at) each = __expf(each - largest) * scale;
+        for (float &each : x.at) {
+            float l = cap.of(each);
+            each = __expf(l - largest) * scale;
+            if constexpr (CAP) each *= cap.slope(l);
+        }
         store(p, x);
     }
 };
@@ -87,10 +116,11 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// A masked row has loss 0 and gradient 0. A target that is no column makes the loss NaN and reads nothing.
+// A masked row has loss 0 and gradient 0. A target that is no column makes the loss NaN and reads nothing. `most`: the
+// cap, not 0, with CAP.
 extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentropy_rows(
     ELEMENT *logits, const int32_t *targets, const bool *mask, double *losses, int64_t stride, int columns,
-    int gradient, int shares) {
+    int gradient, int shares, float most) {
     __shared__ float tops[MOST_SHARES], sums[MOST_SHARES], waiting[TREE_LEVELS], total;
     Row row(logits + int64_t(blockIdx.x) * stride, columns);
     if (mask && !mask[blockIdx.x]) {
@@ -101,10 +131,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentro
     }
     int target = targets[blockIdx.x];
     bool known = unsigned(target) < unsigned(columns);
-    float wanted = known ? to_float(row.at[target]) : NAN_F;
+    Cap cap{most, 1.0f / most};
+    float wanted = known ? cap.of(to_float(row.at[target])) : NAN_F;
     float largest = LOWEST;
     for (int share = 0, length = columns / shares; share < shares; share++) {
-        Online online;
+        Online online{cap};
         online.over(row.at + share * length, length);
         float top = block_max(online.largest);
         float sum = group_sum<WARPS>(online.sum * __expf(online.largest - top));
@@ -120,10 +151,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1536 / THREADS) crossentro
     float sum = total;
     if (threadIdx.x == 0) losses[blockIdx.x] = double(logf(sum)) - (double(wanted) - double(largest));
     if (!gradient) return;
-    Softmax softmax{largest, 1.0f / sum};
+    Softmax softmax{cap, largest, 1.0f / sum};
     row.backwards(softmax);  // every thread has `wanted`: they have waited for each other
     __syncthreads();
     if (threadIdx.x == 0 && known) {
-        row.at[target] = from_float<ELEMENT>(__expf(wanted - largest) * softmax.scale - 1.0f);
+        float off = __expf(wanted - largest) * softmax.scale - 1.0f;
+        row.at[target] = from_float<ELEMENT>(CAP ? off * cap.slope(wanted) : off);
     }
 }

@@ -150,7 +150,7 @@ template <int COUNT> __device__ __forceinline__ Floats<COUNT> gelu(const Floats<
 // The result and all that goes into it besides the sums; rows of every matrix are `pitch` elements apart.
 struct Result {
     RESULT *out;
-    const ELEMENT *bias;
+    const ELEMENT *bias;   // nullptr: there is none
     const ELEMENT *other;  // the residual (RESIDUAL) or the input of the GELU (SLOPE)
     ELEMENT *pre;          // written by GELU
     int pitch, rows, columns, accumulate;
@@ -164,7 +164,7 @@ struct Result {
         for (int i = 0; i < N; i++) {
             int2 at = where(i);
             int valid = valid_at<COUNT>(at);
-            if constexpr (BIASED) added[i] = read_run<COUNT>(bias + at.y, valid);
+            if (BIASED && bias) added[i] = read_run<COUNT>(bias + at.y, valid);
             if constexpr (READS) old[i] = read_run<COUNT>(other + offset(at), valid);
             if (EPILOGUE == STORE && accumulate) old[i] = read_run<COUNT>(out + offset(at), valid);
         }

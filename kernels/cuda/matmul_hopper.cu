@@ -88,7 +88,7 @@ struct Consumer {
     __device__ __forceinline__ void prepare(const CUtensorMap *other, const bf16 *bias, int n, int2 origin) const {
         if constexpr (BIASED) {
             for (int i = thread; i < TILE_N; i += GROUP)
-                shared.bias[number][i] = origin.y + i < n ? bias[origin.y + i] : bf16{0};
+                shared.bias[number][i] = bias && origin.y + i < n ? bias[origin.y + i] : bf16{0};
         }
         if (READS && thread == 0) {
             tma_store_wait_read<0>();

@@ -111,6 +111,13 @@ def _turned(x: Any, cos: Any, sin: Any) -> None:
     a[...] = first
 
 
+def _copied(x: Any) -> Any:
+    # dense, at least float32
+    copy = module_of(x).empty(x.shape, wide(x[:0]).dtype)
+    copy[...] = x
+    return copy
+
+
 def _of_units(gain: Any, units: int) -> Any:
     # (U, D): the queries' for all units but the last, the key's
     return module_of(gain).concatenate([gain[:1]] * (units - 1) + [gain[1:]])
@@ -125,7 +132,7 @@ def forward(x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0.0) 
     that is bfloat16.
     """
     xp, dtype, inverse = module_of(x), x.dtype, None
-    y = xp.array(wide(x), order="C")
+    y = _copied(x)
     if gain is not None:
         inverse = 1.0 / xp.sqrt(xp.einsum("btgud,btgud->btgu", y, y) / x.shape[4] + epsilon)
         inverse = inverse.astype(y.dtype, copy=False)
@@ -147,8 +154,7 @@ def backward(
     tree, then shares are: whoever holds some of the groups has their shares' sums to the last bit.
     Shapes: dy, x and dx (B, T, G, U, D), views; the rest as in `forward`. ValueError where ranges are not equal.
     """
-    xp = module_of(dy)
-    g = xp.array(wide(dy), order="C")
+    g = _copied(dy)
     _turned(g, cos, -sin)
     if gain is not None:
         g = _normalised_backward(g, wide(x), wide(gain), inverse, dgain, accumulate, pieces, shares)

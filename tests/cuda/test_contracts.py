@@ -21,6 +21,18 @@ def vector(dtype="f4", size=8):
     return device(np.zeros(size, dtype))
 
 
+def gates():
+    return device(np.ones((6, 2, 8), "f4"))
+
+
+def heads():
+    return device(np.ones((2, 3, 2, 2, 8), "f4"))
+
+
+def turns():
+    return [device(np.ones((3, 2), "f4")) for _ in range(2)]
+
+
 # name -> arguments that fit
 FITTING = {
     "gelu.forward": lambda: [matrix()],
@@ -31,6 +43,17 @@ FITTING = {
     "layernorm.forward": lambda: [matrix(), vector(), vector(), 1e-5],
     "layernorm.backward": lambda: [
         matrix(), matrix(), vector(), device(np.ones((2, 6), "f4")), vector(), vector(), True, matrix(),
+    ],
+    "relu2.forward": lambda: [matrix()],
+    "relu2.backward": lambda: [matrix(), matrix(), matrix()],
+    "swiglu.forward": lambda: [gates()],
+    "swiglu.backward": lambda: [matrix(), gates(), gates()],
+    "rmsnorm.forward": lambda: [matrix(), vector(), 1e-5],
+    "rmsnorm.backward": lambda: [matrix(), matrix(), vector(), vector(size=6), vector(), True, matrix()],
+    "rotary.forward": lambda: [heads(), *turns(), device(np.ones((2, 8), "f4")), 1e-5],
+    "rotary.backward": lambda: [
+        heads(), heads(), *turns(), device(np.ones((2, 8), "f4")), device(np.ones((2, 3, 2, 2), "f4")),
+        device(np.ones((2, 8), "f4")), True, 3, 2, heads(),
     ],
     "crossentropy.rows": lambda: [matrix(), vector("i4", 6), vector("?", 6), True],
     "embedding.forward": lambda: [vector("i4", 6), matrix()],
@@ -86,7 +109,7 @@ def test_what_fits_is_taken(name):
 @pytest.mark.parametrize("name", FITTING)
 def test_what_does_not_fit_is_refused(name, change):
     contract = KERNELS.entries()[name].contract
-    alone = ("gelu.forward", "clip.squares", "embedding.forward")  # any shape fits
+    alone = ("gelu.forward", "relu2.forward", "clip.squares", "embedding.forward")  # any shape fits
     if change is other_shape and name in alone:
         return
     for i, inner in places(FITTING[name]()):
@@ -100,7 +123,7 @@ def test_what_does_not_fit_is_refused(name, change):
         assert contract(*arguments), f"argument {i}"
 
 
-@pytest.mark.parametrize("name", ["linear.bias_gradient", "layernorm.backward"])
+@pytest.mark.parametrize("name", ["linear.bias_gradient", "layernorm.backward", "rmsnorm.backward"])
 def test_rows_of_no_whole_pieces_are_refused(name):
     contract = KERNELS.entries()[name].contract
     assert contract(*FITTING[name](), pieces=3) == ""

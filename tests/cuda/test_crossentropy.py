@@ -36,6 +36,22 @@ def test_losses_and_gradients(gpu, dtype, shape, masked, place, rng):
     assert same_bits(losses, again), "the loss does not depend on `gradient`"
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5000)])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("place", [device, shifted])
+def test_capped_logits(gpu, dtype, shape, shares, place, rng):
+    logits, targets, mask = drawn(rng, shape, dtype)
+    shares = (7 if shape[1] == 7 else 8) if shares else 1
+    logits[0, :3] = np.inf, -np.inf, 1e-3
+    found, gradient = place(logits), logits.astype("f8")
+    losses = run(crossentropy.rows, found, device(targets), device(mask), True, shares, 4.0)
+    wanted = crossentropy.rows.__wrapped__(gradient, targets, mask, True, shares, 4.0)
+    assert_close(losses, wanted, "f4")
+    assert_close(found, gradient, dtype)
+    again = run(crossentropy.rows, place(logits), device(targets), device(mask), False, shares, 4.0)
+    assert same_bits(losses, again), "the loss does not depend on `gradient`"
+
+
 @pytest.mark.parametrize(("columns", "shares"), [(16, 2), (1000, 8), (1001, 7), (8200 * 2, 2)])
 @pytest.mark.parametrize("place", [device, shifted])
 def test_shares_of_the_vocabulary(gpu, dtype, columns, shares, place, rng):

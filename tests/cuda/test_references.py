@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from agreement import device
 
-from mlm_mpi.ops import crossentropy, dropout, embedding, gelu, layernorm, linear
+from mlm_mpi.ops import crossentropy, dropout, embedding, gelu, layernorm, linear, relu2, rmsnorm, rotary, swiglu
 from mlm_mpi.rng import key_of
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -20,7 +20,20 @@ def cases(rng):
     statistics = np.stack([x.mean(axis=1), 1 / x.std(axis=1)]).astype("f4")
     sums = [np.ones(40, "f4") for _ in range(2)]
     targets, mask = rng.integers(0, 40, 9), rng.random(9) < 0.5
+    inverse, x5, dy5 = (1 / np.sqrt((x**2).mean(axis=1))).astype("f4"), *rng.normal(size=(2, 2, 5, 2, 3, 8))
+    turns, weight, dweight = rotary.tables(np.arange(5), 6, 10.0), rng.normal(size=(2, 8)), np.ones((2, 8), "f4")
+    inverse5 = (1 / np.sqrt((x5**2).mean(axis=4))).astype("f4")
     return {
+        "relu2.forward": (relu2.forward, [x], ()),
+        "relu2.backward": (relu2.backward, [dy, x], ()),
+        "swiglu.forward": (swiglu.forward, [x.reshape(9, 2, 20)], ()),
+        "swiglu.backward": (swiglu.backward, [dy[:, :20], x.reshape(9, 2, 20)], ()),
+        "rmsnorm.forward": (rmsnorm.forward, [x, gain, 1e-5], ()),
+        "rmsnorm.backward": (rmsnorm.backward, [dy, x, gain, inverse, sums[0], True, add, 3], (4,)),
+        "rotary.forward": (rotary.forward, [x5, *turns, weight, 1e-5], ()),
+        "rotary.backward": (rotary.backward, [dy5, x5, *turns, weight, inverse5, dweight, True, 5, 2], (6,)),
+        "crossentropy.capped": (crossentropy.capped, [x, 2.0], ()),
+        "crossentropy.rows, capped": (crossentropy.rows, [x, targets, mask, True, 1, 2.0], (0,)),
         "gelu.forward": (gelu.forward, [x], ()),
         "gelu.backward": (gelu.backward, [dy, x], ()),
         "gelu.backward in place": (gelu.backward, [dy, x, np.zeros_like(x)], (2,)),

@@ -27,7 +27,8 @@ from mlm_mpi.backend.cpu import library
 from mlm_mpi.backend.cpu.matmul import ONE_ROW
 from mlm_mpi.backend.cpu.provider import KERNELS
 
-ARENA = (64 << 30) + (256 << 20)  # free in a process, and where bochs/rom.S maps it
+ARENA = (64 << 30) + (384 << 20)  # free in a process, and where bochs/rom.S maps it
+MOST_BYTES = (384 - 32) << 20  # of the calls, which bochs/bare.c reads to the memory before it
 ARENA_BYTES = 64 << 20
 POISON = 0xFF  # a NaN: what is read without having been written shows
 EXTREMES = {"finite": (-0.0, 1e-42, -3e-39, 1e30, -1e30), "not finite": (np.nan, np.inf, -np.inf)}
@@ -243,6 +244,8 @@ def main(folder: Path) -> None:
     (folder / "functions.h").write_text(functions())
     data = b"".join(calls)
     data = HEAD.pack(len(calls), HEAD.size + len(data)) + data
+    if len(data) > MOST_BYTES:
+        sys.exit(f"{len(data)} bytes of calls, of which an emulated PC takes {MOST_BYTES}: make cases smaller")
     (folder / "calls.bin").write_bytes(data + bytes(-len(data) % SECTOR))
     print(f"recorded at level {level}: {len(calls)} calls of {', '.join(sorted(recorder.seen))}")
 

@@ -130,7 +130,7 @@ def _rmsnorm_backward(
 
 def _heads(size: tuple[int, int], part: int, groups: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries and keys beside values in one array, cos and sin of a rotation of 1/part of a head."""
-    t, d = size[0], 2 * size[1]
+    t, d = min(size[0], 33), 2 * min(size[1], 70)
     half = max(1, d // part // 2)
     cos, sin = rotary.tables(np.arange(t), 2 * half, 100.0)
     return _f(2, t, groups, 4, d)[:, :, :, :3], cos, sin
@@ -152,7 +152,7 @@ def _rotary_backward(
         x, gain = _f(*dy.shape), _f(2, dy.shape[4])
         inverse = (1 / np.sqrt((x**2).mean(axis=4) + 0.1)).astype("f4")
         dgain, out = (_f if accumulate else _nan)(*gain.shape), None if fresh else _nan(*dy.shape)
-        pieces = cut(2 * size[0])
+        pieces = cut(2 * x.shape[1])
         return (dy, x, cos, sin, gain, inverse, dgain, accumulate, pieces, shares, out), (6,) if fresh else (6, 10)
 
     return make

@@ -12,6 +12,7 @@ from mlm_mpi.backend.registry import Table
 KERNELS = Table()
 
 THREADS = 256
+MOST_ROWS = 0xFFFF  # of a grid's y
 LEAVES = 16  # arrays that sums.tree adds: pointers among a kernel's arguments
 
 
@@ -34,6 +35,59 @@ def _gelu_forward(gpu: Any, x: Any) -> Any:
 def _gelu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
     dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
     _launch(gpu, "gelu_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
+    return dx
+
+
+# ---- relu2
+
+
+@KERNELS.kernel("relu2.forward", dense)
+def _relu2_forward(gpu: Any, x: Any) -> Any:
+    y = gpu.cupy.empty(x.shape, x.dtype)
+    _launch(gpu, "relu2_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
+    return y
+
+
+@KERNELS.kernel("relu2.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+def _relu2_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
+    _launch(gpu, "relu2_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
+    return dx
+
+
+# ---- swiglu
+
+
+def _fit_gates(x: Any, dy: Any = None, out: Any = None) -> str:
+    if why := dense(x, dy, out):
+        return why
+    if x.ndim != 3 or x.shape[1] != 2 or x.shape[2] >= 1 << 30:
+        return "no rows of gates and what they open"
+    return shaped((x.shape[0], x.shape[2]), dy) or shaped(x.shape, out)
+
+
+def _gated(gpu: Any, name: str, x: Any, *arrays: Any) -> None:
+    # `arrays`: the kernel's, x among them
+    rows, _, columns = x.shape
+    wide = width(*arrays, columns=columns)
+    threads = min(THREADS, -(-columns // (32 * wide)) * 32)
+    if x.size:
+        run = gpu.function("swiglu", name, ELEMENT=element(x), WIDTH=wide)
+        grid = -(-columns // (threads * wide)), min(rows, MOST_ROWS)
+        run(grid, (threads,), (*arrays, np.int64(rows), np.int32(columns)))
+
+
+@KERNELS.kernel("swiglu.forward", _fit_gates)
+def _swiglu_forward(gpu: Any, x: Any) -> Any:
+    y = gpu.cupy.empty((x.shape[0], x.shape[2]), x.dtype)
+    _gated(gpu, "swiglu_forward", x, x, y)
+    return y
+
+
+@KERNELS.kernel("swiglu.backward", lambda dy, x, out=None: _fit_gates(x, dy, out))
+def _swiglu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
+    dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
+    _gated(gpu, "swiglu_backward", x, dy, x, dx)
     return dx
 
 
@@ -110,7 +164,7 @@ def _fit_tree(leaves: Any, merges: Any, out: Any) -> str:
 
 
 @KERNELS.kernel("sums.tree", _fit_tree)
-def _sums_tree(gpu: Any, leaves: Any, merges: Any, out: Any) -> None:
+def sums_tree(gpu: Any, leaves: Any, merges: Any, out: Any) -> None:
     pointers = (*leaves, *[None] * (LEAVES - len(leaves)))
     order = ",".join(map(str, merges))
     _launch(gpu, "sums_tree", out.size, width(out, *leaves), (*pointers, out), COUNT=len(leaves), MERGES=order)

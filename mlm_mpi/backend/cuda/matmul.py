@@ -106,8 +106,6 @@ def _fits(product: Product) -> str:
         return "not matrices in the GPU's memory"
     if a.dtype != b.dtype or a.dtype.name not in ELEMENTS:
         return f"{a.dtype} and {b.dtype}"
-    if product.epilogue in ("RESIDUAL", "GELU") and product.bias is None:
-        return "no bias"
     if out is not None and out.dtype not in (a.dtype, np.float32):
         return f"{out.dtype} result"
     if 0 in (*a.shape, *b.shape):

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cuda.contracts import dense, element, on_device, shaped, width
+from mlm_mpi.backend.cuda.contracts import ELEMENTS, dense, element, on_device, shaped, width
+from mlm_mpi.backend.cuda.elementwise import LEAVES, sums_tree
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
@@ -171,12 +172,161 @@ def _layernorm_backward(
     return dx
 
 
+# ---- rmsnorm
+
+
+@KERNELS.kernel("rmsnorm.forward", lambda x, gain, epsilon: _fit_norm(x, (gain,)))
+def _rmsnorm_forward(gpu: Any, x: Any, gain: Any, epsilon: float) -> tuple[Any, Any]:
+    rows, columns = x.shape
+    y, inverse = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty(rows, np.float32)
+    defines = _layout(x, gain)
+    block = LANES * defines["WARPS"], defines["ROWS"]
+    arguments = (x, gain, np.float32(epsilon), y, inverse, np.int64(rows), np.int32(columns))
+    gpu.function("rmsnorm", "rmsnorm_forward", **defines)((max(1, -(-rows // block[1])),), block, arguments)
+    return y, inverse
+
+
+def _fit_rms_backward(
+    dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
+) -> str:
+    return (
+        _fit_norm(x, (gain,), dy, add) or dense(inverse, dgain, dtype=np.float32) or shaped(x.shape, dy, add)
+        or shaped(x.shape[1:], dgain) or shaped(x.shape[:1], inverse) or _fit_pieces(x.shape[0], pieces)
+    )  # fmt: skip
+
+
+@KERNELS.kernel("rmsnorm.backward", _fit_rms_backward)
+def _rmsnorm_backward(
+    gpu: Any, dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
+) -> Any:
+    rows, columns = x.shape
+    dx = gpu.cupy.empty(x.shape, x.dtype)
+    defines = _layout(x, gain, dy, add)
+    cut = _cut(rows, pieces, defines["ROWS"])
+    sums = gpu.cupy.empty((cut.blocks, columns), np.float32)
+    sizes = (np.int64(cut.rows), np.int64(cut.each), np.int32(cut.parts), np.int32(columns))
+    block = LANES * defines["WARPS"], defines["ROWS"]
+    arguments = (dy, x, gain, inverse, add, dx, sums, *sizes)
+    gpu.function("rmsnorm", "rmsnorm_backward", **defines)((cut.blocks,), block, arguments)
+    _add_parts(gpu, sums, cut, (dgain,), accumulate)
+    return dx
+
+
+# ---- rotary
+
+HEADS = np.dtype([(name, "u4") for name in ("heads", "length", "groups", "units", "width", "half")])  # of rotary.cu
+STRIDES = np.dtype((np.void, 32))
+HEAD_THREADS = 256
+MOST_SLOTS = 4  # of a thread, which keeps six numbers an element in the backward
+
+
+def _turning(cos: Any, *heads: Any) -> dict[str, int]:
+    """How rotary.cu is compiled for these heads (B, T, G, U, D): WIDTH elements at a time, LANES threads a head."""
+    size, half = heads[0].shape[4], cos.shape[1]
+    wide = 16 // heads[0].itemsize
+    places = [n for x in heads for n in (x.data.ptr, *x.strides[:4])]
+    if half % wide or size % wide or any(place % 16 for place in places) or cos.data.ptr % 16:
+        wide = 1
+    slots = (size - half) // wide
+    lanes = min(LANES, 1 << (slots - 1).bit_length())
+    return {"WIDTH": wide, "LANES": lanes, "SLOTS": -(-slots // lanes), "THREADS": HEAD_THREADS}
+
+
+def _fit_heads(cos: Any, sin: Any, gain: Any, inverse: Any, *heads: Any) -> str:
+    """`heads`: arrays (B, T, G, U, D) of one shape and dtype, whose last dim is contiguous; None is left out."""
+    present = [x for x in heads if x is not None]
+    for x in present:
+        if not on_device(x) or x.ndim != 5:
+            return "not heads in the GPU's memory"
+        if x.dtype != present[0].dtype or x.dtype.name not in ELEMENTS:
+            return str(x.dtype)
+        if x.size == 0 or x.size >= 1 << 31:
+            return "empty, or too many"
+        if (x.shape[4] > 1 and x.strides[4] != x.itemsize) or any(stride % x.itemsize for stride in x.strides):
+            return "not contiguous"
+    shape = present[0].shape
+    reason = dense(cos, sin, inverse, dtype=np.float32) or dense(gain) or shaped(shape, *present)
+    reason = reason or shaped((2, shape[4]), gain) or shaped(shape[:4], inverse)
+    reason = reason or shaped((shape[1], cos.shape[1]), cos, sin)
+    if reason or 2 * cos.shape[1] > shape[4]:
+        return reason or "a rotation of more than there is"
+    return "" if _turning(cos, *present)["SLOTS"] <= MOST_SLOTS else "heads too wide"
+
+
+def _strides(x: Any) -> Any:
+    return np.array([stride // x.itemsize for stride in x.strides[:4]], np.int64).view(STRIDES)
+
+
+def _turn(gpu: Any, x: Any, cos: Any, sin: Any, sign: int, gain: Any, epsilon: float, y: Any, inverse: Any) -> None:
+    defines = _turning(cos, x, y)
+    names = {
+        "ELEMENT": element(x),
+        "WEIGHT": "float" if gain is None else element(gain),
+        "NORMAL": int(gain is not None),
+    }
+    run = gpu.function("rotary", "rotary_forward", **defines, **names)
+    heads = x.size // x.shape[4]
+    shape = np.array([(heads, *x.shape[1:], cos.shape[1])], HEADS)
+    arguments = (x, _strides(x), cos, sin, np.float32(sign), gain, np.float32(epsilon), y, _strides(y), inverse, shape)
+    run((-(-heads // (HEAD_THREADS // defines["LANES"])),), (HEAD_THREADS,), arguments)
+
+
+@KERNELS.kernel(
+    "rotary.forward", lambda x, cos, sin, gain=None, epsilon=0.0: _fit_heads(cos, sin, gain, None, x)
+)  # fmt: skip
+def _rotary_forward(gpu: Any, x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0.0) -> tuple[Any, Any]:
+    y, inverse = gpu.cupy.empty(x.shape, x.dtype), None if gain is None else gpu.cupy.empty(x.shape[:4], np.float32)
+    _turn(gpu, x, cos, sin, 1, gain, epsilon, y, inverse)
+    return y, inverse
+
+
+def _fit_rotary_backward(
+    dy: Any, x: Any, cos: Any, sin: Any, gain: Any = None, inverse: Any = None, dgain: Any = None,
+    accumulate: bool = False, pieces: int = 1, shares: int = 1, out: Any = None,
+) -> str:  # fmt: skip
+    if gain is None:
+        return _fit_heads(cos, sin, None, None, dy, out)
+    reason = _fit_heads(cos, sin, gain, inverse, dy, x, out) or dense(dgain, dtype=np.float32)
+    reason = reason or shaped(gain.shape, dgain) or _fit_pieces(dy.shape[0] * dy.shape[1], pieces)
+    whole = 1 <= shares < LEAVES and dy.shape[2] % shares == 0 and dy.shape[3] > 1
+    return reason or ("" if whole else "groups are no whole shares")
+
+
+@KERNELS.kernel("rotary.backward", _fit_rotary_backward)
+def _rotary_backward(
+    gpu: Any, dy: Any, x: Any, cos: Any, sin: Any, gain: Any = None, inverse: Any = None, dgain: Any = None,
+    accumulate: bool = False, pieces: int = 1, shares: int = 1, out: Any = None,
+) -> Any:  # fmt: skip
+    dx = gpu.cupy.empty(dy.shape, dy.dtype) if out is None else out
+    if gain is None:
+        _turn(gpu, dy, cos, sin, -1, None, 0.0, dx, None)
+        return dx
+    batch, length, groups, _, size = dy.shape
+    cut = _cut(batch * length, pieces)
+    sums = gpu.cupy.empty((cut.blocks, shares * 2 * size), np.float32)
+    defines = {"ELEMENT": element(dy), "WEIGHT": element(gain), **_turning(cos, dy, x, dx)}
+    run = gpu.function("rotary_backward", "rotary_backward", **defines)
+    shape = np.array([(dy.size // size, *dy.shape[1:], cos.shape[1])], HEADS)
+    places = (dy, _strides(dy), x, _strides(x), cos, sin, gain, inverse, dx, _strides(dx))
+    sizes = map(np.int32, (cut.rows, cut.each, cut.parts, groups // shares))
+    run((cut.blocks, shares, 2), (HEAD_THREADS,), (*places, sums, shape, *sizes))
+    if shares == 1:
+        _add_parts(gpu, sums, cut, (dgain.reshape(-1),), accumulate)
+        return dx
+    joined = gpu.cupy.empty((shares, 2, size), np.float32)
+    _add_parts(gpu, sums, cut, (joined.reshape(-1),), False)
+    leaves, merges = list(joined), [(share + 1 & -(share + 1)).bit_length() - 1 for share in range(shares)]
+    merges[-1] = (shares - 1).bit_count()
+    if accumulate:  # the whole of the sum is added
+        leaves, merges = [dgain, *leaves], [0, *merges[:-1], merges[-1] + 1]
+    sums_tree(gpu, leaves, merges, dgain)
+    return dx
+
+
 # ---- crossentropy
 
 
 def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> str:
-    if cap:
-        return "a cap"
     if not on_device(logits):
         return "not in the GPU's memory"
     if logits.ndim != 2 or logits.size == 0 or logits.strides[1] != logits.itemsize:
@@ -199,9 +349,9 @@ def _crossentropy_rows(
     rows, columns = logits.shape
     losses = gpu.cupy.empty(rows, np.float64)
     warps = 4 if columns // shares <= SHORT_ROW else 16  # by what is summed, however long the row is
-    run = gpu.function("crossentropy", "crossentropy_rows", ELEMENT=element(logits), WARPS=warps)
+    run = gpu.function("crossentropy", "crossentropy_rows", CAP=int(cap != 0), ELEMENT=element(logits), WARPS=warps)
     stride = np.int64(logits.strides[0] // logits.itemsize)
-    sizes = (stride, *map(np.int32, (columns, gradient, shares)))
+    sizes = (stride, *map(np.int32, (columns, gradient, shares)), np.float32(cap))
     run((rows,), (LANES * warps,), (logits, targets, mask, losses, *sizes))
     return losses
 
