@@ -64,6 +64,8 @@ def test_the_corpus_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert findable(config.load(None, ["data.dir=a/../b"])).data.dir == f"{tmp_path}/a/../b"
     assert findable(config.load(None, ["data.dir=/c"])).data.dir == "/c"
+    mixed = config.load(None, ['data.mixture=["/c","d"]', "data.weights=[0.5,0.5]"])
+    assert findable(mixed).data.mixture == ("/c", f"{tmp_path}/d")
 
 
 def test_a_path_that_no_file_of_a_run_can_hold_is_refused(tmp_path, monkeypatch):

@@ -213,6 +213,15 @@ def test_a_folder_that_is_no_corpus(folders):
         opened(folders, "a", "nowhere")
 
 
+def test_a_key_of_an_array_is_printed_and_has_no_list_of_values():
+    from mlm_mpi.config import reference
+    from mlm_mpi.plug import Plugins
+
+    assert reference.completions("data.mixture=", "=", Plugins()) == {}
+    text = reference.explain("data.weights", Plugins())
+    assert text.startswith("data.weights = []\n") and "an array of numbers" in text
+
+
 def test_only_kinds_that_say_so_are_given_a_mixture(tmp_path):
     from mlm_mpi.plug import Plugins
 

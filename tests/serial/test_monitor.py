@@ -209,6 +209,14 @@ def test_the_loss_curve(tmp_path, monkeypatch):
     assert tokens.get_xlim()[1] == pytest.approx(2048 * losses.get_xlim()[1])
 
 
+def test_no_axis_of_tokens_where_steps_read_more_and_more(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, tokens in enumerate((512, 1024, 3072, 5120), 1):
+        log.write(step=step, tokens=tokens, loss=3.0 - step / 10)
+    losses = drawn(tmp_path / "metrics.jsonl", monkeypatch).axes[0]
+    assert losses.child_axes == [] and losses.get_title(loc="left") == "run, 5.12 k tokens"
+
+
 def test_a_loss_that_explodes_hides_nothing(tmp_path, monkeypatch):
     write_run(tmp_path / "metrics.jsonl", step90=1e25, step91=math.nan)
     losses = drawn(tmp_path / "metrics.jsonl", monkeypatch).axes[0]

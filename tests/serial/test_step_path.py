@@ -36,6 +36,7 @@ ALLOWED = {
     ("data/mixture.py", "Joined.__len__", "sum"): "whole numbers",
     ("data/mixture.py", "Mixture.whole", "sum"): "whole numbers",
     ("data/mixture.py", "_stacked", "sum"): "whole numbers",
+    ("data/sampler.py", "Sampler.__init__", "sum"): "whole numbers",
     ("data/warmup.py", "Ramp.before", "sum"): "whole numbers",
     ("models/gpt.py", "_elements", "sum"): "whole numbers",
     ("models/gpt.py", "flops", "**"): "whole numbers, for people",
