@@ -76,11 +76,12 @@ MISTAKES = {
     "string: write 300",
     "train bound.toml --run r": "bound.toml: train.rows = 0 must be at least 1",
     "train enum.toml --run r": 'enum.toml: train.dtype = "float16" must be "float32" or "float64"',
-    "train kind.toml --run r": "kind.toml: optim.name = \"adam\" is none of adamw, sgd; did you mean 'adamw'?",
+    "train kind.toml --run r": 'kind.toml: optim.name = "adam" is none of adamw, lion, muon, sgd; did you '
+    "mean 'adamw'?",
     "train key.toml --run r": "key.toml: unknown key train.stpes; did you mean 'steps'?",
     "train other.toml --run r": "other.toml: unknown key train.layers; did you mean model.layers?",
-    "train old.toml --run r": 'old.toml: unknown key optim.momentum of optim.name = "adamw"; "sgd" knows it: '
-    'take it out, or set optim.name = "sgd"',
+    "train old.toml --run r": 'old.toml: unknown key optim.momentum of optim.name = "adamw"; "muon" and "sgd" know it: '
+    'take it out, or set optim.name = "muon"',
     "train old/config.toml --run r": "(old/config.toml was written by mlm-mpi 0.0.9, this is ",
     "train section.toml --run r": "section.toml: unknown section [trian]; did you mean 'train'?",
     "train top.toml --run r": "top.toml: steps = 3 stands outside of all sections: write it below [train]",
@@ -98,7 +99,7 @@ MISTAKES = {
     TRAIN + "--set log.curve=0": "--set: log.curve = 0 must be true or false, not a whole number: write false",
     TRAIN + "--set optim.clip=high": '--set: optim.clip = "high" must be a number (not negative), not a string',
     TRAIN + "--set data.dir=7": "--set: data.dir = 7 must be a string, not a whole number: write '\"7\"'",
-    TRAIN + "--set optim.lr=1": "--set: unknown key optim.lr; known: beta1, beta2, clip, epsilon, final_fraction, ",
+    TRAIN + "--set optim.lr=1": "--set: unknown key optim.lr; known: average, beta1, beta2, clip, decay_fraction, ",
     TRAIN + "--set trian.steps=5": "--set: unknown section [trian]; did you mean 'train'?",
     TRAIN
     + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt, llama (a file of your own: --plugins DIR)',

@@ -66,7 +66,7 @@ def test_default_lanes_divide_the_micro_batches(micro_batches: int, lanes: int) 
     "override",
     [
         "train.steps=many", "train.steps=1.5", "train.steps=true", "optim.learning_rate=fast", "train.dtype=float16",
-        "comm.overlap=1", "comm.reduction=ring", "optim.name=lion", "model.kind=rnn", "data.dir=7", "log.every=[1]",
+        "comm.overlap=1", "comm.reduction=ring", "optim.name=lyon", "model.kind=rnn", "data.dir=7", "log.every=[1]",
     ],
 )  # fmt: skip
 def test_wrong_types_are_refused_by_name(override: str) -> None:
@@ -82,6 +82,7 @@ def test_wrong_types_are_refused_by_name(override: str) -> None:
         "eval.every=-1", "optim.clip=-1.0", "optim.weight_decay=-0.1", "optim.learning_rate=nan",
         "optim.learning_rate=inf", "comm.timeout_s=inf", "model.dropout=1.0",
         "model.dropout=-0.1", "optim.beta2=1", "optim.epsilon=0", "model.norm_epsilon=0", "optim.final_fraction=2",
+        "optim.decay_fraction=1.5", "optim.decay_fraction=-0.1", "optim.average=1",
         "comm.bucket_mib=0", "comm.timeout_s=-1", "optim.warmup_steps=1000", "train.seed=-1", "checkpoint.keep=0",
         "comm.timeout_s=1e10", "comm.bucket_mib=1e-12", "model.init_std=1e30", "numerics.threads=100000",
     ],
@@ -208,9 +209,12 @@ NOT_NEGATIVE = [
     "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
     "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum", "model.logit_cap",
     "model.key_value_heads", "model.head_width", "model.window", "model.full_every", "model.rotary_skip",
-    "train.rows_warmup_steps", "train.context_warmup_steps",
+    "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction",
+    "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
 ]  # fmt: skip
-BELOW_ONE = ["model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"]
+BELOW_ONE = [
+    "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",
+]  # fmt: skip
 
 
 def of(name: str) -> list[str]:
@@ -273,13 +277,18 @@ def test_every_default_is_its_own_type() -> None:
 def test_a_key_of_another_kind_says_whose_it_is() -> None:
     assert refused("optim.name=sgd", "optim.beta1=0.5") == (
         '--set: unknown key optim.beta1 of optim.name = "sgd"; '
-        '"adamw" knows it: take it out, or set optim.name = "adamw"'
+        '"adamw" and "lion" and "muon" know it: take it out, or set optim.name = "adamw"'
     )
-    assert refused("optim.momentum=0.5").endswith('"sgd" knows it: take it out, or set optim.name = "sgd"')
+    assert refused("optim.nesterov=true").endswith('"muon" knows it: take it out, or set optim.name = "muon"')
+    assert "optim.momentum = 1.0 must be in [0, 1)" in refused("optim.name=muon", "optim.momentum=1")
+    assert "optim.learning_rate = 0" in refused("optim.name=muon", "optim.learning_rate=0")
+    assert 'must be "polar-express" or "newton-schulz"' in refused("optim.name=muon", "optim.iteration=svd")
 
 
 def test_an_unknown_kind_names_the_nearest_one() -> None:
-    assert refused("optim.name=adam") == "--set: optim.name = \"adam\" is none of adamw, sgd; did you mean 'adamw'?"
+    assert refused("optim.name=adam") == (
+        "--set: optim.name = \"adam\" is none of adamw, lion, muon, sgd; did you mean 'adamw'?"
+    )
 
 
 def test_a_room_holds_kinds_only() -> None:

@@ -60,7 +60,7 @@ def test_one_key(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert 'where  name = "sgd"' in said(capsys, "optim.momentum")
     assert "where" not in said(capsys, "optim.clip"), "every kind has it"
-    assert "one of adamw, sgd" in " ".join(said(capsys, "optim.name").split())
+    assert "one of adamw, lion, muon, sgd" in " ".join(said(capsys, "optim.name").split())
     assert '"float32" or "float64"' in said(capsys, "train.dtype")
 
 
@@ -90,4 +90,4 @@ def test_the_users_own_kinds_are_explained_too(capsys: pytest.CaptureFixture[str
     assert '[optim]  name = "mine"' in text and "slope = (must be set)" in text
     text = said(capsys, "--plugins", str(tmp_path), "optim.slope")
     assert "bounds positive" in text and 'where  name = "mine"' in text
-    assert "adamw, mine, sgd" in said(capsys, "--plugins", str(tmp_path), "optim.name")
+    assert "adamw, lion, mine, muon, sgd" in said(capsys, "--plugins", str(tmp_path), "optim.name")
