@@ -15,6 +15,9 @@ CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 ARCH ?= sm_90a
 
+# tests of one process go to a worker for each core; programs start ranks of their own, which take the cores
+SHARED_OUT := -n auto --dist worksteal
+
 # the words by which `distclean` knows what `train` has made
 PREPARE := prepare --builtin --out $(CORPUS)
 TRAIN := train $(CONFIG) --run $(RUN) --set data.dir=$(CORPUS)
@@ -68,14 +71,16 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 	@$(BIN)/python tests/listed_weights.py README.md $(CORPUS) $(RUN)
 
 test: $(VENV)/.installed-test  ## the test suite: serial, whole programs, and inside mpiexec on 1, 2, 3, 4, 5, 7, 8 ranks
-	@$(BIN)/python -m pytest -q -m 'not slow' tests/serial tests/programs
+	@$(BIN)/python -m pytest -q -m 'not slow' $(SHARED_OUT) tests/serial
+	@$(BIN)/python -m pytest -q -m 'not slow' tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec on % ranks
 	@$(MPIEXEC) -n $* $(BIN)/python tests/parallel
 
 test-all: $(VENV)/.installed-test  ## also the slow tests
-	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q tests/serial tests/programs
+	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(SHARED_OUT) tests/serial
+	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
@@ -89,7 +94,7 @@ $(SANITIZED): $(wildcard kernels/cpu/*)
 test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 MLM_MPI_CPU_LIBRARY=$(SANITIZED) PYTHONMALLOC=malloc \
-	  $(BIN)/python -m pytest -q tests/serial/test_kernels.py
+	  $(BIN)/python -m pytest -q $(SHARED_OUT) tests/serial/test_kernels.py
 
 test-isa: $(VENV)/.installed-test  ## the kernels on AVX-512 and aarch64, emulated, and by clang: the same bits as on this CPU
 	@tests/isa/run $(BIN)/python
@@ -101,7 +106,7 @@ test-slurm: $(VENV)/.installed-test  ## the job script under a real Slurm on two
 test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100
 	@command -v g++ >/dev/null || { echo "test-cuda-cpu skipped: no g++, which runs the kernels on the CPU"; exit 0; }; mkdir -p build; \
 	$(BIN)/python -m pytest -q tests/cuda/test_nvrtc.py >build/nvrtc.log 2>&1 & compiled=$$!; \
-	$(BIN)/python -m pytest -q tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
+	$(BIN)/python -m pytest -q $(SHARED_OUT) tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
 	wait $$compiled || { cat build/nvrtc.log; exit 1; }; tail -1 build/nvrtc.log
 
 test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer, then AddressSanitizer, in the emulated kernels
