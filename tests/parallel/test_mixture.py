@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from streams import Tokens
 from tiny import VOCABULARY, tiny_config
@@ -45,6 +47,8 @@ def new_engine(config, group):
 
 
 def test_as_on_one_rank_and_resumed_there_within_a_stage(group):
+    if group.size not in (1, 3, 7):
+        pytest.skip("1, 3 and 7 ranks will do")
     config = tiny_config(*CONFIG)
     alone = new_engine(config, Group())
     expected = go_on(alone, config, 0, 4)
