@@ -20,9 +20,9 @@ def walked(ids, end=END):
     for row in ids:
         start, starts = 0, []
         for position, token in enumerate(row):
-            starts.append(start)
             if token == end:
-                start = position + 1
+                start = position
+            starts.append(start)
         rows.append(starts)
     return rows
 
