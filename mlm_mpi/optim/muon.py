@@ -193,7 +193,7 @@ class _Matrix:
     def scale(self) -> float:
         """√max(1, out/in): an update of a wider result may be larger for the same change of its elements."""
         rows = len(self.update)
-        return math.sqrt(max(1.0, self.update.size / rows**2))
+        return math.sqrt(max(1.0, self.update.size / (rows * rows)))
 
 
 class Muon:

@@ -105,7 +105,7 @@ MISTAKES = {
     + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt, llama (a file of your own: --plugins DIR)',
     TRAIN
     + "--set comm.reduction=nccl": 'comm.reduction = "nccl" needs backend.device = "gpu", not "cpu": set that, or ',
-    "sweep ok.toml --out s --over optim.lr=1,2": "unknown key optim.lr; known: beta1, beta2, clip, epsilon, ",
+    "sweep ok.toml --out s --over optim.lr=1,2": "unknown key optim.lr; known: average, beta1, beta2, clip, ",
     "sweep ok.toml --out s": "nothing to try: give --over section.key=value,value",
     "sweep ok.toml --out s --over train.seed=1,2 --eta 1": "--eta 1 must be at least 2",
     "sweep ok.toml --out s --over train.steps=1,2": "would compare runs of other lengths: leave it out",

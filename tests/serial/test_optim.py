@@ -195,10 +195,10 @@ def test_matrices_of_a_parameter_fill_it():
     whole = Parameter("w", Layout((6, 5, 2)), 1.0, matrices=(1, (3, 1, 1)))
     array = np.arange(60.0).reshape(6, 5, 2)
     pieces = whole.as_matrices(array)
-    assert [piece.shape for piece in pieces] == [(6, 6), (6, 2), (6, 2)]
+    assert [piece.shape for piece in pieces] == [(6, 3, 2), (6, 1, 2), (6, 1, 2)]
     assert all(np.shares_memory(piece, array) for piece in pieces)
-    assert np.array_equal(pieces[1], array[:, 3])
-    for wrong in ((1, (3, 1)), (2, (2,)), (1, ())):
+    assert np.array_equal(pieces[1], array[:, 3:4])
+    for wrong in ((1, (3, 1)), (2, (1,)), (1, ())):
         with pytest.raises(ValueError, match="do not fill the shape"):
             Parameter("w", Layout((6, 5, 2)), 1.0, matrices=wrong)
 
