@@ -236,6 +236,11 @@ class Muon:
     def state(self) -> dict[str, Any]:
         return {"moment1": self.moment1, "moment2": self.moment2}
 
+    @property
+    def work_bytes(self) -> int:
+        """What it holds beside its state."""
+        return int(self.updates.nbytes + self._work.nbytes + self._squares.nbytes)
+
     def momentum(self, number: int) -> float:
         """That of update `number` (from 1)."""
         o = self.optim

@@ -54,7 +54,9 @@ def bytes_held(engine: Engine) -> dict[str, int]:
         held["weights in bf16"] = store.working.nbytes
     if engine.second_sums:
         held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
-    held["optimiser"] = sum(buffer.nbytes for buffer in engine.machine.optimizer.state().values())
+    optimizer = engine.machine.optimizer
+    held["optimiser"] = sum(buffer.nbytes for buffer in optimizer.state().values())
+    held["optimiser"] += getattr(optimizer, "work_bytes", 0)  # beside its state, which not every kind needs
     if engine.machine.average is not None:
         held["average of weights"] = engine.machine.average.flat.nbytes
     return held
