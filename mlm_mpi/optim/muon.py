@@ -3,7 +3,9 @@
     M ← μ M + (1 − μ) g,   u = μ M + (1 − μ) g (Nesterov),   W ← (1 − η λ) W − η √max(1, out/in) · polar(u)
 
 polar(U S Vᵀ) = U Vᵀ: all directions move alike, however much the gradient prefers a few of them. Its iteration is a
-polynomial x ← a x + b x³ + c x⁵ of the singular values: five times that of Jordan, or the five best ones in turn.
+polynomial x ← a x + b x³ + c x⁵ of the singular values: five times that of Jordan, or the five best ones in turn. The
+scale is Jordan's, with which a learning rate serves other widths too; that of Liu et al., 0.2 √max(in, out), gives
+updates the size of AdamW's.
 
 A product of u with a polynomial of u uᵀ is all it needs, so it runs on the Gram matrix of u's smaller side and returns
 to u once, at its end: Q u, or u Q. Everything in between is symmetric and of that side, and of a symmetric product only
@@ -235,6 +237,11 @@ class Muon:
 
     def state(self) -> dict[str, Any]:
         return {"moment1": self.moment1, "moment2": self.moment2}
+
+    @property
+    def work_bytes(self) -> int:
+        """What it holds beside its state."""
+        return int(self.updates.nbytes + self._work.nbytes + self._squares.nbytes)
 
     def momentum(self, number: int) -> float:
         """That of update `number` (from 1)."""

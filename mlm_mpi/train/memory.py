@@ -19,7 +19,7 @@ _PART_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by 
 def check_memory(config: Config, task: Task, moments: int, place: Place, on_node: int = 1) -> None:
     """Refuses what cannot fit where the ranks of a node calculate: a lower bound, made before anything is built.
 
-    `moments`: flat buffers of the optimiser and of averages. `on_node`: ranks that share the node. Raises ConfigError.
+    `moments`: flat buffers of the optimiser. `on_node`: ranks that share the node. Raises ConfigError.
     """
     needed = least_bytes(config, task, moments)
     present, where, share = psutil.virtual_memory().total, f"this machine, with {on_node} rank(s),", on_node
@@ -37,7 +37,7 @@ def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
     """What a rank holds at least, in bytes: parameters with gradients and moments, one array of B·T·C a block, …"""
     size, rows = np.dtype(config.train.dtype).itemsize, config.train.rows
     least = task.least(rows)
-    copies = 2 + moments
+    copies = 2 + moments + (config.optim.average > 0)
     return {
         "parameters": copies * size * least.parameters + least.parts * _PART_BYTES,
         "activations": size * least.kept,
@@ -54,7 +54,9 @@ def bytes_held(engine: Engine) -> dict[str, int]:
         held["weights in bf16"] = store.working.nbytes
     if engine.second_sums:
         held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
-    held["optimiser"] = sum(buffer.nbytes for buffer in engine.machine.optimizer.state().values())
+    optimizer = engine.machine.optimizer
+    held["optimiser"] = sum(buffer.nbytes for buffer in optimizer.state().values())
+    held["optimiser"] += getattr(optimizer, "work_bytes", 0)  # beside its state, which not every kind needs
     if engine.machine.average is not None:
         held["average of weights"] = engine.machine.average.flat.nbytes
     return held

@@ -73,8 +73,7 @@ class Run:
             train = config.train
             self.sampler = Sampler(train.seed, mixture_of(self.samples), train.micro_batches, train.rows_ramp())
             optimizer = self.plugins.find("optim", config.optim.name, "optim.name")
-            held = getattr(optimizer, "MOMENTS", 0) + (config.optim.average > 0)
-            check_memory(config, self.task, held, self.place, on_node[1])
+            check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
             self.config = findable(config)
         check_same(self.plugins, self.group)
         self.mesh = Mesh(self.group)

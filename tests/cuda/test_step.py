@@ -12,8 +12,10 @@ from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
-from mlm_mpi.optim import adamw
+from mlm_mpi.optim import adamw, lion, muon
 from mlm_mpi.params.clip import clip_factor, norm
+from mlm_mpi.params.layout import Layout
+from mlm_mpi.params.store import FlatStore, Parameter
 
 VOCABULARY = 129
 HEAD = 64  # what the bf16 attention kernels are made for
@@ -72,6 +74,30 @@ def test_step_equals_numpy(gpu, products, dropout):
         assert max(errors.values()) < of_weights, errors
     assert not fallen
     assert all(by.startswith("CUDA kernel") for op, by in served.items() if op != "sgd"), served
+
+
+@pytest.mark.parametrize("kind", [lion, muon])
+def test_other_optimisers_equal_numpy(gpu, kind):
+    """In float64 on the CPU; Muon's products are those of our kernels."""
+    found = updated(kind, gpu_place(np.float32, "float32", 0), "f4")
+    assert not registry.fallbacks()
+    assert error(found, updated(kind, cpu("f8"), "f8")) < 1e-5
+
+
+def updated(kind, place, dtype):
+    """Weights after two updates: matrices of all sorts, one with a single row, and a vector."""
+    shapes = {"wide": (6, 20), "tall": (20, 6), "square": (33, 33), "row": (1, 9), "gain": (5,)}
+    parameters = [
+        Parameter(name, Layout(shape), 1.0, decay=True, matrices=(1, shape[1:]) if len(shape) == 2 else None)
+        for name, shape in shapes.items()
+    ]
+    store = FlatStore([parameters], Mesh(), dtype, place)
+    store.initialise(1)
+    optimizer = kind.build(kind.Settings(learning_rate=0.1), store, Mesh())
+    for number in (1, 2):
+        gradient = np.random.default_rng(number).standard_normal(store.size)
+        optimizer.step(place.put(gradient.astype(dtype)), 0.1, 0.5, number)
+    return to_host(store.data)
 
 
 def error(found, wanted):

@@ -169,6 +169,22 @@ def test_no_flipped_bit_of_the_configuration_changes_a_figure(place, home, strai
         assert flipped.err.count("\n") <= 1
 
 
+def test_an_average_of_weights_is_what_is_measured_and_generated_with(place, home, straight, say):
+    """Training goes on with the weights themselves, whose hash ends it."""
+    done, run = place.train("run", None, "optim.average=0.5"), place.folder / "run"
+    assert done.out.splitlines()[-1] == straight.out.splitlines()[-1], done.err
+    assert ", average of weights 0." in done.out
+    assert "held-out text is measured with the moving average of weights, decay 0.5" in done.out
+    (*_, (_, raw)), (*_, (_, averaged)) = home.losses("straight"), place.losses("run")
+    assert [loss for loss, _ in place.losses("run")] == [loss for loss, _ in home.losses("straight")]
+    numbers = json.loads(say("evaluate", run, "--json").out)
+    assert abs(numbers["loss"] - averaged) < 1e-6 < abs(averaged - raw) and numbers["weights"] == "average"
+    assert "; checkpoint of step 6, moving average of its weights\n" in say("evaluate", run).out
+    generated = say("generate", run, "--tokens", 5)
+    assert (generated.code, generated.err) == (0, "note: checkpoint of step 6, moving average of its weights\n")
+    place.train("run", None, "train.steps=7").refused("optim.average: 0.5 → 0.0")
+
+
 def test_a_model_outlives_its_corpus(place, home, straight, say):
     run = place.copy_of(home, "straight")
     words = ("generate", run, "--prompt", "abc ", "--tokens", 40)

@@ -750,6 +750,13 @@ def test_bf16_products_have_the_bits_of_the_instruction(shape, lay, scale, bf16)
     assert not bf16.fallen and "bf16 products in plain C" in registry.summary()
 
 
+def test_a_full_product_is_not_rounded_to_bf16(level, bf16) -> None:  # type: ignore[no-untyped-def]
+    a, b, full, rounded = _f(50, 70), _f(70, 30), _nan(50, 30), _nan(50, 30)
+    matmul.add(a, b, full, False, full=True)
+    matmul.add(a, b, rounded, False)
+    assert same_bits(full, _in_order(a, b, np.zeros_like(full), _chain_at(level))) and not same_bits(full, rounded)
+
+
 @pytest.mark.parametrize("case", [case for case in SHARED if case[1] < 2000 and case[2] * case[3] < 4000])
 def test_shares_of_bf16_products_have_the_bits_of_their_order(case, bf16) -> None:  # type: ignore[no-untyped-def]
     m, n, length, shares, segments, layout = case
