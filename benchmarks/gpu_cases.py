@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mlm_mpi.ops import attention, layernorm
+from mlm_mpi.ops import attention, layernorm, rmsnorm, rotary
 from mlm_mpi.ops.dropout import Draw
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 10}
@@ -159,6 +159,10 @@ def _products(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
         lambda bank: (bank.normal(n, c, dtype=dtype), weight(bank, c, f), bank.normal(f, dtype=dtype)), _returned,
         2 * item,
     )  # fmt: skip
+    yield case(
+        "up, squared ReLU", "linear.forward_relu2", (n, f, c),
+        lambda bank: (bank.normal(n, c, dtype=dtype), weight(bank, c, f)), _returned, 2 * item,
+    )  # fmt: skip
     yield forward("down + bias + residual", f, c, True)
     yield backward("dgrad qkv", 3 * c, c, False)
     yield backward("dgrad up", f, c, False)
@@ -214,6 +218,10 @@ def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
 
     yield Case(f"{n}x{f}", "gelu.forward", make(normal(n, f)), _returned, 0, 2 * item * n * f)
     yield Case(f"{n}x{f}", "gelu.backward", make(normal(n, f), normal(n, f)), _returned, 0, 3 * item * n * f)
+    yield Case(f"{n}x{f}", "relu2.forward", make(normal(n, f)), _returned, 0, 2 * item * n * f)
+    yield Case(f"{n}x{f}", "relu2.backward", make(normal(n, f), normal(n, f)), _returned, 0, 3 * item * n * f)
+    yield Case(f"{n}x2x{f}", "swiglu.forward", make(normal(n, 2, f)), _returned, 0, 3 * item * n * f)
+    yield Case(f"{n}x2x{f}", "swiglu.backward", make(normal(n, f), normal(n, 2, f)), _returned, 0, 5 * item * n * f)
     norm = normal(n, c), normal(c), normal(c), EPSILON
     yield Case(f"{n}x{c}", "layernorm.forward", make(*norm), _y_and_statistics, 0, 2 * item * n * c)
 
@@ -224,6 +232,15 @@ def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
         return bank.normal(n, c, dtype=dtype), x, gain, *rest
 
     yield Case(f"{n}x{c} + residual", "layernorm.backward", norm_backward, _dx_and(4, 5), 0, 4 * item * n * c)
+    yield Case(f"{n}x{c}", "rmsnorm.forward", make(*norm[:2], EPSILON), _returned, 0, 2 * item * n * c)
+
+    def rms_backward(bank: Bank) -> tuple[Any, ...]:
+        x, gain = (part(bank) for part in norm[:2])
+        rest = rmsnorm.forward(x, gain, EPSILON)[1], bank.normal(c), False, bank.normal(n, c, dtype=dtype)
+        return bank.normal(n, c, dtype=dtype), x, gain, *rest
+
+    yield Case(f"{n}x{c} + residual", "rmsnorm.backward", rms_backward, _dx_and(4), 0, 4 * item * n * c)
+    yield from _heads(s, dtype)
     yield Case(f"{n}x{f}", "linear.bias_gradient", make(normal(n, f), wide(f), False), _argument(1), 0, item * n * f)
     for r in s.head_rows:
         yield Case(
@@ -245,6 +262,33 @@ def _rows(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
         f"{rows}x{c} + residual", "dropout.forward", make(normal(rows, c), draw, normal(rows, c)), _returned, 0,
         3 * item * rows * c,
     )  # fmt: skip
+
+
+def _heads(s: Sizes, dtype: np.dtype) -> Iterator[Case]:
+    # groups of three queries and a key, of 64
+    length, width, item = s.rows // 8, 64, dtype.itemsize
+    groups = max(1, s.width // (3 * width))
+    elements = s.rows * groups * 4 * width
+
+    def heads(bank: Bank) -> Any:
+        return bank.normal(8, length, groups, 5, width, dtype=dtype)[:, :, :, :4]  # beside values
+
+    def turned(bank: Bank, normal: bool) -> tuple[Any, ...]:
+        tables = (bank.xp.asarray(table) for table in rotary.tables(np.arange(length), width, 10_000.0))
+        return heads(bank), *tables, *((bank.normal(2, width, dtype=dtype), EPSILON) if normal else ())
+
+    def backward(bank: Bank) -> tuple[Any, ...]:
+        x, *rest, epsilon = turned(bank, True)
+        inverse = rotary.forward(x, *rest, epsilon)[1]
+        return heads(bank), x, *rest, inverse, bank.normal(2, width), False, 8
+
+    def first(arguments: tuple[Any, ...], returned: Any) -> list[Any]:
+        return [returned[0]]
+
+    name, moved = f"8x{length}x{groups}x4x{width}", 2 * item * elements
+    yield Case(name, "rotary.forward", lambda bank: turned(bank, False), first, 0, moved)
+    yield Case(f"{name}, QK-norm", "rotary.forward", lambda bank: turned(bank, True), _returned, 0, moved)
+    yield Case(f"{name}, QK-norm", "rotary.backward", backward, _dx_and(6), 0, 1.5 * moved)
 
 
 def _y_and_statistics(arguments: tuple[Any, ...], returned: Any) -> list[Any]:

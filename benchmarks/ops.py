@@ -17,7 +17,20 @@ import numpy as np
 from harness import SIZES, Report
 
 from mlm_mpi.backend import choice, registry, sums
-from mlm_mpi.ops import attention, crossentropy, dropout, embedding, gelu, layernorm, linear, matmul
+from mlm_mpi.ops import (
+    attention,
+    crossentropy,
+    dropout,
+    embedding,
+    gelu,
+    layernorm,
+    linear,
+    matmul,
+    relu2,
+    rmsnorm,
+    rotary,
+    swiglu,
+)
 from mlm_mpi.ops.dropout import Draw
 from mlm_mpi.optim import adamw
 from mlm_mpi.params import clip
@@ -41,6 +54,10 @@ def rows() -> tuple[list[Row], dict[str, np.ndarray]]:
     do, dqkv = f4(b, t, h, d), f4(b, t, 3, h, d).transpose(2, 0, 3, 1, 4)
     o, lse = attention.forward(q, k, w)
     _, statistics_ = layernorm.forward(x, gain, bias, 1e-5)
+    _, inverse = rmsnorm.forward(x, gain, 1e-5)
+    pre, heads, dheads = f4(n, 2, f), f4(b, t, h // 2, 4, d)[:, :, :, :3], f4(b, t, h // 2, 4, d)[:, :, :, :3]
+    turns, weights = rotary.tables(np.arange(t), d, 10_000.0), f4(2, d)
+    _, of_heads = rotary.forward(heads, *turns, weights, 1e-5)
     ids, targets = r.integers(0, v, n).astype("i4"), r.integers(0, v, 512).astype("i4")
     logits, table, draw = f4(512, v), f4(v, c), Draw(0.1, (1, 2), 3, 4)
     p, g, m, s = f4(1 << 22), f4(1 << 22), f4(1 << 22), np.abs(f4(1 << 22))
@@ -66,10 +83,27 @@ def rows() -> tuple[list[Row], dict[str, np.ndarray]]:
         ("gelu.backward", gelu.backward, (dwide, wide), 12 * n * f, 0),
         ("layernorm.forward", layernorm.forward, (x, gain, bias, 1e-5), 8 * n * c, 0),
         ("layernorm.backward", layernorm.backward, (dy, x, gain, statistics_, f4(c), f4(c), False, dy), 16 * n * c, 0),
+        ("rmsnorm.forward", rmsnorm.forward, (x, gain, 1e-5), 8 * n * c, 0),
+        ("rmsnorm.backward", rmsnorm.backward, (dy, x, gain, inverse, f4(c), False, dy), 16 * n * c, 0),
+        ("relu2.forward", relu2.forward, (wide,), 8 * n * f, 0),
+        ("relu2.backward", relu2.backward, (dwide, wide), 12 * n * f, 0),
+        ("swiglu.forward", swiglu.forward, (pre,), 12 * n * f, 0),
+        ("swiglu.backward", swiglu.backward, (dwide, pre), 20 * n * f, 0),
+        ("rotary.forward", rotary.forward, (heads, *turns), 8 * heads.size, 0),
+        ("rotary.forward, QK-norm", rotary.forward, (heads, *turns, weights, 1e-5), 8 * heads.size, 0),
+        ("rotary.backward", rotary.backward, (dheads, None, *turns), 8 * heads.size, 0),
+        (
+            "rotary.backward, QK-norm",
+            rotary.backward,
+            (dheads, heads, *turns, weights, of_heads, f4(2, d), False, b),
+            12 * heads.size,
+            0,
+        ),
         ("attention.forward", attention.forward, (q, k, w), 16 * n * c, flops),
         ("attention.backward", attention.backward, (do, q, k, w, o, lse, *dqkv), 32 * n * c, 2.5 * flops),
         ("attention.forward, dropout", attention.forward, (q, k, w, True, draw), 16 * n * c, flops),
         ("crossentropy.rows, 512 rows", crossentropy.rows, (logits, targets, None, True), 8 * logits.size, 0),
+        ("crossentropy.rows, capped", crossentropy.rows, (logits, targets, None, True, 1, 30.0), 8 * logits.size, 0),
         ("embedding.forward", embedding.forward, (ids, table), 8 * n * c, 0),
         ("embedding.backward", embedding.backward, (dy, ids, table), 12 * n * c, 0),
         ("dropout.forward with residual", dropout.forward, (x, draw, dy), 12 * n * c, 0),

@@ -5,16 +5,19 @@
 #pragma once
 #include "common.cuh"
 #include "gelu.cuh"
+#include "relu2.cuh"
 
 enum Epilogue {
     STORE,     // out = sum, or out += sum
     BIAS,      // out = sum + bias
     RESIDUAL,  // out = residual + (sum + bias)
     GELU,      // pre = sum + bias, out = gelu(pre)
+    RELU2,     // pre = sum, out = relu2(pre)
     SLOPE,     // out = sum gelu'(pre)
 };
 
 constexpr bool BIASED = EPILOGUE == BIAS || EPILOGUE == RESIDUAL || EPILOGUE == GELU;
+constexpr bool KEEPS = EPILOGUE == GELU || EPILOGUE == RELU2;
 constexpr bool READS = EPILOGUE == RESIDUAL || EPILOGUE == SLOPE;
 
 // ---- which part of the sums a block computes
@@ -136,13 +139,13 @@ template <int COUNT, class T> __device__ __forceinline__ void write_run(T *to, i
         if (i < valid) to[i] = from_float<T>(x.at[i]);
 }
 
-// of the input as it is kept, so that backward finds the slope of the same number
-template <int COUNT> __device__ __forceinline__ Floats<COUNT> gelu(const Floats<COUNT> &pre) {
+// GELU or squared ReLU, of the input as it is kept, so that backward finds the slope of the same number
+template <int COUNT> __device__ __forceinline__ Floats<COUNT> activated(const Floats<COUNT> &pre) {
     Floats<COUNT> y;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         float kept = to_float(from_float<ELEMENT>(pre.at[i]));
-        y.at[i] = kept * gate(kept);
+        y.at[i] = EPILOGUE == GELU ? kept * gate(kept) : positive(kept) * positive(kept);
     }
     return y;
 }
@@ -152,7 +155,7 @@ struct Result {
     RESULT *out;
     const ELEMENT *bias;   // nullptr: there is none
     const ELEMENT *other;  // the residual (RESIDUAL) or the input of the GELU (SLOPE)
-    ELEMENT *pre;          // written by GELU
+    ELEMENT *pre;          // written by GELU and RELU2
     int pitch, rows, columns, accumulate;
 
     // N runs of COUNT neighbours: the sums sum(i) of out[row][column ...] at where(i) = (row, column). All is read
@@ -175,9 +178,9 @@ struct Result {
             Floats<COUNT> y = sum(i);
 #pragma unroll
             for (int e = 0; e < COUNT; e++) y.at[e] = finished(y.at[e], added[i].at[e], old[i].at[e]);
-            if constexpr (EPILOGUE == GELU) {
+            if constexpr (KEEPS) {
                 write_run(pre + offset(at), valid, y);
-                y = gelu(y);
+                y = activated(y);
             }
             write_run(out + offset(at), valid, y);
         }

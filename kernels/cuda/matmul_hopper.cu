@@ -15,7 +15,7 @@ constexpr int MMA_K = 16, ROWS = 64;   // of a warpgroup
 constexpr int BOX = 64;                // elements of the 128 bytes that TMA's swizzle spans
 constexpr int CHUNK_BYTES = ROWS * 128;
 constexpr int WIDTH = 128 / sizeof(RESULT), CHUNKS = TILE_N / WIDTH;
-constexpr int OUTPUTS = EPILOGUE == GELU ? 2 : 1;  // chunks written for each that is summed
+constexpr int OUTPUTS = KEEPS ? 2 : 1;  // chunks written for each that is summed
 static_assert(!READS || BUFFERS >= CHUNKS, "all that the epilogue reads is on its way at once");
 static_assert(BUFFERS % OUTPUTS == 0, "both outputs of a chunk are written together");
 static_assert(EPILOGUE == STORE || sizeof(RESULT) == sizeof(bf16), "what an epilogue reads or keeps is bfloat16");
@@ -156,13 +156,13 @@ struct Consumer {
                 if constexpr (EPILOGUE != STORE)
                     y = {finished(sum[0], low_half(b), low_half(x)), finished(sum[1], high_half(b), high_half(x))};
                 put(pair_at<RESULT>(place, unit) + half * BELOW, y);
-                if constexpr (EPILOGUE == GELU) put(pair_at<RESULT>(place + CHUNK_BYTES, unit) + half * BELOW, gelu(y));
+                if constexpr (KEEPS) put(pair_at<RESULT>(place + CHUNK_BYTES, unit) + half * BELOW, activated(y));
             }
     }
 
     __device__ __forceinline__ void store(const unsigned char *place, const CUtensorMap *out, const CUtensorMap *pre,
                                           int x, int y, int accumulate) const {
-        if constexpr (EPILOGUE == GELU) tma_store_2d(pre, place, x, y);
+        if constexpr (KEEPS) tma_store_2d(pre, place, x, y);
         if (EPILOGUE == STORE && sizeof(RESULT) == sizeof(float) && accumulate)
             tma_add_2d(out, place, x, y);
         else
@@ -186,7 +186,7 @@ struct Consumer {
     }
 };
 
-// Maps: a, b by boxes of operands; out, other by chunks. `other`: what RESIDUAL and SLOPE read, or what GELU keeps.
+// Maps: a, b by boxes of operands; out, other by chunks. `other`: what RESIDUAL and SLOPE read, or what GELU and RELU2 keep.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) matmul_hopper(
     const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
     const __grid_constant__ CUtensorMap out, const __grid_constant__ CUtensorMap other, const bf16 *bias, int m, int n,

@@ -29,6 +29,7 @@ def forward_gelu(x: Any, w: Any, b: Any = None) -> tuple[Any, Any]:
     return gelu.forward(pre), pre
 
 
+@served
 def forward_relu2(x: Any, w: Any) -> tuple[Any, Any]:
     """(relu2(pre), pre) with pre = x w, which `relu2.backward` needs. Shapes: as `forward`, both results (N, F)."""
     pre = forward(x, w)

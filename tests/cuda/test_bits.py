@@ -6,7 +6,7 @@ import pytest
 from agreement import device
 from test_matmul import BF16, F32, run
 
-from mlm_mpi.ops import crossentropy, embedding, layernorm, linear
+from mlm_mpi.ops import crossentropy, embedding, layernorm, linear, rmsnorm, rotary
 from mlm_mpi.params import clip
 
 PROCESSORS = (1, 16, 108, 132, 148)
@@ -50,6 +50,8 @@ def test_sums_over_rows(gpu, dtype, monkeypatch, rng):
     statistics = device(np.ones((2, rows), "f4"))
     ids = device(rng.integers(0, 9, rows).astype("i4"))
     logits = rng.normal(size=(3, 9000)).astype(dtype)
+    heads, weight, none = x.reshape(1, rows, 1, 5, 8), gain[:16].reshape(2, 8), device(np.empty((rows, 0), "f4"))
+    inverse = device(np.ones((1, rows, 1, 5), "f4"))
 
     def work():
         db, dgain, dbias, dtable = (
@@ -59,6 +61,9 @@ def test_sums_over_rows(gpu, dtype, monkeypatch, rng):
         dx = layernorm.backward(dy, x, gain, statistics, dgain, dbias, False)
         embedding.backward(dy, ids, dtable)
         losses = crossentropy.rows(device(logits), ids[:3], None, True)
-        return [db, dgain, dbias, dx, dtable, losses, clip.squares(dtable, 100)]
+        sums, dweight = device(np.zeros(columns, "f4")), device(np.zeros((2, 8), "f4"))
+        rmsnorm.backward(dy, x, gain, statistics[0], sums, False)
+        rotary.backward(dy.reshape(heads.shape), heads, none, none, weight, inverse, dweight)
+        return [db, dgain, dbias, dx, dtable, losses, clip.squares(dtable, 100), sums, dweight]
 
     assert len(on_gpus(gpu, monkeypatch, work)) == 1

@@ -57,16 +57,20 @@ class OnPaper(Device):
 
 
 def calls(rows, width, vocabulary, dtype):
-    """(function, arguments) of what is compiled for its shapes in a step of a GPT: norm, linear layers, head."""
+    """(function, arguments) of what is compiled for its shapes in a step: norms, linear layers, heads of 64, head."""
 
     def new(*shape, dtype=dtype):
         return Matrix(shape, dtype)
 
     yield "layernorm.forward", (new(rows, width), new(width), new(width), 1e-5)
+    yield "rmsnorm.forward", (new(rows, width), new(width), 1e-5)
     sizes = {"qkv": (width, 3 * width), "project": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
     for name, (k, n) in sizes.items():
         x, w, b, dy = new(rows, k), new(k, n), new(n), new(rows, n)
         yield ("linear.forward_gelu", (x, w, b)) if name == "up" else ("linear.forward", (x, w, b))
+        if name == "up":
+            yield "linear.forward_relu2", (x, w)
+        yield "linear.forward", (x, w)
         if name in ("project", "down"):
             yield "linear.forward", (x, w, b, dy)
         yield "linear.backward_input", (dy, w, x) if name == "down" else (dy, w)

@@ -36,7 +36,7 @@ def test_losses_and_gradients(gpu, dtype, shape, masked, place, rng):
     assert same_bits(losses, again), "the loss does not depend on `gradient`"
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (2, 5000)])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5000), (1, 8200)])
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("place", [device, shifted])
 def test_capped_logits(gpu, dtype, shape, shares, place, rng):

@@ -95,13 +95,14 @@ def calls(rng, sizes, dtype):
     x, w, b, residual, dy, pre = zip(map(device, arrays), (array.astype("f8") for array in arrays), strict=True)
     known = {
         "bias": (linear.forward, (x, w, b)), "residual": (linear.forward, (x, w, b, residual)),
+        "residual alone": (linear.forward, (x, w, (None, None), residual)), "relu2": (linear.forward_relu2, (x, w)),
         "gelu": (linear.forward_gelu, (x, w, b)), "store": (linear.backward_input, (dy, w)),
         "slope": (linear.backward_input, (dy, w, pre)),
     }  # fmt: skip
     return {key: (function, *zip(*arguments, strict=True)) for key, (function, arguments) in known.items()}
 
 
-EPILOGUES = ("bias", "residual", "gelu", "store", "slope")
+EPILOGUES = ("bias", "residual", "residual alone", "gelu", "relu2", "store", "slope")
 
 
 def linear_agrees(gpu, variant, sizes, dtype, rng, epilogues=EPILOGUES):
@@ -111,14 +112,14 @@ def linear_agrees(gpu, variant, sizes, dtype, rng, epilogues=EPILOGUES):
         function, arguments, exact = known[key]
         found = run(gpu, variant, f"linear.{function.__name__}", *arguments)
         wanted = function.__wrapped__(*exact)
-        for one, other in zip(found, wanted, strict=True) if key == "gelu" else [(found, wanted)]:
+        for one, other in zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]:
             assert_close(one, other, dtype, factor=2)
 
 
 def test_plain_linear(gpu, rng):
     linear_agrees(gpu, "plain", (37, 20, 67), F32, rng)
-    linear_agrees(gpu, "plain", (37, 20, 68), F32, rng, ("residual", "gelu"))  # in runs of 16 bytes
-    linear_agrees(gpu, "plain", (37, 20, 67), BF16, rng, ("residual", "gelu"))
+    linear_agrees(gpu, "plain", (37, 20, 68), F32, rng, ("residual", "gelu", "relu2"))  # in runs of 16 bytes
+    linear_agrees(gpu, "plain", (37, 20, 67), BF16, rng, ("residual", "gelu", "relu2"))
 
 
 def test_mma_linear(gpu, rng):
@@ -174,7 +175,8 @@ def test_pieces(gpu, variant, always_cut, rng):
 
 
 @pytest.mark.parametrize(
-    "variant, epilogues", [("plain", ["bias"]), ("mma", ["residual"]), ("hopper", ["gelu", "residual", "slope"])]
+    "variant, epilogues",
+    [("plain", ["bias"]), ("mma", ["residual"]), ("hopper", ["gelu", "relu2", "residual", "slope"])],
 )
 def test_pieces_of_several_tiles(gpu, variant, epilogues, always_cut, rng, monkeypatch):
     """More tiles than blocks: a share begins in one tile, covers others, ends in another; then the epilogues."""
@@ -310,6 +312,7 @@ def test_the_fastest_kernel_that_fits_serves(gpu):
     assert chosen(matmul.add, x, w, ones(8, 24), True) == "mma"  # adds to bfloat16
     assert chosen(matmul.add, ones(8, 16, dtype=F32), ones(16, 24, dtype=F32), out, False) == "plain"
     assert chosen(linear.forward, x, ones(16, 23), ones(23)) == "plain"  # rows of 46 bytes
+    assert chosen(linear.forward, x, w) == chosen(linear.forward_relu2, x, w) == "hopper"
     padded = ones(8, 24)[:, :19]
     assert chosen(matmul.add, x, ones(16, 24)[:, :19], padded, False) == "hopper"  # ragged, but rows begin aligned
     assert chosen(matmul.add, ones(8, 24)[:, 1:17], w, out, False) == "plain"

@@ -7,7 +7,14 @@ from mlm_mpi.backend import registry
 from mlm_mpi.ops import rotary
 
 # (B, T, G, U, D, numbers turned): 16 bytes at a time, a part of a head, one by one, more than a warp's lanes
-SHAPES = [(2, 5, 2, 3, 64, 64), (1, 7, 2, 2, 32, 16), (2, 3, 1, 4, 10, 6), (1, 5, 4, 2, 6, 0), (1, 2, 1, 2, 130, 90)]
+SHAPES = [
+    (2, 5, 2, 3, 64, 64),
+    (1, 2, 1, 2, 128, 128),
+    (1, 7, 2, 2, 32, 16),
+    (2, 3, 1, 4, 10, 6),
+    (1, 5, 4, 2, 6, 0),
+    (1, 2, 1, 2, 130, 90),
+]
 
 
 def heads(rng, shape, dtype):

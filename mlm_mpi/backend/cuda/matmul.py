@@ -1,4 +1,4 @@
-"""Launches of the matrix products: the four functions are one product with an epilogue; three kernels can run it.
+"""Launches of the matrix products: these functions are one product with an epilogue; three kernels can run it.
 
     cublas   only what is measured to be faster so (`prefers_cublas`)
     hopper   bfloat16, wgmma fed by TMA: addresses and pitches in multiples of 16 bytes
@@ -26,6 +26,7 @@ from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
 
+KEEPING = ("GELU", "RELU2")  # epilogues whose input is a result too
 MAX_PITCH = 1 << 24  # elements: offsets within a tile are 32-bit
 PIECE_THREADS, PIECE_RUN = 256, 4  # matmul_pieces.cu
 SHARE_THREADS, SHARE_RUN, MOST_SHARES = 128, 4, 1 << 16  # matmul_shares.cu, tree.cuh
@@ -76,6 +77,10 @@ def _forward(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 
 
 def _forward_gelu(x: Any, w: Any, b: Any = None) -> Product:
     return Product("GELU", x, w, bias=b)
+
+
+def _forward_relu2(x: Any, w: Any) -> Product:
+    return Product("RELU2", x, w)
 
 
 def _backward_input(dy: Any, w: Any, pre: Any = None, shares: int = 1, segments: int = 1) -> Product:
@@ -192,7 +197,7 @@ class Launch:
 
     product: Product
     out: Any
-    pre: Any  # the input of the GELU where it is a result too
+    pre: Any  # the input of the activation where it is a result too
     tile: Tile
     shares: int
 
@@ -225,7 +230,7 @@ def _multiply(gpu: Any, product: Product, tiles: tuple[Tile, ...], start: Start)
     """Runs a product and returns its results: new arrays, unless `out` was given."""
     (m, n, _), empty, dtype = product.sizes, gpu.cupy.empty, product.a.dtype
     out = empty((m, n), dtype) if product.out is None else product.out
-    pre = empty((m, n), dtype) if product.epilogue == "GELU" else None
+    pre = empty((m, n), dtype) if product.epilogue in KEEPING else None
     whole = Launch(product, out, pre, *plan(product.sizes, tiles))
     if product.shares > 1:
         _in_shares(gpu, product, out, tiles, start)
@@ -382,7 +387,7 @@ def _hopper_ring(tile: Tile, epilogue: str) -> tuple[dict[str, int], int]:
 
     An epilogue that reads or keeps a matrix has a tile's width of buffers; what they leave is the ring's.
     """
-    buffers = 4 if epilogue in ("RESIDUAL", "SLOPE", "GELU") else 2
+    buffers = 4 if epilogue in ("RESIDUAL", "SLOPE", *KEEPING) else 2
     stage_bytes, chunks, bias = 2 * (tile.m + tile.n) * tile.k, 2 * buffers * CHUNK[0] * CHUNK[1], 2 * 2 * tile.n
     barriers = 256  # more than any ring has
     stages = (SHARED_BYTES - chunks - bias - barriers) // stage_bytes
@@ -465,6 +470,7 @@ FUNCTIONS: dict[str, Callable[..., Product]] = {
     "matmul.add": _add,
     "linear.forward": _forward,
     "linear.forward_gelu": _forward_gelu,
+    "linear.forward_relu2": _forward_relu2,
     "linear.backward_input": _backward_input,
 }
 

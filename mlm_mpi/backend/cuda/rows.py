@@ -178,7 +178,7 @@ def _layernorm_backward(
 @KERNELS.kernel("rmsnorm.forward", lambda x, gain, epsilon: _fit_norm(x, (gain,)))
 def _rmsnorm_forward(gpu: Any, x: Any, gain: Any, epsilon: float) -> tuple[Any, Any]:
     rows, columns = x.shape
-    y, inverse = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty(rows, np.float32)
+    y, inverse = gpu.cupy.empty(x.shape, x.dtype), gpu.cupy.empty((rows,), np.float32)
     defines = _layout(x, gain)
     block = LANES * defines["WARPS"], defines["ROWS"]
     arguments = (x, gain, np.float32(epsilon), y, inverse, np.int64(rows), np.int32(columns))
