@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --peer torch --kernels off       # 1 rank: PyTorch, and NumPy in place of our kernels
     python benchmarks/step.py --products bf16 --peer torch --peers bf16   # bf16 products, bf16 autocast
+    python benchmarks/step.py --model llama --peer torch       # the modern decoder
     python benchmarks/step.py --ranks 1,2 --peer torch         # 2 ranks: DDP over gloo; what a second rank gains
     python benchmarks/step.py --ranks 2,4 --reductions canonical,allreduce
     python benchmarks/step.py --size gpt2-124m --peer torch --peers eager,kept --pairs 3 --steps 1
@@ -31,7 +32,6 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import rules
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Sizes
-from mlm_mpi.models import gpt
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
@@ -46,9 +46,18 @@ PEERS = {  # name: (in the table, what torch_peer.py does for it)
 }
 
 
-def configuration(size: dict[str, Any], ranks: int, threads: int, settings: list[str]) -> config.Config:
+MODELS = {  # name: what is set beside the size
+    "gpt": ["model.kind=gpt"],
+    "llama": ["model.kind=llama"],
+    "recipe": ["model.kind=llama", "model.activation=relu2", "model.qk_norm=true", "model.tied=true"],
+}
+
+
+def configuration(
+    size: dict[str, Any], ranks: int, threads: int, settings: list[str], kind: str = "gpt"
+) -> config.Config:
     """M = 1 a rank, one lane each, and everything else as a user gets it."""
-    model = [f"model.{key}={size[key]}" for key in ("layers", "width", "heads", "context")]
+    model = MODELS[kind] + [f"model.{key}={size[key]}" for key in ("layers", "width", "heads", "context")]
     return config.load(
         None,
         [*model, f"train.rows={size['rows']}", f"train.micro_batches={ranks}", f"train.lanes={ranks}"]
@@ -73,7 +82,7 @@ def work(job: dict[str, Any]) -> None:
         return launch.finish()
 
     size = job["size"]
-    c = configuration(size, group.size, job["threads"], job["settings"])
+    c = configuration(size, group.size, job["threads"], job["settings"], job.get("model", "gpt"))
     place, plugins = choice.place_of(c, c.numerics.level), Plugins()
     parts = language_model.parts(c, plugins, Sizes(size["vocabulary"], rules.shares(c)))
     engine = build(c, plugins, parts, Mesh(group), place)
@@ -143,7 +152,7 @@ def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Var
         report.say(f"{reductions[0]}, bf16 products is left out: this CPU has no AVX512-BF16")
     elif args.products == "bf16":
         wanted[f"{reductions[0]}, bf16 products"] = [*wanted[reductions[0]], "numerics.products=bf16"]
-    job = {"size": SIZES[args.size], "threads": args.threads}
+    job = {"size": SIZES[args.size], "threads": args.threads, "model": args.model}
     return [
         Variant(name, ranks, start_ranks("step.py", job | {"settings": settings}, ranks, args.threads))
         for name, settings in wanted.items()
@@ -153,7 +162,7 @@ def start_ours(args: argparse.Namespace, ranks: int, report: Report) -> list[Var
 def start_peers(args: argparse.Namespace, ranks: int, report: Report) -> list[Variant]:
     """PyTorch on the same model: glibc's allocator as it comes or keeping freed memory as ours does, and so on."""
     size, found = SIZES[args.size], []
-    c = configuration(size, ranks, args.threads, [])
+    c = configuration(size, ranks, args.threads, [], args.model)
     job = {
         "task": "step", "model": asdict(c.model), "optim": asdict(c.optim),
         "rows": size["rows"], "vocabulary": size["vocabulary"], "threads": args.threads, "ranks": ranks,
@@ -179,9 +188,11 @@ def tell(args: argparse.Namespace, variants: list[Variant], roofs: dict[int, lis
     """The table and the ratios."""
     size, first = SIZES[args.size], {v.ranks: v for v in reversed(variants)}
     tokens = size["rows"] * size["context"]
-    flops = gpt.flops(configuration(size, 1, args.threads, []).model, Sizes(size["vocabulary"]), tokens)
+    settings = configuration(size, 1, args.threads, [], args.model).model
+    flops = Plugins().find("models", settings.kind, "model.kind").flops(settings, Sizes(size["vocabulary"]), tokens)
     report.say()
-    report.say(f"{args.size}: {variants[0].worker.hello['parameters']:,} parameters, {tokens} tokens a rank and step,")
+    parameters = f"{variants[0].worker.hello['parameters']:,} parameters"
+    report.say(f"{args.model}, {args.size}: {parameters}, {tokens} tokens a rank and step,")
     report.say(f"{args.threads} thread{'s' * (args.threads > 1)} a rank, {args.pairs} turns of {args.steps} steps.")
     for ranks, rates in roofs.items():
         rate = f"{statistics.median(rates) / 1e9:.1f} GFLOP/s a rank"
@@ -225,6 +236,7 @@ def tell(args: argparse.Namespace, variants: list[Variant], roofs: dict[int, lis
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="reference")
+    parser.add_argument("--model", choices=MODELS, default="gpt")
     parser.add_argument("--ranks", default="1", help="numbers of ranks, for example 1,2,4")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--reductions", default="canonical", help="compared on more than one rank: canonical,allreduce")
@@ -238,7 +250,12 @@ def main() -> None:
     if args.worker:
         return work(json.loads(args.worker))
     counts = [int(word) for word in args.ranks.split(",")]
-    theme = f"step-{args.size}" + "".join(f"-{ranks}" for ranks in counts) + "r"
+    theme = (
+        f"step-{args.size}"
+        + (f"-{args.model}" if args.model != "gpt" else "")
+        + "".join(f"-{ranks}" for ranks in counts)
+        + "r"
+    )
     report = Report(theme, "Time of a training step", args)
     job = {"settings": None}
     roofs = {ranks: start_ranks("step.py", job, ranks, args.threads) for ranks in counts}

@@ -75,6 +75,10 @@ class PeerGPT(nn.Module):
                 out[f"block{i}.{ours}.bias"] = module.bias, False
         return out
 
+    def views(self) -> dict[str, list[nn.Parameter]]:
+        """Our name of every parameter -> the parameters here that it consists of."""
+        return {name: [parameter] for name, (parameter, _) in self.pairs().items()}
+
     def load(self, weights: dict[str, np.ndarray]) -> None:
         """Takes our weights."""
         pairs = self.pairs()
@@ -96,15 +100,15 @@ class PeerGPT(nn.Module):
 
 def decays(name: str) -> bool:
     """Weight decay acts on matrices and the token table, not on norms, biases and positions."""
-    return name.endswith(".weight") or name == "embed.tokens"
+    return name.endswith((".weight", ".tokens"))
 
 
-def make_adamw(model: PeerGPT, optim: Any, **kind: bool) -> torch.optim.AdamW:
-    """AdamW with the two usual parameter groups."""
-    pairs = model.pairs()
+def make_adamw(model: Any, optim: Any, **kind: bool) -> torch.optim.AdamW:
+    """AdamW with the two usual parameter groups, of a model that tells its parameters by our names."""
+    views = model.views()
     groups = [
-        {"params": [p for name, (p, _) in pairs.items() if decays(name)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, (p, _) in pairs.items() if not decays(name)], "weight_decay": 0.0},
+        {"params": [p for name in views if decays(name) for p in views[name]], "weight_decay": optim.weight_decay},
+        {"params": [p for name in views if not decays(name) for p in views[name]], "weight_decay": 0.0},
     ]
     betas = (optim.beta1, optim.beta2)
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.epsilon, **kind)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch_gpt import PeerGPT, make_adamw
+from torch_llama import PeerLlama
 
 from mlm_mpi import config
 from mlm_mpi.backend.choice import keep_freed_memory
@@ -39,7 +40,7 @@ from mlm_mpi.data.objectives import causal
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.stream import TokenStream
 from mlm_mpi.layers.base import Sizes
-from mlm_mpi.models import gpt
+from mlm_mpi.models import gpt, llama
 from mlm_mpi.optim.adamw import Settings
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
@@ -104,7 +105,7 @@ def turns(rank: int) -> Iterator[int]:
         yield int(steps)
 
 
-def best_adamw(model: PeerGPT, optim: Settings) -> tuple[str, torch.optim.AdamW]:
+def best_adamw(model: PeerGPT | PeerLlama, optim: Settings) -> tuple[str, torch.optim.AdamW]:
     """PyTorch's fastest AdamW on the gradients at hand; tried one after the other, so one state is held at a time."""
     kinds = ("fused", "foreach")
     seconds = []
@@ -130,9 +131,10 @@ def measure(job: dict[str, Any]) -> None:
         if rank == 0:
             print(json.dumps(value), flush=True)
 
-    model_config, optim = gpt.Settings(**job["model"]), Settings(**job["optim"])
+    kind, peer = {"gpt": (gpt, PeerGPT), "llama": (llama, PeerLlama)}[job["model"]["kind"]]
+    model_config, optim = kind.Settings(**job["model"]), Settings(**job["optim"])
     rows, vocabulary = job["rows"], job["vocabulary"]
-    plain = PeerGPT(model_config, vocabulary)
+    plain = peer(model_config, vocabulary)
     nn.init.normal_(plain.tokens.weight, std=0.02)
     model: Any = DistributedDataParallel(plain, gradient_as_bucket_view=True) if job["ranks"] > 1 else plain
     if job["compile"]:
@@ -192,7 +194,7 @@ def quality(job: dict[str, Any]) -> None:
     print(json.dumps({"torch": torch.__version__}), flush=True)
     sys.stdin.readline()
 
-    losses = []
+    losses, began = [], time.perf_counter()
     targets = train.micro_batches * train.rows * context
     for step in range(train.steps):
         total = 0.0
@@ -210,6 +212,7 @@ def quality(job: dict[str, Any]) -> None:
             )
         adamw.step()
         adamw.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
 
     nats, count = 0.0, 0
     heldout = causal.samples(TokenStream(corpus, "heldout"), context, training=False)
@@ -220,7 +223,9 @@ def quality(job: dict[str, Any]) -> None:
             nats += float(model(*_tensors(batch), "sum"))
             count += batch.count
     bits = nats / math.log(2.0) / corpus.characters("heldout")
-    print(json.dumps({"losses": losses, "loss": nats / count, "bits_per_character": bits}), flush=True)
+    print(
+        json.dumps({"losses": losses, "loss": nats / count, "bits_per_character": bits, "seconds": seconds}), flush=True
+    )
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
