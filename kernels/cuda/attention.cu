@@ -7,7 +7,8 @@
 //
 // SHARED: positions come in shares (Problem::share), of which ranks that pass keys round in a ring have one each: a
 // query's softmax and its dq are summed over one share of keys after another, dk and dv over one share of queries after
-// another, each from zero; what comes of a share is then added. It takes registers, so it is a build of its own.
+// another (of all heads of a group in ascending order), each from zero; what comes of a share is then added. It takes
+// registers, so it is a build of its own.
 #include "attention.cuh"
 
 constexpr int SIDE = 16;
@@ -101,6 +102,9 @@ __device__ __forceinline__ void store_tile(
     }
 }
 
+// Where the tile of the share of keys begins that has the first key that anybody sees.
+__device__ __forceinline__ int first_tile(int share, int key) { return share + max(0, key - share) / TILE * TILE; }
+
 // all += sum of a share
 __device__ __forceinline__ void join(float (&all)[EACH][WIDE], const float (&sum)[EACH][WIDE]) {
 #pragma unroll
@@ -151,17 +155,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     Problem p, View q, View k, View v, View o, float *lse) {
     DYNAMIC_SMEM(float, queries);
     float *keys = queries + TILE * LINE, *values = keys + TILE * LINE, *weights = values + TILE * LINE;
-    const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
+    const Work work = work_of(p, p.heads, (p.queries + TILE - 1) / TILE, true);
     const int first = work.tile * TILE, length = p.length(work.b);
-    const int end = p.limit(min(first + TILE, p.queries) - 1, length);
+    const int begin = p.start(work.b, first), end = p.limit(min(first + TILE, p.queries) - 1, length);
     Online all;
     load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
 
-    int share = 0;
+    int share = SHARED ? begin / p.share * p.share : 0;
     do {
         const int stop = SHARED ? min(end, share + p.share) : end;
         Online online;
-        for (int key = share; key < stop; key += TILE) {
+        for (int key = first_tile(share, begin); key < stop; key += TILE) {
             load_tile(work.rows(k), k.row, key, stop, p.width, keys);
             load_tile(work.rows(v), v.row, key, stop, p.width, values);
             __syncthreads();
@@ -170,10 +174,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 int limit = p.limit(first + row() + i * SIDE, SHARED ? stop : length);
+                int start = p.start(work.b, first + row() + i * SIDE);
                 float highest = online.top[i];
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
-                    bool seen = key + column() + j * SIDE < limit;
+                    bool seen = key + column() + j * SIDE < limit && key + column() + j * SIDE >= start;
                     score[i][j] = seen ? score[i][j] * p.scale_2() : -INFINITY_F;
                     highest = fmaxf(highest, score[i][j]);
                 }
@@ -198,10 +203,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     for (int i = 0; i < EACH; i++) {
         float total = row_sum(all.total[i]);
         int t = first + row() + i * SIDE;
-        factor[i] = end > 0 ? 1.0f / total : 0.0f;
+        factor[i] = total == 0.0f ? 0.0f : 1.0f / total;  // who sees no key
         if (column() == 0 && t < p.queries) lse[work.row(p) + t] = all.top[i] / LOG2_E + logf(total);
     }
-    store_tile(all.sum, factor, work.rows(o), o.row, first, p.queries, p.width);
+    store_tile(all.sum, factor, work.even_rows(o), o.row, first, p.queries, p.width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries(
@@ -210,19 +215,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
     float *slopes = queries + TILE * LINE, *keys = slopes + TILE * LINE, *values = keys + TILE * LINE;
     float *weights = values + TILE * LINE;
     Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
-    const Work work = work_of(p, (p.queries + TILE - 1) / TILE, true);
+    const Work work = work_of(p, p.heads, (p.queries + TILE - 1) / TILE, true);
     const int first = work.tile * TILE, length = p.length(work.b);
-    const int end = p.limit(min(first + TILE, p.queries) - 1, length);
+    const int begin = p.start(work.b, first), end = p.limit(min(first + TILE, p.queries) - 1, length);
     float all[EACH][WIDE] = {};
     load_tile(work.rows(q), q.row, first, p.queries, p.width, queries);
-    load_tile(work.rows(dout), dout.row, first, p.queries, p.width, slopes);
+    load_tile(work.even_rows(dout), dout.row, first, p.queries, p.width, slopes);
     load_statistics(statistics + work.padded_row(p), first, p.queries, levels);
 
-    int share = 0;
+    int share = SHARED ? begin / p.share * p.share : 0;
     do {
         const int stop = SHARED ? min(end, share + p.share) : end;
         float sum[EACH][WIDE] = {};
-        for (int key = share; key < stop; key += TILE) {
+        for (int key = first_tile(share, begin); key < stop; key += TILE) {
             load_tile(work.rows(k), k.row, key, stop, p.width, keys);
             load_tile(work.rows(v), v.row, key, stop, p.width, values);
             __syncthreads();
@@ -232,9 +237,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 int r = row() + i * SIDE, limit = p.limit(first + r, SHARED ? stop : length);
+                int start = p.start(work.b, first + r);
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
-                    bool seen = key + column() + j * SIDE < limit;
+                    bool seen = key + column() + j * SIDE < limit && key + column() + j * SIDE >= start;
                     float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[r].level) : 0.0f;
                     if (DROPOUT) slope[i][j] *= factor_of(p, work, first + r, key + column() + j * SIDE);
                     weights[r * SCORES + column() + j * SIDE] = weight * (slope[i][j] - levels[r].delta);
@@ -258,19 +264,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     float *values = keys + TILE * LINE, *queries = values + TILE * LINE, *slopes = queries + TILE * LINE;
     float *weights = slopes + TILE * LINE;  // then what bends the scores: 99 KiB are all that some chips have
     Statistics *levels = reinterpret_cast<Statistics *>(weights + TILE * SCORES);
-    const Work work = work_of(p, (p.keys + TILE - 1) / TILE, false);
+    Work work = work_of(p, 1, (p.keys + TILE - 1) / TILE, false);
     const int first = work.tile * TILE, length = p.length(work.b);
+    const int end = p.last_query(work.b, first + TILE), group = work.h;
     int begin = first < length ? p.first_query(first) : p.queries;  // hidden keys: no query
     float all_dkey[EACH][WIDE] = {}, all_dvalue[EACH][WIDE] = {};
     load_tile(work.rows(k), k.row, first, length, p.width, keys);
     load_tile(work.rows(v), v.row, first, length, p.width, values);
 
     do {
-        const int stop = SHARED ? p.share_end(begin) : p.queries;
+        const int stop = SHARED ? min(end, p.share_end(begin)) : end;
         float dkey[EACH][WIDE] = {}, dvalue[EACH][WIDE] = {};
-        for (int query = begin; query < stop; query += TILE) {
+        work.h = group;
+        for (int query = begin; query < stop && work.h < group + p.heads;) {  // one head after another
             load_tile(work.rows(q), q.row, query, stop, p.width, queries);
-            load_tile(work.rows(dout), dout.row, query, stop, p.width, slopes);
+            load_tile(work.even_rows(dout), dout.row, query, stop, p.width, slopes);
             load_statistics(statistics + work.padded_row(p), query, stop, levels);
             __syncthreads();
             float score[EACH][EACH], slope[EACH][EACH];  // rows are keys, columns queries
@@ -282,7 +290,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
 #pragma unroll
                 for (int j = 0; j < EACH; j++) {
                     int t = column() + j * SIDE;
-                    bool seen = query + t < stop && first + r < p.limit(query + t, length);
+                    bool seen = query + t < stop && first + r < p.limit(query + t, length) &&
+                                first + r >= p.start(work.b, query + t);
                     float weight = seen ? exp2f(score[i][j] * p.scale_2() - levels[t].level) : 0.0f;
                     float kept = DROPOUT ? factor_of(p, work, query + t, first + r) : 1.0f;
                     weights[r * SCORES + t] = weight * kept;
@@ -299,11 +308,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
             __syncthreads();
             accumulate(weights, queries, dkey);
             __syncthreads();
+            query += TILE;
+            if (query >= stop) query = begin, work.h++;
         }
         join(all_dkey, dkey);
         join(all_dvalue, dvalue);
         begin = stop;
-    } while (SHARED && begin < p.queries);
+    } while (SHARED && begin < end);
     float factor[EACH], one[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) factor[i] = p.scale, one[i] = 1.0f;

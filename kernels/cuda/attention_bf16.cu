@@ -7,7 +7,7 @@
 #include "attention_mma.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int BANDS = DROPOUT ? 1 : 2;  // beside Philox there is room for one
+constexpr int BANDS = DROPOUT || STARTS ? 1 : 2;  // beside Philox or first keys there is room for one
 constexpr int QUERIES = WARPS * BANDS * 16;
 constexpr int KEYS = HEAD == 64 ? 64 : 48;  // as many as leave the registers of a thread unspilled
 constexpr int BLOCKS = KEYS / 8;
@@ -36,7 +36,7 @@ struct Softmax {
     }
 
     // Scores become weights 2^(scale (score − top)); what was summed before is rescaled to the new top. The first
-    // tile shows every query a key, so the top is finite from then on.
+    // tile shows every query a key, and the top is finite from then on, but for queries with a first key.
     __device__ void update(
         float (&score)[BANDS][BLOCKS][4], float scale, float (&sum)[BANDS][PIECES][4]) {
 #pragma unroll
@@ -48,7 +48,7 @@ struct Softmax {
                 for (int n = 0; n < BLOCKS; n++)
                     highest = fmaxf(highest, fmaxf(score[m][n][half * 2], score[m][n][half * 2 + 1]));
                 highest = row_max(highest);
-                float base = highest * scale, change = exp2_approx(top[m][half] * scale - base), added = 0.0f;
+                float base = STARTS && highest == -INFINITY_F ? 0.0f : highest * scale, change = exp2_approx(top[m][half] * scale - base), added = 0.0f;
                 top[m][half] = highest;
 #pragma unroll
                 for (int n = 0; n < BLOCKS; n++) {
@@ -63,19 +63,21 @@ struct Softmax {
     }
 };
 
-// Scores of keys from `key` on that a query may not see become −∞; `query` is the warp's first.
+// Scores of keys from `key` on that a query of row b may not see become −∞; `query` is the warp's first.
 __device__ __forceinline__ void hide(
-    const Problem &p, int query, int key, int length, float (&score)[BANDS][BLOCKS][4]) {
+    const Problem &p, int b, int query, int key, int length, float (&score)[BANDS][BLOCKS][4]) {
 #pragma unroll
     for (int m = 0; m < BANDS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int limit = p.limit(query + m * 16 + half * 8 + lane() / 4, length);
+            const int t = query + m * 16 + half * 8 + lane() / 4, limit = p.limit(t, length), start = p.start(b, t);
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (key + n * 8 + lane() % 4 * 2 + e >= limit) score[m][n][half * 2 + e] = -INFINITY_F;
+                for (int e = 0; e < 2; e++) {
+                    const int column = key + n * 8 + lane() % 4 * 2 + e;
+                    if (column >= limit || (STARTS && column < start)) score[m][n][half * 2 + e] = -INFINITY_F;
+                }
         }
 }
 
@@ -92,15 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     Problem p, View q, View k, View v, View o, float *lse) {
     DYNAMIC_SMEM(bf16, queries);
     bf16 *keys = queries + QUERIES * HEAD, *values = keys + KEYS * HEAD;
-    const Work work = work_of(p, (p.queries + QUERIES - 1) / QUERIES, true);
+    const Work work = work_of(p, p.heads, (p.queries + QUERIES - 1) / QUERIES, true);
     const int first = work.tile * QUERIES, own = warp() * BANDS * 16, length = p.length(work.b);
-    const int end = p.limit(min(first + QUERIES, p.queries) - 1, length);
+    const int begin = p.start(work.b, first) / KEYS * KEYS, end = p.limit(min(first + QUERIES, p.queries) - 1, length);
     // the warp's queries see all keys before `all`, and none from `some` on
     const int all = p.limit(first + own, length), some = p.limit(first + own + BANDS * 16 - 1, length);
 
     load_rows<QUERIES, THREADS>(work.rows(q), q.row, first, p.queries, p.width, queries);
     cp_async_commit();
-    load_rows<KEYS, THREADS>(work.rows(k), k.row, 0, end, p.width, keys);
+    load_rows<KEYS, THREADS>(work.rows(k), k.row, begin, end, p.width, keys);
     cp_async_commit();
     cp_async_wait<1>();
     __syncthreads();
@@ -115,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
 
     Softmax softmax;
     float sum[BANDS][PIECES][4] = {};
-    for (int key = 0; key < end; key += KEYS) {
+    for (int key = begin; key < end; key += KEYS) {
         cp_async_wait<0>();
         __syncthreads();  // the keys are here, and the values of the tile before are read
         load_rows<KEYS, THREADS>(work.rows(v), v.row, key, end, p.width, values);
@@ -128,8 +130,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
         __syncthreads();  // the values are here, and the keys are read
         if (key + KEYS < end) load_rows<KEYS, THREADS>(work.rows(k), k.row, key + KEYS, end, p.width, keys);
         cp_async_commit();
-        if (key >= some) continue;
-        if (key + KEYS > all) hide(p, first + own, key, length, score);
+        if (key >= some || p.hides(work.b, first + own, key + KEYS - 1)) continue;
+        if (key + KEYS > all || p.hides(work.b, first + own + BANDS * 16 - 1, key))
+            hide(p, work.b, first + own, key, length, score);
         softmax.update(score, p.scale_2(), sum);
         if (DROPOUT) drop(kept, p.draw.factor, score);
         auto weights = [&](int k, uint32_t(&a)[BANDS][4]) {
@@ -150,9 +153,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
         for (int half = 0; half < 2; half++) {
             int t = first + own + m * 16 + half * 8 + lane() / 4;
             float total = row_sum(softmax.total[m][half]);
-            factor[m][half] = end > 0 ? 1.0f / total : 0.0f;
+            const bool blind = STARTS ? total == 0.0f : end <= 0;  // sees no key
+            factor[m][half] = blind ? 0.0f : 1.0f / total;
             if (lane() % 4 == 0 && t < p.queries)
-                lse[work.row(p) + t] = end > 0 ? softmax.top[m][half] * p.scale + logf(total) : -INFINITY_F;
+                lse[work.row(p) + t] = !blind ? softmax.top[m][half] * p.scale + logf(total) : -INFINITY_F;
         }
-    store_rows(sum, factor, queries, own, work.rows(o), o.row, first, p.queries, p.width);
+    store_rows(sum, factor, queries, own, work.even_rows(o), o.row, first, p.queries, p.width);
 }

@@ -10,8 +10,8 @@
 // Slopes are the rows of do, and their products with values the gradients of weights; bends are those of scores.
 #include "attention_mma.cuh"
 
-// two bands share every fragment; beside the sums of a wider head, or Philox, there is room for one
-constexpr int BANDS = HEAD == 64 && !DROPOUT ? 2 : 1;
+// two bands share every fragment; beside the sums of a wider head, Philox or first keys, there is room for one
+constexpr int BANDS = HEAD == 64 && !DROPOUT && !STARTS ? 2 : 1;
 constexpr int OWNED = 128;
 constexpr int WARPS = OWNED / (16 * BANDS), THREADS = 32 * WARPS;
 constexpr int STREAMED = HEAD == 64 ? 64 : 32;
@@ -57,24 +57,25 @@ __device__ __forceinline__ uint32_t pair_mask(uint32_t kept, int m, int n, int e
     return (is_kept<BLOCKS>(kept, m, n, e) ? 0xffffu : 0u) | (is_kept<BLOCKS>(kept, m, n, e + 1) ? 0xffff0000u : 0u);
 }
 
-// Bends of queries from `query` on and keys from `key` on, out of scores and gradients of weights; all of these queries
-// see the keys before `all`.
+// Bends of queries of row b from `query` on and keys from `key` on, out of scores and gradients of weights; all of these
+// queries see the keys before `all`, if they see the first of a chunk.
 __device__ __forceinline__ void bend_queries(
-    const Problem &p, int query, int key, int length, int all, const Statistics (&of)[BANDS][2], uint32_t kept,
+    const Problem &p, int b, int query, int key, int length, int all, const Statistics (&of)[BANDS][2], uint32_t kept,
     const Product &score, const Product &slope, Pairs &bends) {
-    const bool whole = key + CHUNK <= all;
+    const bool whole = key + CHUNK <= all && !p.hides(b, query + BANDS * 16 - 1, key);
 #pragma unroll
     for (int m = 0; m < BANDS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int limit = p.limit(query + row_of(m, half), length);
+            const int limit = p.limit(query + row_of(m, half), length), start = p.start(b, query + row_of(m, half));
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++) {
                 float bend[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int i = half * 2 + e;
-                    bool seen = whole || key + column_of(n) + e < limit;
+                    const int column = key + column_of(n) + e;
+                    bool seen = whole || (column < limit && (!STARTS || column >= start));
                     float weight = exp2_approx(score[m][n][i] * p.scale_2() - of[m][half].level);
                     float given = slope[m][n][i] * factor_of(p, kept, m, n, i);
                     bend[e] = seen ? weight * (given - of[m][half].delta) : 0.0f;
@@ -84,15 +85,16 @@ __device__ __forceinline__ void bend_queries(
         }
 }
 
-// Weights of keys from `key` on (rows) and queries from `query` on (columns), whose statistics begin at `of`.
+// Weights of keys of row b from `key` on (rows) and queries from `query` on (columns), whose statistics begin at `of`.
 __device__ __forceinline__ void weigh_keys(
-    const Problem &p, int key, int query, int length, const Statistics *of, const Product &score, Pairs &weights) {
-    const bool whole = key + BANDS * 16 <= p.limit(query, length);
+    const Problem &p, int b, int key, int query, int length, const Statistics *of, const Product &score, Pairs &weights) {
+    const bool whole = key + BANDS * 16 <= p.limit(query, length) && !p.hides(b, query + CHUNK - 1, key);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) {
         const int t = column_of(n);
         const float level[2] = {of[t].level, of[t + 1].level};
         const int limit[2] = {p.limit(query + t, length), p.limit(query + t + 1, length)};
+        const int start[2] = {p.start(b, query + t), p.start(b, query + t + 1)};
 #pragma unroll
         for (int m = 0; m < BANDS; m++)
 #pragma unroll
@@ -101,7 +103,8 @@ __device__ __forceinline__ void weigh_keys(
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     weight[e] = exp2_approx(score[m][n][half * 2 + e] * p.scale_2() - level[e]);
-                    if (!whole && key + row_of(m, half) >= limit[e]) weight[e] = 0.0f;
+                    const int row = key + row_of(m, half);
+                    if (!whole && (row >= limit[e] || (STARTS && row < start[e]))) weight[e] = 0.0f;
                 }
                 weights.at(m, n, half) = pack_bf16(weight[0], weight[1]);
             }
@@ -133,20 +136,21 @@ __device__ __forceinline__ void load_statistics(const Statistics *from, Statisti
 }
 
 __device__ __forceinline__ void store_owned(
-    const float (&sum)[BANDS][PIECES][4], float factor, bf16 *tile, const Work &work, const View &to, int count,
-    int width) {
+    const Problem &p, const float (&sum)[BANDS][PIECES][4], float factor, bf16 *tile, const Work &work, const View &to,
+    int count) {
     float factors[BANDS][2];
 #pragma unroll
     for (int m = 0; m < BANDS; m++) factors[m][0] = factors[m][1] = factor;
-    store_rows(sum, factors, tile, own_row(), work.rows(to), to.row, work.tile * OWNED, count, width);
+    store_rows(sum, factors, tile, own_row(), work.rows(to), to.row, work.tile * OWNED, count, p.width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_queries(
     Problem p, View dout, View q, View k, View v, const Statistics *statistics, View dq) {
     DYNAMIC_SMEM(bf16, queries);
     bf16 *slopes = queries + OWNED * HEAD, *stages = slopes + OWNED * HEAD;
-    const Work work = work_of(p, (p.queries + OWNED - 1) / OWNED, true);
+    const Work work = work_of(p, p.heads, (p.queries + OWNED - 1) / OWNED, true);
     const int first = work.tile * OWNED, mine = first + own_row(), length = p.length(work.b);
+    const int begin = p.start(work.b, first) / STREAMED * STREAMED;
     const int end = p.limit(min(first + OWNED, p.queries) - 1, length);
     // the warp's queries see all keys before `all`, and none from `some` on
     const int all = p.limit(mine, length), some = p.limit(mine + BANDS * 16 - 1, length);
@@ -158,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     };
 
     load_rows<OWNED, THREADS>(work.rows(q), q.row, first, p.queries, p.width, queries);
-    load_rows<OWNED, THREADS>(work.rows(dout), dout.row, first, p.queries, p.width, slopes);
-    load(0, 0);
+    load_rows<OWNED, THREADS>(work.even_rows(dout), dout.row, first, p.queries, p.width, slopes);
+    load(begin, 0);
     Statistics of[BANDS][2];
 #pragma unroll
     for (int m = 0; m < BANDS; m++)
@@ -168,26 +172,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
             of[m][half] = statistics[work.padded_row(p) + mine + row_of(m, half)];
 
     float sum[BANDS][PIECES][4] = {};
-    for (int key = 0, turn = 0; key < end; key += STREAMED, turn ^= 1) {
+    for (int key = begin, turn = 0; key < end; key += STREAMED, turn ^= 1) {
         bf16 *keys = stages + turn * 2 * STREAMED * HEAD, *values = keys + STREAMED * HEAD;
         cp_async_wait<0>();
         __syncthreads();  // this stage is here, and the other is read
         if (key + STREAMED < end) load(key + STREAMED, turn ^ 1);
 #pragma unroll 1
         for (int chunk = 0; chunk < STREAMED && key + chunk < some; chunk += CHUNK) {
+            if (p.hides(work.b, mine, key + chunk + CHUNK - 1)) continue;  // the warp sees none of these
             const uint32_t kept = kept_bits<BANDS, BLOCKS>(
                 [&](int row, int column) { return work.kept(p, mine + row, key + chunk + column); });
             Product score, slope;
             multiply_chunk(queries, keys, chunk, score);
             multiply_chunk(slopes, values, chunk, slope);
             Pairs bends;
-            bend_queries(p, mine, key + chunk, length, all, of, kept, score, slope, bends);
+            bend_queries(p, work.b, mine, key + chunk, length, all, of, kept, score, slope, bends);
             accumulate<CHUNK>(bends, keys, chunk, sum);
         }
     }
     cp_async_wait<0>();
     __syncthreads();
-    store_owned(sum, p.scale, queries, work, dq, p.queries, p.width);
+    store_owned(p, sum, p.scale, queries, work, dq, p.queries);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_backward_keys(
@@ -195,39 +200,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
     DYNAMIC_SMEM(bf16, keys);
     bf16 *values = keys + OWNED * HEAD, *stages = values + OWNED * HEAD;
     Statistics *statistics_stages = reinterpret_cast<Statistics *>(stages + 4 * STREAMED * HEAD);
-    const Work work = work_of(p, (p.keys + OWNED - 1) / OWNED, false);
+    Work work = work_of(p, 1, (p.keys + OWNED - 1) / OWNED, false);
     const int first = work.tile * OWNED, mine = first + own_row(), length = p.length(work.b);
     const int begin = first < length ? p.first_query(first) / STREAMED * STREAMED : p.queries;  // hidden: no query
-    auto load = [&](int query, int turn) {
+    const int end = p.last_query(work.b, first + OWNED), beyond = work.h + p.heads;
+    auto load = [&](const Work &of, int query, int turn) {
         bf16 *stage = stages + turn * 2 * STREAMED * HEAD;
-        load_rows<STREAMED, THREADS>(work.rows(q), q.row, query, p.queries, p.width, stage);
-        load_rows<STREAMED, THREADS>(work.rows(dout), dout.row, query, p.queries, p.width, stage + STREAMED * HEAD);
-        load_statistics(statistics + work.padded_row(p) + query, statistics_stages + turn * STREAMED);
+        load_rows<STREAMED, THREADS>(of.rows(q), q.row, query, p.queries, p.width, stage);
+        load_rows<STREAMED, THREADS>(of.even_rows(dout), dout.row, query, p.queries, p.width, stage + STREAMED * HEAD);
+        load_statistics(statistics + of.padded_row(p) + query, statistics_stages + turn * STREAMED);
         cp_async_commit();
     };
 
     load_rows<OWNED, THREADS>(work.rows(k), k.row, first, length, p.width, keys);
     load_rows<OWNED, THREADS>(work.rows(v), v.row, first, length, p.width, values);
     cp_async_commit();
-    if (begin < p.queries) load(begin, 0);
+    if (begin < end) load(work, begin, 0);
 
     float dkey[BANDS][PIECES][4] = {}, dvalue[BANDS][PIECES][4] = {};
-    for (int query = begin, turn = 0; query < p.queries; query += STREAMED, turn ^= 1) {
+    for (int query = begin, turn = 0; query < end && work.h < beyond; turn ^= 1) {  // one head after another
         bf16 *queries = stages + turn * 2 * STREAMED * HEAD, *slopes = queries + STREAMED * HEAD;
         const Statistics *levels = statistics_stages + turn * STREAMED;
         cp_async_wait<0>();
         __syncthreads();  // this stage is here, and the other is read
-        if (query + STREAMED < p.queries) load(query + STREAMED, turn ^ 1);
+        const bool last = query + STREAMED >= end;  // of this head
+        const Work next = {work.b, work.h + last, work.g, work.tile};
+        const int next_query = last ? begin : query + STREAMED;
+        if (next.h < beyond) load(next, next_query, turn ^ 1);
 #pragma unroll 1
         for (int chunk = 0; chunk < STREAMED; chunk += CHUNK) {
             if (mine >= p.limit(query + chunk + CHUNK - 1, length)) continue;  // these queries see none of its keys
+            if (p.hides(work.b, query + chunk, mine + BANDS * 16 - 1)) continue;
             const uint32_t kept = kept_bits<BANDS, BLOCKS>(
                 [&](int row, int column) { return work.kept(p, query + chunk + column, mine + row); });
             // pairs of bfloat16 from the start: as floats the weights would not fit beside the slopes and the sums
             Pairs weights, bends;
             Product product;  // rows are keys, columns queries
             multiply_chunk(keys, queries, chunk, product);
-            weigh_keys(p, mine, query + chunk, length, levels + chunk, product, weights);
+            weigh_keys(p, work.b, mine, query + chunk, length, levels + chunk, product, weights);
             auto kept_weights = [&](int k, uint32_t(&a)[BANDS][4]) {
                 weights(k, a);
                 if (DROPOUT)
@@ -241,9 +251,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_back
             bend_keys(p, levels + chunk, kept, product, weights, bends);
             accumulate<CHUNK>(bends, queries, chunk, dkey);
         }
+        work = next, query = next_query;
     }
     cp_async_wait<0>();
     __syncthreads();
-    store_owned(dkey, p.scale, keys, work, dk, p.keys, p.width);
-    store_owned(dvalue, DROPOUT ? p.draw.factor : 1.0f, values, work, dv, p.keys, p.width);
+    store_owned(p, dkey, p.scale, keys, work, dk, p.keys);
+    store_owned(p, dvalue, DROPOUT ? p.draw.factor : 1.0f, values, work, dv, p.keys);
 }

@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward(
     bf16 *keys = queries + OWNED * HEAD, *values = keys + STAGES * KEYS * HEAD;
     __shared__ Ring<STAGES> key_ring, value_ring;
     __shared__ uint64_t queries_here;
-    const Work work = work_of(p, (p.queries + OWNED - 1) / OWNED, true);
+    const Work work = work_of(p, 1, (p.queries + OWNED - 1) / OWNED, true);
     const int first = work.tile * OWNED, length = p.length(work.b);
     const int tiles = (p.limit(min(first + OWNED, p.queries) - 1, length) + KEYS - 1) / KEYS;
     if (threadIdx.x == 0) {

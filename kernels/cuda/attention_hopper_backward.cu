@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_quer
     bf16 *slopes = queries + OWNED * HEAD, *stages = slopes + OWNED * HEAD;
     __shared__ Ring<STAGES> ring;
     __shared__ uint64_t owned_here;
-    const Work work = work_of(p, (p.queries + OWNED - 1) / OWNED, true);
+    const Work work = work_of(p, 1, (p.queries + OWNED - 1) / OWNED, true);
     const int first = work.tile * OWNED, length = p.length(work.b);
     const int tiles = (p.limit(min(first + OWNED, p.queries) - 1, length) + KEYS - 1) / KEYS;
     if (threadIdx.x == 0) {
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
     Statistics *levels = reinterpret_cast<Statistics *>(stages + STAGES * 2 * QUERIES * HEAD);
     __shared__ Ring<STAGES> ring;
     __shared__ uint64_t owned_here;
-    const Work work = work_of(p, (p.keys + OWNED - 1) / OWNED, false);
+    const Work work = work_of(p, 1, (p.keys + OWNED - 1) / OWNED, false);
     const int first = work.tile * OWNED, length = p.length(work.b);
     const int skipped = p.first_query(first) / QUERIES;  // tiles of queries that see none of these keys
     const int tiles = first < length ? (p.queries + QUERIES - 1) / QUERIES - skipped : 0;
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys
             uint64_t *full = ring.open(tile, 2 * QUERIES * HEAD * 2 + QUERIES * int(sizeof(Statistics)));
             load_tile<QUERIES>(place(tile), &q, full, query, work);
             load_tile<QUERIES>(place(tile) + QUERIES * HEAD, &dout, full, query, work);
-            tma_load_2d(levels + tile % STAGES * QUERIES, &statistics, full, query * 2, work.b * p.heads + work.h);
+            tma_load_2d(levels + tile % STAGES * QUERIES, &statistics, full, query * 2, work.b * p.groups + work.h);
         }
         return;
     }

@@ -9,11 +9,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_statistics(
     Problem p, View dout, View o, const float *lse, Statistics *statistics) {
     const int rows = (p.queries + PADDED - 1) / PADDED * PADDED;
     const int64_t i = int64_t(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
-    const int t = i % rows, head = i / rows;
-    const Work work = {head / p.heads, head % p.heads, 0};
+    const int t = i % rows, head = i / rows, heads = p.groups * p.heads;
+    const Work work = {head / heads, head % heads, 0, 0};
     float delta = 0.0f;
     if (t < p.queries) {
-        const ELEMENT *left = work.rows(dout) + t * dout.row, *right = work.rows(o) + t * o.row;
+        const ELEMENT *left = work.even_rows(dout) + t * dout.row, *right = work.even_rows(o) + t * o.row;
         for (int c = threadIdx.x % LANES * PACK; c < p.width; c += LANES * PACK) {
             auto a = load<PACK>(left + c), b = load<PACK>(right + c);
 #pragma unroll

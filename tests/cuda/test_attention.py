@@ -153,6 +153,86 @@ def _agrees(inputs, dtype, *how):
         _gradient_close(got, exact, inputs[3])
 
 
+def _groups(rng, b, groups, each, t, s, d, dtype):
+    """do (B, T, H, D); q (B, G, g, T, D), k, v (B, G, S, D), seen in one array (B, S, G, g + 2, D)."""
+    fused = rng.normal(size=(b, s, groups, each + 2, d)).astype(dtype)
+    return rng.normal(size=(b, t, groups * each, d)).astype(dtype), fused
+
+
+def _seen_in(fused, t):
+    each, parts = fused.shape[3] - 2, fused.transpose(0, 2, 3, 1, 4)
+    return parts[:, :, :each, fused.shape[1] - t :], parts[:, :, each], parts[:, :, each + 1]
+
+
+# B, G, g, T, S, D, causal, lengths, first keys of a query at position p; tiles and parts of tiles that nobody sees
+FIRST = {
+    "groups": (1, 2, 3, 70, 70, 64, True, None, None),
+    "window": (1, 1, 2, 200, 200, 64, True, None, lambda p: max(0, p - 20)),
+    "documents": (2, 1, 2, 100, 170, 128, True, [170, 100], lambda p: max(p // 90 * 90, p - 70)),
+    "blind": (1, 1, 1, 200, 200, 16, True, None, lambda p: p // 90 * 90 + 5),
+    "both ways": (1, 1, 2, 70, 200, 64, False, None, lambda p: p - 100),
+}
+
+
+@pytest.mark.parametrize(("name", "draw"), [(name, DRAW if name == "documents" else None) for name in FIRST])
+def test_groups_and_first_keys(variant, dtype, name, draw, rng):
+    if variant == "hopper":
+        pytest.skip("handed on to the next variant")
+    _agrees_in_groups(rng, dtype, name, draw)
+
+
+@pytest.mark.parametrize(
+    ("name", "draw", "share"), [("window", DRAW, 72), ("documents", None, 24), ("blind", None, 80)]
+)
+def test_groups_and_first_keys_in_shares(gpu, name, draw, share, monkeypatch, rng):
+    _only("plain", monkeypatch)
+    _agrees_in_groups(rng, np.dtype("f4"), name, draw, share)
+
+
+def _agrees_in_groups(rng, dtype, name, draw, share=0):
+    *sizes, causal, lengths, first = FIRST[name]
+    batch, *_, queries, keys, _ = sizes
+    do, fused = _groups(rng, *sizes, dtype)
+    lengths = None if lengths is None else np.array(lengths, "i4")
+    starts = first and np.array([[first(p) for p in range(keys - queries, keys)]], "i4")
+    if starts is not None and batch > 1:
+        starts = np.concatenate([starts, *[np.minimum(starts, 3)] * (batch - 1)])
+    results = []
+    kernels = attention.forward, attention.backward
+    for run, move, kind in ((kernels, device, dtype), ((forward, backward), np.asarray, np.dtype("f8"))):
+        parts = _seen_in(move(fused.astype(kind)), queries)
+        gradients = _seen_in(move(np.full(fused.shape, np.nan, kind)), queries)
+        length, start = (x if x is None else move(x) for x in (lengths, starts))
+        rest = (causal, draw, length, share, None, start)
+        with poisoned():
+            o, lse = run[0](*parts, *rest)
+            run[1](move(do.astype(kind)), *parts, o, lse, *gradients, *rest)
+        assert results or not registry.fallbacks()
+        results.append((o, lse, *gradients))
+    found, wanted = results
+    seen, lse = np.isfinite(wanted[1]), cupy.asnumpy(found[1])
+    assert np.allclose(lse[seen], wanted[1][seen], rtol=1e-5, atol=1e-5) and (lse[~seen] == -np.inf).all()
+    assert_close(found[0], wanted[0], dtype)
+    for got, exact in zip(found[2:], wanted[2:], strict=True):
+        _gradient_close(got, exact, do)
+
+
+def test_which_variants_know_groups_and_first_keys(gpu):
+    contracts = {name: KERNELS.entries()[f"attention.forward/{name}"].contract for name in ("hopper", "mma", "plain")}
+    q, k = (device(np.ones((2, heads, 96, 64), BF16)) for heads in (6, 2))
+    grouped, first = device(np.ones((2, 2, 3, 96, 64), BF16)), device(np.zeros((2, 96), "i4"))
+
+    def refused(*arguments, **named):
+        return [contract(*arguments, **named) for contract in contracts.values()]
+
+    assert refused(q, k, k) == refused(grouped, k, k) == ["queries in groups", "", ""]
+    assert refused(q, q, q, starts=first) == refused(q, q, q, starts=first[:1]) == ["first visible keys", "", ""]
+    assert refused(q, k[:, :1], k) == ["shapes differ"] * 3
+    assert refused(q[:, :5], k, k) == refused(grouped[:, :1], k, k) == ["heads do not fall into groups"] * 3
+    assert refused(q, q, q, starts=first[:, :90]) == ["starts: shapes differ"] * 3
+    assert refused(q, q, q, starts=first.astype("i8")) == ["starts: int64"] * 3
+
+
 def _heads(x):
     return device(x).swapaxes(1, 2)
 
@@ -308,7 +388,7 @@ def test_what_does_not_fit_is_refused(gpu):
     assert _fit(q.get(), q, q) == "not in the GPU's memory"
     assert _fit(q[:, :, :, ::2], q[:, :, :, ::2], q[:, :, :, ::2]) == "not contiguous"
     assert _fit(q, q[:, :, :4], q[:, :, :4]) == "more queries than keys"
-    assert _fit(q, q[:, :1], q[:, :1]) == "shapes differ"
+    assert _fit(q, q[..., :8], q[..., :8]) == "shapes differ"
     assert _fit(q, q, q, lengths=cupy.zeros(1, np.int64)) == "lengths: int64"
     assert _fit(q, q, q, lengths=cupy.zeros(2, np.int32)) == "lengths: shapes differ"
     assert _fit(*[cupy.zeros((1, 1, 2, 130), np.float32)] * 3) == "head width above 128"
