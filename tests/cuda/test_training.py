@@ -77,7 +77,8 @@ def test_bf16_has_the_same_bits_on_two_ranks(home):
 
 def test_muon_shares_its_matrices_out_over_gpus(home):
     """With layers that see a copy in bf16; what is measured is the average of the weights."""
-    options = (GPU, "numerics.products=bf16", "optim.name=muon", "optim.average=0.5", "train.steps=3")
+    small = ("train.micro_batches=8", "train.steps=2", "eval.windows=16")
+    options = (GPU, "numerics.products=bf16", "optim.name=muon", "optim.average=0.5", *small)
     one, two = home.train("muon1", None, *options), home.train("muon2", 2, *options)
     assert one.code == 0, one.err
     assert one.weights == two.weights
