@@ -11,7 +11,8 @@ VOCABULARY = 37
 
 def tiny_config(*overrides: str) -> Config:
     """J = 8 lanes of two micro-batches each, dropout on."""
-    base = ["model.layers=2", "model.width=24", "model.heads=3", "model.context=10", "model.dropout=0.1"]
+    base = ["model.layers=2", "model.width=24", "model.context=10", "model.dropout=0.1"]
+    base += [] if {"model.kind=lstm", "model.kind=gru"} & set(overrides) else ["model.heads=3"]
     base += ["train.micro_batches=16", "train.lanes=8", "train.rows=2", "train.steps=5", "train.seed=3"]
     base += ["optim.learning_rate=1e-2", "comm.bucket_mib=0.004"]
     return configuration.load(None, [*base, *overrides])

@@ -151,6 +151,21 @@ INLINE vf vexp(vf x) {
     return p * (vf)((half + 127) << 23) * (vf)((e - half + 127) << 23);
 }
 
+INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + vexp(-a)); }
+
+/* tanh: an odd polynomial below 0.625 (Cephes, S. Moshier), 1 - 2 / (exp(2|x|) + 1) with x's sign from there on. */
+INLINE vf vtanh(vf x) {
+    const vi sign = (vi)x & (int32_t)0x80000000;
+    const vf size_of = (vf)((vi)x & 0x7FFFFFFF), z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = FMA(p, z, splat(2.06390887954e-2f));
+    p = FMA(p, z, splat(-5.37397155531e-2f));
+    p = FMA(p, z, splat(1.33314422036e-1f));
+    p = FMA(p, z, splat(-3.33332819422e-1f));
+    const vf far = 1.0f - 2.0f / (vexp(size_of + size_of) + 1.0f);
+    return pick(size_of < splat(0.625f), FMA(p * z, x, x), (vf)((vi)far | sign));
+}
+
 /* Natural logarithm of a positive normal number or infinity, to 1e-13: one per row, so plain C. */
 INLINE double log_of(double x) {
     uint64_t bits;

@@ -1,16 +1,3 @@
-/* tanh: an odd polynomial below 0.625 (Cephes, S. Moshier), 1 - 2 / (exp(2|x|) + 1) with x's sign from there on. */
-INLINE vf vtanh(vf x) {
-    const vi sign = (vi)x & (int32_t)0x80000000;
-    const vf size_of = (vf)((vi)x & 0x7FFFFFFF), z = x * x;
-    vf p = splat(-5.70498872745e-3f);
-    p = FMA(p, z, splat(2.06390887954e-2f));
-    p = FMA(p, z, splat(-5.37397155531e-2f));
-    p = FMA(p, z, splat(1.33314422036e-1f));
-    p = FMA(p, z, splat(-3.33332819422e-1f));
-    const vf far = 1.0f - 2.0f / (vexp(size_of + size_of) + 1.0f);
-    return pick(size_of < splat(0.625f), FMA(p * z, x, x), (vf)((vi)far | sign));
-}
-
 /* to = cap tanh(x / cap); `to` may be x. */
 INLINE void cap_row(size n, const float *x, float cap, float *to) {
     const float inverse = 1.0f / cap;

@@ -1,6 +1,4 @@
-/* y = silu(a) b with silu(a) = a s, s = 1 / (1 + exp(-a)); x has rows of n gates a, then n numbers b. */
-INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + vexp(-a)); }
-
+/* y = silu(a) b with silu(a) = a sigmoid(a); x has rows of n gates a, then n numbers b. */
 void EXPORT(swiglu_forward)(size rows, size n, const float *x, float *y) {
     for (size r = 0; r < rows; r++, x += 2 * n, y += n)
         for (size i = 0; i < n; i += W) {

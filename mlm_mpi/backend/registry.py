@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from mlm_mpi.errors import ConfigError
 
 OPS = (
-    "matmul", "linear", "layernorm", "rmsnorm", "gelu", "relu2", "swiglu", "rotary", "attention", "embedding",
-    "crossentropy", "dropout", "sums", "cast", "clip", "adamw", "sgd",
+    "matmul", "linear", "layernorm", "rmsnorm", "gelu", "relu2", "swiglu", "rotary", "attention", "lstm",
+    "gru", "embedding", "crossentropy", "dropout", "sums", "cast", "clip", "adamw", "sgd",
 )  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])

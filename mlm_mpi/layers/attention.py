@@ -12,10 +12,14 @@ from mlm_mpi.params.store import Parameter
 
 
 class KeyValueCache:
-    """Keys and values of the positions seen so far, per layer; `length` positions are valid."""
+    """Keys and values of the positions seen so far, per layer; `length` positions are valid.
+
+    `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name.
+    """
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
+        self.states: dict[str, tuple[Any, ...]] = {}
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def extend(self, name: str, k: Any, v: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from mlm_mpi.cut import Box
 from mlm_mpi.rng import key_of, normal
 
 Shape = tuple[int, ...]
+Init = float | str | tuple[float, ...]
 
 
 class Source(Protocol):
@@ -28,10 +29,11 @@ class Source(Protocol):
 class Drawn:
     """Initial values keyed by (seed, name) and the *global* element: the same on any mesh, read in any pieces.
 
-    `parameters`: name -> (global shape, standard deviation of a centred normal, or "ones" or "zeros").
+    `parameters`: name -> (global shape, standard deviation of a centred normal, or "ones" or "zeros", or numbers: one
+    for each index of the first dim).
     """
 
-    def __init__(self, seed: int, parameters: Mapping[str, tuple[Shape, float | str]]) -> None:
+    def __init__(self, seed: int, parameters: Mapping[str, tuple[Shape, Init]]) -> None:
         self._seed, self._parameters = seed, parameters
 
     def shape(self, name: str) -> Shape | None:
@@ -41,6 +43,9 @@ class Drawn:
         shape, init = self._parameters[name]
         if isinstance(init, str):
             return np.full(box.shape, {"ones": 1.0, "zeros": 0.0}[init])
+        if isinstance(init, tuple):
+            mine = np.array(init[box.starts[0] : box.stops[0]])
+            return np.broadcast_to(mine.reshape(-1, *[1] * (len(shape) - 1)), box.shape)
         row = math.prod(shape[1:])
         first, stop = box.starts[0], box.stops[0]
         draws = init * normal(key_of(self._seed, "init", name), first * row, (stop - first) * row)

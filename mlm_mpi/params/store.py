@@ -26,7 +26,8 @@ ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the g
 class Parameter:
     """A name that does not depend on the mesh, a Layout, and a view into the flat store.
 
-    `init`: standard deviation of a centred normal, or "ones" or "zeros". `decay`: weight decay applies. `tied`: two
+    `init`: standard deviation of a centred normal, or "ones" or "zeros", or a number for each index of the first dim.
+    `decay`: weight decay applies. `tied`: two
     parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
     `matrices`: how an optimiser of matrices (optim/muon.py) sees the weight of a hidden layer: (dim, lengths), the
     array is cut along `dim` into pieces of these lengths, and each piece, seen as (shape[0], -1), is one matrix stored
@@ -36,7 +37,7 @@ class Parameter:
 
     name: str
     layout: Layout
-    init: float | str
+    init: float | str | tuple[float, ...]
     decay: bool = False
     tied: bool = False
     matrices: tuple[int, tuple[int, ...]] | None = None

@@ -29,8 +29,10 @@ from mlm_mpi.ops import (
     dropout,
     embedding,
     gelu,
+    gru,
     layernorm,
     linear,
+    lstm,
     matmul,
     relu2,
     rmsnorm,
@@ -43,8 +45,8 @@ from mlm_mpi.params import clip
 from mlm_mpi.rng import key_of, words
 
 MODULES = (
-    matmul, linear, gelu, relu2, swiglu, layernorm, rmsnorm, rotary, dropout, attention, embedding, crossentropy, sums,
-    adamw, clip,
+    matmul, linear, gelu, relu2, swiglu, layernorm, rmsnorm, rotary, dropout, attention, lstm, gru, embedding,
+    crossentropy, sums, adamw, clip,
 )  # fmt: skip
 WISH = os.environ.get("MLM_MPI_TEST_SEED", "20261123")
 SEED = secrets.randbits(32) if WISH == "fresh" else int(WISH)
@@ -335,6 +337,43 @@ def _adamw(size: tuple[int, int]) -> Case:
     return (_f(n), _f(n), _f(n, scale=0.1), np.abs(_f(n)), *numbers), (0, 2, 3)
 
 
+def _through_time(size: tuple[int, int]) -> tuple[int, int, int]:
+    """(B, T, C): more rows than a tile has, few positions."""
+    return min(size[0], 14), 1 + size[0] % 5 + (size[0] == 1), min(size[1], 136)
+
+
+def _begun(batch: int, length: int) -> np.ndarray:
+    """First positions of documents of random lengths."""
+    begins = np.where(RANDOM.random((batch, length)) < 0.3, np.arange(length), 0)
+    return np.maximum.accumulate(begins, axis=1).astype("i4")
+
+
+def _recurrent(gates: int, starts: bool, state: bool) -> Callable[[tuple[int, int]], Case]:
+    """LSTM (4 gates) or GRU (3)."""
+
+    def make(size: tuple[int, int]) -> Case:
+        batch, length, c = _through_time(size)
+        given = _f(batch, length, gates, c), _f(c, gates, c, scale=c**-0.5), *([] if gates == 4 else [_f(c)])
+        first = [_f(batch, c) if state else None for _ in range(gates - 2)]
+        return (*given, _begun(batch, length) if starts else None, *first), (0,)
+
+    return make
+
+
+def _recurrent_backward(gates: int, starts: bool, shares: int = 1) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        batch, length, c = _through_time(size)
+        c = c if c % shares == 0 else 8 * -(-c // 8)
+        opened = np.tanh(_f(batch, length, gates, c))
+        opened[:, :, [0, 1] if gates == 3 else [0, 1, 3]] *= 0.4
+        opened[:, :, [0, 1] if gates == 3 else [0, 1, 3]] += 0.5
+        kept = [_f(batch, length, c) for _ in range(5 - gates)]
+        rest = _f(c, gates, c, scale=c**-0.5), _begun(batch, length) if starts else None, shares
+        return (_f(batch, length, c), opened, *kept, *rest), (1,) if gates == 4 else (1, 3)
+
+    return make
+
+
 # name -> makers of arguments; relative tolerance of the case in units of float32's epsilon, of the largest element
 CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     "matmul.add": (
@@ -412,6 +451,10 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         + [_attention_backward_of_groups(True, None, _windows, lambda t: 6)],
         64,
     ),
+    "lstm.forward": ([_recurrent(4, *two) for two in itertools.product((False, True), repeat=2)], 16),
+    "lstm.backward": ([_recurrent_backward(4, False), _recurrent_backward(4, True, 8)], 16),
+    "gru.forward": ([_recurrent(3, *two) for two in itertools.product((False, True), repeat=2)], 16),
+    "gru.backward": ([_recurrent_backward(3, False), _recurrent_backward(3, True, 8)], 16),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
     "embedding.backward": (
         [lambda s: ((_f(*s), RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), (2,))],

@@ -1,9 +1,9 @@
 """The C kernels as a provider: every table, and the library of one dispatch level."""
 
-from mlm_mpi.backend.cpu import attention, elementwise, library, matmul, rows
+from mlm_mpi.backend.cpu import attention, elementwise, library, matmul, recurrence, rows
 from mlm_mpi.backend.registry import Provider, Table
 
-KERNELS = Table(matmul.KERNELS | attention.KERNELS | rows.KERNELS | elementwise.KERNELS)
+KERNELS = Table(matmul.KERNELS | attention.KERNELS | recurrence.KERNELS | rows.KERNELS | elementwise.KERNELS)
 
 
 def provide(level: str = "auto", threads: int = 1, products: str = "float32") -> Provider:
