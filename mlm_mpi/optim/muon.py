@@ -84,9 +84,9 @@ class Settings(Common):
         True, says="If true, the update looks one step ahead: the gradient is mixed into the momentum once more."
     )
     iteration: Literal["polar-express", "newton-schulz"] = key(
-        "polar-express",
-        says="The momentum is made orthogonal by this iteration: five optimal polynomials in turn (Amsel et al., "
-        "arXiv:2505.16932), or five times that of Jordan et al., 2024.",
+        "newton-schulz",  # by 0.008 nats after 120 steps, 2 layers of C 128, with either of two seeds
+        says="The momentum is made orthogonal by this iteration: five times the polynomial of Jordan et al., 2024, or "
+        "five optimal ones in turn (Amsel et al., arXiv:2505.16932).",
     )
     adam_learning_rate: float = key(
         8e-3, says="The learning rate of all other parameters, tables, gains and biases, at its largest.", least=0

@@ -75,19 +75,6 @@ def test_bf16_has_the_same_bits_on_two_ranks(home):
     assert home.train("bf16two", 2, GPU, "numerics.products=bf16").weights == one.weights
 
 
-def test_muon_shares_its_matrices_out_over_gpus(home):
-    """With layers that see a copy in bf16; what is measured is the average of the weights."""
-    small = ("train.micro_batches=8", "train.steps=2", "eval.windows=16")
-    options = (GPU, "numerics.products=bf16", "optim.name=muon", "optim.average=0.5", *small)
-    one, two = home.train("muon1", None, *options), home.train("muon2", 2, *options)
-    assert one.code == 0, one.err
-    assert one.weights == two.weights
-    measured = [
-        json.loads((home.folder / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("muon1", "muon2")
-    ]
-    assert measured[0]["heldout_loss"] == measured[1]["heldout_loss"]
-
-
 def test_a_bf16_run_can_be_evaluated_on_any_cpu(home):
     home.train("bf16eval", None, GPU, "numerics.products=bf16")
     gpu, cpu = (

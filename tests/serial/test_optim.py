@@ -177,7 +177,7 @@ def test_muon_is_its_formula(nesterov):
             for k in range(3 if name == "qkv" else 1):
                 at = (slice(None), k) if name == "qkv" else ...
                 rows, columns = u[at].shape
-                p[name][at] -= rate * math.sqrt(max(1, columns / rows)) * by_svd(u[at], "polar-express")[0]
+                p[name][at] -= rate * math.sqrt(max(1, columns / rows)) * by_svd(u[at], settings.iteration)[0]
     for name, value in store.named(store.data).items():
         expected = p[name] if name in p and name in ("qkv", "up") else other.named(other.data)[name]
         np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-9)
