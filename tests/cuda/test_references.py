@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 from agreement import device
 
-from mlm_mpi.ops import crossentropy, dropout, embedding, gelu, layernorm, linear, relu2, rmsnorm, rotary, swiglu
+from mlm_mpi.ops import (
+    crossentropy,
+    dropout,
+    embedding,
+    gelu,
+    gru,
+    layernorm,
+    linear,
+    lstm,
+    relu2,
+    rmsnorm,
+    rotary,
+    swiglu,
+)
 from mlm_mpi.rng import key_of
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -23,7 +36,13 @@ def cases(rng):
     inverse, x5, dy5 = (1 / np.sqrt((x**2).mean(axis=1))).astype("f4"), *rng.normal(size=(2, 2, 5, 2, 3, 8))
     turns, weight, dweight = rotary.tables(np.arange(5), 6, 10.0), rng.normal(size=(2, 8)), np.ones((2, 8), "f4")
     inverse5 = (1 / np.sqrt((x5**2).mean(axis=4))).astype("f4")
+    gates, u, kept = rng.normal(size=(3, 4, 4, 6)), rng.normal(size=(6, 4, 6)), rng.normal(size=(3, 3, 4, 6))
+    three, u3, starts = gates[:, :, :3].copy(), u[:, :3].copy(), np.array([[0, 0, 2, 2], [0] * 4, [0, 1, 1, 1]], "i4")
     return {
+        "lstm.forward": (lstm.forward, [gates, u, starts, kept[0, :, 0], kept[1, :, 0]], (0,)),
+        "lstm.backward": (lstm.backward, [kept[0], np.tanh(gates), kept[1], u, starts, 2], (1,)),
+        "gru.forward": (gru.forward, [three, u3, kept[0, 0, 0], starts, kept[1, :, 0]], (0,)),
+        "gru.backward": (gru.backward, [kept[0], np.tanh(three), kept[1], kept[2], u3, starts, 2], (1, 3)),
         "relu2.forward": (relu2.forward, [x], ()),
         "relu2.backward": (relu2.backward, [dy, x], ()),
         "swiglu.forward": (swiglu.forward, [x.reshape(9, 2, 20)], ()),
