@@ -102,7 +102,7 @@ MISTAKES = {
     TRAIN + "--set optim.lr=1": "--set: unknown key optim.lr; known: average, beta1, beta2, clip, decay_fraction, ",
     TRAIN + "--set trian.steps=5": "--set: unknown section [trian]; did you mean 'train'?",
     TRAIN
-    + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt, llama (a file of your own: --plugins DIR)',
+    + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of gpt, gru, llama, lstm',
     TRAIN
     + "--set comm.reduction=nccl": 'comm.reduction = "nccl" needs backend.device = "gpu", not "cpu": set that, or ',
     "sweep ok.toml --out s --over optim.lr=1,2": "unknown key optim.lr; known: average, beta1, beta2, clip, ",
