@@ -432,7 +432,7 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         + [_attention(c, d, p, _third) for c in (True, False) for d, p in ((None, 0), (_draw(), 5))]
         + [_attention(True, _draw()._replace(start=7, strides=(9999, 3333, 500, 1)), 2, lambda t: 6, (9, 4))]
         + [_attention_of_groups(True, _draw(), 5, _documents, _third), _attention_of_groups(False, None, 0, _windows)]
-        + [_attention_of_groups(True, None, 2, _documents, lambda t: 6, (9, 4))],
+        + [_attention_of_groups(True, None, 2, _documents, lambda t: 6, (5, 4))],
         64,
     ),
     "attention.partial": (
