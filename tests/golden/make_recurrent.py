@@ -22,10 +22,10 @@ SIZE = {"layers": 2, "width": 8, "context": 12}
 MODELS: dict[str, tuple[ModuleType, Any]] = {
     "lstm": (lstm, lstm.Settings(**SIZE)),
     "gru": (gru, gru.Settings(**SIZE)),
-    "lstm, classical": (lstm, lstm.Settings(**SIZE, tied=False, final_norm=False)),
-    "gru, residual": (gru, gru.Settings(**SIZE, residual=True)),
+    "lstm, classical": (lstm, lstm.Settings(**SIZE, tied=False, final_norm=False, residual=False)),
+    "gru, plain": (gru, gru.Settings(**SIZE, residual=False)),
 }
-PACKED = ("lstm", "gru, residual")  # these see documents packed into a row
+PACKED = ("lstm", "gru, plain")  # these see documents packed into a row
 
 
 def starts(random: np.random.Generator) -> np.ndarray:

@@ -339,7 +339,7 @@ def _adamw(size: tuple[int, int]) -> Case:
 
 def _through_time(size: tuple[int, int]) -> tuple[int, int, int]:
     """(B, T, C): more rows than a tile has, few positions."""
-    return min(size[0], 14), 1 + size[0] % 5 + (size[0] == 1), min(size[1], 136)
+    return min(size[0], 14), 1 + size[0] % 5 + (size[0] == 1), min(size[1], 104)
 
 
 def _begun(batch: int, length: int) -> np.ndarray:

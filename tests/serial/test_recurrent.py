@@ -34,8 +34,8 @@ SMALL: dict[str, Any] = {"layers": 2, "width": 24, "context": 40, "init_std": 0.
 VARIANTS: dict[str, tuple[ModuleType, Any]] = {
     "lstm": (lstm, lstm.Settings(**SMALL)),
     "gru": (gru, gru.Settings(**SMALL)),
-    "lstm, dropout": (lstm, lstm.Settings(**SMALL, dropout=0.3, tied=False, residual=True, logit_cap=3.0)),
-    "gru, dropout": (gru, gru.Settings(**SMALL, dropout=0.3, final_norm=False)),
+    "lstm, dropout": (lstm, lstm.Settings(**SMALL, dropout=0.3, tied=False, logit_cap=3.0)),
+    "gru, dropout": (gru, gru.Settings(**SMALL, dropout=0.3, residual=False, final_norm=False)),
 }
 
 
