@@ -66,7 +66,7 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 	@echo
 	@$(BIN)/mlm-mpi evaluate $(RUN) --baselines
 	@echo
-	@$(BIN)/mlm-mpi generate $(RUN) --prompt "Return a list of" --tokens 100
+	@$(BIN)/mlm-mpi generate $(RUN) --prompt "Return a list of" --tokens 150
 	@echo
 	@$(BIN)/python tests/listed_weights.py README.md $(CORPUS) $(RUN)
 
