@@ -11,6 +11,7 @@ RANKS ?= 4
 RUN ?= runs/tiny
 GPU_CHECK ?=
 SLURM ?=
+NVRTC ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 ARCH ?= sm_90a
@@ -105,7 +106,7 @@ test-slurm: $(VENV)/.installed-test  ## the job script under a real Slurm on two
 # the kernels run on the CPU (kernels/cuda/emulator) while NVRTC compiles every build of them
 test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100
 	@command -v g++ >/dev/null || { echo "test-cuda-cpu skipped: no g++, which runs the kernels on the CPU"; exit 0; }; mkdir -p build; \
-	$(BIN)/python -m pytest -q tests/cuda/test_nvrtc.py >build/nvrtc.log 2>&1 & compiled=$$!; \
+	$(BIN)/python -m pytest -q tests/cuda/test_nvrtc.py $(NVRTC) >build/nvrtc.log 2>&1 & compiled=$$!; \
 	$(BIN)/python -m pytest -q $(SHARED_OUT) tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
 	wait $$compiled || { cat build/nvrtc.log; exit 1; }; tail -1 build/nvrtc.log
 
