@@ -110,11 +110,12 @@ test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: execu
 	$(BIN)/python -m pytest -q $(SHARED_OUT) tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
 	wait $$compiled || { cat build/nvrtc.log; exit 1; }; tail -1 build/nvrtc.log
 
-test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer, then AddressSanitizer, in the emulated kernels
+test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer and AddressSanitizer in the emulated kernels
 	@command -v g++ >/dev/null || { echo "test-cuda-sanitize skipped: no g++"; exit 0; }; \
-	for kind in thread address; do \
-	  $(BIN)/python tests/cuda/sanitizers.py $$kind -m pytest -q @tests/cuda/sanitized.txt || exit 1; \
-	done
+	mkdir -p build; tested="-m pytest -q @tests/cuda/sanitized.txt"; \
+	$(BIN)/python tests/cuda/sanitizers.py thread $$tested >build/threads.log 2>&1 & threads=$$!; \
+	$(BIN)/python tests/cuda/sanitizers.py address $$tested || { kill $$threads; exit 1; }; \
+	wait $$threads || { cat build/threads.log; exit 1; }; tail -1 build/threads.log
 
 kernels: $(VENV)/.installed-test  ## CUDA kernels compiled beforehand for ARCH (sm_80, sm_90a, ...), found before any is compiled
 	@$(BIN)/python -m mlm_mpi.backend.cuda.nvrtc $(ARCH)
