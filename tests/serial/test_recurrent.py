@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numerics import directional, poisoned, same_bits
+from every_model import check_bits, check_every_gradient
+from numerics import same_bits
 from whole import Whole
 
 from mlm_mpi import config
@@ -76,28 +77,12 @@ def test_loss_and_every_gradient_are_those_of_pytorch(kind: str):
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_every_gradient(kind: str):
-    whole = whole_of(kind)
-    ids, targets, mask = batch()
-    ctx = Context(training=True, seed=3, step=5, micro_batch=1)
-    whole.gradient = poisoned(whole.store.size)
-    total = whole.loss_and_grad(ids, targets, mask, ctx)
-    assert total == pytest.approx(whole.loss(ids, targets, mask, ctx), rel=1e-13)
-    for span in whole.store.spans:
-        p = span.parameter
-        directional(lambda: whole.loss(ids, targets, mask, ctx), p.data, whole[p], tol=1e-6)
+    check_every_gradient(whole_of(kind), *batch())
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_recomputing_and_repeating_give_the_same_bits_and_accumulating_adds(kind: str):
-    ids, targets, mask = batch()
-    wholes = [whole_of(kind, "f4", recompute) for recompute in (False, True, False)]
-    for whole in wholes:
-        whole.gradient = poisoned(whole.store.size, dtype="f4")
-        whole.loss_and_grad(ids, targets, mask, Context(training=True))
-    views = [whole.store.views(whole.gradient) for whole in wholes]
-    assert all(same_bits(a, b) and same_bits(a, c) for a, b, c in zip(*views, strict=True))
-    wholes[0].loss_and_grad(ids, targets, mask, Context(training=True, accumulate=True))
-    assert all(np.allclose(a, 2 * b, rtol=1e-4, atol=1e-5) for a, b, _ in zip(*views, strict=True))
+    check_bits(*(whole_of(kind, "f4", recompute) for recompute in (False, True, False)), *batch())
 
 
 @pytest.mark.parametrize("kind", ["lstm, dropout", "gru"])

@@ -12,38 +12,27 @@ from mlm_mpi.backend.registry import Table
 KERNELS = Table()
 
 
-# ---- gelu
+# ---- activations of one array
 
 
-@KERNELS.kernel("gelu.forward", dense)
-def _gelu_forward(lib: Any, x: Any) -> Any:
-    y = np.empty_like(x)
-    lib.gelu_forward(x.size, at(x), at(y))
-    return y
+def _activation(op: str) -> None:
+    """Enters the two launches of an op that maps elements."""
+
+    @KERNELS.kernel(f"{op}.forward", dense)
+    def forward(lib: Any, x: Any) -> Any:
+        y = np.empty_like(x)
+        getattr(lib, f"{op}_forward")(x.size, at(x), at(y))
+        return y
+
+    @KERNELS.kernel(f"{op}.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+    def backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
+        dx = np.empty_like(x) if out is None else out
+        getattr(lib, f"{op}_backward")(x.size, at(dy), at(x), at(dx))
+        return dx
 
 
-@KERNELS.kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
-def _gelu_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
-    dx = np.empty_like(x) if out is None else out
-    lib.gelu_backward(x.size, at(dy), at(x), at(dx))
-    return dx
-
-
-# ---- relu2
-
-
-@KERNELS.kernel("relu2.forward", dense)
-def _relu2_forward(lib: Any, x: Any) -> Any:
-    y = np.empty_like(x)
-    lib.relu2_forward(x.size, at(x), at(y))
-    return y
-
-
-@KERNELS.kernel("relu2.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
-def _relu2_backward(lib: Any, dy: Any, x: Any, out: Any = None) -> Any:
-    dx = np.empty_like(x) if out is None else out
-    lib.relu2_backward(x.size, at(dy), at(x), at(dx))
-    return dx
+_activation("gelu")
+_activation("relu2")
 
 
 # ---- swiglu

@@ -21,38 +21,27 @@ def _launch(gpu: Any, name: str, size: int, wide: int, arguments: tuple[Any, ...
     run((max(1, -(-size // (THREADS * wide))),), (THREADS,), (*arguments, np.int64(size)))
 
 
-# ---- gelu
+# ---- activations of one array
 
 
-@KERNELS.kernel("gelu.forward", dense)
-def _gelu_forward(gpu: Any, x: Any) -> Any:
-    y = gpu.cupy.empty(x.shape, x.dtype)
-    _launch(gpu, "gelu_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
-    return y
+def _activation(op: str) -> None:
+    """Enters the two launches of an op that maps elements."""
+
+    @KERNELS.kernel(f"{op}.forward", dense)
+    def forward(gpu: Any, x: Any) -> Any:
+        y = gpu.cupy.empty(x.shape, x.dtype)
+        _launch(gpu, f"{op}_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
+        return y
+
+    @KERNELS.kernel(f"{op}.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
+    def backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
+        dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
+        _launch(gpu, f"{op}_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
+        return dx
 
 
-@KERNELS.kernel("gelu.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
-def _gelu_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
-    dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
-    _launch(gpu, "gelu_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
-    return dx
-
-
-# ---- relu2
-
-
-@KERNELS.kernel("relu2.forward", dense)
-def _relu2_forward(gpu: Any, x: Any) -> Any:
-    y = gpu.cupy.empty(x.shape, x.dtype)
-    _launch(gpu, "relu2_forward", x.size, width(x, y), (x, y), ELEMENT=element(x))
-    return y
-
-
-@KERNELS.kernel("relu2.backward", lambda dy, x, out=None: dense(dy, x, out) or shaped(x.shape, dy, out))
-def _relu2_backward(gpu: Any, dy: Any, x: Any, out: Any = None) -> Any:
-    dx = gpu.cupy.empty(x.shape, x.dtype) if out is None else out
-    _launch(gpu, "relu2_backward", x.size, width(dy, x, dx), (dy, x, dx), ELEMENT=element(x))
-    return dx
+_activation("gelu")
+_activation("relu2")
 
 
 # ---- swiglu
