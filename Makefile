@@ -107,7 +107,7 @@ test-slurm: $(VENV)/.installed-test  ## the job script under a real Slurm on two
 test-cuda-cpu: $(VENV)/.installed-test  ## the CUDA kernels without a GPU: executed on the CPU, compiled for sm_80, sm_90a, sm_100
 	@command -v g++ >/dev/null || { echo "test-cuda-cpu skipped: no g++, which runs the kernels on the CPU"; exit 0; }; mkdir -p build; \
 	$(BIN)/python -m pytest -q tests/cuda/test_nvrtc.py $(NVRTC) >build/nvrtc.log 2>&1 & compiled=$$!; \
-	$(BIN)/python -m pytest -q $(SHARED_OUT) tests/cuda --ignore tests/cuda/test_nvrtc.py || { kill $$compiled; exit 1; }; \
+	$(BIN)/python -m pytest -q $(SHARED_OUT) tests/cuda --ignore tests/cuda/test_nvrtc.py $(EMULATED) || { kill $$compiled; exit 1; }; \
 	wait $$compiled || { cat build/nvrtc.log; exit 1; }; tail -1 build/nvrtc.log
 
 test-cuda-sanitize: $(VENV)/.installed-test  ## small CUDA tests with ThreadSanitizer and AddressSanitizer in the emulated kernels

@@ -49,7 +49,13 @@ PEERS = {  # name: (in the table, what torch_peer.py does for it)
 MODELS = {  # name: what is set beside the size
     "gpt": ["model.kind=gpt"],
     "llama": ["model.kind=llama"],
-    "recipe": ["model.kind=llama", "model.activation=relu2", "model.qk_norm=true", "model.tied=true"],
+    "recipe": [
+        "model.kind=llama",
+        "model.activation=relu2",
+        "model.qk_norm=true",
+        "model.embedding_norm=true",
+        "model.logit_cap=15",
+    ],
 }
 
 

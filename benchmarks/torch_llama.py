@@ -75,6 +75,8 @@ class PeerLlama(nn.Module):
         super().__init__()
         self.m = model
         self.tokens = nn.Embedding(vocabulary, model.width)
+        if model.embedding_norm:
+            self.first_norm = nn.RMSNorm(model.width, eps=model.norm_epsilon)
         self.blocks = nn.ModuleList(PeerLlamaBlock(model, number) for number in range(model.layers))
         self.norm = nn.RMSNorm(model.width, eps=model.norm_epsilon)
         self.head = nn.Linear(model.width, vocabulary, bias=False)
@@ -87,6 +89,8 @@ class PeerLlama(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy of the targets; a target of −100 does not count."""
         x = self.tokens(ids)
+        if self.m.embedding_norm:
+            x = self.first_norm(x)
         for block in self.blocks:
             x = block(x, self.turned, documents)
         logits = self.head(self.norm(x))
@@ -113,6 +117,8 @@ class PeerLlama(nn.Module):
     def views(self) -> dict[str, list[nn.Parameter]]:
         """Our name of every parameter -> the parameters here that it consists of."""
         out: dict[str, list[nn.Parameter]] = {"embed.tokens": [self.tokens.weight]}
+        if self.m.embedding_norm:
+            out["embed.norm.gain"] = [self.first_norm.weight]
         for i, block in enumerate(self.blocks):
             name = f"block{i}"
             out[f"{name}.norm1.gain"] = [block.norm1.weight]

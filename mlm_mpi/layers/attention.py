@@ -8,7 +8,7 @@ from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.ops import attention
-from mlm_mpi.params.store import Parameter
+from mlm_mpi.params.store import Parameter, equal
 
 
 class KeyValueCache:
@@ -49,8 +49,9 @@ class SelfAttention:
         """
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         width, self.most = project.inputs, shares
+        each = equal(1, 3), equal(2, heads, width // heads)
         self.qkv = Linear(
-            f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares, matrices=(1, (1, 1, 1))
+            f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares, matrices=each
         )
 
     def parameters(self) -> list[Parameter]:

@@ -5,6 +5,7 @@ from typing import Any
 from mlm_mpi import order
 from mlm_mpi.layers.base import Context, Flow
 from mlm_mpi.layers.dropout import Dropout
+from mlm_mpi.layers.norm import RMSNorm
 from mlm_mpi.ops import embedding, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
@@ -30,19 +31,24 @@ class TokenEmbedding:
 
     def __init__(
         self, name: str, vocabulary: int, width: int, std: float, dropout: float, tied: bool = True,
-        shares: int = order.MOST,
+        shares: int = order.MOST, norm: RMSNorm | None = None,
     ) -> None:  # fmt: skip
+        """`norm`: of what is looked up; None: there is none."""
         self.tokens = token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
+        self.norm = norm
         self.drop = Dropout(name, dropout)
 
     def parameters(self) -> list[Parameter]:
-        return [self.tokens]
+        return [self.tokens, *([] if self.norm is None else self.norm.parameters())]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         assert ctx.batch is not None, "the first part reads its ids from the context"
         ids = ctx.batch.inputs["ids"]
-        y, factors = self.drop.forward(self._placed(embedding.forward(ids, self.tokens.data), ctx), ctx)
-        return (y,), (ids, factors)
+        y, s_norm = self._placed(embedding.forward(ids, self.tokens.data), ctx), None
+        if self.norm is not None:
+            y, s_norm = self.norm.forward(y, ctx)
+        y, factors = self.drop.forward(y, ctx)
+        return (y,), (ids, s_norm, factors)
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         """What the model adds for positions: nothing. Shapes: (B, T, C) -> the same, may be y itself."""
@@ -53,13 +59,15 @@ class TokenEmbedding:
         return ()
 
     def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        """The gradient before dropout. Adds to a tied table's, whatever `ctx.accumulate` says: the head came first.
+        """The gradient before norm and dropout. Adds to a tied table's, whatever `ctx.accumulate` says: after the head.
 
         In a lane of several micro-batches the sum of a tied table lies in `ctx.lane` until the last. It begins with -0,
         which changes nothing that is added to it, so that a lane of one needs none.
         """
-        ids, factors = saved
+        ids, s_norm, factors = saved
         dx = self.drop.backward(dy, factors, ctx)
+        if self.norm is not None:
+            dx = self.norm.backward(dx, s_norm, ctx)
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0

@@ -9,7 +9,7 @@ from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.ops import attention, rotary
 from mlm_mpi.params.layout import Layout
-from mlm_mpi.params.store import Parameter
+from mlm_mpi.params.store import Parameter, equal
 
 
 class Heads(NamedTuple):
@@ -56,9 +56,8 @@ class GroupedAttention:
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         self.positions, self.window, self.epsilon, self.most = positions, window, norm_epsilon, shares
         outputs = heads.groups, heads.queries + 2, heads.width
-        self.qkv = Linear(
-            f"{name}.qkv", width, outputs, std, cut=1, shares=shares, bias=bias, matrices=(2, (heads.queries, 1, 1))
-        )
+        each = equal(1, heads.groups), equal(2, heads.queries + 2)
+        self.qkv = Linear(f"{name}.qkv", width, outputs, std, cut=1, shares=shares, bias=bias, matrices=each)
         self.gain = None
         if norm_epsilon is not None:  # of the queries, of the key
             self.gain = Parameter(f"{name}.norm.gain", Layout((2, heads.width)), "ones")

@@ -8,7 +8,7 @@ from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.ops import dropout, linear
 from mlm_mpi.params.layout import Layout
-from mlm_mpi.params.store import Parameter
+from mlm_mpi.params.store import Cuts, Parameter
 
 
 def flat(x: Any) -> Any:
@@ -21,12 +21,12 @@ class Linear:
 
     `cut`: the dim of the weight that the tp axis will cut, 0 for the inputs; `unit`: how many of its elements stay
     together; `shares`: how many shares a sum over that dim has at most. `init`: standard deviation, or "zeros".
-    `matrices`: what an optimiser of matrices sees in the weight (`Parameter.matrices`); None: one.
+    `matrices`: what an optimiser of matrices sees in the weight (`Parameter.matrices`).
     """
 
     def __init__(
         self, name: str, inputs: int, outputs: int | tuple[int, ...], init: float | str, cut: int | None = None,
-        unit: int = 1, shares: int = order.MOST, bias: bool = True, matrices: tuple[int, tuple[int, ...]] | None = None,
+        unit: int = 1, shares: int = order.MOST, bias: bool = True, matrices: Cuts = (),
     ) -> None:  # fmt: skip
         shape = inputs, *((outputs,) if isinstance(outputs, int) else outputs)
         self.inputs, self.outputs = inputs, shape[1:]
@@ -36,7 +36,7 @@ class Linear:
         axes = tuple("tp" if dim == cut else None for dim in range(len(shape)))
         units = tuple(unit if dim == cut else 1 for dim in range(len(shape)))
         self.weight = Parameter(
-            f"{name}.weight", Layout(shape, axes, units, count), init, decay=True, matrices=matrices or (1, shape[1:2])
+            f"{name}.weight", Layout(shape, axes, units, count), init, decay=True, matrices=matrices
         )
         self.bias = None
         if bias:
@@ -82,9 +82,9 @@ class ResidualLinear(Linear):
 
     def __init__(
         self, name: str, inputs: int, outputs: int, init: float | str, drop: Dropout, unit: int = 1,
-        shares: int = order.MOST, bias: bool = True,
+        shares: int = order.MOST, bias: bool = True, matrices: Cuts = (),
     ) -> None:  # fmt: skip
-        super().__init__(name, inputs, outputs, init, 0, unit, shares, bias)
+        super().__init__(name, inputs, outputs, init, 0, unit, shares, bias, matrices)
         self.drop = drop
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:

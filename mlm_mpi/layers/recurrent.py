@@ -11,7 +11,7 @@ from mlm_mpi.layers.linear import Linear, flat
 from mlm_mpi.ops import gru, linear, lstm, matmul
 from mlm_mpi.ops.recurrence import shifted
 from mlm_mpi.params.layout import Layout
-from mlm_mpi.params.store import Parameter
+from mlm_mpi.params.store import Parameter, equal
 
 
 class Cell(Protocol):
@@ -34,7 +34,7 @@ class _Gated:
     def __init__(self, name: str, width: int, std: float, shares: int = order.MOST) -> None:
         """`shares`: at most, of a sum over units."""
         self.name, gates = name, self.GATES
-        each = (1, (1,) * gates)
+        each = (equal(1, gates),)
         self.input = Linear(f"{name}.input", width, (gates, width), std, cut=2, shares=shares, matrices=each)
         assert self.input.bias is not None
         self.input.bias.init = self.BIAS

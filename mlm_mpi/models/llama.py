@@ -24,7 +24,7 @@ from mlm_mpi.layers.grouped import GroupedAttention, Heads, Positions
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import RMSNorm
 from mlm_mpi.ops import relu2, rotary, swiglu
-from mlm_mpi.params.store import Parameter
+from mlm_mpi.params.store import Parameter, equal
 
 _GATE_UNIT = 64  # a width of 8/3 · C is rounded up to a multiple of it: four vectors of 16, and 8 shares of 8
 
@@ -79,6 +79,9 @@ class Settings:
         False, says="If true, queries and keys are normalised, with a gain each, before they are turned."
     )
     qkv_bias: bool = key(False, says="If true, queries, keys and values have a bias, as in Qwen2.")
+    embedding_norm: bool = key(
+        False, says="If true, a token's row of the table is normalised, with a gain, before the first block."
+    )
     tied: bool = key(False, says="If true, the embedding's table is the head's too.")
     logit_cap: float = key(
         0.0, says="A logit x becomes cap · tanh(x / cap), which is at most this large; 0 means no cap.", least=0
@@ -166,7 +169,8 @@ def _each(period: int, number: int) -> bool:
 
 def _embedding(settings: Settings, sizes: Sizes) -> TokenEmbedding:
     shape = sizes.vocabulary, settings.width
-    return TokenEmbedding("embed", *shape, settings.init_std, settings.dropout, settings.tied, sizes.shares)
+    norm = RMSNorm("embed.norm", settings.width, settings.norm_epsilon) if settings.embedding_norm else None
+    return TokenEmbedding("embed", *shape, settings.init_std, settings.dropout, settings.tied, sizes.shares, norm)
 
 
 def _head_table(settings: Settings, sizes: Sizes) -> Parameter:
@@ -188,12 +192,12 @@ def _block(name: str, settings: Settings, positions: Positions, window: int, sha
     s, width = settings, settings.width
     out_init = "zeros" if s.zero_init else s.init_std / math.sqrt(2 * s.layers)
 
-    def join(where: str, inputs: int, number: int, unit: int = 1) -> ResidualLinear:
-        drop = Dropout(f"{name}.drop{number}", s.dropout)
-        return ResidualLinear(f"{name}.{where}", inputs, width, out_init, drop, unit, shares, bias=False)
+    def join(where: str, inputs: int, number: int, unit: int = 1, heads: int = 1) -> ResidualLinear:
+        drop, each = Dropout(f"{name}.drop{number}", s.dropout), equal(0, heads, inputs // heads)
+        return ResidualLinear(f"{name}.{where}", inputs, width, out_init, drop, unit, shares, False, (each,))
 
     heads = Heads(s.key_value_heads, s.heads // s.key_value_heads, s.head_width)
-    project = join("attention.project", s.heads * s.head_width, 1, unit=heads.queries * heads.width)
+    project = join("attention.project", s.heads * s.head_width, 1, heads.queries * heads.width, s.heads)
     mixer = GroupedAttention(
         f"{name}.attention", heads, project, width, s.init_std, Dropout(f"{name}.attention.probabilities", s.dropout),
         positions, window, s.norm_epsilon if s.qk_norm else None, s.qkv_bias, shares,
@@ -201,7 +205,7 @@ def _block(name: str, settings: Settings, positions: Positions, window: int, sha
     hidden, gated = s.feed_forward, s.activation == "swiglu"
     up = Linear(
         f"{name}.feed_forward.up", width, (2, hidden) if gated else hidden, s.init_std, cut=2 if gated else 1,
-        shares=shares, bias=False, matrices=(1, (1, 1)) if gated else None,
+        shares=shares, bias=False, matrices=(equal(1, 2),) if gated else (),
     )  # fmt: skip
     mlp = ActivatedFeedForward(up, swiglu if gated else relu2, join("feed_forward.down", hidden, 2))
     norms = (RMSNorm(f"{name}.norm{number}", width, s.norm_epsilon) for number in (1, 2))

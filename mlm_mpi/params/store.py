@@ -22,6 +22,14 @@ _FILL_ELEMENTS = 1 << 20  # in flight while a source is read: 8 MiB of float64, 
 ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the gap stays zero
 
 
+Cuts = tuple[tuple[int, tuple[int, ...]], ...]  # (dim, lengths of the pieces along it), each once
+
+
+def equal(dim: int, pieces: int, length: int = 1) -> tuple[int, tuple[int, ...]]:
+    """A cut along a dim into pieces of one length."""
+    return dim, (length,) * pieces
+
+
 @dataclass(eq=False)
 class Parameter:
     """A name that does not depend on the mesh, a Layout, and a view into the flat store.
@@ -29,10 +37,10 @@ class Parameter:
     `init`: standard deviation of a centred normal, or "ones" or "zeros", or a number for each index of the first dim.
     `decay`: weight decay applies. `tied`: two
     parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
-    `matrices`: how an optimiser of matrices (optim/muon.py) sees the weight of a hidden layer: (dim, lengths), the
-    array is cut along `dim` into pieces of these lengths, and each piece, seen as (shape[0], -1), is one matrix stored
-    (in, out). None: no such matrix, as tables, heads, gains and biases. A cut of ownership may lie
-    between matrices and never inside one, which has no update by halves. ValueError where lengths do not fill the dim.
+    `matrices`: how an optimiser of matrices (optim/muon.py) sees the weight of a hidden layer: cut along some dims, and
+    each piece, seen as (its first extent, -1), is one matrix stored (in, out); (): the whole is one. None: there is
+    none, as in tables, heads, gains and biases. A cut of ownership may lie between matrices and never inside one, which
+    has no update by halves. ValueError where lengths do not fill a dim.
     """
 
     name: str
@@ -40,12 +48,11 @@ class Parameter:
     init: float | str | tuple[float, ...]
     decay: bool = False
     tied: bool = False
-    matrices: tuple[int, tuple[int, ...]] | None = None
+    matrices: Cuts | None = None
     data: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.matrices is not None:
-            dim, lengths = self.matrices
+        for dim, lengths in self.matrices or ():
             if list(itertools.accumulate(lengths))[-1:] != [self.layout.shape[dim]]:
                 raise ValueError(f"{self.name}: matrices {self.matrices} do not fill the shape {self.layout.shape}")
 
@@ -53,10 +60,10 @@ class Parameter:
         """The matrices (in, …) in an array of this parameter's shape, views of it; [] where it has none."""
         if self.matrices is None:
             return []
-        dim, lengths = self.matrices
-        edges = [0, *itertools.accumulate(lengths)]
-        cuts = [(*[slice(None)] * dim, slice(a, b)) for a, b in itertools.pairwise(edges)]
-        return [whole[cut] for cut in cuts]
+        pieces = [[slice(None)] for _ in self.layout.shape]
+        for dim, lengths in self.matrices:
+            pieces[dim] = [slice(a, b) for a, b in itertools.pairwise([0, *itertools.accumulate(lengths)])]
+        return [whole[piece] for piece in itertools.product(*pieces)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ MODELS = {
         **SIZE, key_value_heads=3, head_width=6, feed_forward=40, qk_norm=True, qkv_bias=True, logit_cap=3.0, window=7,
         full_every=2, rotary_base=500.0,
     ),
-    "recipe": llama.Settings(**SIZE, activation="relu2", qk_norm=True, tied=True, rotary_skip=2),
+    "recipe": llama.Settings(
+        **SIZE, activation="relu2", qk_norm=True, embedding_norm=True, logit_cap=5.0, rotary_skip=2
+    ),
+    "tied": llama.Settings(**SIZE, activation="relu2", qk_norm=True, tied=True, embedding_norm=True),
 }  # fmt: skip
 PACKED = "qwen"  # this one sees documents packed into a row
 

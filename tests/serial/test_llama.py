@@ -27,7 +27,9 @@ SMALL = Settings(
 VARIANTS = {
     "llama": Settings(layers=2, width=24, heads=6, key_value_heads=2, context=40, init_std=0.3),
     "everything": SMALL,
-    "dropout": replace(SMALL, dropout=0.2, activation="relu2", tied=True, zero_init=True, rotary_skip=2),
+    "dropout": replace(
+        SMALL, dropout=0.2, activation="relu2", tied=True, embedding_norm=True, zero_init=True, rotary_skip=2
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from mlm_mpi.optim import adamw, lion, muon, sgd
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import BLOCK_ELEMENTS, clip_factor, norm
 from mlm_mpi.params.layout import Layout
-from mlm_mpi.params.store import FlatStore, Parameter
+from mlm_mpi.params.store import FlatStore, Parameter, equal
 from mlm_mpi.rates import constant, cosine, learning_rate, linear, one_minus_root
 
 KINDS = [adamw, lion, muon, sgd]
@@ -144,8 +144,8 @@ def test_muons_products_ask_no_library():
 
 
 def hidden_store(dtype="f8"):
-    qkv = Parameter("qkv", Layout((6, 3, 4)), 1.0, decay=True, matrices=(1, (1, 1, 1)))
-    up = Parameter("up", Layout((6, 20)), 1.0, decay=True, matrices=(1, (20,)))
+    qkv = Parameter("qkv", Layout((6, 3, 4)), 1.0, decay=True, matrices=(equal(1, 3),))
+    up = Parameter("up", Layout((6, 20)), 1.0, decay=True, matrices=())
     table = Parameter("table", Layout((11, 6)), 1.0, decay=True)
     gain = Parameter("gain", Layout((6,)), "ones")
     store = FlatStore([[table], [qkv, gain, up]], Mesh(), dtype)
@@ -192,7 +192,7 @@ def test_matrices_are_shared_out_by_cost():
 
 
 def test_matrices_of_a_parameter_fill_it():
-    whole = Parameter("w", Layout((6, 5, 2)), 1.0, matrices=(1, (3, 1, 1)))
+    whole = Parameter("w", Layout((6, 5, 2)), 1.0, matrices=((1, (3, 1, 1)),))
     array = np.arange(60.0).reshape(6, 5, 2)
     pieces = whole.as_matrices(array)
     assert [piece.shape for piece in pieces] == [(6, 3, 2), (6, 1, 2), (6, 1, 2)]
@@ -200,7 +200,18 @@ def test_matrices_of_a_parameter_fill_it():
     assert np.array_equal(pieces[1], array[:, 3:4])
     for wrong in ((1, (3, 1)), (2, (1,)), (1, ())):
         with pytest.raises(ValueError, match="do not fill the shape"):
-            Parameter("w", Layout((6, 5, 2)), 1.0, matrices=wrong)
+            Parameter("w", Layout((6, 5, 2)), 1.0, matrices=(wrong,))
+
+
+def test_matrices_may_be_cut_along_several_dims():
+    """Queries, keys and values of every head: the last index runs fastest."""
+    qkv = Parameter("w", Layout((5, 3, 8)), 1.0, matrices=(equal(1, 3), equal(2, 2, 4)))
+    array = np.arange(120.0).reshape(5, 3, 8)
+    pieces = qkv.as_matrices(array)
+    assert len(pieces) == 6 and np.array_equal(pieces[3], array[:, 1:2, 4:])
+    rows = Parameter("w", Layout((6, 2)), 1.0, matrices=(equal(0, 3, 2),))
+    assert [piece.tolist() for piece in rows.as_matrices(array[0, :2, :6].T)][1] == array[0, :2, 2:4].T.tolist()
+    assert Parameter("w", Layout((6,)), 1.0).as_matrices(array) == []
 
 
 # ---- what all have

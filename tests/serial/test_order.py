@@ -26,8 +26,8 @@ SETTINGS = gpt.Settings(
     layers=8, width=384, heads=8, context=LENGTH, feed_forward=1536, dropout=0.1, init_std=0.02
 )  # fmt: skip
 DECODER = llama.Settings(
-    layers=2, width=128, heads=8, key_value_heads=4, context=LENGTH, dropout=0.1, qk_norm=True, tied=True,
-    logit_cap=4.0, window=20, full_every=2,
+    layers=2, width=128, heads=8, key_value_heads=4, context=LENGTH, dropout=0.1, qk_norm=True, embedding_norm=True,
+    tied=True, logit_cap=4.0, window=20, full_every=2,
 )  # fmt: skip
 
 
