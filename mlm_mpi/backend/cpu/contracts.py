@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import BFLOAT16
+
 MOST_SHARES = 64  # HALVINGS of kernels/cpu/product.h
 
 
@@ -21,6 +23,13 @@ def dense(*arrays: Any, dtype: Any = np.float32) -> str:
     return ""
 
 
+def elements(*arrays: Any) -> str:
+    """Every array (None is left out) is `dense`, and either all have float32 or all have bf16."""
+    present = [x for x in arrays if x is not None]
+    bf16 = bool(present) and isinstance(present[0], np.ndarray) and present[0].dtype == BFLOAT16
+    return dense(*present, dtype=BFLOAT16 if bf16 else np.float32)
+
+
 def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
     """Every array (None is left out) has that shape: nothing is broadcast."""
     return "" if all(a is None or a.shape == shape for a in arrays) else "shapes differ"
@@ -31,6 +40,11 @@ def halved(extent: int, shares: int, segments: int = 1) -> str:
     if shares < 1 or shares & (shares - 1) or shares > MOST_SHARES:
         return f"{shares} shares"
     return f"{extent} in {segments} x {shares} shares" if extent % (shares * segments) else ""
+
+
+def unaligned(x: Any) -> bool:
+    """Whether elements lie somewhere but at whole steps of their size."""
+    return bool(x.ctypes.data % x.itemsize or any(stride % x.itemsize for stride in x.strides))
 
 
 def within(ids: Any, stop: int) -> str:
