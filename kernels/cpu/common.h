@@ -113,7 +113,6 @@ INLINE float number_bf16(bf16 x) {
 }
 
 INLINE void store_float(float *p, vf v) { *(vf_any *)p = v; }
-INLINE void put_float(float *p, float x) { *p = x; }
 
 /* To nearest, ties to even; a NaN stays one. */
 INLINE vh round_to_bf16(vf v) {
@@ -122,34 +121,51 @@ INLINE vh round_to_bf16(vf v) {
 }
 
 INLINE void store_bf16(bf16 *p, vf v) { *(vh_any *)p = round_to_bf16(v); }
-INLINE void put_bf16(bf16 *p, float x) { p->bits = round_to_bf16(splat(x))[0]; }
 
 #define OF(function, p) \
     _Generic((p), float *: function##_float, const float *: function##_float, bf16 *: function##_bf16, \
         const bf16 *: function##_bf16)
 #define load(p) OF(load, p)(p)
 #define store(p, v) OF(store, p)(p, v)
-#define put(p, x) OF(put, p)(p, x) /* of one element */
 #define number(x) _Generic((x), float: number_float, bf16: number_bf16)(x)
 
 /* Of W elements the first n; the others are loaded as `fill`. */
-#define SOME(type) \
-    INLINE vf load_some_##type(const type *p, size n, float fill) { \
-        if (n >= W) return load(p); \
-        vf v = splat(fill); \
-        for (size i = 0; i < n; i++) v[i] = number(p[i]); \
-        return v; \
-    } \
-\
-    INLINE void store_some_##type(type *p, size n, vf v) { \
-        if (n >= W) { \
-            store(p, v); \
-            return; \
-        } \
-        for (size i = 0; i < n; i++) put(p + i, v[i]); \
+INLINE vf load_some_float(const float *p, size n, float fill) {
+    if (n >= W) return load(p);
+    vf v = splat(fill);
+    for (size i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+
+INLINE void store_some_float(float *p, size n, vf v) {
+    if (n >= W) {
+        store(p, v);
+        return;
     }
-SOME(float)
-SOME(bf16)
+    for (size i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* Tails of bf16 are functions: in line they would be half of the code. */
+static __attribute__((noinline, unused)) vf load_tail(const bf16 *p, size n, float fill) {
+    vf v = splat(fill);
+    for (size i = 0; i < n; i++) v[i] = number(p[i]);
+    return v;
+}
+
+static __attribute__((noinline, unused)) void store_tail(bf16 *p, size n, vf v) {
+    const vh rounded = round_to_bf16(v);
+    for (size i = 0; i < n; i++) p[i].bits = rounded[i];
+}
+
+INLINE vf load_some_bf16(const bf16 *p, size n, float fill) { return n >= W ? load(p) : load_tail(p, n, fill); }
+
+INLINE void store_some_bf16(bf16 *p, size n, vf v) {
+    if (n >= W)
+        store(p, v);
+    else
+        store_tail(p, n, v);
+}
+
 #define load_some(p, n, fill) OF(load_some, p)(p, n, fill)
 #define store_some(p, n, v) OF(store_some, p)(p, n, v)
 

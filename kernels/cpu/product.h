@@ -349,7 +349,8 @@ INLINE void put_tile(size rows, size columns, const float *tile, const struct pl
         if (has_floats(to))
             memcpy(at(to, i + r, j), tile, (size_t)columns * sizeof *tile);
         else
-            for (size c = 0; c < columns; c++) put((element *)at(to, i + r, j) + c, tile[c]);
+            for (size c = 0; c < columns; c += W)
+                store_some((element *)at(to, i + r, j + c), columns - c, load(tile + c));
 }
 
 /* A tile at an edge, (rows, columns): the same on copies that are whole. */
