@@ -59,6 +59,14 @@ def test_steps_are_the_kernels_and_lose_what_float64_does(model):
     assert losses == pytest.approx(exact, rel=2e-3) and losses != pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("ops", ["matmul,linear", "all"])
+def test_numpy_may_take_ops_back(ops):
+    """In float32, of the same arrays: to find the kernel that spoils a loss."""
+    _, losses = trained("numerics.products=bf16")
+    _, found = trained("numerics.products=bf16", f"numerics.reference={ops}")
+    assert found == pytest.approx(losses, rel=1e-3)
+
+
 @pytest.mark.parametrize("optimiser", ["muon", "lion", "sgd"])
 def test_every_optimiser_makes_the_layers_copy_anew(optimiser):
     engine, _ = trained("numerics.products=bf16", f"optim.name={optimiser}", "model.dropout=0")
