@@ -89,7 +89,7 @@ def test_recomputing_and_threads_change_no_bit(model):
     ("model", "settings"),
     [
         (gpt, gpt.Settings(layers=2, width=32, heads=2, context=24, feed_forward=64)),
-        (llama, llama.Settings(layers=2, width=32, heads=4, key_value_heads=2, context=24, qk_norm=True, logit_cap=5.0)),
+        (llama, llama.Settings(layers=2, width=32, heads=4, key_value_heads=2, context=24, qk_norm=True, logit_cap=5)),
     ],
 )  # fmt: skip
 def test_a_cache_gives_the_logits_of_the_whole_window_but_for_rounding(model, settings):

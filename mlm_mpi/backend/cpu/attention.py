@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import dense, shaped, unaligned
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, shaped, unaligned
 from mlm_mpi.backend.cpu.library import at, c_draw
 from mlm_mpi.backend.registry import Table
 
@@ -69,7 +69,7 @@ def _fit_attention(
     for x in (q, k, v, *others):
         if not isinstance(x, np.ndarray) or x.ndim not in (4, q.ndim):
             return "not in the CPU's memory"
-        if x.dtype not in (np.float32, BFLOAT16) or x.dtype != q.dtype:
+        if x.dtype not in (FLOAT32, BFLOAT16) or x.dtype != q.dtype:
             return str(x.dtype)
         if (x.shape[-1] > 1 and x.strides[-1] != x.itemsize) or unaligned(x) or min(x.strides) < 0:
             return "not contiguous"

@@ -6,10 +6,11 @@ import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
 
+FLOAT32 = np.dtype(np.float32)
 MOST_SHARES = 64  # HALVINGS of kernels/cpu/product.h
 
 
-def dense(*arrays: Any, dtype: Any = np.float32) -> str:
+def dense(*arrays: Any, dtype: Any = FLOAT32) -> str:
     """Every array (None is left out) lies in this machine's memory, C-contiguous and aligned, of that dtype."""
     for array in arrays:
         if array is None:
@@ -25,9 +26,10 @@ def dense(*arrays: Any, dtype: Any = np.float32) -> str:
 
 def elements(*arrays: Any) -> str:
     """Every array (None is left out) is `dense`, and either all have float32 or all have bf16."""
-    present = [x for x in arrays if x is not None]
-    bf16 = bool(present) and isinstance(present[0], np.ndarray) and present[0].dtype == BFLOAT16
-    return dense(*present, dtype=BFLOAT16 if bf16 else np.float32)
+    for x in arrays:
+        if x is not None:
+            return dense(*arrays, dtype=BFLOAT16 if x.dtype == BFLOAT16 else FLOAT32)
+    return ""
 
 
 def shaped(shape: tuple[int, ...], *arrays: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import dense, elements, shaped
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, elements, shaped
 from mlm_mpi.backend.cpu.library import at, c_draw
 from mlm_mpi.backend.registry import Table
 
@@ -78,7 +78,7 @@ def _rows(draw: Any, shape: tuple[int, ...], start: int = 0) -> tuple[Any, Any]:
 def _fit_mask(draw: Any, shape: tuple[int, ...], start: int, dtype: Any, xp: Any = np) -> str:
     if xp is not np:
         return "not in the CPU's memory"
-    return _fit_rows(draw, shape) if np.dtype(dtype) in (np.float32, BFLOAT16) else str(np.dtype(dtype))
+    return _fit_rows(draw, shape) if np.dtype(dtype) in (FLOAT32, BFLOAT16) else str(np.dtype(dtype))
 
 
 @KERNELS.kernel("dropout.mask", _fit_mask)

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from mlm_mpi.backend.arrays import BFLOAT16
 from mlm_mpi.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
@@ -85,7 +84,7 @@ class Library:
 
     def of(self, name: str, array: Any) -> Any:
         """The function whose elements are those of an array, float32 or bf16."""
-        return getattr(self, name if array.dtype == np.float32 else f"{name}_bf16")
+        return getattr(self, f"{name}_bf16" if array.dtype == BFLOAT16 else name)
 
     @staticmethod
     def pointer(structure: Any) -> int | None:

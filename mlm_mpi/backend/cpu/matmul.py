@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import dense, halved, shaped
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, halved, shaped
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
 
-_FLOAT32 = np.dtype(np.float32)
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
 ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
@@ -22,7 +21,7 @@ _Product = ctypes.c_int64 * 23  # struct product of kernels/cpu/product.h, flat
 def _plane(x: np.ndarray | None) -> tuple[int, ...]:
     if x is None:
         return 0, 0, 0, 0
-    return x.ctypes.data, *(stride // x.itemsize for stride in x.strides), x.dtype == _FLOAT32
+    return x.ctypes.data, x.strides[0] // x.itemsize, x.strides[1] // x.itemsize, x.dtype == FLOAT32
 
 
 def _multiply(
@@ -61,7 +60,7 @@ def matrices(*arrays: Any, dtypes: tuple[Any, ...] = ()) -> str:
             continue
         if not isinstance(x, np.ndarray) or x.ndim != 2:
             return "not matrices in the CPU's memory"
-        dtypes = dtypes or (BFLOAT16 if x.dtype == BFLOAT16 else _FLOAT32,)
+        dtypes = dtypes or (BFLOAT16 if x.dtype == BFLOAT16 else FLOAT32,)
         if x.dtype not in dtypes:
             return str(x.dtype)
         if x.size == 0:
@@ -73,7 +72,7 @@ def matrices(*arrays: Any, dtypes: tuple[Any, ...] = ()) -> str:
 
 def floats(*arrays: Any) -> str:
     """`matrices` of float32."""
-    return matrices(*arrays, dtypes=(_FLOAT32,))
+    return matrices(*arrays, dtypes=(FLOAT32,))
 
 
 def rowwise(x: Any) -> str:
@@ -91,7 +90,7 @@ def chained(a: Any, b: Any) -> str:
 def _fit_matmul(
     a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1
 ) -> str:  # fmt: skip
-    return matrices(a, b) or matrices(out, dtypes=(_FLOAT32, a.dtype)) or rowwise(out) or chained(a, b) or (
+    return matrices(a, b) or matrices(out, dtypes=(FLOAT32, a.dtype)) or rowwise(out) or chained(a, b) or (
         shaped((a.shape[0], b.shape[1]), out) or halved(a.shape[1], shares, segments)
     )  # fmt: skip
 

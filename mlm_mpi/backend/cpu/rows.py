@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import dense, elements, equal_groups, halved, shaped, unaligned, within
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, elements, equal_groups, halved, shaped, unaligned, within
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.cpu.matmul import floats, rowwise
 from mlm_mpi.backend.registry import Table
@@ -119,7 +119,7 @@ def _fit_heads(cos: Any, sin: Any, gain: Any, inverse: Any, *heads: Any) -> str:
     for x in present:
         if not isinstance(x, np.ndarray) or x.ndim != 5:
             return "not heads in the CPU's memory"
-        if x.dtype not in (np.float32, BFLOAT16) or x.dtype != dtype:
+        if x.dtype not in (FLOAT32, BFLOAT16) or x.dtype != dtype:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
