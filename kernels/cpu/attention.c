@@ -110,7 +110,7 @@ static size tiles_kept(const struct shape *shape) {
     return (least(shape->share, shape->queries) + QUERIES - 1) / QUERIES;
 }
 
-/* Floats for gradients of a group that are complete before they become elements, and for a tile of queries and its do. */
+/* Floats for gradients of a group, complete before they become elements, and for a tile of queries and its do. */
 static size floats_between(const struct shape *shape) {
     if (IS_FLOAT) return 0;
     return (shape->heads * shape->queries + 2 * shape->keys + 2 * QUERIES) * shape->width;
@@ -125,7 +125,8 @@ size EXPORT(attention_work)(const struct shape *shape) {
         panels += round_up(stop - j, PANEL);
     }
     return 2 * packed(panels, shape->width) + packed(shape->keys, shape->width) + 2 * share * wide + 3 * QUERIES * wide +
-           tiles_kept(shape) * shape->heads * QUERIES * (2 * wide + 1) + 2 * QUERIES * LINE + floats_between(shape) + 16;
+           tiles_kept(shape) * shape->heads * QUERIES * (2 * wide + 1) + 2 * QUERIES * LINE + 16 +
+           floats_between(shape);
 }
 
 INLINE float *take(float **work, size floats) {

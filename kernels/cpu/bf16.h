@@ -2,7 +2,7 @@
  *
  * A word holds two steps of k: the even one in its low half, the odd one in its high half. */
 
-/* The half of a word that a bf16 as a float becomes: what is subnormal, to the instruction too, is a zero of its sign. */
+/* The half of a word that a bf16 as a float becomes: what is subnormal is a zero of its sign, as to the instruction. */
 INLINE uint32_t half_word(uint32_t x) { return x & 0x7F800000u ? x >> 16 : x >> 31 << 15; }
 
 /* A packed strip (steps, width) of floats becomes one of words, in its own place or before it; an odd step out is paired

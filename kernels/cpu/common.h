@@ -1,8 +1,8 @@
 /* What every op file uses: vectors of W floats, loads that ask no alignment, exp.
  *
- * An `element` is a float, or, in the compilations of bf16_*.c, a bf16: what activations and the weights that layers see
- * consist of. It is widened as it is loaded and rounded to nearest even as it is stored; all between is float, and so is
- * what is summed over rows.
+ * An `element` is a float, or, in the compilations of bf16_*.c, a bf16: what activations and the weights that layers
+ * see consist of. It is widened as it is loaded and rounded to nearest even as it is stored; all between is float, and
+ * so is what is summed over rows.
  *
  * Bits are decided by this text and not by the compiler: contraction is off (-ffp-contract=off), a fused
  * multiply-add is written FMA(), tails go through the same vector arithmetic as the rest, and sums run in

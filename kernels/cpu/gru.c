@@ -21,7 +21,8 @@ INLINE void gru_cell(
 
 /* pre (batch, length, 3, width) becomes the gates; m and h (batch, length, width). h0 may be absent: zeros. */
 void EXPORT(gru_forward)(
-    const struct recurrence *r, const element *bias, const element *h0, element *pre, element *h, element *m, float *work) {
+    const struct recurrence *r, const element *bias, const element *h0, element *pre, element *h, element *m,
+    float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_forward(r, d.packed);
     const size n = r->width;

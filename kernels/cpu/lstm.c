@@ -18,7 +18,8 @@ INLINE void lstm_cell(size n, element *gates, const float *sums, const float *be
 
 /* pre (batch, length, 4, width) becomes the gates; h and c (batch, length, width). h0 and c0 may be absent: zeros. */
 void EXPORT(lstm_forward)(
-    const struct recurrence *r, const element *h0, const element *c0, element *pre, element *h, element *c, float *work) {
+    const struct recurrence *r, const element *h0, const element *c0, element *pre, element *h, element *c,
+    float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_forward(r, d.packed);
     const size n = r->width;
@@ -38,7 +39,8 @@ void EXPORT(lstm_forward)(
 /* One row at one step: gates become the gradient of what they were given. dc comes from the step behind and goes to the
  * one before; dh = dy + sums. */
 INLINE void lstm_cell_backward(
-    size n, const element *dy, const float *sums, const element *before, const element *c, float *gates, float *dc_row) {
+    size n, const element *dy, const float *sums, const element *before, const element *c, float *gates,
+    float *dc_row) {
     for (size k = 0; k < n; k += W) {
         const size some = n - k;
         vf i = load_some(gates + k, some, 0), f = load_some(gates + n + k, some, 0);

@@ -102,8 +102,8 @@ static struct stretch stretch_at(const struct product *p, size first) {
         first, chains, steps, waiting + (inside > 0), waiting - joins, p->complete ? last : first == 0, last};
 }
 
-/* Whether there are sums that wait, but not in c: what it starts from is there and must stay until all is summed, or it has
- * no floats. */
+/* Whether there are sums that wait, but not in c: what it starts from is there and must stay until all is summed, or it
+ * has no floats. */
 static int none_in_c(const struct product *p) {
     return ((p->base.x == p->c.x && p->complete) || !has_floats(&p->c)) && stretch_at(p, 0).last == 0;
 }
@@ -327,8 +327,8 @@ static __attribute__((noinline)) void whole_tile(
 /* ---- blocks ---------------------------------------------------------------------------------------------------- */
 
 /* What turn `turn` of tiles fetches of a block at `from`: one of its rows where steps lie one behind the other,
- * else some steps of one line. As many turns as a line has elements fetch the next panel of b, BAND turns the next band of
- * a. */
+ * else some steps of one line. As many turns as a line has elements fetch the next panel of b, BAND turns the next band
+ * of a. */
 INLINE struct ahead lines(const element *from, size step, size lane, size turn) {
     const size whole = 64 / (size)sizeof *from, spells = words_of(DEPTH) / SPELL;
     if (step == 1) return (struct ahead){from + turn * lane, whole};
@@ -418,7 +418,8 @@ static size product_work(const struct product *p) {
 
 /* What a band of a, from row i, adds to a strip of c, from column j, by a stretch of k. Its first band packs b. */
 INLINE void multiply_band(
-    const struct product *p, const struct stretch *k, const struct sums *s, size i, size j, float *panels, float *band) {
+    const struct product *p, const struct stretch *k, const struct sums *s, size i, size j, float *panels,
+    float *band) {
     const struct plane *a = &p->a, *b = &p->b;
     const size steps = k->chains * k->steps, words = words_of(k->steps), first = place(p, k->first);
     const size rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);

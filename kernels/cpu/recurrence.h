@@ -147,7 +147,8 @@ static void multiply_step(const struct recurrence *r, const struct walk *w, cons
 INLINE int begins(const struct recurrence *r, size b, size t) { return r->starts && r->starts[b * r->length + t] == t; }
 
 /* The row of what was stored of a state before position t. */
-INLINE const element *stored_before(const struct recurrence *r, const struct desk *d, const element *x, size b, size t) {
+INLINE const element *
+stored_before(const struct recurrence *r, const struct desk *d, const element *x, size b, size t) {
     return begins(r, b, t) || t == 0 ? (const element *)d->zeros : x + (b * r->length + t - 1) * r->width;
 }
 

@@ -1,5 +1,5 @@
-/* Queries and keys, normalised if there is a gain, and turned by their positions. A head is D elements: pairs (i, i + half)
- * of the first 2 half are turned, the rest stays. */
+/* Queries and keys, normalised if there is a gain, and turned by their positions. A head is D elements: pairs
+ * (i, i + half) of the first 2 half are turned, the rest stays. */
 
 struct heads {
     size batch, length, groups, units, width, half;
