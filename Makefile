@@ -90,7 +90,7 @@ $(SANITIZED): $(wildcard kernels/cpu/*)
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared \
 	  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-	  kernels/cpu/level_*.c kernels/cpu/dispatch.c -o $@ -lm
+	  kernels/cpu/level_*.c kernels/cpu/bf16_*.c kernels/cpu/dispatch.c -o $@ -lm
 
 test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \

@@ -17,7 +17,7 @@ setup(
     ext_modules=[
         Extension(
             "mlm_mpi.backend._cpu",
-            sources=[*map(str, sorted(CPU.glob("level_*.c"))), str(CPU / "dispatch.c")],
+            sources=sorted(map(str, [*CPU.glob("level_*.c"), *CPU.glob("bf16_*.c"), CPU / "dispatch.c"])),
             depends=[str(path) for path in sorted(CPU.glob("*"))],
             # bits are what the sources say: no contraction, no reordering (kernels/cpu/common.h)
             extra_compile_args=[

@@ -296,7 +296,7 @@ def _ops() -> Iterator[Finding]:
     bf16 = f"possible ({library.BF16_LEVEL})" if possible else "not possible: no AVX512-BF16"
     name = library.BF16_VARIABLE
     portable = os.environ.get(name) == "portable"
-    slow = f"{name}=portable computes bf16 products in plain C, for tests: unset it" if portable else ""
+    slow = f"{name}=portable multiplies bf16 in plain C, for tests: unset it" if portable else ""
     yield Finding("ops", "bf16 products", bf16, slow)
     choice.select()
     lacks = registry.in_force().first.lacks

@@ -25,8 +25,8 @@
 #define LINE (KEYS + 16) /* floats between rows of a tile: not a power of two, so that columns spread over L1 */
 
 struct matrix {
-    float *data;
-    size b, g, h, t; /* strides in floats; the last dim is contiguous */
+    void *data;      /* elements, or floats where it is a partial result or a sum */
+    size b, g, h, t; /* strides in these; the last dim is contiguous */
 };
 
 struct shape {
@@ -41,8 +41,12 @@ struct head {
     size b, g, h; /* head h of group g */
 };
 
-INLINE float *row_of(const struct matrix *m, struct head at, size t) {
-    return m->data + at.b * m->b + at.g * m->g + at.h * m->h + t * m->t;
+INLINE element *row_of(const struct matrix *m, struct head at, size t) {
+    return (element *)m->data + at.b * m->b + at.g * m->g + at.h * m->h + t * m->t;
+}
+
+INLINE float *floats_of(const struct matrix *m, struct head at, size t) {
+    return (float *)m->data + at.b * m->b + at.g * m->g + at.h * m->h + t * m->t;
 }
 
 /* The number of a head's first query among those of all heads. */
@@ -106,6 +110,12 @@ static size tiles_kept(const struct shape *shape) {
     return (least(shape->share, shape->queries) + QUERIES - 1) / QUERIES;
 }
 
+/* Floats for gradients of a group, complete before they become elements, and for a tile of queries and its do. */
+static size floats_between(const struct shape *shape) {
+    if (IS_FLOAT) return 0;
+    return (shape->heads * shape->queries + 2 * shape->keys + 2 * QUERIES) * shape->width;
+}
+
 /* Floats of work space for either direction. */
 size EXPORT(attention_work)(const struct shape *shape) {
     const size wide = padded(shape->width), share = least(shape->share, shape->keys);
@@ -115,7 +125,8 @@ size EXPORT(attention_work)(const struct shape *shape) {
         panels += round_up(stop - j, PANEL);
     }
     return 2 * packed(panels, shape->width) + packed(shape->keys, shape->width) + 2 * share * wide + 3 * QUERIES * wide +
-           tiles_kept(shape) * shape->heads * QUERIES * (2 * wide + 1) + 2 * QUERIES * LINE + 16;
+           tiles_kept(shape) * shape->heads * QUERIES * (2 * wide + 1) + 2 * QUERIES * LINE + 16 +
+           floats_between(shape);
 }
 
 INLINE float *take(float **work, size floats) {
@@ -162,7 +173,7 @@ static void fill(float *row, size from, size to, float value) {
 }
 
 /* x (keys, d) transposed, every share in panels of its own. */
-static void pack_shares(const struct shape *shape, const float *x, size stride, float *panels) {
+static void pack_shares(const struct shape *shape, const element *x, size stride, float *panels) {
     for (size j = 0, stop; j < shape->keys; j = stop) {
         stop = key_border(shape, j);
         pack_transposed(stop - j, shape->width, x + j * stride, stride, panels);
@@ -198,8 +209,9 @@ INLINE void merge_row(
 }
 
 /* out = o / total, where a query sees a key; returns the log-sum-exp. */
-INLINE float finish_row(size d, const float *o, float top, float total, float *out) {
-    for (size k = 0; k < d; k++) out[k] = total == 0 ? 0.0f : o[k] / total;
+INLINE float finish_row(size d, const float *o, float top, float total, element *out) {
+    for (size k = 0; k < d; k += W)
+        store_some(out + k, d - k, total == 0 ? splat(0) : load_some(o + k, d - k, 0) / total);
     return total == 0 ? top : (float)((double)top + log_of(total));
 }
 
@@ -268,8 +280,8 @@ static void forward_group(
             stop = least(i + QUERIES, query_border(shape, i));
             const size rows = stop - i, keys = visible(shape, stop), before = hidden(shape, at.b, i);
             for (size r = 0; r < rows; r++) {
-                const float *from = row_of(mq, at, i + r);
-                for (size k = 0; k < d; k++) q[r * wide + k] = from[k] * scale;
+                const element *from = row_of(mq, at, i + r);
+                for (size k = 0; k < d; k++) q[r * wide + k] = number(from[k]) * scale;
             }
             const float *panels = work;
             attend(shape, draw, at, i, rows, 0, least(keys, key_border(shape, 0)), q, panels, values, p, &all);
@@ -282,13 +294,13 @@ static void forward_group(
                         wide, all.top + r, all.total + r, all.o + r * wide, part.top[r], part.total[r], part.o + r * wide);
             }
             for (size r = 0; r < rows; r++) {
-                float *to = row_of(mo, at, i + r);
+                const float *o = all.o + r * wide;
                 const size row = first_of(shape, at) + i + r;
                 if (sums) {
-                    memcpy(to, all.o + r * wide, (size_t)d * sizeof *to);
+                    memcpy(floats_of(mo, at, i + r), o, (size_t)d * sizeof *o);
                     levels[row] = all.top[r], sums[row] = all.total[r];
                 } else
-                    levels[row] = finish_row(d, all.o + r * wide, all.top[r], all.total[r], to);
+                    levels[row] = finish_row(d, o, all.top[r], all.total[r], row_of(mo, at, i + r));
             }
         }
 }
@@ -298,18 +310,19 @@ struct pass {
     const struct shape *shape;
     const struct draw *draw;
     struct head at;
-    const struct matrix *dout, *q, *k, *v, *o, *dq, *dk, *dv;
+    const struct matrix *dout, *q, *k, *v, *o, *dq, *dk, *dv; /* of the gradients, sums */
     float scale;
     const float *lse;
     float *q_tiles, *do_tiles, *deltas; /* tiles of queries, packed; their Σ do·o */
     float *sum_k, *sum_v, *sum_q;       /* gradients of a share of keys and of a tile of queries */
     float *p, *ds;
+    float *q_rows, *do_rows; /* a tile of queries as floats, if it has none */
 };
 
 static void prepare_tile(const struct pass *pass, size i, size rows, float *q, float *dot, float *delta) {
     const size d = pass->shape->width;
     for (size r = 0; r < rows; r++) {
-        const float *g = row_of(pass->dout, pass->at, i + r), *o = row_of(pass->o, pass->at, i + r);
+        const element *g = row_of(pass->dout, pass->at, i + r), *o = row_of(pass->o, pass->at, i + r);
         vf sum[PARTS] = {{0}};
         for (size k = 0; k < d; k += LANES)
             for (int l = 0; l < PARTS; l++) {
@@ -326,7 +339,7 @@ static void prepare_tile(const struct pass *pass, size i, size rows, float *q, f
 static void deposit(const struct pass *pass, const struct matrix *x, size at, size rows, const float *sum, int add) {
     const size d = pass->shape->width, wide = padded(d);
     for (size r = 0; r < rows; r++, sum += wide) {
-        float *to = row_of(x, pass->at, at + r);
+        float *to = floats_of(x, pass->at, at + r);
         if (add)
             for (size k = 0; k < d; k++) to[k] += sum[k];
         else
@@ -335,7 +348,20 @@ static void deposit(const struct pass *pass, const struct matrix *x, size at, si
 }
 
 static void clear(const struct pass *pass, const struct matrix *x, size from, size to) {
-    for (size r = from; r < to; r++) memset(row_of(x, pass->at, r), 0, (size_t)pass->shape->width * sizeof(float));
+    for (size r = from; r < to; r++) memset(floats_of(x, pass->at, r), 0, (size_t)pass->shape->width * sizeof(float));
+}
+
+/* Rows of floats, `stride` apart. */
+struct rows {
+    const float *x;
+    size stride;
+};
+
+INLINE struct rows rows_of(const struct pass *pass, const struct matrix *x, size i, size rows, float *room) {
+    const size d = pass->shape->width;
+    if (IS_FLOAT) return (struct rows){floats_of(x, pass->at, i), x->t};
+    for (size r = 0; r < rows; r++) widened(d, row_of(x, pass->at, i + r), room + r * d);
+    return (struct rows){room, d};
 }
 
 /* Weights of a tile in p, and the gradient of its scores in ds: from scores, and from do·v. */
@@ -386,12 +412,14 @@ static void backward_pair(
             float *q = pass->q_tiles + slot * QUERIES * wide, *dot = pass->do_tiles + slot * QUERIES * wide;
             float *delta = pass->deltas + slot * QUERIES;
             if (sees.from >= start) prepare_tile(pass, i, rows, q, dot, delta);
+            const struct rows q_rows = rows_of(pass, pass->q, i, rows, pass->q_rows);
+            const struct rows do_rows = rows_of(pass, pass->dout, i, rows, pass->do_rows);
             memset(pass->sum_q, 0, (size_t)(rows * wide) * sizeof(float));
             for (size j = start + most(0, sees.from - start) / KEYS * KEYS; j < stop; j += KEYS) {
                 const struct scores tile = scores_of(shape, pass->at.b, i, rows, j, least(KEYS, stop - j));
                 const size at = j - start;
-                tile_scores(&tile, d, row_of(pass->q, pass->at, i), pass->q->t, keys_t + at * d, pass->p);
-                tile_scores(&tile, d, row_of(pass->dout, pass->at, i), pass->dout->t, values_t + at * d, pass->ds);
+                tile_scores(&tile, d, q_rows.x, q_rows.stride, keys_t + at * d, pass->p);
+                tile_scores(&tile, d, do_rows.x, do_rows.stride, values_t + at * d, pass->ds);
                 tile_gradient(pass, &tile, i, j, delta);
                 tile_product(&tile, d, pass->ds, keys + j * PANEL, shape->keys, pass->sum_q);
                 tile_product_transposed(&tile, d, pass->p, dot, pass->sum_v + at * wide);
@@ -413,7 +441,7 @@ static void clear_blind(struct pass *pass, size first, size i_stop) {
     }
 }
 
-static void backward_group(struct pass *pass, float *work) {
+static void sum_group(struct pass *pass, float *work) {
     const struct shape *shape = pass->shape;
     const size s = shape->keys, d = shape->width, wide = padded(d), share = least(shape->share, s);
     const size kept = tiles_kept(shape) * shape->heads * QUERIES;
@@ -451,6 +479,32 @@ static void backward_group(struct pass *pass, float *work) {
     clear(pass, pass->dv, begun, s);
 }
 
+/* Sums that are complete become the elements of a group's gradient. */
+static void round_rows(struct pass *pass, const struct matrix *sums, size heads, size rows, const struct matrix *to) {
+    for (pass->at.h = 0; pass->at.h < heads; pass->at.h++)
+        for (size t = 0; t < rows; t++)
+            give_back(pass->shape->width, floats_of(sums, pass->at, t), row_of(to, pass->at, t));
+    pass->at.h = 0;
+}
+
+static void backward_group(struct pass *pass, float *work) {
+    if (IS_FLOAT) {
+        sum_group(pass, work);
+        return;
+    }
+    const struct shape *shape = pass->shape;
+    const size d = shape->width, t = shape->queries, s = shape->keys;
+    const struct matrix *dq = pass->dq, *dk = pass->dk, *dv = pass->dv;
+    pass->q_rows = take(&work, QUERIES * d), pass->do_rows = take(&work, QUERIES * d);
+    const struct matrix sums_q = {take(&work, shape->heads * t * d), 0, 0, t * d, d};
+    const struct matrix sums_k = {take(&work, s * d), 0, 0, 0, d}, sums_v = {take(&work, s * d), 0, 0, 0, d};
+    pass->dq = &sums_q, pass->dk = &sums_k, pass->dv = &sums_v;
+    sum_group(pass, work);
+    round_rows(pass, &sums_q, shape->heads, t, dq);
+    round_rows(pass, &sums_k, 1, s, dk), round_rows(pass, &sums_v, 1, s, dv);
+    pass->dq = dq, pass->dk = dk, pass->dv = dv;
+}
+
 /* q (B, G, heads, T, D), k and v (B, G, S, D) -> o, seen as q, and lse (B, H, T). With sums (B, H, T) the result is
  * partial: o is not yet divided by the sums, and maxima take the place of lse. */
 void EXPORT(attention_forward)(
@@ -461,6 +515,7 @@ void EXPORT(attention_forward)(
             forward_group(shape, draw, at, q, k, v, o, scale, lse, sums, align_line(work));
 }
 
+#ifndef ELEMENT
 /* o (B, T, H, D), maxima and sums (B, H, T) = they and others, whose keys come behind theirs. Every head is a group. */
 void EXPORT(attention_merge)(
     const struct shape *shape, const struct matrix *o, float *tops, float *sums, const struct matrix *other,
@@ -483,12 +538,13 @@ void EXPORT(attention_finish)(
             for (size t = 0; t < shape->queries; t++, row++)
                 lse[row] = finish_row(shape->width, row_of(o, at, t), tops[row], sums[row], row_of(o, at, t));
 }
+#endif
 
 void EXPORT(attention_backward)(
     const struct shape *shape, const struct draw *draw, const struct matrix *dout, const struct matrix *q,
     const struct matrix *k, const struct matrix *v, const struct matrix *o, const struct matrix *dq,
     const struct matrix *dk, const struct matrix *dv, float scale, const float *lse, float *work) {
-    struct pass pass = {shape, draw, {0, 0, 0}, dout, q, k, v, o, dq, dk, dv, scale, lse, 0, 0, 0, 0, 0, 0, 0, 0};
+    struct pass pass = {shape, draw, {0, 0, 0}, dout, q, k, v, o, dq, dk, dv, scale, lse, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     for (pass.at.b = 0; pass.at.b < shape->batch; pass.at.b++)
         for (pass.at.g = 0; pass.at.g < shape->groups; pass.at.g++) backward_group(&pass, align_line(work));
 }

@@ -1,14 +1,9 @@
-/* bf16 as VCVTNEPS2BF16 and VDPBF16PS of Intel's manual (volume 2) define it, in plain C or by the instruction.
+/* Products of bf16 as VDPBF16PS of Intel's manual (volume 2) defines them, in plain C or by the instruction.
  *
  * A word holds two steps of k: the even one in its low half, the odd one in its high half. */
 
-/* Nearest, ties to even; what is subnormal becomes a zero of its sign, a NaN stays one. */
-INLINE uint32_t round_to_bf16(uint32_t x) {
-    const uint32_t size_of = x & 0x7FFFFFFFu;
-    const uint32_t nearest = (x + 0x7FFFu + (x >> 16 & 1u)) >> 16;
-    if (size_of > 0x7F800000u) return x >> 16 | 0x40u;
-    return size_of < 0x00800000u ? x >> 31 << 15 : nearest;
-}
+/* The half of a word that a bf16 as a float becomes: what is subnormal is a zero of its sign, as to the instruction. */
+INLINE uint32_t half_word(uint32_t x) { return x & 0x7F800000u ? x >> 16 : x >> 31 << 15; }
 
 /* A packed strip (steps, width) of floats becomes one of words, in its own place or before it; an odd step out is paired
  * with 0. */
@@ -18,7 +13,7 @@ INLINE void pair_steps(size steps, const int width, const float *strip, float *t
         const size bytes = (size_t)width * sizeof *strip;
         memcpy(even, strip + i * width, bytes);
         if (i + 1 < steps) memcpy(odd, strip + (i + 1) * width, bytes);
-        for (int lane = 0; lane < width; lane++) even[lane] = round_to_bf16(even[lane]) | round_to_bf16(odd[lane]) << 16;
+        for (int lane = 0; lane < width; lane++) even[lane] = half_word(even[lane]) | half_word(odd[lane]) << 16;
         memcpy(to + i / 2 * width, even, bytes);
     }
 }

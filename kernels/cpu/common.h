@@ -1,5 +1,9 @@
 /* What every op file uses: vectors of W floats, loads that ask no alignment, exp.
  *
+ * An `element` is a float, or, in the compilations of bf16_*.c, a bf16: what activations and the weights that layers
+ * see consist of. It is widened as it is loaded and rounded to nearest even as it is stored; all between is float, and
+ * so is what is summed over rows.
+ *
  * Bits are decided by this text and not by the compiler: contraction is off (-ffp-contract=off), a fused
  * multiply-add is written FMA(), tails go through the same vector arithmetic as the rest, and sums run in
  * LANES partial sums at every level. So AVX2, AVX-512 and NEON give the same bits, by gcc and by clang
@@ -18,13 +22,27 @@
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint64_t vl __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef vf vf_any __attribute__((aligned(4), may_alias));
+typedef vh vh_any __attribute__((aligned(2), may_alias));
 typedef int64_t size;
+typedef struct {
+    uint16_t bits; /* the upper half of a float's */
+} bf16;
 
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
-#define EXPORT(name) __attribute__((visibility("default"))) JOIN(name, LEVEL)
+#ifdef ELEMENT
+typedef ELEMENT element;
+#define NAME(name) JOIN(JOIN(name, ELEMENT), LEVEL)
+#else
+typedef float element;
+#define NAME(name) JOIN(name, LEVEL)
+#endif
+#define IS_FLOAT (sizeof(element) == sizeof(float))
+#define EXPORT(name) __attribute__((visibility("default"))) NAME(name)
 #define LANES 16
 #define PARTS (LANES / W)
 
@@ -73,8 +91,6 @@ INLINE vf sqrt_of(vf a) {
 
 INLINE vf pick(vi where, vf a, vf b) { return (vf)((where & (vi)a) | (~where & (vi)b)); }
 INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf load(const float *p) { return *(const vf_any *)p; }
-INLINE void store(float *p, vf v) { *(vf_any *)p = v; }
 INLINE size least(size a, size b) { return a < b ? a : b; }
 INLINE size most(size a, size b) { return a > b ? a : b; }
 INLINE size round_up(size n, size to) { return (n + to - 1) / to * to; }
@@ -86,20 +102,83 @@ INLINE int joins(size i, size pieces) {
     return i + 1 < pieces ? __builtin_ctzll((unsigned long long)i + 1) : __builtin_popcountll((unsigned long long)i);
 }
 
-/* The first n of W elements, the others `fill`. */
-INLINE vf load_some(const float *p, size n, float fill) {
+INLINE vf load_float(const float *p) { return *(const vf_any *)p; }
+INLINE vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16); }
+INLINE float number_float(float x) { return x; }
+INLINE float number_bf16(bf16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+INLINE void store_float(float *p, vf v) { *(vf_any *)p = v; }
+
+/* To nearest, ties to even; a NaN stays one. */
+INLINE vh round_to_bf16(vf v) {
+    const vu x = (vu)v, nan = (vu)((vi)(x & 0x7FFFFFFFu) > 0x7F800000), nearest = x + 0x7FFFu + (x >> 16 & 1u);
+    return __builtin_convertvector(((nan & (x | 0x400000u)) | (~nan & nearest)) >> 16, vh);
+}
+
+INLINE void store_bf16(bf16 *p, vf v) { *(vh_any *)p = round_to_bf16(v); }
+
+#define OF(function, p) \
+    _Generic((p), float *: function##_float, const float *: function##_float, bf16 *: function##_bf16, \
+        const bf16 *: function##_bf16)
+#define load(p) OF(load, p)(p)
+#define store(p, v) OF(store, p)(p, v)
+#define number(x) _Generic((x), float: number_float, bf16: number_bf16)(x)
+
+/* Of W elements the first n; the others are loaded as `fill`. */
+INLINE vf load_some_float(const float *p, size n, float fill) {
     if (n >= W) return load(p);
     vf v = splat(fill);
     for (size i = 0; i < n; i++) v[i] = p[i];
     return v;
 }
 
-INLINE void store_some(float *p, size n, vf v) {
+INLINE void store_some_float(float *p, size n, vf v) {
     if (n >= W) {
         store(p, v);
         return;
     }
     for (size i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* Tails of bf16 are functions: in line they would be half of the code. */
+static __attribute__((noinline, unused)) vf load_tail(const bf16 *p, size n, float fill) {
+    vf v = splat(fill);
+    for (size i = 0; i < n; i++) v[i] = number(p[i]);
+    return v;
+}
+
+static __attribute__((noinline, unused)) void store_tail(bf16 *p, size n, vf v) {
+    const vh rounded = round_to_bf16(v);
+    for (size i = 0; i < n; i++) p[i].bits = rounded[i];
+}
+
+INLINE vf load_some_bf16(const bf16 *p, size n, float fill) { return n >= W ? load(p) : load_tail(p, n, fill); }
+
+INLINE void store_some_bf16(bf16 *p, size n, vf v) {
+    if (n >= W)
+        store(p, v);
+    else
+        store_tail(p, n, v);
+}
+
+#define load_some(p, n, fill) OF(load_some, p)(p, n, fill)
+#define store_some(p, n, v) OF(store_some, p)(p, n, v)
+
+/* n elements as floats: where they lie, or, if they are none, in `room`. */
+INLINE float *widened(size n, const element *x, float *room) {
+    if (IS_FLOAT) return (float *)x;
+    for (size i = 0; i < n; i += W) store_some(room + i, n - i, load_some(x + i, n - i, 0));
+    return room;
+}
+
+/* What `widened` gave goes back to where it was taken from. */
+INLINE void give_back(size n, const float *x, element *to) {
+    for (size i = 0; i < n && !IS_FLOAT; i += W) store_some(to + i, n - i, load_some(x + i, n - i, 0));
 }
 
 /* Sum of the lanes of LANES partial sums, in halves: the same tree at every level. */
@@ -111,8 +190,8 @@ INLINE float sum_lanes(const vf *part) {
     return x[0];
 }
 
-/* 1 / sqrt(mean(x^2) + epsilon) of n floats. */
-INLINE float inverse_root(size n, const float *x, float epsilon) {
+/* 1 / sqrt(mean(x^2) + epsilon) of n elements. */
+INLINE float inverse_root(size n, const element *x, float epsilon) {
     vf squares[PARTS] = {{0}};
     for (size i = 0; i < n; i += LANES)
         for (int j = 0; j < PARTS; j++) {

@@ -1,8 +1,5 @@
-/* to = cap tanh(x / cap); `to` may be x. */
-INLINE void cap_row(size n, const float *x, float cap, float *to) {
-    const float inverse = 1.0f / cap;
-    for (size i = 0; i < n; i += W) store_some(to + i, n - i, vtanh(load_some(x + i, n - i, 0) * inverse) * cap);
-}
+/* cap tanh(x / cap) */
+INLINE vf capped_at(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
 
 /* x *= the slope of the cap, 1 - (l / cap)^2, at the capped l. */
 INLINE void slope_row(size n, float *x, const float *capped, float cap) {
@@ -51,10 +48,11 @@ INLINE void divide_row(size v, float *row, float total) {
     for (size i = 0; i < v; i += W) store_some(row + i, v - i, load_some(row + i, v - i, 0) / total);
 }
 
-void EXPORT(crossentropy_capped)(size n, const float *logits, float cap, float *capped) {
-    cap_row(n, logits, cap, capped);
+void EXPORT(crossentropy_capped)(size n, const element *logits, float cap, element *capped) {
+    for (size i = 0; i < n; i += W) store_some(capped + i, n - i, capped_at(load_some(logits + i, n - i, 0), cap));
 }
 
+#ifndef ELEMENT
 void EXPORT(crossentropy_exponentials)(
     size rows, size v, float *logits, const float *shifts, size shares, float *totals) {
     for (size r = 0; r < rows; r++, logits += v) totals[r] = sum_of_shares(shares, v, logits, shifts[r], 1);
@@ -73,12 +71,13 @@ void EXPORT(crossentropy_gradient)(
         if (capped) slope_row(v, logits, capped + r * v, cap);
     }
 }
+#endif
 
 /* Softmax cross-entropy of rows of logits, in place: a row is read from memory once and stays in L2.
  * losses[r] in nats, 0 where the mask hides the row. With `gradient`, the logits become softmax - onehot, times the slope
- * of the cap. `work`: v floats where there is a cap, which is not 0, or NULL. */
+ * of the cap, if that is not 0. `work`: v floats where there is a cap, and v where logits are no floats. */
 void EXPORT(crossentropy_rows)(
-    size rows, size v, float *logits, const int32_t *targets, const uint8_t *mask, int gradient, size shares,
+    size rows, size v, element *logits, const int32_t *targets, const uint8_t *mask, int gradient, size shares,
     double *losses, float cap, float *work) {
     for (size r = 0; r < rows; r++, logits += v) {
         if (mask && !mask[r]) {
@@ -86,18 +85,20 @@ void EXPORT(crossentropy_rows)(
             losses[r] = 0.0;
             continue;
         }
-        if (work) {
-            cap_row(v, logits, cap, logits);
-            if (gradient) memcpy(work, logits, (size_t)v * sizeof *work);
+        float *row = widened(v, logits, work), *capped = row == work ? work + v : work;
+        if (cap != 0) {
+            for (size i = 0; i < v; i += W) store_some(row + i, v - i, capped_at(load_some(row + i, v - i, 0), cap));
+            if (gradient) memcpy(capped, row, (size_t)v * sizeof *row);
         }
-        float wanted = logits[targets[r]];
-        float shift = largest(v, logits);
-        float total = sum_of_shares(shares, v, logits, shift, gradient);
+        float wanted = row[targets[r]];
+        float shift = largest(v, row);
+        float total = sum_of_shares(shares, v, row, shift, gradient);
         losses[r] = loss_of(total, shift, wanted);
         if (gradient) {
-            divide_row(v, logits, total);
-            logits[targets[r]] -= 1.0f;
-            if (work) slope_row(v, logits, work, cap);
+            divide_row(v, row, total);
+            row[targets[r]] -= 1.0f;
+            if (cap != 0) slope_row(v, row, capped, cap);
+            give_back(v, row, logits);
         }
     }
 }

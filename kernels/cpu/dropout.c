@@ -49,7 +49,8 @@ static void dropout_factors(const struct draw *draw, uint64_t start, size n, flo
 }
 
 /* y = x times the factors of elements from `start` on, plus residual where given. */
-static void dropout_row(const struct draw *draw, uint64_t start, size n, const float *x, const float *residual, float *y) {
+static void dropout_row(
+    const struct draw *draw, uint64_t start, size n, const element *x, const element *residual, element *y) {
     float factors[4 * QUADS];
     for (size a = 0; a < n; a += 4 * QUADS) {
         size count = least(4 * QUADS, n - a);
@@ -64,16 +65,22 @@ static void dropout_row(const struct draw *draw, uint64_t start, size n, const f
 }
 
 /* shape: rows in three dims, and their width. */
-void EXPORT(dropout_mask)(const size *shape, const struct draw *draw, float *out) {
+void EXPORT(dropout_mask)(const size *shape, const struct draw *draw, element *out) {
+    float factors[4 * QUADS];
     for (size i = 0; i < shape[0]; i++)
         for (size j = 0; j < shape[1]; j++)
             for (size k = 0; k < shape[2]; k++, out += shape[3])
-                dropout_factors(draw, row_start(draw, i, j, k), shape[3], out);
+                for (size a = 0; a < shape[3]; a += 4 * QUADS) {
+                    const size count = least(4 * QUADS, shape[3] - a);
+                    dropout_factors(draw, row_start(draw, i, j, k) + (uint64_t)a, count, factors);
+                    for (size e = 0; e < count; e += W)
+                        store_some(out + a + e, count - e, load_some(factors + e, count - e, 0));
+                }
 }
 
 /* y = x times the mask, plus residual where given; y may be x. */
 void EXPORT(dropout_forward)(
-    const size *shape, const float *x, const struct draw *draw, const float *residual, float *y) {
+    const size *shape, const element *x, const struct draw *draw, const element *residual, element *y) {
     for (size i = 0; i < shape[0]; i++)
         for (size j = 0; j < shape[1]; j++)
             for (size k = 0; k < shape[2]; k++, x += shape[3], y += shape[3]) {

@@ -1,11 +1,11 @@
 /* Rows of a table, and their gradients. */
-void EXPORT(embedding_forward)(size n, size c, const int32_t *ids, const float *table, float *out) {
+void EXPORT(embedding_forward)(size n, size c, const int32_t *ids, const element *table, element *out) {
     for (size i = 0; i < n; i++) memcpy(out + i * c, table + ids[i] * c, (size_t)c * sizeof *out);
 }
 
 /* `order`: positions sorted by id, equal ids as they come. The rows of an id are summed, then join the table's row. */
 void EXPORT(embedding_backward)(
-    size n, size c, const float *dy, const int32_t *ids, const int64_t *order, float *dtable) {
+    size n, size c, const element *dy, const int32_t *ids, const int64_t *order, float *dtable) {
     for (size first = 0, stop; first < n; first = stop) {
         float *row = dtable + ids[order[first]] * c;
         for (stop = first + 1; stop < n && ids[order[stop]] == ids[order[first]];) stop++;

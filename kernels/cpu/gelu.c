@@ -11,7 +11,7 @@ INLINE vf gelu_slope(vf x) {
     return FMA(x * FMA(cubic, x * x, linear), s * (1.0f - s), s);
 }
 
-void EXPORT(gelu_forward)(size n, const float *x, float *y) {
+void EXPORT(gelu_forward)(size n, const element *x, element *y) {
     for (size i = 0; i < n; i += W) {
         vf v = load_some(x + i, n - i, 0);
         store_some(y + i, n - i, v * gelu_gate(v));
@@ -19,7 +19,7 @@ void EXPORT(gelu_forward)(size n, const float *x, float *y) {
 }
 
 /* dx may be dy. */
-void EXPORT(gelu_backward)(size n, const float *dy, const float *x, float *dx) {
+void EXPORT(gelu_backward)(size n, const element *dy, const element *x, element *dx) {
     for (size i = 0; i < n; i += W)
         store_some(dx + i, n - i, load_some(dy + i, n - i, 0) * gelu_slope(load_some(x + i, n - i, 0)));
 }

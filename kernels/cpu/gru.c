@@ -3,10 +3,10 @@
  *
  * One time step of one row: gates (3, width) in the order r, z, n become what they are after sigmoid and tanh. */
 INLINE void gru_cell(
-    size width, float *gates, const float *sums, const float *bias, const float *before, float *m, float *h) {
+    size width, element *gates, const float *sums, const element *bias, const float *before, element *m, float *h) {
     for (size k = 0; k < width; k += W) {
         const size some = width - k;
-        float *at = gates + k;
+        element *at = gates + k;
         vf r = sigmoid(load_some(at, some, 0) + load_some(sums + k, some, 0));
         vf z = sigmoid(load_some(at + width, some, 0) + load_some(sums + width + k, some, 0));
         vf product = load_some(sums + 2 * width + k, some, 0) + load_some(bias + k, some, 0);
@@ -21,16 +21,19 @@ INLINE void gru_cell(
 
 /* pre (batch, length, 3, width) becomes the gates; m and h (batch, length, width). h0 may be absent: zeros. */
 void EXPORT(gru_forward)(
-    const struct recurrence *r, const float *bias, const float *h0, float *pre, float *h, float *m, float *work) {
+    const struct recurrence *r, const element *bias, const element *h0, element *pre, element *h, element *m,
+    float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_forward(r, d.packed);
     const size n = r->width;
     for (size t = 0; t < r->length; t++) {
-        for (size b = 0; b < r->batch; b++) d.rows[b] = state_before(r, &d, h, h0, b, t);
+        for (size b = 0; b < r->batch; b++) d.rows[b] = state_before(r, &d, h, h0, d.h, b, t);
         multiply_step(r, &w, &d, 3 * n);
         for (size b = 0; b < r->batch; b++) {
             const size at = b * r->length + t;
-            gru_cell(n, pre + 3 * at * n, d.sums + b * d.row, bias, d.rows[b], m + at * n, h + at * n);
+            float *state = state_at(r, h, d.h, b, t);
+            gru_cell(n, pre + 3 * at * n, d.sums + b * d.row, bias, d.rows[b], m + at * n, state);
+            give_back(n, state, h + at * n);
         }
     }
 }
@@ -38,10 +41,10 @@ void EXPORT(gru_forward)(
 /* One row at one step: gates and m become the gradients of what they were given and of m, `row` (3, width) those of
  * h' u, and `carried` the gradient of h' that went past the product; dh = dy + carried. */
 INLINE void gru_cell_backward(
-    size width, const float *dy, const float *before, float *gates, float *m, float *row, float *carried) {
+    size width, const element *dy, const element *before, element *gates, element *m, float *row, float *carried) {
     for (size k = 0; k < width; k += W) {
         const size some = width - k;
-        float *at = gates + k;
+        element *at = gates + k;
         vf r = load_some(at, some, 0), z = load_some(at + width, some, 0), n = load_some(at + 2 * width, some, 0);
         vf dh = load_some(dy + k, some, 0) + load_some(carried + k, some, 0);
         vf dn = dh * (1.0f - z) * FMA(-n, n, splat(1));
@@ -61,7 +64,7 @@ INLINE void gru_cell_backward(
 /* gates (batch, length, 3, width) and m, as forward left them, become the gradients of pre and of m. The state before
  * is zeros. */
 void EXPORT(gru_backward)(
-    const struct recurrence *r, const float *dy, float *gates, const float *h, float *m, float *work) {
+    const struct recurrence *r, const element *dy, element *gates, const element *h, element *m, float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_backward(r, d.packed);
     const size n = r->width;
@@ -69,7 +72,7 @@ void EXPORT(gru_backward)(
         for (size b = 0; b < r->batch; b++) {
             const size at = b * r->length + t;
             float *row = d.given + b * d.row;
-            const float *before = state_before(r, &d, h, 0, b, t);
+            const element *before = stored_before(r, &d, h, b, t);
             d.rows[b] = row;
             gru_cell_backward(n, dy + at * n, before, gates + 3 * at * n, m + at * n, row, d.carried + b * n);
         }

@@ -1,8 +1,8 @@
 /* One row at a time, in cache: mean, variance about the mean, result. */
 
 void EXPORT(layernorm_forward)(
-    size rows, size c, const float *x, const float *gain, const float *bias, float epsilon, float *y, float *mean_out,
-    float *inverse_out) {
+    size rows, size c, const element *x, const element *gain, const element *bias, float epsilon, element *y,
+    float *mean_out, float *inverse_out) {
     for (size n = 0; n < rows; n++, x += c, y += c) {
         vf sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
         for (size i = 0; i < c; i += LANES)
@@ -27,8 +27,8 @@ void EXPORT(layernorm_forward)(
  * The gain and bias gradients of `pieces` equal groups of rows are summed, each over ascending rows, and joined by the
  * tree. `work` holds 2c floats for every binary digit of `pieces`. */
 void EXPORT(layernorm_backward)(
-    size rows, size c, size pieces, const float *dy, const float *x, const float *gain, const float *means,
-    const float *inverses, const float *add, float *dx, float *dgain, float *dbias, int accumulate, float *work) {
+    size rows, size c, size pieces, const element *dy, const element *x, const element *gain, const float *means,
+    const float *inverses, const element *add, element *dx, float *dgain, float *dbias, int accumulate, float *work) {
     const size group = rows / pieces;
     float *gains = work; /* sums of the newest piece: gains, behind them biases */
     for (size piece = 0, n = 0; piece < pieces; piece++, gains += 2 * c) {

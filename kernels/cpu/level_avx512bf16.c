@@ -5,6 +5,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")
 #endif
+#define ELEMENT bf16
 #define LEVEL avx512bf16
 #define W 16
 #define BF16_INSTRUCTION

@@ -5,7 +5,7 @@
 INLINE vf eight(const vf *x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 /* sum (n) = or += the sum of up to eight rows, in a tree; those that are missing count as zeros. */
-INLINE void add_rows(const int rows, size n, size stride, const float *x, int add, float *sum) {
+INLINE void add_rows(const int rows, size n, size stride, const element *x, int add, float *sum) {
     const size whole = n - n % W, some = n - whole;
     vf v[8];
     for (size i = 0; i < whole; i += W) {
@@ -19,7 +19,7 @@ INLINE void add_rows(const int rows, size n, size stride, const float *x, int ad
 }
 
 /* sum (n) = column sums of a piece, eight rows at a time. */
-static void sum_piece(size rows, size n, size stride, const float *x, float *sum) {
+static void sum_piece(size rows, size n, size stride, const element *x, float *sum) {
     for (size r = 0; r < rows; r += 8, x += 8 * stride)
         switch (rows - r) {
         case 1: add_rows(1, n, stride, x, r > 0, sum); break;
@@ -38,7 +38,7 @@ size EXPORT(linear_work)(size f, size pieces) { return least(CHUNK, f) * (64 - _
 
 /* db (f) = or += column sums of dy (rows, f): those of `pieces` equal groups of rows, joined by the tree. */
 void EXPORT(linear_bias_gradient)(
-    size rows, size f, size pieces, const float *dy, float *db, int accumulate, float *work) {
+    size rows, size f, size pieces, const element *dy, float *db, int accumulate, float *work) {
     const size group = rows / pieces;
     for (size at = 0; at < f; at += CHUNK) {
         const size n = least(CHUNK, f - at);

@@ -1,7 +1,7 @@
 /* i, f, o = sigmoid, g = tanh of what a gate is given; c = f c' + i g; h = o tanh(c). ops/lstm.py says more.
  *
  * One time step of one row: gates (4, n) in the order i, f, g, o become what they are after sigmoid and tanh. */
-INLINE void lstm_cell(size n, float *gates, const float *sums, const float *before, float *c, float *h) {
+INLINE void lstm_cell(size n, element *gates, const float *sums, const float *before, float *c, float *h) {
     for (size k = 0; k < n; k += W) {
         const size some = n - k;
         vf gate[4];
@@ -18,17 +18,20 @@ INLINE void lstm_cell(size n, float *gates, const float *sums, const float *befo
 
 /* pre (batch, length, 4, width) becomes the gates; h and c (batch, length, width). h0 and c0 may be absent: zeros. */
 void EXPORT(lstm_forward)(
-    const struct recurrence *r, const float *h0, const float *c0, float *pre, float *h, float *c, float *work) {
+    const struct recurrence *r, const element *h0, const element *c0, element *pre, element *h, element *c,
+    float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_forward(r, d.packed);
     const size n = r->width;
     for (size t = 0; t < r->length; t++) {
-        for (size b = 0; b < r->batch; b++) d.rows[b] = state_before(r, &d, h, h0, b, t);
+        for (size b = 0; b < r->batch; b++) d.rows[b] = state_before(r, &d, h, h0, d.h, b, t);
         multiply_step(r, &w, &d, 4 * n);
         for (size b = 0; b < r->batch; b++) {
             const size at = b * r->length + t;
-            const float *before = state_before(r, &d, c, c0, b, t);
-            lstm_cell(n, pre + 4 * at * n, d.sums + b * d.row, before, c + at * n, h + at * n);
+            const float *before = state_before(r, &d, c, c0, d.c, b, t);
+            float *cell = state_at(r, c, d.c, b, t), *state = state_at(r, h, d.h, b, t);
+            lstm_cell(n, pre + 4 * at * n, d.sums + b * d.row, before, cell, state);
+            give_back(n, cell, c + at * n), give_back(n, state, h + at * n);
         }
     }
 }
@@ -36,7 +39,8 @@ void EXPORT(lstm_forward)(
 /* One row at one step: gates become the gradient of what they were given. dc comes from the step behind and goes to the
  * one before; dh = dy + sums. */
 INLINE void lstm_cell_backward(
-    size n, const float *dy, const float *sums, const float *before, const float *c, float *gates, float *dc_row) {
+    size n, const element *dy, const float *sums, const element *before, const element *c, float *gates,
+    float *dc_row) {
     for (size k = 0; k < n; k += W) {
         const size some = n - k;
         vf i = load_some(gates + k, some, 0), f = load_some(gates + n + k, some, 0);
@@ -52,7 +56,8 @@ INLINE void lstm_cell_backward(
 }
 
 /* gates (batch, length, 4, width), as forward left them, become the gradient of pre. The state before is zeros. */
-void EXPORT(lstm_backward)(const struct recurrence *r, const float *dy, float *gates, const float *c, float *work) {
+void EXPORT(lstm_backward)(
+    const struct recurrence *r, const element *dy, element *gates, const element *c, float *work) {
     const struct desk d = desk_of(r, work);
     const struct walk w = pack_backward(r, d.packed);
     const size n = r->width;
@@ -60,16 +65,17 @@ void EXPORT(lstm_backward)(const struct recurrence *r, const float *dy, float *g
     for (size t = r->length - 1; t >= 0; t--) {
         for (size b = 0; b < r->batch; b++) {
             const size at = b * r->length + t;
-            const float *before = state_before(r, &d, c, 0, b, t);
-            d.rows[b] = gates + 4 * at * n;
-            lstm_cell_backward(
-                n, dy + at * n, d.sums + b * d.row, before, c + at * n, gates + 4 * at * n, d.carried + b * n);
+            const element *before = stored_before(r, &d, c, b, t);
+            float *row = widened(4 * n, gates + 4 * at * n, d.given + b * d.row);
+            d.rows[b] = row;
+            lstm_cell_backward(n, dy + at * n, d.sums + b * d.row, before, c + at * n, row, d.carried + b * n);
+            give_back(4 * n, row, gates + 4 * at * n);
         }
         if (t > 0) multiply_step(r, &w, &d, n);
         for (size b = 0; b < r->batch; b++)
             if (begins(r, b, t)) {
-                memset(d.carried + b * n, 0, (size_t)n * sizeof *dy);
-                memset(d.sums + b * d.row, 0, (size_t)n * sizeof *dy);
+                memset(d.carried + b * n, 0, (size_t)n * sizeof *d.carried);
+                memset(d.sums + b * d.row, 0, (size_t)n * sizeof *d.sums);
             }
     }
 }

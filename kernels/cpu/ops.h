@@ -1,11 +1,10 @@
-/* All ops at one level: a level_*.c sets the target, LEVEL and W, and includes this. */
+/* All ops at one level: a level_*.c sets the target, LEVEL and W, and includes this; a bf16_*.c sets ELEMENT first. */
 #include "common.h"
 
 #include "dropout.c"
 
 #include "adamw.c"
 #include "attention.c"
-#include "clip.c"
 #include "crossentropy.c"
 #include "embedding.c"
 #include "gelu.c"
@@ -18,5 +17,11 @@
 #include "relu2.c"
 #include "rmsnorm.c"
 #include "rotary.c"
-#include "sums.c"
 #include "swiglu.c"
+
+#ifdef ELEMENT
+#include "cast.c"
+#else
+#include "clip.c"
+#include "sums.c"
+#endif

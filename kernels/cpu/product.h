@@ -1,5 +1,7 @@
 /* The blocked matrix product: c = start + a b, with operands of any strides.
  *
+ * Operands and the bias consist of elements, base and c of these or of floats; sums are floats, and c is rounded once.
+ *
  * Three blocks as in GotoBLAS: a panel of b (DEPTH x PANEL) stays in L1, a band of a (BAND x DEPTH) in L2, the
  * panels of a strip (DEPTH x STRIP) in L3; both operands are packed in the order in which a tile reads them.
  * Sources: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; Van Zee, van de Geijn,
@@ -36,8 +38,9 @@ typedef int32_t four __attribute__((vector_size(16)));
 #endif
 
 struct plane {
-    float *x;
-    size row, column; /* strides in floats */
+    void *x;
+    size row, column; /* strides in elements or floats */
+    size floats;      /* whether it has floats */
 };
 
 /* bias (n) and base (m, n) may be absent. c and base have column stride 1. `shares`: a power of two that, times
@@ -45,10 +48,30 @@ struct plane {
 struct product {
     size m, n, k, shares, segments, complete;
     struct plane a, b, c, base;
-    const float *bias;
+    const element *bias;
 };
 
-INLINE const float *at(const struct plane *p, size row, size column) { return p->x + row * p->row + column * p->column; }
+INLINE int has_floats(const struct plane *p) { return IS_FLOAT || p->floats; }
+
+INLINE void *at(const struct plane *p, size row, size column) {
+    const size place = row * p->row + column * p->column;
+    return (char *)p->x + place * (size)(has_floats(p) ? sizeof(float) : sizeof(element));
+}
+
+INLINE const element *operand(const struct plane *p, size row, size column) {
+    return (const element *)p->x + row * p->row + column * p->column;
+}
+
+INLINE vf load_from(const struct plane *p, size row, size column) {
+    return has_floats(p) ? load((const float *)at(p, row, column)) : load((const element *)at(p, row, column));
+}
+
+INLINE void store_to(const struct plane *p, size row, size column, vf v) {
+    if (has_floats(p))
+        store((float *)at(p, row, column), v);
+    else
+        store((element *)at(p, row, column), v);
+}
 
 /* ---- the order of k ---- */
 
@@ -79,15 +102,16 @@ static struct stretch stretch_at(const struct product *p, size first) {
         first, chains, steps, waiting + (inside > 0), waiting - joins, p->complete ? last : first == 0, last};
 }
 
-/* Whether what c starts from is in c, and must stay there until all is summed. */
-static int starts_from_itself(const struct product *p) {
-    return p->base.x == p->c.x && p->complete && stretch_at(p, 0).last == 0;
+/* Whether there are sums that wait, but not in c: what it starts from is there and must stay until all is summed, or it
+ * has no floats. */
+static int none_in_c(const struct product *p) {
+    return ((p->base.x == p->c.x && p->complete) || !has_floats(&p->c)) && stretch_at(p, 0).last == 0;
 }
 
 /* Planes that need memory of their own: c is the first one if it can be. */
 static size waiting_planes(const struct product *p) {
     const size share = p->k / p->shares;
-    size planes = starts_from_itself(p);
+    size planes = none_in_c(p);
     for (size sums = p->shares / shares_together(share, p->shares); sums > 1; sums /= 2)
         planes += sums > 2 || share > DEPTH;
     return planes;
@@ -108,10 +132,15 @@ INLINE size run_from(const struct product *p, size step) {
 
 /* ---- packing: strips of `width` lanes, element (i, lane) of a strip at i * width + lane, missing lanes zero ---- */
 
+INLINE quad four_float(const float *from) { return *(const quad_any *)from; }
+INLINE quad four_bf16(const bf16 *from) {
+    return (quad){number(from[0]), number(from[1]), number(from[2]), number(from[3])};
+}
+#define four(from) OF(four, from)(from)
+
 /* Four lanes of four steps turned round. */
-INLINE void turn(const float *from, size lane, const int width, float *to) {
-    quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
-    quad c = *(const quad_any *)(from + 2 * lane), d = *(const quad_any *)(from + 3 * lane);
+INLINE void turn(const element *from, size lane, const int width, float *to) {
+    quad a = four(from), b = four(from + lane), c = four(from + 2 * lane), d = four(from + 3 * lane);
     quad ab = PICK_FOUR(a, b, 0, 4, 1, 5), cd = PICK_FOUR(c, d, 0, 4, 1, 5);
     *(quad_any *)to = PICK_FOUR(ab, cd, 0, 1, 4, 5);
     *(quad_any *)(to + width) = PICK_FOUR(ab, cd, 2, 3, 6, 7);
@@ -121,8 +150,8 @@ INLINE void turn(const float *from, size lane, const int width, float *to) {
 }
 
 /* Two lanes of four steps: what six lanes leave over. */
-INLINE void turn_pair(const float *from, size lane, const int width, float *to) {
-    quad a = *(const quad_any *)from, b = *(const quad_any *)(from + lane);
+INLINE void turn_pair(const element *from, size lane, const int width, float *to) {
+    quad a = four(from), b = four(from + lane);
     quad low = PICK_FOUR(a, b, 0, 4, 1, 5), high = PICK_FOUR(a, b, 2, 6, 3, 7);
     memcpy(to, &low, 8);
     memcpy(to + width, (float *)&low + 2, 8);
@@ -130,13 +159,13 @@ INLINE void turn_pair(const float *from, size lane, const int width, float *to) 
     memcpy(to + 3 * width, (float *)&high + 2, 8);
 }
 
-INLINE void gather(size steps, size lanes, const float *from, size step, size lane, const int width, float *to) {
+INLINE void gather(size steps, size lanes, const element *from, size step, size lane, const int width, float *to) {
     for (size i = 0; i < steps; i++)
-        for (size j = 0; j < lanes; j++) to[i * width + j] = from[i * step + j * lane];
+        for (size j = 0; j < lanes; j++) to[i * width + j] = number(from[i * step + j * lane]);
 }
 
 /* A whole strip whose steps lie one behind the other. */
-INLINE void turn_strip(size steps, const float *from, size lane, const int width, float *to) {
+INLINE void turn_strip(size steps, const element *from, size lane, const int width, float *to) {
     const size whole = steps - steps % 4;
     for (int j = 0; j + 2 <= width; j += j + 4 <= width ? 4 : 2)
         for (size i = 0; i < whole; i += 4) {
@@ -151,14 +180,17 @@ INLINE void turn_strip(size steps, const float *from, size lane, const int width
 
 /* Strips lie `apart` steps from one another. */
 INLINE void pack_strips(
-    size steps, size lanes, const float *from, size step, size lane, const int width, size apart, float *to) {
+    size steps, size lanes, const element *from, size step, size lane, const int width, size apart, float *to) {
     const size whole = lanes - lanes % width;
     if (lane == 1) /* a step of all strips at once: it lies in one piece, and steps may be far apart */
         for (size i = 0; i < steps; i++)
             for (size j = 0; j < whole; j += width) {
                 float *strip = to + j * apart + i * width;
                 __builtin_prefetch(strip + 24, 1); /* its next line: stores that miss L1 wait for one another */
-                memcpy(strip, from + i * step + j, (size_t)width * sizeof *to);
+                if (IS_FLOAT)
+                    memcpy(strip, from + i * step + j, (size_t)width * sizeof *to);
+                else
+                    gather(1, width, from + i * step + j, 0, 1, width, strip);
             }
     else
         for (size j = 0; j < whole; j += width)
@@ -176,7 +208,7 @@ INLINE void pack_strips(
 
 /* Memory that is wanted soon: one line every SPELL steps. */
 struct ahead {
-    const float *line;
+    const element *line;
     size step;
 };
 
@@ -187,17 +219,23 @@ INLINE vf spread(const float *p) {
 }
 
 /* c + a b: a word is a float, or a pair of bf16 of two steps. */
-INLINE vf multiply_add(const int pairs, vf a, vf b, vf c) { return pairs ? dot2(c, (vi)a, (vi)b) : FMA(a, b, c); }
+#ifdef ELEMENT
+INLINE vf multiply_add(vf a, vf b, vf c) { return dot2(c, (vi)a, (vi)b); }
+#else
+INLINE vf multiply_add(vf a, vf b, vf c) { return FMA(a, b, c); }
+#endif
 
-INLINE void accumulate(const int pairs, vf sum[TALL][2], size words, const float *a, const float *b) {
+INLINE size words_of(size steps) { return IS_FLOAT ? steps : (steps + 1) / 2; }
+
+INLINE void accumulate(vf sum[TALL][2], size words, const float *a, const float *b) {
 #pragma GCC unroll 4
     for (size i = 0; i < words; i++, a += TALL, b += PANEL) {
         vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 12
         for (int r = 0; r < TALL; r++) {
             vf x = spread(a + r);
-            sum[r][0] = multiply_add(pairs, x, b0, sum[r][0]);
-            sum[r][1] = multiply_add(pairs, x, b1, sum[r][1]);
+            sum[r][0] = multiply_add(x, b0, sum[r][0]);
+            sum[r][1] = multiply_add(x, b1, sum[r][1]);
         }
     }
 }
@@ -205,7 +243,7 @@ INLINE void accumulate(const int pairs, vf sum[TALL][2], size words, const float
 /* Of a strip of c: itself, what it starts from, and the planes of sums that wait. */
 struct sums {
     struct plane c, base, plane[HALVINGS + 1];
-    const float *bias;
+    const element *bias;
 };
 
 /* Which plane takes the sums of a stretch. */
@@ -224,29 +262,26 @@ INLINE void put_sums(vf sum[TALL][2], const struct stretch *k, const struct sums
     if (k->start) {
         vf bias0 = splat(0), bias1 = splat(0);
         if (s->bias) bias0 += load(s->bias + j), bias1 += load(s->bias + j + W);
-        const float *base = s->base.x ? at(&s->base, i, j) : 0;
 #pragma GCC unroll 12
         for (int r = 0; r < TALL; r++) {
             vf start0 = bias0, start1 = bias1;
-            if (base) {
-                start0 += load(base + r * s->base.row);
-                start1 += load(base + r * s->base.row + W);
+            if (s->base.x) {
+                start0 += load_from(&s->base, i + r, j);
+                start1 += load_from(&s->base, i + r, j + W);
             }
             sum[r][0] = start0 + sum[r][0];
             sum[r][1] = start1 + sum[r][1];
         }
     }
     const struct plane *target = target_of(k, s);
-    float *to = (float *)at(target, i, j);
 #pragma GCC unroll 12
-    for (int r = 0; r < TALL; r++, to += target->row) store(to, sum[r][0]), store(to + W, sum[r][1]);
+    for (int r = 0; r < TALL; r++) store_to(target, i + r, j, sum[r][0]), store_to(target, i + r, j + W, sum[r][1]);
 }
 
 INLINE void fetch_tile(const struct plane *p, size i, size j) {
-    const float *x = at(p, i, j);
-    for (int r = 0; r < TALL; r++, x += p->row) {
-        __builtin_prefetch(x, 1);
-        __builtin_prefetch(x + PANEL - 1, 1);
+    for (int r = 0; r < TALL; r++) {
+        __builtin_prefetch(at(p, i + r, j), 1);
+        __builtin_prefetch(at(p, i + r, j + PANEL - 1), 1);
     }
 }
 
@@ -256,9 +291,9 @@ INLINE void fetch_sums(const struct stretch *k, const struct sums *s, size i, si
 }
 
 /* The tile of c (TALL, PANEL) at (i, j), of packed a (chains * words, TALL) and b (chains * words, PANEL). */
-INLINE void tile_of(
-    const int pairs, size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k,
-    const struct sums *s, size i, size j) {
+static __attribute__((noinline)) void whole_tile(
+    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
+    size j) {
     const size whole = words - words % SPELL, late = most(0, whole - LATE);
     float held[HALVINGS][TALL * PANEL] __attribute__((aligned(64))); /* sums of shares that wait for the next */
     int holds = 0;
@@ -269,9 +304,9 @@ INLINE void tile_of(
         for (size at = 0; at < whole; at += SPELL, ahead.line += ahead.step) {
             __builtin_prefetch(ahead.line, 0, 2);
             if (at == late && chain == k->chains) fetch_sums(k, s, i, j);
-            accumulate(pairs, sum, SPELL, a + at * TALL, b + at * PANEL);
+            accumulate(sum, SPELL, a + at * TALL, b + at * PANEL);
         }
-        accumulate(pairs, sum, words - whole, a + whole * TALL, b + whole * PANEL);
+        accumulate(sum, words - whole, a + whole * TALL, b + whole * PANEL);
         for (size n = chain; !(n & 1); n >>= 1) {
             const float *x = held[--holds];
 #pragma GCC unroll 12
@@ -289,70 +324,76 @@ INLINE void tile_of(
     }
 }
 
-static __attribute__((noinline)) void float_tile(
-    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
-    size j) {
-    tile_of(0, words, a, b, ahead, k, s, i, j);
-}
-
-static __attribute__((noinline)) void bf16_tile(
-    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
-    size j) {
-    tile_of(1, words, a, b, ahead, k, s, i, j);
-}
-
 /* ---- blocks ---------------------------------------------------------------------------------------------------- */
 
 /* What turn `turn` of tiles fetches of a block at `from`: one of its rows where steps lie one behind the other,
- * else SPELLS steps of one line. Sixteen turns fetch the next panel of b, BAND turns the next band of a. */
-INLINE struct ahead lines(const float *from, size step, size lane, size turn) {
-    enum { SPELLS = DEPTH / SPELL, FLOATS = 16 };
-    if (step == 1) return (struct ahead){from + turn * lane, FLOATS};
-    return (struct ahead){from + turn % FLOATS * SPELLS * step + turn / FLOATS * FLOATS + FLOATS - 1, step};
+ * else some steps of one line. As many turns as a line has elements fetch the next panel of b, BAND turns the next band
+ * of a. */
+INLINE struct ahead lines(const element *from, size step, size lane, size turn) {
+    const size whole = 64 / (size)sizeof *from, spells = words_of(DEPTH) / SPELL;
+    if (step == 1) return (struct ahead){from + turn * lane, whole};
+    return (struct ahead){from + turn % whole * spells * step + turn / whole * whole + whole - 1, step};
 }
 
-INLINE void copy_rows(size rows, size columns, const float *from, size row, float *to, size to_row) {
-    for (size r = 0; r < rows; r++) memcpy(to + r * to_row, from + r * row, (size_t)columns * sizeof *to);
+/* (rows, columns) of a plane, from (i, j) on, and those of a whole tile, become one another. */
+INLINE void take_tile(size rows, size columns, const struct plane *from, size i, size j, float *tile) {
+    for (size r = 0; r < rows; r++, tile += PANEL)
+        if (has_floats(from))
+            memcpy(tile, at(from, i + r, j), (size_t)columns * sizeof *tile);
+        else
+            gather(1, columns, at(from, i + r, j), 0, 1, 0, tile);
+}
+
+INLINE void put_tile(size rows, size columns, const float *tile, const struct plane *to, size i, size j) {
+    for (size r = 0; r < rows; r++, tile += PANEL)
+        if (has_floats(to))
+            memcpy(at(to, i + r, j), tile, (size_t)columns * sizeof *tile);
+        else
+            for (size c = 0; c < columns; c += W)
+                store_some((element *)at(to, i + r, j + c), columns - c, load(tile + c));
 }
 
 /* A tile at an edge, (rows, columns): the same on copies that are whole. */
 INLINE void edge_tile(
-    const int pairs, size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k,
-    const struct sums *s, size i, size j, size rows, size columns) {
-    float copies[HALVINGS + 4][TALL * PANEL];
-    struct sums whole = {{copies[0], PANEL, 1}, {0}, {{0}}, 0};
+    size words, const float *a, const float *b, struct ahead ahead, const struct stretch *k, const struct sums *s, size i,
+    size j, size rows, size columns) {
+    float copies[HALVINGS + 3][TALL * PANEL];
+    element bias[PANEL];
+    struct sums whole = {{copies[0], PANEL, 1, 1}, {0}, {{0}}, 0};
     memset(copies, 0, sizeof copies);
     if (k->start && s->bias) {
-        whole.bias = copies[1];
-        copy_rows(1, columns, s->bias + j, 0, copies[1], 0);
+        memset(bias, 0, sizeof bias);
+        memcpy(bias, s->bias + j, (size_t)columns * sizeof *bias);
+        whole.bias = bias;
     }
     if (k->start && s->base.x) {
-        whole.base = (struct plane){copies[2], PANEL, 1};
-        copy_rows(rows, columns, at(&s->base, i, j), s->base.row, copies[2], PANEL);
+        whole.base = (struct plane){copies[1], PANEL, 1, 1};
+        take_tile(rows, columns, &s->base, i, j, copies[1]);
     }
     for (int t = k->to; t == k->to || t < k->top; t++) {
-        whole.plane[t] = (struct plane){copies[3 + t], PANEL, 1};
-        if (t < k->top) copy_rows(rows, columns, at(&s->plane[t], i, j), s->plane[t].row, copies[3 + t], PANEL);
+        whole.plane[t] = (struct plane){copies[2 + t], PANEL, 1, 1};
+        if (t < k->top) take_tile(rows, columns, &s->plane[t], i, j, copies[2 + t]);
     }
-    (pairs ? bf16_tile : float_tile)(words, a, b, ahead, k, &whole, 0, 0);
-    const struct plane *target = target_of(k, s);
-    copy_rows(rows, columns, target_of(k, &whole)->x, PANEL, (float *)at(target, i, j), target->row);
+    whole_tile(words, a, b, ahead, k, &whole, 0, 0);
+    put_tile(rows, columns, target_of(k, &whole)->x, target_of(k, s), i, j);
 }
 
 /* A stretch of lanes, from lane 0 on at `from`, becomes strips of words. */
 INLINE void pack_words(
-    const int pairs, const struct product *p, const struct stretch *k, size lanes, const float *from, size step,
-    size lane, const int width, float *to) {
-    const size steps = k->chains * k->steps, words = (k->steps + 1) / 2;
+    const struct product *p, const struct stretch *k, size lanes, const element *from, size step, size lane,
+    const int width, float *to) {
+    const size steps = k->chains * k->steps;
     for (size done = 0, run; done < steps; done += run) {
         run = least(steps - done, run_from(p, k->first + done));
         pack_strips(run, lanes, from + place(p, k->first + done) * step, step, lane, width, steps, to + done * width);
     }
-    for (size j = 0; pairs && j < lanes; j += width)
+#ifdef ELEMENT
+    for (size j = 0; j < lanes; j += width)
         for (size chain = 0; chain < k->chains; chain++) {
             float *strip = to + j * steps;
-            pair_steps(k->steps, width, strip + chain * k->steps * width, strip + chain * words * width);
+            pair_steps(k->steps, width, strip + chain * k->steps * width, strip + chain * words_of(k->steps) * width);
         }
+#endif
 }
 
 /* Columns of b that are packed at a time: all of a strip, or, where one band of a is all there is, one panel, which is
@@ -377,56 +418,58 @@ static size product_work(const struct product *p) {
 
 /* What a band of a, from row i, adds to a strip of c, from column j, by a stretch of k. Its first band packs b. */
 INLINE void multiply_band(
-    const int pairs, const struct product *p, const struct stretch *k, const struct sums *s, size i, size j,
-    float *panels, float *band) {
+    const struct product *p, const struct stretch *k, const struct sums *s, size i, size j, float *panels,
+    float *band) {
     const struct plane *a = &p->a, *b = &p->b;
-    const size steps = k->chains * k->steps, words = pairs ? (k->steps + 1) / 2 : k->steps, first = place(p, k->first);
+    const size steps = k->chains * k->steps, words = words_of(k->steps), first = place(p, k->first);
     const size rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);
-    pack_words(pairs, p, k, rows, at(a, i, 0), a->column, a->row, TALL, band);
+    pack_words(p, k, rows, operand(a, i, 0), a->column, a->row, TALL, band);
     size turn = 0;
     for (size across = 0; across < columns; across += PANEL) {
         const size wide = least(PANEL, columns - across), column = j + across;
         float *panel = p->m <= BAND ? panels : panels + across * steps;
-        if (i == 0) pack_words(pairs, p, k, wide, at(b, 0, column), b->row, b->column, PANEL, panel);
+        if (i == 0) pack_words(p, k, wide, operand(b, 0, column), b->row, b->column, PANEL, panel);
         for (size down = 0; down < rows; down += TALL, turn++) {
             const size tall = least(TALL, rows - down);
             const float *left = band + down * steps;
             const struct ahead ahead = i == 0
-                ? lines(at(b, first, column + PANEL), b->row, b->column, down / TALL)
-                : lines(at(a, i + BAND, first), a->column, a->row, least(turn, BAND - 1));
+                ? lines(operand(b, first, column + PANEL), b->row, b->column, down / TALL)
+                : lines(operand(a, i + BAND, first), a->column, a->row, least(turn, BAND - 1));
             if (tall == TALL && wide == PANEL)
-                (pairs ? bf16_tile : float_tile)(words, left, panel, ahead, k, s, i + down, across);
+                whole_tile(words, left, panel, ahead, k, s, i + down, across);
             else
-                edge_tile(pairs, words, left, panel, ahead, k, s, i + down, across, tall, wide);
+                edge_tile(words, left, panel, ahead, k, s, i + down, across, tall, wide);
         }
     }
 }
 
-INLINE void multiply_rows(const int pairs, const struct product *p, float *work) {
+INLINE struct plane shifted(struct plane p, size row, size column) {
+    if (p.x) p.x = at(&p, row, column);
+    return p;
+}
+
+INLINE void multiply_rows(const struct product *p, float *work) {
     float *panels = align_line(work), *band = panels + least(p->k, DEPTH) * packed_columns(p->m, p->n);
-    const size row = waiting_row(p->n), waiting = waiting_planes(p), own = starts_from_itself(p);
+    const size row = waiting_row(p->n), waiting = waiting_planes(p), own = none_in_c(p);
     float *planes = panels + packed_floats(p);
     for (size j = 0; j < p->n; j += STRIP) {
-        struct sums sums = {p->c, p->base, {p->c}, p->bias ? p->bias + j : 0};
-        sums.c.x += j, sums.plane[0].x += j;
-        if (sums.base.x) sums.base.x += j;
-        for (size t = 0; t < waiting; t++) sums.plane[t + !own] = (struct plane){planes + t * p->m * row, row, 1};
+        const struct plane c = shifted(p->c, 0, j);
+        struct sums sums = {c, shifted(p->base, 0, j), {c}, p->bias ? p->bias + j : 0};
+        for (size t = 0; t < waiting; t++) sums.plane[t + !own] = (struct plane){planes + t * p->m * row, row, 1, 1};
         struct stretch k;
         for (size first = 0; first < p->k; first += k.chains * k.steps) {
             k = stretch_at(p, first);
-            for (size i = 0; i < p->m; i += BAND) multiply_band(pairs, p, &k, &sums, i, j, panels, band);
+            for (size i = 0; i < p->m; i += BAND) multiply_band(p, &k, &sums, i, j, panels, band);
         }
     }
 }
 
-INLINE void product(const int pairs, const struct product *p, float *work) {
+INLINE void product(const struct product *p, float *work) {
     const size rows = waiting_planes(p) ? herd(p->n) : p->m;
     for (size i = 0; i < p->m; i += rows) {
         struct product part = *p;
         part.m = least(rows, p->m - i);
-        part.a.x += i * p->a.row;
-        part.c.x += i * p->c.row;
-        if (p->base.x) part.base.x += i * p->base.row;
-        multiply_rows(pairs, &part, work);
+        part.a = shifted(p->a, i, 0), part.c = shifted(p->c, i, 0), part.base = shifted(p->base, i, 0);
+        multiply_rows(&part, work);
     }
 }

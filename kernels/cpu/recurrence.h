@@ -4,10 +4,10 @@
  * are read, T times over. A tile is as tall as there are rows, up to TALL, and reads them where they are. The order of
  * additions is that of product.h where c is complete: a share is summed for each DEPTH of it by a chain of multiply-adds
  * over ascending steps from zero, chains are added in order, and a tree joins the shares. Products are of float32
- * whatever `numerics.products` says, as those inside attention are. */
+ * whatever elements are, as those inside attention: states go from step to step as floats. */
 struct recurrence {
     size batch, length, width, gates, shares; /* shares: of the sum over gates x units in backward */
-    const float *u;                           /* (width, gates, width) */
+    const element *u;                         /* (width, gates, width) */
     const int32_t *starts;                    /* (batch, length), the first position of each one's document, or absent */
 };
 
@@ -91,6 +91,7 @@ struct desk {
     float *sums, *given;  /* (batch, row) each: a product's result, and its left factor where it lies nowhere else */
     const float **rows;   /* of the left factor, (batch) */
     float *carried, *zeros; /* (batch, width), (width) */
+    float *h, *c;           /* (batch, width) each: states that lie nowhere else as floats */
     size row;             /* gates x width in whole panels */
 };
 
@@ -99,7 +100,7 @@ struct desk {
 size EXPORT(recurrence_work)(const struct recurrence *r) {
     const size row = round_up(r->gates * r->width, PANEL), across = round_up(r->width, PANEL);
     return 16 + most(row, across * r->gates) * r->width + (HALVINGS + 1) * r->batch * PANEL +
-        r->batch * (2 * row + POINTER + r->width) + r->width;
+        r->batch * (2 * row + POINTER + r->width) + r->width + (IS_FLOAT ? 0 : 2 * r->batch * r->width);
 }
 
 static struct desk desk_of(const struct recurrence *r, float *work) {
@@ -111,6 +112,7 @@ static struct desk desk_of(const struct recurrence *r, float *work) {
     d.rows = (const float **)(d.given + r->batch * row);
     d.carried = (float *)d.rows + POINTER * r->batch;
     d.zeros = d.carried + r->batch * r->width;
+    d.h = d.zeros + r->width, d.c = d.h + r->batch * r->width;
     memset(d.carried, 0, (size_t)((r->batch + 1) * r->width) * sizeof *d.carried);
     return d;
 }
@@ -144,10 +146,21 @@ static void multiply_step(const struct recurrence *r, const struct walk *w, cons
 /* Whether position t of row b begins from nothing. */
 INLINE int begins(const struct recurrence *r, size b, size t) { return r->starts && r->starts[b * r->length + t] == t; }
 
-/* The row of a state before position t: of x (batch, length, width), of `first` (batch, width) or zeros. */
-INLINE const float *
-state_before(const struct recurrence *r, const struct desk *d, const float *x, const float *first, size b, size t) {
+/* The row of what was stored of a state before position t. */
+INLINE const element *
+stored_before(const struct recurrence *r, const struct desk *d, const element *x, size b, size t) {
+    return begins(r, b, t) || t == 0 ? (const element *)d->zeros : x + (b * r->length + t - 1) * r->width;
+}
+
+/* Where the state of row b at position t is as floats: in x (batch, length, width), or, if that has none, in `room`. */
+INLINE float *state_at(const struct recurrence *r, element *x, float *room, size b, size t) {
+    return IS_FLOAT ? (float *)x + (b * r->length + t) * r->width : room + b * r->width;
+}
+
+/* The state before position t: that one, that of `first` (batch, width), or zeros. */
+INLINE const float *state_before(
+    const struct recurrence *r, const struct desk *d, element *x, const element *first, float *room, size b, size t) {
     if (begins(r, b, t)) return d->zeros;
-    if (t > 0) return x + (b * r->length + t - 1) * r->width;
-    return first ? first + b * r->width : d->zeros;
+    if (t > 0) return state_at(r, x, room, b, t - 1);
+    return first ? widened(r->width, first + b * r->width, room + b * r->width) : d->zeros;
 }

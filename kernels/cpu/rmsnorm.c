@@ -1,7 +1,7 @@
 /* One row at a time, in cache: mean square, result. */
 
 void EXPORT(rmsnorm_forward)(
-    size rows, size c, const float *x, const float *gain, float epsilon, float *y, float *inverse_out) {
+    size rows, size c, const element *x, const element *gain, float epsilon, element *y, float *inverse_out) {
     for (size n = 0; n < rows; n++, x += c, y += c) {
         const float inverse = inverse_root(c, x, epsilon);
         for (size i = 0; i < c; i += W) {
@@ -16,8 +16,8 @@ void EXPORT(rmsnorm_forward)(
  * equal groups of rows are summed, each over ascending rows, and joined by the tree. `work` holds c floats for every
  * binary digit of `pieces`. */
 void EXPORT(rmsnorm_backward)(
-    size rows, size c, size pieces, const float *dy, const float *x, const float *gain, const float *inverses,
-    const float *add, float *dx, float *dgain, int accumulate, float *work) {
+    size rows, size c, size pieces, const element *dy, const element *x, const element *gain, const float *inverses,
+    const element *add, element *dx, float *dgain, int accumulate, float *work) {
     const size group = rows / pieces;
     float *gains = work; /* sums of the newest piece */
     for (size piece = 0, n = 0; piece < pieces; piece++, gains += c) {

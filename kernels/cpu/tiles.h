@@ -38,7 +38,7 @@ static void multiply(size rows, size k, const float *a, size ra, size ca, const 
 }
 
 /* Panels of x (n, d): panel p is (n, PANEL), columns p*PANEL…; missing columns are zero. */
-static void pack(size n, size d, const float *x, size stride, float scale, float *panels) {
+static void pack(size n, size d, const element *x, size stride, float scale, float *panels) {
     for (size p = 0; p < d; p += PANEL)
         for (size i = 0; i < n; i++, panels += PANEL) {
             store(panels, load_some(x + i * stride + p, most(0, least(W, d - p)), 0) * scale);
@@ -47,11 +47,11 @@ static void pack(size n, size d, const float *x, size stride, float scale, float
 }
 
 /* Panels of x transposed, x (n, d): panel p is (d, PANEL), its columns are rows p*PANEL… of x. */
-static void pack_transposed(size n, size d, const float *x, size stride, float *panels) {
+static void pack_transposed(size n, size d, const element *x, size stride, float *panels) {
     for (size p = 0; p < n; p += PANEL) {
         for (size j = 0; j < PANEL; j++)
             if (p + j < n)
-                for (size i = 0; i < d; i++) panels[i * PANEL + j] = x[(p + j) * stride + i];
+                for (size i = 0; i < d; i++) panels[i * PANEL + j] = number(x[(p + j) * stride + i]);
             else
                 for (size i = 0; i < d; i++) panels[i * PANEL + j] = 0;
         panels += d * PANEL;

@@ -46,8 +46,8 @@ class Numerics:
     )
     products: Literal["float32", "bf16"] = key(
         "float32",
-        says="The operands of matrix products are rounded to this type: with bf16 sums are in float32, and so is all "
-        "else on a CPU, which needs AVX512-BF16, while a GPU keeps activations in bf16 too.",
+        says="What layers compute with: with bf16, activations and a working copy of the weights are bf16; sums, "
+        "gradients, weights and the optimiser's moments stay float32. A CPU needs AVX512-BF16 for it.",
     )
     shares: int = key(
         8,

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mlm_mpi.errors import ConfigError
 
-CUPY = "pip install 'cupy-cuda13x[ctk]' ml_dtypes (cupy-cuda12x for a driver of CUDA 12)"  # how to get what a GPU needs
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # NumPy's and CuPy's
+CUPY = "pip install 'cupy-cuda13x[ctk]' (cupy-cuda12x for a driver of CUDA 12)"  # how to get what a GPU needs
 BLOCK_ELEMENTS = 1 << 15  # 128 KiB of float32: two or three work arrays of this size stay in a core's L2 cache
 
 
@@ -35,9 +37,9 @@ class Place:
         return host if host is None or not self.on_gpu else self.xp.asarray(host)
 
 
-def cpu(dtype: Any = np.float32) -> Place:
-    """The CPU's memory, activations in the weights' dtype."""
-    return Place(np, np.dtype(dtype))
+def cpu(dtype: Any = np.float32, products: str = "float32") -> Place:
+    """The CPU's memory. `products`: "bf16" keeps activations in bfloat16, else they have the weights' dtype."""
+    return Place(np, BFLOAT16 if products == "bf16" else np.dtype(dtype))
 
 
 def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> Place:
@@ -59,7 +61,7 @@ def gpu(dtype: Any, products: str, local_rank: int, memory_gib: float = 0.0) -> 
         cupy.get_default_memory_pool().set_limit(size=int(memory_gib * 2**30))
     facts = cupy.cuda.runtime.getDeviceProperties(local_rank % count)
     name = f"{facts['name'].decode()} sm_{facts['major']}{facts['minor']}"
-    return Place(cupy, bfloat16() if products == "bf16" else np.dtype(dtype), name)
+    return Place(cupy, BFLOAT16 if products == "bf16" else np.dtype(dtype), name)
 
 
 def nccl() -> Any:
@@ -98,18 +100,9 @@ def gpus() -> tuple[str, list[str]]:
     return f"{cupy.__version__}, CUDA {runtime.runtimeGetVersion()}", found
 
 
-def bfloat16() -> np.dtype:
-    """NumPy's and CuPy's dtype for bfloat16."""
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise ConfigError("numerics.products = bf16 on a GPU needs ml_dtypes: pip install ml_dtypes") from None
-    return np.dtype(ml_dtypes.bfloat16)
-
-
 def wide(array: Any) -> Any:
     """A bfloat16 array as float32, any other array itself: arithmetic is never done in bfloat16."""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    return array.astype(np.float32) if array.dtype == BFLOAT16 else array
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -22,8 +22,8 @@ def select(
     """Puts the kernels of a device in force, all but those of the ops that the reference computes.
 
     `level`: "auto", a dispatch level of the CPU, or "off". `reference`: "gelu,attention" or "all". `products`:
-    "float32", or "bf16" for operands of matrix products rounded to bf16, where a GPU goes by the arrays' dtype;
-    `threads` share one. `device`: "cpu" or "cuda", beside which the CPU's kernels serve arrays in its own memory.
+    "float32", or "bf16" where arrays will be bf16, which not every CPU may multiply; `threads` share a product.
+    `device`: "cpu" or "cuda", beside which the CPU's kernels serve arrays in its own memory.
     Raises ConfigError where an op is unknown or this machine lacks what is asked for: the choice before stands.
     """
     ops = [op.strip() for op in reference.split(",") if op.strip()]
@@ -44,7 +44,7 @@ def place_of(config: "Config", level: str = "auto", on_node: tuple[int, int] = (
     keep_freed_memory()
     if backend.device == "cpu":
         select(level, numerics.reference, numerics.products, numerics.threads)
-        return cpu(config.train.dtype)
+        return cpu(config.train.dtype, numerics.products)
     place = gpu(config.train.dtype, numerics.products, on_node[0], backend.memory_gib)
     if config.comm.reduction == "nccl":
         _check_nccl(place, on_node[1])

@@ -12,12 +12,6 @@ def check(config: Config, plugins: Plugins) -> None:
         numerics.products == "float32" or train.dtype == "float32",
         f'numerics.products = "bf16" needs train.dtype = "float32", not "{train.dtype}": set one of them to "float32"',
     )
-    handed_back = {op.strip() for op in numerics.reference.split(",")} & {"matmul", "linear", "all"}
-    _require(
-        numerics.products == "float32" or not handed_back or backend.device == "gpu",
-        f'numerics.products = "bf16" and numerics.reference = "{numerics.reference}": NumPy has no bf16 '
-        'products; set numerics.products = "float32"',
-    )
     dropout = getattr(config.model, "dropout", 0.0)  # which not every kind of model has
     _require(
         not backend.graphs or (backend.device == "gpu" and dropout == 0.0),

@@ -28,12 +28,9 @@ def summed(a: Any, b: Any, shares: int = 1, segments: int = 1) -> Any:
 
 
 @served
-def add(
-    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
-) -> None:  # fmt: skip
+def add(a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1) -> None:
     """out = a b, or out = out + (the whole of a b). Shapes: a (M, K), b (K, N), out (M, N). Cost: 2·M·N·K flops.
 
-    `full`: float32 operands are not rounded, whatever `numerics.products` says of the model's products.
     ValueError where `segments` times `shares` does not divide K.
     """
     if accumulate:

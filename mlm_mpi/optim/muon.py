@@ -146,7 +146,7 @@ def orthogonalise(u: Any, out: Any, squares: Any, largest: float, polynomials: C
         if number + 1 < len(polynomials):
             _symmetric(gram, p, square)
             _symmetric(square, p, gram)
-    matmul.add(*((u, q) if tall else (q, u)), out, False, full=True)
+    matmul.add(*((u, q) if tall else (q, u)), out, False)
 
 
 def _polynomial(gram: Any, square: Any, a: float, b: float, c: float, out: Any) -> None:
@@ -164,7 +164,7 @@ def _symmetric(a: Any, b: Any, out: Any) -> None:
     count = -(-size // (_BLOCK_ROWS if isinstance(out, np.ndarray) else _GPU_BLOCK_ROWS))
     edges = [size * block // count for block in range(count + 1)]  # at least two rows: NumPy would compute a single one
     for start, stop in itertools.pairwise(edges):
-        matmul.add(a[start:stop], b[:, :stop], out[start:stop, :stop], False, full=True)
+        matmul.add(a[start:stop], b[:, :stop], out[start:stop, :stop], False)
         out[:start, start:stop] = out[start:stop, :start].T
 
 

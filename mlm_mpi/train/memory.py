@@ -36,12 +36,14 @@ def check_memory(config: Config, task: Task, moments: int, place: Place, on_node
 def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
     """What a rank holds at least, in bytes: parameters with gradients and moments, one array of B·T·C a block, …"""
     size, rows = np.dtype(config.train.dtype).itemsize, config.train.rows
+    bf16 = config.numerics.products == "bf16"  # of activations, and of a copy of the weights
+    element, copy = (2, 2) if bf16 else (size, 0)
     least = task.least(rows)
     copies = 2 + moments + (config.optim.average > 0)
     return {
-        "parameters": copies * size * least.parameters + least.parts * _PART_BYTES,
-        "activations": size * least.kept,
-        "evaluation": 2 * size * task.least(config.eval.rows).passing,
+        "parameters": (copies * size + copy) * least.parameters + least.parts * _PART_BYTES,
+        "activations": element * least.kept,
+        "evaluation": 2 * element * task.least(config.eval.rows).passing,
         "prefetch": 8 * config.data.prefetch * rows * task.row_tokens,
     }
 

@@ -28,8 +28,8 @@ def plan_rows(
         reduction += f", {machine.reduction.transport.name}"
     sent = f"sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"
     size = f"{machine.store.count:,} parameters, vocabulary {task.vocabulary:,}, {train.dtype}"
-    if config.numerics.products != train.dtype:
-        size += f", products in {config.numerics.products}"
+    if config.numerics.products == "bf16":
+        size += ", activations in bf16"
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"
     shape = f"{train.micro_batches} micro-batches of {train.rows} × {task.row_tokens}"
     averaged = f"held-out text is measured with the moving average of weights, decay {config.optim.average:g}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import assert_recorded
 
-from mlm_mpi.backend.arrays import bfloat16
+from mlm_mpi.backend.arrays import BFLOAT16
 from mlm_mpi.backend.cuda.device import Device
 from mlm_mpi.backend.cuda.provider import KERNELS
 
@@ -89,7 +89,7 @@ def launch(gpu, name, arguments):
 
 
 @pytest.mark.parametrize("name", GPUS)
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), bfloat16()], ids=str)
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
 def test_whole_models(name, dtype):
     gpu = OnPaper(*GPUS[name])
     for sizes in itertools.product(ROWS, WIDTHS, VOCABULARIES):

@@ -8,7 +8,7 @@ import pytest
 from whole import Whole
 
 from mlm_mpi.backend import choice, registry
-from mlm_mpi.backend.arrays import bfloat16, cpu, to_host
+from mlm_mpi.backend.arrays import BFLOAT16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
@@ -60,7 +60,7 @@ BOUNDS = {"float32": (1e-5, 1e-5, 1e-4, 1e-3), "bf16": (1e-3, 1e-2, 3e-2, None)}
 @pytest.mark.parametrize("products", ["float32", "bf16"])
 def test_step_equals_numpy(gpu, products, dropout):
     place = gpu_place(np.float32, products, 0)
-    assert place.compute == (bfloat16() if products == "bf16" else np.float32)
+    assert place.compute == (BFLOAT16 if products == "bf16" else np.float32)
     losses, norms, gradients, weights = step(place, np.float32, np.random.default_rng(3), dropout)
     served, fallen = registry.serving(), registry.fallbacks()
     choice.select("off")

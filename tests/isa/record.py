@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "serial"))
 import test_kernels
 
 from mlm_mpi.backend import choice
+from mlm_mpi.backend.arrays import BFLOAT16
 from mlm_mpi.backend.cpu import library
 from mlm_mpi.backend.cpu.matmul import ONE_ROW
 from mlm_mpi.backend.cpu.provider import KERNELS
@@ -39,7 +40,7 @@ SECTOR = 512  # the file is the disk of an emulated machine
 HEAD = struct.Struct("=qq")  # calls, bytes
 LABEL_BYTES, MAX_ARGUMENTS = 64, 16
 CALL = struct.Struct(f"={LABEL_BYTES}sqqq{8 * MAX_ARGUMENTS}s")  # label, function, arena bytes, chunks, arguments
-CHUNK = struct.Struct("=qqqq")  # address, bytes, bytes of a float or 1, whether the call changes it
+CHUNK = struct.Struct("=qqqq")  # address, bytes, bytes of a float or bf16 or 1, whether the call changes it
 
 
 class Arena:
@@ -66,7 +67,7 @@ class Arena:
         self.used = offset + size
         assert self.used <= ARENA_BYTES, "the arena is too small"
         dtype = np.dtype(dtype)
-        self.pieces[ARENA + offset] = size, dtype.itemsize if dtype.kind == "f" else 1
+        self.pieces[ARENA + offset] = size, dtype.itemsize if dtype.kind == "f" or dtype == BFLOAT16 else 1
         return offset
 
     def empty(self, shape: Any, dtype: Any = "f8") -> np.ndarray:
@@ -121,12 +122,13 @@ class Recorder:
     def __init__(self, library: Any, arena: Arena) -> None:
         self._library, self._arena = library, arena
         self.pointer = arena.pointer
-        self.product = "matmul_float32"
         self.calls: list[tuple[str, tuple[Any, ...], dict[int, bytes], dict[int, bytes]]] = []
         self.seen: set[str] = set()  # names of all functions called
 
+    def of(self, name: str, array: np.ndarray) -> Any:
+        return library.Library.of(self, name, array)  # type: ignore[arg-type]
+
     def __getattr__(self, name: str) -> Any:
-        name = {"multiply": self.product, "multiply_work": "matmul_work"}.get(name, name)
         function = getattr(self._library, name)
 
         def call(*arguments: Any) -> Any:
@@ -148,7 +150,7 @@ def record(name: str, case: Any, label: str, recorder: Recorder, arena: Arena) -
     arena.clear()
     copied: dict[int, int] = {}
     arguments = [in_arena(x, arena, copied) for x in case[0]]
-    given, entry = set(arena.pieces), KERNELS.entries()[name]
+    given, entry = set(arena.pieces), KERNELS.entries()[name.removesuffix(test_kernels.OF_BF16)]
     reason = entry.contract(*arguments)
     if reason == ONE_ROW:
         return []
@@ -193,10 +195,10 @@ def chunk(at: int, element: int, before: bytes, after: bytes) -> bytes:
 def spoiled(case: Any, values: tuple[float, ...], random: np.random.Generator) -> Any:
     """The case with one in 50 of its floats (at least one of each array) replaced by one of these values."""
     for x in case[0]:
-        if isinstance(x, np.ndarray) and x.dtype == "f4":
+        if isinstance(x, np.ndarray) and x.dtype in ("f4", BFLOAT16):
             where = random.random(x.shape) < 0.02
             where.flat[random.integers(x.size)] = True
-            x[where] = random.choice(values, int(where.sum()))
+            x[where] = random.choice(values, int(where.sum())).astype(x.dtype)
     return case
 
 
@@ -219,7 +221,7 @@ def record_cases(name: str, makers: Any, random: np.random.Generator, recorder: 
     """
     calls = []
     for number, make in enumerate(makers):
-        every = number == 0 or name in ("matmul.add", "linear.forward")
+        every = number == 0 or name.startswith(("matmul.add", "linear.forward"))
         for size in test_kernels.SIZES if every else test_kernels.SIZES[:-1]:
             calls += record(name, make(size), f"{name}[{number}]{size}", recorder, arena)
         for kind, values in EXTREMES.items():
@@ -238,10 +240,7 @@ def main(folder: Path) -> None:
     with np.errstate(all="ignore"):
         for name, (makers, _) in test_kernels.CASES.items():
             calls += record_cases(name, makers, random, recorder, arena)
-        recorder.product = "matmul_bf16"  # in plain C, which every level has
-        for name in ("matmul.add", "linear.forward"):
-            calls += record_cases(name, test_kernels.CASES[name][0], random, recorder, arena)
-    ours = {name for name in library.SIGNATURES if not name.endswith("_work")}
+    ours = {name for name in library.SIGNATURES if "_work" not in name}
     if missing := ours - recorder.seen:
         sys.exit(f"no case of tests/serial/test_kernels.py reaches {', '.join(sorted(missing))}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ struct call {
 
 struct chunk {
     char *at;
-    int64_t bytes, element, changed; /* element: 4 or 8 for floats, 1 for anything else */
+    int64_t bytes, element, changed; /* element: 2, 4 or 8 for floats, 1 for anything else */
 };
 
 #define FUNCTION(name, parameters, arguments)                                                                          \
@@ -54,6 +54,7 @@ static uint64_t bits_at(const char *p, int64_t element) {
 }
 
 static int is_nan(uint64_t bits, int64_t element) {
+    if (element == 2) return (bits & 0x7FFF) > 0x7F80;
     if (element == 4) return (bits & 0x7FFFFFFF) > 0x7F800000;
     return element == 8 && (bits & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000;
 }

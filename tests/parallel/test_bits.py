@@ -88,6 +88,18 @@ def test_recurrent_models_have_their_bits_and_go_on_with_them(group, kind, tmp_p
     assert resumed.machine.store.weights_sha256() == alone.machine.store.weights_sha256()
 
 
+def test_activations_in_bf16_have_their_bits_and_go_on_with_them(group, tmp_path_factory, monkeypatch):
+    """Three steps on one rank are two on these ranks, a checkpoint, and one of another start. In plain C."""
+    monkeypatch.setenv("MLM_MPI_BF16", "portable")
+    config = tiny_config("numerics.products=bf16", "train.steps=3", "train.rows=1")
+    alone, _ = train(config, Group())
+    engine, _ = train(config, group, 2)
+    resumed = engine_of(config, VOCABULARY, Mesh(group))
+    saved_and_restored(engine, resumed, group, tmp_path_factory, 2)
+    resumed.step(2, batches(config, resumed.plan(2, 3)))
+    assert resumed.machine.store.weights_sha256() == alone.machine.store.weights_sha256()
+
+
 def test_allreduce_agrees_in_double_precision(group):
     config = tiny_config("comm.reduction=allreduce", "train.dtype=float64")
     expected = [r.loss for r in train(tiny_config("train.dtype=float64"), Group())[1]]

@@ -44,7 +44,6 @@ SETTINGS = {
         ("numerics.products=bf16", "train.dtype=float64"),
         ('numerics.products = "bf16" needs train.dtype = "float32"',),
     ),
-    "bf16 by NumPy": (("numerics.products=bf16", "numerics.reference=all"), ("NumPy has no bf16 products",)),
     "nowhere": (("data.dir=nowhere",), ("no corpus at nowhere", "run mlm-mpi prepare, or set data.dir")),
     "a million layers": (("model.layers=1000000",), ("a rank needs at least", "parameters", "lower model.width")),
     "evaluation": (("eval.rows=100000000000",), ("evaluation", "lower eval.rows")),

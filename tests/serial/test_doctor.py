@@ -116,7 +116,7 @@ def test_whether_bf16_products_are_possible(monkeypatch, no_probe):
     monkeypatch.setattr(library, "runs", lambda level: False)
     assert "no AVX512-BF16" in only("ops", "bf16 products").value and not only("ops", "bf16 products").warning
     monkeypatch.setenv("MLM_MPI_BF16", "portable")
-    assert "MLM_MPI_BF16=portable computes bf16 products in plain C" in only("ops", "bf16 products").warning
+    assert "MLM_MPI_BF16=portable multiplies bf16 in plain C" in only("ops", "bf16 products").warning
 
 
 def test_no_compiler_is_one_warning_with_the_remedy(monkeypatch, no_probe):

@@ -8,6 +8,7 @@ import pytest
 from whole import Whole
 
 from mlm_mpi.backend import choice
+from mlm_mpi.backend.arrays import cpu
 from mlm_mpi.backend.cpu import library
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
@@ -28,11 +29,12 @@ def record() -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def _build(dtype: str = "f8") -> tuple[Whole, FlatStore]:
-    whole = Whole(MODEL, VOCABULARY, dtype)
+def _build(dtype: str = "f8", products: str = "float32") -> tuple[Whole, FlatStore]:
+    whole = Whole(MODEL, VOCABULARY, dtype, cpu(dtype, products))
     store = whole.store
     for name, value in store.named(store.data).items():
         value[...] = golden_weights(name, value.shape)
+    store.refresh()
     return whole, store
 
 
@@ -75,21 +77,21 @@ def test_three_steps_in_float32_with_and_without_kernels(record: dict[str, np.nd
     assert not chosen.fallen, "a contract did not hold in training"
 
 
-def test_three_steps_with_bf16_products(record: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 keeps 8 bits: losses and norms agree to 3e-3, which is not what float32 does."""
+def test_three_steps_in_bf16(record: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 keeps 8 bits: losses and norms agree to 1e-2, which is not what float32 does."""
     monkeypatch.setenv(library.BF16_VARIABLE, "portable")
     chosen = choice.select(products="bf16")
     try:
-        _three_steps(record, "f4", 3e-3)
+        _three_steps(record, "f4", 1e-2, "bf16")
         with pytest.raises(AssertionError):
-            _three_steps(record, "f4", 1e-5)
+            _three_steps(record, "f4", 1e-5, "bf16")
     finally:
         choice.select()
     assert not chosen.fallen, "a contract did not hold in training"
 
 
-def _three_steps(record: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
-    whole, store = _build(dtype)
+def _three_steps(record: dict[str, np.ndarray], dtype: str, tolerance: float, products: str = "float32") -> None:
+    whole, store = _build(dtype, products)
     optimizer = adamw.build(OPTIM, store, Mesh())
     for step, rate in enumerate(RATES):
         ids, targets, mask = _batch(record, step)

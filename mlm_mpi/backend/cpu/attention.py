@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, shaped
+from mlm_mpi.backend.arrays import BFLOAT16
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, shaped, unaligned
 from mlm_mpi.backend.cpu.library import at, c_draw
 from mlm_mpi.backend.registry import Table
 
@@ -40,7 +41,7 @@ def _heads_first(x: Any) -> Any:
 
 def _matrices(groups: int, *arrays: Any) -> list[_Matrix]:
     views = [_in_groups(x, groups) for x in arrays]
-    return [_Matrix(x.ctypes.data, *(stride // 4 for stride in x.strides[:4])) for x in views]
+    return [_Matrix(x.ctypes.data, *(stride // x.itemsize for stride in x.strides[:4])) for x in views]
 
 
 def _heads(q: Any) -> int:
@@ -68,9 +69,9 @@ def _fit_attention(
     for x in (q, k, v, *others):
         if not isinstance(x, np.ndarray) or x.ndim not in (4, q.ndim):
             return "not in the CPU's memory"
-        if x.dtype != np.float32:
+        if x.dtype not in (FLOAT32, BFLOAT16) or x.dtype != q.dtype:
             return str(x.dtype)
-        if (x.shape[-1] > 1 and x.strides[-1] != 4) or any(stride % 4 or stride < 0 for stride in x.strides):
+        if (x.shape[-1] > 1 and x.strides[-1] != x.itemsize) or unaligned(x) or min(x.strides) < 0:
             return "not contiguous"
     if 0 in q.shape or 0 in k.shape:
         return "empty"
@@ -101,15 +102,15 @@ def _attention_arguments(
     drawn = None
     if draw is not None:
         drawn = c_draw(draw, draw.start, draw.along((batch, groups * heads, queries, keys))[:3])
-    return shape, drawn, 1.0 / math.sqrt(width), np.empty(lib.attention_work(lib.pointer(shape)), np.float32)
+    return shape, drawn, 1.0 / math.sqrt(width), np.empty(lib.of("attention_work", q)(lib.pointer(shape)), np.float32)
 
 
 def _softmax(lib: Any, q: Any, k: Any, v: Any, arguments: tuple[_Shape, Any, float, Any], first: Any, sums: Any) -> Any:
     """o. Writes lse into `first`; with `sums`, maxima and sums, and o is not yet divided by these."""
     shape, drawn, scale, work = arguments
-    o = np.empty((q.shape[0], q.shape[-2], _heads(q), q.shape[-1]), np.float32)
+    o = np.empty((q.shape[0], q.shape[-2], _heads(q), q.shape[-1]), q.dtype if sums is None else np.float32)
     structures = (shape, drawn, *_matrices(k.shape[1], q, k, v, _heads_first(o)))
-    lib.attention_forward(*map(lib.pointer, structures), scale, at(first), at(sums), at(work))
+    lib.of("attention_forward", q)(*map(lib.pointer, structures), scale, at(first), at(sums), at(work))
     return o
 
 
@@ -188,4 +189,4 @@ def _attention_backward(
     shape, drawn, scale, work = _attention_arguments(lib, q, k, causal, draw, share, positions, starts)
     matrices = _matrices(k.shape[1], _heads_first(do), q, k, v, _heads_first(o), dq, dk, dv)
     structures = (shape, drawn, *matrices)
-    lib.attention_backward(*map(lib.pointer, structures), scale, at(lse), at(work))
+    lib.of("attention_backward", q)(*map(lib.pointer, structures), scale, at(lse), at(work))

@@ -4,10 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import BFLOAT16
+
+FLOAT32 = np.dtype(np.float32)
 MOST_SHARES = 64  # HALVINGS of kernels/cpu/product.h
 
 
-def dense(*arrays: Any, dtype: Any = np.float32) -> str:
+def dense(*arrays: Any, dtype: Any = FLOAT32) -> str:
     """Every array (None is left out) lies in this machine's memory, C-contiguous and aligned, of that dtype."""
     for array in arrays:
         if array is None:
@@ -21,6 +24,14 @@ def dense(*arrays: Any, dtype: Any = np.float32) -> str:
     return ""
 
 
+def elements(*arrays: Any) -> str:
+    """Every array (None is left out) is `dense`, and either all have float32 or all have bf16."""
+    for x in arrays:
+        if x is not None:
+            return dense(*arrays, dtype=BFLOAT16 if x.dtype == BFLOAT16 else FLOAT32)
+    return ""
+
+
 def shaped(shape: tuple[int, ...], *arrays: Any) -> str:
     """Every array (None is left out) has that shape: nothing is broadcast."""
     return "" if all(a is None or a.shape == shape for a in arrays) else "shapes differ"
@@ -31,6 +42,11 @@ def halved(extent: int, shares: int, segments: int = 1) -> str:
     if shares < 1 or shares & (shares - 1) or shares > MOST_SHARES:
         return f"{shares} shares"
     return f"{extent} in {segments} x {shares} shares" if extent % (shares * segments) else ""
+
+
+def unaligned(x: Any) -> bool:
+    """Whether elements lie somewhere but at whole steps of their size."""
+    return bool(x.ctypes.data % x.itemsize or any(stride % x.itemsize for stride in x.strides))
 
 
 def within(ids: Any, stop: int) -> str:

@@ -1,7 +1,8 @@
 """The CPU kernels: finds and loads the shared library built from `kernels/cpu`; what its functions are given.
 
 The library needs no Python headers and no NumPy; ctypes calls it, and lets go of the interpreter lock
-meanwhile. Its functions carry their dispatch level as a suffix: `gelu_forward_avx2`.
+meanwhile. Its functions carry their element type, if that is bf16, and their dispatch level as suffixes:
+`gelu_forward_avx2`, `gelu_forward_bf16_avx2`.
 """
 
 import ctypes
@@ -12,26 +13,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mlm_mpi.backend.arrays import BFLOAT16
 from mlm_mpi.errors import ConfigError
 
 LEVELS = ("base", "avx2", "avx512")  # narrow to wide
 LIBRARY_VARIABLE = "MLM_MPI_CPU_LIBRARY"  # another build of the library, for example with sanitizers
 BF16_VARIABLE = "MLM_MPI_BF16"  # "portable": bf16 products in plain C, for tests: the same bits, far slower
-BF16_LEVEL = "avx512bf16"  # has products and nothing else
+BF16_LEVEL = "avx512bf16"  # has products of bf16 and nothing else
 
 _TYPES = {"n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float, "p": ctypes.c_void_p}
-SIGNATURES = {
-    "adamw_update": "npppp" + 9 * "f",
-    "attention_backward": 10 * "p" + "fpp",
+_OF_FLOATS = {
     "attention_finish": 5 * "p",
-    "attention_forward": 6 * "p" + "fppp",
     "attention_merge": 7 * "p",
-    "attention_work": "p",
     "clip_squares": "nnnnpp",
-    "crossentropy_capped": "npfp",
     "crossentropy_exponentials": "nnppnp",
     "crossentropy_gradient": "nnppppf",
     "crossentropy_losses": "npppp",
+    "sums_tree": "nnppp",
+}
+_OF_ELEMENTS = {
+    "adamw_update": "npppp" + 9 * "f" + "p",
+    "attention_backward": 10 * "p" + "fpp",
+    "attention_forward": 6 * "p" + "fppp",
+    "attention_work": "p",
+    "crossentropy_capped": "npfp",
     "crossentropy_rows": "nnpppinpfp",
     "dropout_forward": "ppppp",
     "dropout_mask": "ppp",
@@ -47,8 +52,7 @@ SIGNATURES = {
     "linear_work": "nn",
     "lstm_backward": 5 * "p",
     "lstm_forward": 7 * "p",
-    "matmul_bf16": "pp",
-    "matmul_float32": "pp",
+    "matmul": "pp",
     "matmul_work": "p",
     "recurrence_work": "p",
     "relu2_backward": "nppp",
@@ -58,10 +62,11 @@ SIGNATURES = {
     "rotary_backward": 9 * "p" + "ip",
     "rotary_forward": "pppppfpp",
     "rotary_work": "p",
-    "sums_tree": "nnppp",
     "swiglu_backward": "nnppp",
     "swiglu_forward": "nnpp",
 }
+_OF_BF16 = {f"{name}_bf16": letters for name, letters in {**_OF_ELEMENTS, "cast_to": "npp"}.items()}
+SIGNATURES = _OF_FLOATS | _OF_ELEMENTS | _OF_BF16
 
 
 class Library:
@@ -71,13 +76,15 @@ class Library:
         self.handle = handle
         for name in SIGNATURES:
             setattr(self, name, _function(handle, name, level))
-        self.multiply = self.matmul_float32
-        self.multiply_work = self.matmul_work
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads, "products") if threads > 1 else None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+    def of(self, name: str, array: Any) -> Any:
+        """The function whose elements are those of an array, float32 or bf16."""
+        return getattr(self, f"{name}_bf16" if array.dtype == BFLOAT16 else name)
 
     @staticmethod
     def pointer(structure: Any) -> int | None:
@@ -88,7 +95,7 @@ class Library:
 def _function(handle: ctypes.CDLL, name: str, level: str) -> Any:
     function = getattr(handle, f"{name}_{level}")
     function.argtypes = [_TYPES[letter] for letter in SIGNATURES[name]]
-    function.restype = ctypes.c_int64 if name.endswith("_work") else None
+    function.restype = ctypes.c_int64 if "_work" in name else None
     return function
 
 
@@ -131,21 +138,20 @@ def rounding(level: str) -> str:
     return "fused multiply-add" if fused else f"no fused multiply-add (base level of {platform.machine()})"
 
 
-def take_bf16(library: Library | None, level: str) -> str:
-    """Lets the library's products round their operands to bf16; says how. Raises ConfigError where nothing can."""
+def take_bf16(library: Library | None) -> str:
+    """How the library multiplies bf16: by the instruction, where it may. Raises ConfigError where nothing can."""
     wanted = 'numerics.products = "bf16"'
     if library is None:
         raise ConfigError(f'{wanted} needs the C kernels, and there are none here: set numerics.products = "float32"')
     if os.environ.get(BF16_VARIABLE) == "portable":
-        library.multiply = library.matmul_bf16
         return f"bf16 products in plain C, {BF16_VARIABLE}=portable"
     if not library.handle.level_available(BF16_LEVEL.encode()):
         raise ConfigError(
             f"{wanted} needs a CPU with AVX512-BF16 (Cooper Lake, Sapphire Rapids, Zen 4 or later), and this one has "
             'none: set numerics.products = "float32"'
         )
-    library.multiply = _function(library.handle, "matmul_bf16", BF16_LEVEL)
-    library.multiply_work = _function(library.handle, "matmul_work", BF16_LEVEL)
+    for name in ("matmul_bf16", "matmul_work_bf16"):
+        setattr(library, name, _function(library.handle, name, BF16_LEVEL))
     return f"bf16 products by {BF16_LEVEL}"
 
 

@@ -5,26 +5,27 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, halved, shaped
+from mlm_mpi.backend.arrays import BFLOAT16
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, halved, shaped
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
 
-_FLOAT32 = np.dtype(np.float32)
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
 ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
-_Product = ctypes.c_int64 * 19  # struct product of kernels/cpu/product.h, flat
+_Product = ctypes.c_int64 * 23  # struct product of kernels/cpu/product.h, flat
 
 
-def _plane(x: np.ndarray | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else (x.ctypes.data, x.strides[0] // 4, x.strides[1] // 4)
+def _plane(x: np.ndarray | None) -> tuple[int, ...]:
+    if x is None:
+        return 0, 0, 0, 0
+    return x.ctypes.data, x.strides[0] // x.itemsize, x.strides[1] // x.itemsize, x.dtype == FLOAT32
 
 
 def _multiply(
-    lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1,
-    full: bool = False,
+    lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1
 ) -> None:  # fmt: skip
     """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
     order = shares, segments, int(shares > 1 or base is c)
@@ -33,44 +34,52 @@ def _multiply(
 
     def multiply(first: int, stop: int) -> None:
         rows = slice(first, stop)
-        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order, full)
+        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order)
 
     if parts == 1:
-        _multiply_rows(lib, a, b, c, base, bias, order, full)
+        _multiply_rows(lib, a, b, c, base, bias, order)
     else:
         list(lib.pool.map(multiply, edges[:-1], edges[1:]))
 
 
-def _multiply_rows(
-    lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int], full: bool
-) -> None:  # fmt: skip
+def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int]) -> None:
     (m, k), n = a.shape, b.shape[1]
     product = _Product(m, n, k, *order, *_plane(a), *_plane(b), *_plane(c), *_plane(base), at(bias) or 0)
     pointer = lib.pointer(product)
-    multiply, work_floats = (lib.matmul_float32, lib.matmul_work) if full else (lib.multiply, lib.multiply_work)
-    work = np.empty(work_floats(pointer), np.float32)
-    multiply(pointer, at(work))
+    work = np.empty(lib.of("matmul_work", a)(pointer), np.float32)
+    lib.of("matmul", a)(pointer, at(work))
 
 
-def matrices(*arrays: Any) -> str:
-    """Every array (None is left out) is a float32 matrix with something in it; any strides of whole elements."""
+def matrices(*arrays: Any, dtypes: tuple[Any, ...] = ()) -> str:
+    """Every array (None is left out) is a matrix with something in it, of any strides of whole elements.
+
+    Of these `dtypes`; without, all of them of float32 or all of bf16.
+    """
     for x in arrays:
         if x is None:
             continue
         if not isinstance(x, np.ndarray) or x.ndim != 2:
             return "not matrices in the CPU's memory"
-        if x.dtype != _FLOAT32:
+        dtypes = dtypes or (BFLOAT16 if x.dtype == BFLOAT16 else FLOAT32,)
+        if x.dtype not in dtypes:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
-        if (x.strides[0] | x.strides[1] | x.ctypes.data) % 4:
+        if (x.strides[0] | x.strides[1] | x.ctypes.data) % x.itemsize:
             return "not aligned"
     return ""
 
 
+def floats(*arrays: Any) -> str:
+    """`matrices` of float32."""
+    return matrices(*arrays, dtypes=(FLOAT32,))
+
+
 def rowwise(x: Any) -> str:
     """Rows of a matrix, or None, are contiguous and do not overlap."""
-    return "" if x is None or (x.strides[1] == 4 and x.strides[0] >= 4 * x.shape[1]) else "not contiguous"
+    if x is None or (x.strides[1] == x.itemsize and x.strides[0] >= x.itemsize * x.shape[1]):
+        return ""
+    return "not contiguous"
 
 
 def chained(a: Any, b: Any) -> str:
@@ -79,28 +88,28 @@ def chained(a: Any, b: Any) -> str:
 
 
 def _fit_matmul(
-    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1
 ) -> str:  # fmt: skip
-    return matrices(a, b, out) or rowwise(out) or chained(a, b) or (
+    return matrices(a, b) or matrices(out, dtypes=(FLOAT32, a.dtype)) or rowwise(out) or chained(a, b) or (
         shaped((a.shape[0], b.shape[1]), out) or halved(a.shape[1], shares, segments)
     )  # fmt: skip
 
 
 @KERNELS.kernel("matmul.add", _fit_matmul)
 def _matmul_add(
-    lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+    lib: Any, a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1
 ) -> None:  # fmt: skip
-    _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments, full=full)
+    _multiply(lib, a, b, out, base=out if accumulate else None, shares=shares, segments=segments)
 
 
 def _fit_linear(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> str:
-    return matrices(x, w, residual) or rowwise(residual) or dense(b) or chained(x, w) or (
+    return matrices(x, w, residual) or rowwise(residual) or dense(b, dtype=x.dtype) or chained(x, w) or (
         shaped((x.shape[0], w.shape[1]), residual) or shaped(w.shape[1:], b) or halved(x.shape[1], shares)
     )  # fmt: skip
 
 
 @KERNELS.kernel("linear.forward", _fit_linear)
 def _linear_forward(lib: Any, x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1) -> Any:
-    y = np.empty((x.shape[0], w.shape[1]), np.float32)
+    y = np.empty((x.shape[0], w.shape[1]), x.dtype)
     _multiply(lib, x, w, y, base=residual, bias=b, shares=shares)
     return y

@@ -1,12 +1,11 @@
 """Launches of the recurrent layers: all time steps in one call, the rows of the batch shared out among threads."""
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, halved, shaped
+from mlm_mpi.backend.cpu.contracts import dense, elements, halved, shaped
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.cpu.matmul import ONE_ROW
 from mlm_mpi.backend.registry import Table
@@ -26,7 +25,7 @@ class _Recurrence(ctypes.Structure):
 
 def _fit(gates: Any, u: Any, starts: Any, states: tuple[Any, ...], first: tuple[Any, ...], count: int) -> str:
     """`gates` (B, T, count, C) and what has the shapes of `states` (B, T, C) and of the `first` one (B, C)."""
-    if reason := dense(gates, u, *states, *first) or dense(starts, dtype=np.int32):
+    if reason := elements(gates, u, *states, *first) or dense(starts, dtype=np.int32):
         return reason
     if gates.ndim != 4 or gates.size == 0 or gates.shape[2] != count:
         return "shapes differ"
@@ -39,9 +38,7 @@ def _fit(gates: Any, u: Any, starts: Any, states: tuple[Any, ...], first: tuple[
     )  # fmt: skip
 
 
-def _launch(
-    lib: Any, function: Callable[..., None], u: Any, starts: Any, shares: int, fixed: tuple[Any, ...], *arrays: Any
-) -> None:
+def _launch(lib: Any, function: str, u: Any, starts: Any, shares: int, fixed: tuple[Any, ...], *arrays: Any) -> None:
     """`function` of every thread's rows of `arrays` (B, …), each of which may be None, behind what is `fixed`."""
     batch, length = arrays[-1].shape[:2]
     parts = max(1, min(lib.threads, batch // _LEAST_ROWS))
@@ -51,8 +48,8 @@ def _launch(
         mine = [None if x is None else x[first:stop] for x in (starts, *arrays)]
         recurrence = _Recurrence(stop - first, length, u.shape[0], u.shape[1], shares, at(u), at(mine[0]))
         pointer = lib.pointer(recurrence)
-        work = np.empty(lib.recurrence_work(pointer), np.float32)
-        function(pointer, *map(at, fixed), *map(at, mine[1:]), at(work))
+        work = np.empty(lib.of("recurrence_work", u)(pointer), np.float32)
+        lib.of(function, u)(pointer, *map(at, fixed), *map(at, mine[1:]), at(work))
 
     if parts == 1:
         some(0, batch)
@@ -61,7 +58,7 @@ def _launch(
 
 
 def _like_states(pre: Any) -> Any:
-    return np.empty((*pre.shape[:2], pre.shape[3]), np.float32)
+    return np.empty((*pre.shape[:2], pre.shape[3]), pre.dtype)
 
 
 # ---- lstm
@@ -72,7 +69,7 @@ def _like_states(pre: Any) -> Any:
 )  # fmt: skip
 def _lstm_forward(lib: Any, pre: Any, u: Any, starts: Any = None, h0: Any = None, c0: Any = None) -> tuple[Any, Any]:
     h, c = _like_states(pre), _like_states(pre)
-    _launch(lib, lib.lstm_forward, u, starts, 1, (), h0, c0, pre, h, c)
+    _launch(lib, "lstm_forward", u, starts, 1, (), h0, c0, pre, h, c)
     return h, c
 
 
@@ -83,7 +80,7 @@ def _lstm_forward(lib: Any, pre: Any, u: Any, starts: Any = None, h0: Any = None
     ),
 )
 def _lstm_backward(lib: Any, dy: Any, gates: Any, c: Any, u: Any, starts: Any = None, shares: int = 1) -> None:
-    _launch(lib, lib.lstm_backward, u, starts, shares, (), dy, gates, c)
+    _launch(lib, "lstm_backward", u, starts, shares, (), dy, gates, c)
 
 
 # ---- gru
@@ -92,11 +89,11 @@ def _lstm_backward(lib: Any, dy: Any, gates: Any, c: Any, u: Any, starts: Any = 
 @KERNELS.kernel(
     "gru.forward",
     lambda pre, u, bias, starts=None, h0=None: _fit(pre, u, starts, (), (h0,), 3)
-    or dense(bias) or shaped(u.shape[:1], bias),
+    or elements(pre, bias) or shaped(u.shape[:1], bias),
 )  # fmt: skip
 def _gru_forward(lib: Any, pre: Any, u: Any, bias: Any, starts: Any = None, h0: Any = None) -> tuple[Any, Any]:
     h, m = _like_states(pre), _like_states(pre)
-    _launch(lib, lib.gru_forward, u, starts, 1, (bias,), h0, pre, h, m)
+    _launch(lib, "gru_forward", u, starts, 1, (bias,), h0, pre, h, m)
     return h, m
 
 
@@ -107,4 +104,4 @@ def _gru_forward(lib: Any, pre: Any, u: Any, bias: Any, starts: Any = None, h0: 
     ),
 )
 def _gru_backward(lib: Any, dy: Any, gates: Any, h: Any, m: Any, u: Any, starts: Any = None, shares: int = 1) -> None:
-    _launch(lib, lib.gru_backward, u, starts, shares, (), dy, gates, h, m)
+    _launch(lib, "gru_backward", u, starts, shares, (), dy, gates, h, m)

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.backend.cpu.contracts import dense, equal_groups, halved, shaped, within
+from mlm_mpi.backend.arrays import BFLOAT16
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, elements, equal_groups, halved, shaped, unaligned, within
 from mlm_mpi.backend.cpu.library import at
-from mlm_mpi.backend.cpu.matmul import matrices, rowwise
+from mlm_mpi.backend.cpu.matmul import floats, rowwise
 from mlm_mpi.backend.registry import Table
 
 KERNELS = Table()
@@ -17,26 +18,28 @@ KERNELS = Table()
 
 
 def _fit_bias_gradient(dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> str:
-    return dense(dy, db) or shaped(dy.shape[1:], db) or equal_groups(dy, pieces)
+    return elements(dy) or dense(db) or shaped(dy.shape[1:], db) or equal_groups(dy, pieces)
 
 
 @KERNELS.kernel("linear.bias_gradient", _fit_bias_gradient)
 def _bias_gradient(lib: Any, dy: Any, db: Any, accumulate: bool, pieces: int = 1) -> None:
     work = np.empty(lib.linear_work(db.size, pieces), np.float32)
-    lib.linear_bias_gradient(*dy.shape, pieces, at(dy), at(db), accumulate, at(work))
+    lib.of("linear_bias_gradient", dy)(*dy.shape, pieces, at(dy), at(db), accumulate, at(work))
 
 
 # ---- layernorm
 
 
 def _fit_norm(x: Any, gain: Any, bias: Any, epsilon: float) -> str:
-    return dense(x, gain, bias) or shaped(x.shape[1:], gain, bias)
+    return elements(x, gain, bias) or shaped(x.shape[1:], gain, bias)
 
 
 @KERNELS.kernel("layernorm.forward", _fit_norm)
 def _layernorm_forward(lib: Any, x: Any, gain: Any, bias: Any, epsilon: float) -> tuple[Any, Any]:
     y, statistics = np.empty_like(x), np.empty((2, x.shape[0]), np.float32)
-    lib.layernorm_forward(*x.shape, at(x), at(gain), at(bias), epsilon, at(y), at(statistics[0]), at(statistics[1]))
+    lib.of("layernorm_forward", x)(
+        *x.shape, at(x), at(gain), at(bias), epsilon, at(y), at(statistics[0]), at(statistics[1])
+    )
     return y, statistics
 
 
@@ -44,7 +47,7 @@ def _fit_norm_backward(
     dy: Any, x: Any, gain: Any, statistics: Any, dgain: Any, dbias: Any, accumulate: bool, add: Any = None,
     pieces: int = 1,
 ) -> str:  # fmt: skip
-    return dense(dy, x, gain, statistics, dgain, dbias, add) or shaped(x.shape, dy, add) or (
+    return elements(dy, x, gain, add) or dense(statistics, dgain, dbias) or shaped(x.shape, dy, add) or (
         shaped(x.shape[1:], gain, dgain, dbias) or shaped((2, x.shape[0]), statistics) or equal_groups(x, pieces)
     )  # fmt: skip
 
@@ -55,7 +58,7 @@ def _layernorm_backward(
     pieces: int = 1,
 ) -> Any:  # fmt: skip
     dx, work = np.empty_like(x), np.empty(2 * x.shape[1] * pieces.bit_length(), np.float32)
-    lib.layernorm_backward(
+    lib.of("layernorm_backward", x)(
         *x.shape, pieces, at(dy), at(x), at(gain), at(statistics[0]), at(statistics[1]), at(add), at(dx), at(dgain),
         at(dbias), accumulate, at(work),
     )  # fmt: skip
@@ -65,17 +68,17 @@ def _layernorm_backward(
 # ---- rmsnorm
 
 
-@KERNELS.kernel("rmsnorm.forward", lambda x, gain, epsilon: dense(x, gain) or shaped(x.shape[1:], gain))
+@KERNELS.kernel("rmsnorm.forward", lambda x, gain, epsilon: elements(x, gain) or shaped(x.shape[1:], gain))
 def _rmsnorm_forward(lib: Any, x: Any, gain: Any, epsilon: float) -> tuple[Any, Any]:
     y, inverse = np.empty_like(x), np.empty(x.shape[0], np.float32)
-    lib.rmsnorm_forward(*x.shape, at(x), at(gain), epsilon, at(y), at(inverse))
+    lib.of("rmsnorm_forward", x)(*x.shape, at(x), at(gain), epsilon, at(y), at(inverse))
     return y, inverse
 
 
 def _fit_rms_backward(
     dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
 ) -> str:
-    return dense(dy, x, gain, inverse, dgain, add) or shaped(x.shape, dy, add) or (
+    return elements(dy, x, gain, add) or dense(inverse, dgain) or shaped(x.shape, dy, add) or (
         shaped(x.shape[1:], gain, dgain) or shaped(x.shape[:1], inverse) or equal_groups(x, pieces)
     )  # fmt: skip
 
@@ -85,7 +88,7 @@ def _rmsnorm_backward(
     lib: Any, dy: Any, x: Any, gain: Any, inverse: Any, dgain: Any, accumulate: bool, add: Any = None, pieces: int = 1
 ) -> Any:
     dx, work = np.empty_like(x), np.empty(x.shape[1] * pieces.bit_length(), np.float32)
-    lib.rmsnorm_backward(
+    lib.of("rmsnorm_backward", x)(
         *x.shape, pieces, at(dy), at(x), at(gain), at(inverse), at(add), at(dx), at(dgain), accumulate, at(work)
     )
     return dx
@@ -106,23 +109,24 @@ class _Units(ctypes.Structure):
 
 
 def _units(x: Any) -> _Units:
-    return _Units(x.ctypes.data, *(stride // 4 for stride in x.strides[:4]))
+    return _Units(x.ctypes.data, *(stride // x.itemsize for stride in x.strides[:4]))
 
 
 def _fit_heads(cos: Any, sin: Any, gain: Any, inverse: Any, *heads: Any) -> str:
     """`heads`: arrays (B, T, G, U, D) of one shape, whose last dim is contiguous; None is left out."""
     present = [x for x in heads if x is not None]
+    dtype = present[0].dtype
     for x in present:
         if not isinstance(x, np.ndarray) or x.ndim != 5:
             return "not heads in the CPU's memory"
-        if x.dtype != np.float32:
+        if x.dtype not in (FLOAT32, BFLOAT16) or x.dtype != dtype:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
-        if (x.shape[4] > 1 and x.strides[4] != 4) or any(stride % 4 for stride in x.strides) or x.ctypes.data % 4:
+        if (x.shape[4] > 1 and x.strides[4] != x.itemsize) or unaligned(x):
             return "not contiguous"
     batch, length, groups, units, width = shape = present[0].shape
-    reason = dense(cos, sin, gain, inverse) or shaped(shape, *present) or shaped((2, width), gain)
+    reason = dense(cos, sin, inverse) or dense(gain, dtype=dtype) or shaped(shape, *present) or shaped((2, width), gain)
     reason = reason or shaped((length, cos.shape[1]), cos, sin) or shaped((batch, length, groups, units), inverse)
     return reason or ("" if 2 * cos.shape[1] <= width else "a rotation of more than there is")
 
@@ -133,9 +137,11 @@ def _fit_rotary(x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0
 
 @KERNELS.kernel("rotary.forward", _fit_rotary)
 def _rotary_forward(lib: Any, x: Any, cos: Any, sin: Any, gain: Any = None, epsilon: float = 0.0) -> tuple[Any, Any]:
-    y, inverse = np.empty(x.shape, np.float32), None if gain is None else np.empty(x.shape[:4], np.float32)
+    y, inverse = np.empty(x.shape, x.dtype), None if gain is None else np.empty(x.shape[:4], np.float32)
     heads, units = _Heads(*x.shape, cos.shape[1], 1, 1), _units(x)
-    lib.rotary_forward(lib.pointer(heads), lib.pointer(units), at(cos), at(sin), at(gain), epsilon, at(y), at(inverse))
+    lib.of("rotary_forward", x)(
+        lib.pointer(heads), lib.pointer(units), at(cos), at(sin), at(gain), epsilon, at(y), at(inverse)
+    )
     return y, inverse
 
 
@@ -156,14 +162,14 @@ def _rotary_backward(
     lib: Any, dy: Any, x: Any, cos: Any, sin: Any, gain: Any = None, inverse: Any = None, dgain: Any = None,
     accumulate: bool = False, pieces: int = 1, shares: int = 1, out: Any = None,
 ) -> Any:  # fmt: skip
-    dx, work = np.empty(dy.shape, np.float32) if out is None else out, None
+    dx, work = np.empty(dy.shape, dy.dtype) if out is None else out, None
     heads = _Heads(*dy.shape, cos.shape[1], *((1, 1) if gain is None else (pieces, shares)))
     pointer = lib.pointer(heads)
     if gain is not None:
-        work = np.empty(lib.rotary_work(pointer), np.float32)
+        work = np.empty(lib.of("rotary_work", dy)(pointer), np.float32)
     units = [None if each is None else _units(each) for each in (dy, None if gain is None else x, dx)]
     at_dy, at_x, at_dx = map(lib.pointer, units)
-    lib.rotary_backward(
+    lib.of("rotary_backward", dy)(
         pointer, at_dy, at_x, at(cos), at(sin), at(gain), at(inverse), at_dx, at(dgain), accumulate, at(work)
     )
     return dx
@@ -172,26 +178,26 @@ def _rotary_backward(
 # ---- embedding, crossentropy
 
 
-@KERNELS.kernel("embedding.forward", lambda ids, table: dense(table) or within(ids, table.shape[0]))
+@KERNELS.kernel("embedding.forward", lambda ids, table: elements(table) or within(ids, table.shape[0]))
 def _embedding_forward(lib: Any, ids: Any, table: Any) -> Any:
-    out = np.empty((*ids.shape, table.shape[1]), np.float32)
-    lib.embedding_forward(ids.size, table.shape[1], at(ids), at(table), at(out))
+    out = np.empty((*ids.shape, table.shape[1]), table.dtype)
+    lib.of("embedding_forward", table)(ids.size, table.shape[1], at(ids), at(table), at(out))
     return out
 
 
 def _fit_scatter(dy: Any, ids: Any, dtable: Any) -> str:
-    return dense(dy, dtable) or within(ids, dtable.shape[0]) or shaped((ids.size, dtable.shape[1]), dy)
+    return elements(dy) or dense(dtable) or within(ids, dtable.shape[0]) or shaped((ids.size, dtable.shape[1]), dy)
 
 
 @KERNELS.kernel("embedding.backward", _fit_scatter)
 def _embedding_backward(lib: Any, dy: Any, ids: Any, dtable: Any) -> None:
     order = np.argsort(ids, kind="stable")
-    lib.embedding_backward(*dy.shape, at(dy), at(ids), at(order), at(dtable))
+    lib.of("embedding_backward", dy)(*dy.shape, at(dy), at(ids), at(order), at(dtable))
 
 
 def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0) -> str:
     return (
-        dense(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
+        elements(logits) or within(targets, logits.shape[1]) or dense(mask, dtype=np.bool_)
         or shaped(logits.shape[:1], targets, mask) or halved(logits.shape[1], shares)
     )  # fmt: skip
 
@@ -200,17 +206,20 @@ def _fit_rows(logits: Any, targets: Any, mask: Any, gradient: bool, shares: int 
 def _crossentropy_rows(
     lib: Any, logits: Any, targets: Any, mask: Any, gradient: bool, shares: int = 1, cap: float = 0.0
 ) -> Any:
-    losses, work = np.empty(logits.shape[0]), np.empty(logits.shape[1], np.float32) if cap else None
-    lib.crossentropy_rows(*logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses), cap, at(work))
+    rows = (cap != 0) + (logits.dtype == BFLOAT16)
+    losses, work = np.empty(logits.shape[0]), np.empty(rows * logits.shape[1], np.float32) if rows else None
+    lib.of("crossentropy_rows", logits)(
+        *logits.shape, at(logits), at(targets), at(mask), gradient, shares, at(losses), cap, at(work)
+    )
     return losses
 
 
-@KERNELS.kernel("crossentropy.capped", lambda logits, cap: dense(logits) if cap else "")
+@KERNELS.kernel("crossentropy.capped", lambda logits, cap: elements(logits) if cap else "")
 def _crossentropy_capped(lib: Any, logits: Any, cap: float) -> Any:
     if not cap:
         return logits
     capped = np.empty_like(logits)
-    lib.crossentropy_capped(logits.size, at(logits), cap, at(capped))
+    lib.of("crossentropy_capped", logits)(logits.size, at(logits), cap, at(capped))
     return capped
 
 
@@ -251,7 +260,7 @@ def _crossentropy_gradient(
 # ---- clip
 
 
-@KERNELS.kernel("clip.squares", lambda x, block: matrices(x) or rowwise(x) if x.ndim == 2 else dense(x))
+@KERNELS.kernel("clip.squares", lambda x, block: floats(x) or rowwise(x) if x.ndim == 2 else dense(x))
 def _clip_squares(lib: Any, x: Any, block: int) -> Any:
     out = np.empty(-(-x.size // block))
     rows, pitch = (x.shape[0], x.strides[0] // 4) if x.ndim == 2 else (1, 0)

@@ -64,7 +64,7 @@ class Product:
 
 
 def _add(
-    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1, full: bool = False
+    a: Any, b: Any, out: Any, accumulate: bool, shares: int = 1, segments: int = 1
 ) -> Product:  # fmt: skip
     # `full`: of arrays in float32 nothing is rounded here
     return Product("STORE", a, b, out=out, accumulate=accumulate, shares=shares, segments=segments)
