@@ -1,12 +1,32 @@
 """The C kernels, which setup.cfg cannot declare. Optional: without a compiler NumPy computes everything."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 CPU = Path("kernels/cpu")
 
+
+class BuildKernels(build_ext):
+    """A compiler for every core: one after the other the six levels take 52 s on one of Zen 3."""
+
+    def build_extensions(self):
+        one_by_one = self.compiler.compile
+
+        def compile_all(sources, *arguments, **named):
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+                objects = pool.map(lambda source: one_by_one([source], *arguments, **named), sources)
+                return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
+
 setup(
+    cmdclass={"build_ext": BuildKernels},
     packages=[*find_packages(include=["mlm_mpi*"]), "mlm_mpi.kernels"],
     package_dir={"mlm_mpi.kernels": "kernels"},
     package_data={

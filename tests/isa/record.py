@@ -222,7 +222,8 @@ def record_cases(name: str, makers: Any, random: np.random.Generator, recorder: 
     calls = []
     for number, make in enumerate(makers):
         every = number == 0 or name.startswith(("matmul.add", "linear.forward"))
-        for size in test_kernels.SIZES if every else test_kernels.SIZES[:-1]:
+        sizes = test_kernels.sizes_of(name)
+        for size in sizes if every else sizes[:-1]:
             calls += record(name, make(size), f"{name}[{number}]{size}", recorder, arena)
         for kind, values in EXTREMES.items():
             case = spoiled(make((49, 33)), values, random)
