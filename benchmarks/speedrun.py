@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="PyTorch's time")
     parser.add_argument("--ranks", default="1,2", help="ours; PyTorch has as many threads")
     parser.add_argument("--rates", default="2e-3,4e-3", help="PyTorch's learning rates")
-    parser.add_argument("--first", type=int, default=40, help="our first number of steps")
+    parser.add_argument("--first", type=int, default=20, help="our first number of steps")
     parser.add_argument("--peer-python", default=harness.PEER_PYTHON)
     args = parser.parse_args()
     report = Report("speedrun", "Time to a quality, against PyTorch", args)

@@ -89,7 +89,7 @@ def updated(kind, place, dtype):
     """Weights after two updates: matrices of all sorts, one with a single row, and a vector."""
     shapes = {"wide": (6, 20), "tall": (20, 6), "square": (33, 33), "row": (1, 9), "gain": (5,)}
     parameters = [
-        Parameter(name, Layout(shape), 1.0, decay=True, matrices=(1, shape[1:]) if len(shape) == 2 else None)
+        Parameter(name, Layout(shape), 1.0, decay=True, matrices=() if len(shape) == 2 else None)
         for name, shape in shapes.items()
     ]
     store = FlatStore([parameters], Mesh(), dtype, place)
