@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, shaped, unaligned
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, shaped
 from mlm_mpi.backend.cpu.library import at, c_draw
 from mlm_mpi.backend.registry import Table
 
@@ -71,7 +71,7 @@ def _fit_attention(
             return "not in the CPU's memory"
         if x.dtype not in (FLOAT32, BFLOAT16) or x.dtype != q.dtype:
             return str(x.dtype)
-        if (x.shape[-1] > 1 and x.strides[-1] != x.itemsize) or unaligned(x) or min(x.strides) < 0:
+        if (x.shape[-1] > 1 and x.strides[-1] != x.itemsize) or not x.flags.aligned or min(x.strides) < 0:
             return "not contiguous"
     if 0 in q.shape or 0 in k.shape:
         return "empty"

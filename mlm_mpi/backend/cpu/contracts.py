@@ -44,11 +44,6 @@ def halved(extent: int, shares: int, segments: int = 1) -> str:
     return f"{extent} in {segments} x {shares} shares" if extent % (shares * segments) else ""
 
 
-def unaligned(x: Any) -> bool:
-    """Whether elements lie somewhere but at whole steps of their size."""
-    return bool(x.ctypes.data % x.itemsize or any(stride % x.itemsize for stride in x.strides))
-
-
 def within(ids: Any, stop: int) -> str:
     """Dense int32 in [0, stop)."""
     inside = ids.size == 0 or 0 <= ids.min() <= ids.max() < stop

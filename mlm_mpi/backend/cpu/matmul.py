@@ -44,7 +44,9 @@ def _multiply(
 
 def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int]) -> None:
     (m, k), n = a.shape, b.shape[1]
-    product = _Product(m, n, k, *order, *_plane(a), *_plane(b), *_plane(c), *_plane(base), at(bias) or 0)
+    given, result = (*_plane(a), *_plane(b)), _plane(c)
+    start = result if base is c else _plane(base)
+    product = _Product(m, n, k, *order, *given, *result, *start, at(bias) or 0)
     pointer = lib.pointer(product)
     work = np.empty(lib.of("matmul_work", a)(pointer), np.float32)
     lib.of("matmul", a)(pointer, at(work))
@@ -65,7 +67,7 @@ def matrices(*arrays: Any, dtypes: tuple[Any, ...] = ()) -> str:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
-        if (x.strides[0] | x.strides[1] | x.ctypes.data) % x.itemsize:
+        if not x.flags.aligned:  # a tenth of the time that asking for the address takes
             return "not aligned"
     return ""
 

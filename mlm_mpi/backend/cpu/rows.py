@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import BFLOAT16
-from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, elements, equal_groups, halved, shaped, unaligned, within
+from mlm_mpi.backend.cpu.contracts import FLOAT32, dense, elements, equal_groups, halved, shaped, within
 from mlm_mpi.backend.cpu.library import at
 from mlm_mpi.backend.cpu.matmul import floats, rowwise
 from mlm_mpi.backend.registry import Table
@@ -123,7 +123,7 @@ def _fit_heads(cos: Any, sin: Any, gain: Any, inverse: Any, *heads: Any) -> str:
             return str(x.dtype)
         if x.size == 0:
             return "empty"
-        if (x.shape[4] > 1 and x.strides[4] != x.itemsize) or unaligned(x):
+        if (x.shape[4] > 1 and x.strides[4] != x.itemsize) or not x.flags.aligned:
             return "not contiguous"
     batch, length, groups, units, width = shape = present[0].shape
     reason = dense(cos, sin, inverse) or dense(gain, dtype=dtype) or shaped(shape, *present) or shaped((2, width), gain)
