@@ -3,7 +3,7 @@
 Runs in an environment of its own that has PyTorch (the package and its tests never import it):
 
     python3 -m venv /tmp/torchenv
-    /tmp/torchenv/bin/pip install torch numpy h5py msgspec tokenizers threadpoolctl psutil
+    /tmp/torchenv/bin/pip install torch numpy h5py msgspec tokenizers threadpoolctl psutil ml_dtypes
     /tmp/torchenv/bin/pip install -e . --no-deps
 
 The model is `torch_gpt.py`; on several ranks it is trained by DistributedDataParallel over gloo. Of the package
