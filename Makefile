@@ -11,6 +11,7 @@ RANKS ?= 4
 RUN ?= runs/tiny
 GPU_CHECK ?=
 SLURM ?=
+EMULATED ?=
 NVRTC ?=
 CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml

@@ -17,7 +17,7 @@ class BuildKernels(build_ext):
         one_by_one = self.compiler.compile
 
         def compile_all(sources, *arguments, **named):
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = pool.map(lambda source: one_by_one([source], *arguments, **named), sources)
                 return [name for names in objects for name in names]
 

@@ -94,13 +94,13 @@ def _block(name: str, settings: Settings, shares: int = order.MOST) -> Block:
     def drop(where: str) -> Dropout:
         return Dropout(f"{name}.{where}", settings.dropout)
 
-    def join(where: str, inputs: int, number: int, heads: int = 1, unit: int = 1) -> ResidualLinear:
+    def join(where: str, inputs: int, number: int, unit: int = 1, heads: int = 1) -> ResidualLinear:
         each = equal(0, heads, inputs // heads)
         return ResidualLinear(
             f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"), unit, shares, matrices=(each,)
         )
 
-    project = join("attention.project", width, 1, settings.heads, width // settings.heads)  # tp cuts whole heads
+    project = join("attention.project", width, 1, width // settings.heads, settings.heads)  # tp cuts whole heads
     mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"), shares)
     up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut=1, shares=shares)
     mlp = FeedForward(up, join("feed_forward.down", hidden, 2))

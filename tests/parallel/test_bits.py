@@ -76,22 +76,11 @@ def test_muon_and_an_average_have_their_bits_and_go_on_with_them(group, tmp_path
     assert [kind for kind, flat in resumed.state().items() if not np.array_equal(flat, expected[kind])] == []
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_recurrent_models_have_their_bits_and_go_on_with_them(group, kind, tmp_path_factory):
-    """Three steps on one rank are two on these ranks, a checkpoint, and one of another start."""
-    config = tiny_config(f"model.kind={kind}", "train.steps=3", "train.rows=1")
-    alone, _ = train(config, Group())
-    engine, _ = train(config, group, 2)
-    resumed = engine_of(config, VOCABULARY, Mesh(group))
-    saved_and_restored(engine, resumed, group, tmp_path_factory, 2)
-    resumed.step(2, batches(config, resumed.plan(2, 3)))
-    assert resumed.machine.store.weights_sha256() == alone.machine.store.weights_sha256()
-
-
-def test_activations_in_bf16_have_their_bits_and_go_on_with_them(group, tmp_path_factory, monkeypatch):
-    """Three steps on one rank are two on these ranks, a checkpoint, and one of another start. In plain C."""
+@pytest.mark.parametrize("change", ["model.kind=lstm", "model.kind=gru", "numerics.products=bf16"])
+def test_other_models_and_activations_have_their_bits_and_go_on_with_them(group, change, tmp_path_factory, monkeypatch):
+    """Three steps on one rank are two on these ranks, a checkpoint, and one of another start. bf16 in plain C."""
     monkeypatch.setenv("MLM_MPI_BF16", "portable")
-    config = tiny_config("numerics.products=bf16", "train.steps=3", "train.rows=1")
+    config = tiny_config(change, "train.steps=3", "train.rows=1")
     alone, _ = train(config, Group())
     engine, _ = train(config, group, 2)
     resumed = engine_of(config, VOCABULARY, Mesh(group))
