@@ -10,7 +10,8 @@ from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.task import Task
 
 _LEVERS = {
-    "parameters": "model.width, model.layers or another size of the model", "activations": "train.rows or model.context",
+    "parameters": "model.width, model.layers or another size of the model",
+    "activations": "train.rows or model.context",
     "evaluation": "eval.rows or model.context", "prefetch": "data.prefetch",
 }  # fmt: skip
 _PART_BYTES = 10_000  # Python objects of a block and its parameters: 10,152 by tracemalloc, 1,000 blocks of width 8
