@@ -147,7 +147,7 @@ def test_without_a_compiler_one_line_says_what_to_install(home, found, words):
 def test_without_cupy_one_line_says_what_to_install(home):
     ended = home.program(*home.words("nocupy", None, GPU), PYTHONPATH="")
     if "CUDA finds no GPU" not in ended.err:  # this Python has a real CuPy
-        ended.refused("pip install 'cupy-cuda13x[ctk]' ml_dtypes")
+        ended.refused("pip install 'cupy-cuda13x[ctk]'")
 
 
 def test_graphs_give_the_same_bits(home):
