@@ -23,7 +23,8 @@ from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Sizes
-from mlm_mpi.optim.muon import Muon, flops
+from mlm_mpi.ops.polar import flops
+from mlm_mpi.optim.muon import Muon
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
@@ -77,7 +78,7 @@ def measure(name: str, model: tuple[int, int, int, int], group: Group, rounds: i
         return
     muon = engines["muon"].machine.optimizer
     assert isinstance(muon, Muon)
-    work = [2 * flops(*matrix.update.shape) for matrix in muon.matrices if matrix.owner == 0]
+    work = [2 * flops(len(matrix.update), matrix.update[0].size) for matrix in muon.matrices if matrix.owner == 0]
     print(f"{name}, {engines['muon'].machine.store.count:,} parameters, {group.size} rank(s)")
     for kind, times in found.items():
         step, update = (statistics.median(column) for column in zip(*times, strict=True))

@@ -23,5 +23,6 @@
 #include "cast.c"
 #else
 #include "clip.c"
+#include "polar.c"
 #include "sums.c"
 #endif

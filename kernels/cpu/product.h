@@ -44,9 +44,10 @@ struct plane {
 };
 
 /* bias (n) and base (m, n) may be absent. c and base have column stride 1. `shares`: a power of two that, times
- * `segments`, divides k; one where c is not `complete`. */
+ * `segments`, divides k; one where c is not `complete`. `lower`: of a square c only elements up to the diagonal are asked
+ * for, and tiles beyond it stay as they are. */
 struct product {
-    size m, n, k, shares, segments, complete;
+    size m, n, k, shares, segments, complete, lower;
     struct plane a, b, c, base;
     const element *bias;
 };
@@ -422,15 +423,16 @@ INLINE void multiply_band(
     float *band) {
     const struct plane *a = &p->a, *b = &p->b;
     const size steps = k->chains * k->steps, words = words_of(k->steps), first = place(p, k->first);
-    const size rows = least(BAND, p->m - i), columns = least(STRIP, p->n - j);
+    const size rows = least(BAND, p->m - i), columns = least(STRIP, (p->lower ? i + rows : p->n) - j);
     pack_words(p, k, rows, operand(a, i, 0), a->column, a->row, TALL, band);
     size turn = 0;
     for (size across = 0; across < columns; across += PANEL) {
         const size wide = least(PANEL, columns - across), column = j + across;
         float *panel = p->m <= BAND ? panels : panels + across * steps;
-        if (i == 0) pack_words(p, k, wide, operand(b, 0, column), b->row, b->column, PANEL, panel);
+        if (p->lower ? column >= i : i == 0) pack_words(p, k, wide, operand(b, 0, column), b->row, b->column, PANEL, panel);
         for (size down = 0; down < rows; down += TALL, turn++) {
             const size tall = least(TALL, rows - down);
+            if (p->lower && column >= i + down + tall) continue;
             const float *left = band + down * steps;
             const struct ahead ahead = i == 0
                 ? lines(operand(b, first, column + PANEL), b->row, b->column, down / TALL)

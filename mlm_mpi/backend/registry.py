@@ -18,7 +18,7 @@ from mlm_mpi.errors import ConfigError
 
 OPS = (
     "matmul", "linear", "layernorm", "rmsnorm", "gelu", "relu2", "swiglu", "rotary", "attention", "lstm",
-    "gru", "embedding", "crossentropy", "dropout", "sums", "cast", "clip", "adamw", "sgd",
+    "gru", "embedding", "crossentropy", "dropout", "sums", "cast", "clip", "polar", "adamw", "sgd",
 )  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])

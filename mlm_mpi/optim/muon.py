@@ -7,16 +7,13 @@ polynomial x ← a x + b x³ + c x⁵ of the singular values: five times that of
 scale is Jordan's, with which a learning rate serves other widths too; that of Liu et al., 0.2 √max(in, out), gives
 updates the size of AdamW's.
 
-A product of u with a polynomial of u uᵀ is all it needs, so it runs on the Gram matrix of u's smaller side and returns
-to u once, at its end: Q u, or u Q. Everything in between is symmetric and of that side, and of a symmetric product only
-the blocks up to the diagonal are computed. In float32 the result is within 0.2 % of that of the iteration on u itself;
-bf16 would not do, so these products are never rounded to it.
+ops/polar.py is that iteration.
 
 The matrices are shared out over the data-parallel ranks by their cost, every rank makes its own orthogonal, and the
 results are gathered: nothing that is added depends on the owner, so neither do the bits.
 
 Source: Jordan et al., "Muon", 2024; Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982 (weight decay);
-Amsel et al., "The Polar Express", arXiv:2505.16932; the Gram matrix: Zhang et al., "Gram Newton-Schulz", 2026.
+Amsel et al., "The Polar Express", arXiv:2505.16932.
 """
 
 import itertools
@@ -25,15 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from mlm_mpi.backend.arrays import fill, module_of, row_blocks, to_host
+from mlm_mpi.backend.arrays import fill, row_blocks, to_host
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
 from mlm_mpi.exact import power
-from mlm_mpi.ops import cast, matmul
+from mlm_mpi.ops import cast, polar
 from mlm_mpi.optim import Common, adamw
-from mlm_mpi.params.clip import norm_of
+from mlm_mpi.params.clip import norms_of
 from mlm_mpi.params.store import FlatStore, Span
 
 MOMENTS = 2  # flat buffers that `state` holds
@@ -48,10 +43,6 @@ _POLAR_EXPRESS = (  # optimal for singular values in [0.001, 1], each in its tur
 )
 _SAFETY = 1.01  # of the paper: what is rounded may not leave the interval for which a polynomial is made
 _LEAST_NORM = 1e-30  # of a matrix that has a direction at all; 1 / it is still a float32
-_BLOCK_ROWS = 96  # of a symmetric product: BAND of kernels/cpu/product.h
-_GPU_BLOCK_ROWS = 1024  # a launch costs more than the half that it saves
-
-Coefficients = Sequence[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class Settings(Common):
     )
 
 
-def coefficients(iteration: str) -> tuple[float, Coefficients]:
+def coefficients(iteration: str) -> tuple[float, polar.Polynomials]:
     """(the largest singular value that it is meant for, a b c of each polynomial)."""
     if iteration == "newton-schulz":
         return 1.0, _JORDAN
@@ -111,61 +102,16 @@ def coefficients(iteration: str) -> tuple[float, Coefficients]:
     return 1.0 / _SAFETY, [*safe, _POLAR_EXPRESS[-1]]
 
 
-def flops(rows: int, columns: int) -> int:
-    """Multiply-adds of `orthogonalise`, of symmetric products one half: what matrices are shared out by."""
-    small, large = sorted((rows, columns))
-    return small * small * (3 * large + 17 * small) // 2
+def orthogonalise(stack: Any, largest: float, polynomials: polar.Polynomials) -> None:
+    """u = p(u) for each u of a stack, in place: p of u's singular values · largest / ‖u‖; zero of what is zero.
 
-
-def orthogonalise(u: Any, out: Any, squares: Any, largest: float, polynomials: Coefficients) -> None:
-    """out = p(u), p the polynomials in turn on the singular values of u · largest / ‖u‖; zero of what is zero.
-
-    Shapes: u, out (rows, columns), contiguous, u is changed; squares (4, s, s) with s the smaller side. A row or column
-    has one singular value, which becomes 1 exactly.
+    Shapes: (matrices, rows, columns), contiguous. A row or column has one singular value, which becomes 1 exactly.
     """
-    length, small = norm_of(u), min(u.shape)
-    if length < _LEAST_NORM:
-        out[...] = 0.0
-        return
-    u *= (1.0 if small == 1 else largest) / length
-    if small == 1:
-        out[...] = u
-        return
-    tall = u.shape[0] > u.shape[1]
-    x = u.T if tall else u
-    gram, square, p, q = squares
-    _symmetric(x, x.T, gram)
-    for number, (a, b, c) in enumerate(polynomials):
-        _symmetric(gram, gram, square)
-        _polynomial(gram, square, a, b, c, p)
-        if number == 0:
-            q[...] = p
-        else:
-            _symmetric(p, q, square)
-            q, square = square, q
-        if number + 1 < len(polynomials):
-            _symmetric(gram, p, square)
-            _symmetric(square, p, gram)
-    matmul.add(*((u, q) if tall else (q, u)), out, False)
-
-
-def _polynomial(gram: Any, square: Any, a: float, b: float, c: float, out: Any) -> None:
-    """out = a I + b G + c G²; `square` holds G² and is changed."""
-    xp = module_of(out)
-    xp.multiply(square, c, out=out)
-    xp.multiply(gram, b, out=square)
-    out += square
-    out.reshape(-1)[:: len(out) + 1] += a
-
-
-def _symmetric(a: Any, b: Any, out: Any) -> None:
-    """out = a b, known to be symmetric: rows of blocks up to the diagonal are computed, the rest is their mirror."""
-    size = len(out)
-    count = -(-size // (_BLOCK_ROWS if isinstance(out, np.ndarray) else _GPU_BLOCK_ROWS))
-    edges = [size * block // count for block in range(count + 1)]  # at least two rows: NumPy would compute a single one
-    for start, stop in itertools.pairwise(edges):
-        matmul.add(a[start:stop], b[:, :stop], out[start:stop, :stop], False)
-        out[:start, start:stop] = out[start:stop, :start].T
+    single = 1 in stack.shape[1:]
+    for u, length in zip(stack, norms_of(stack), strict=True):
+        u *= 0.0 if length < _LEAST_NORM else (1.0 if single else largest) / length
+    if not single:
+        polar.iterate(stack, polynomials)
 
 
 def shared_out(costs: Sequence[int], ranks: int) -> list[int]:
@@ -179,17 +125,12 @@ def shared_out(costs: Sequence[int], ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One matrix (in, …) of a parameter, its owner, and where its update lies: a contiguous array of its shape."""
+    """One matrix (in, …) of a parameter: which of all, its owner, and where its update lies, contiguous."""
 
     span: Span
-    number: int  # among those of its parameter
+    number: int
     owner: int
     update: Any
-
-    def of(self, flat: Any) -> Any:
-        """A view of this matrix in a flat buffer."""
-        span = self.span
-        return span.parameter.as_matrices(flat[span.start : span.stop].reshape(span.shape))[self.number]
 
     @property
     def scale(self) -> float:
@@ -201,7 +142,8 @@ class _Matrix:
 class Muon:
     """`moment1` is the momentum of matrices and AdamW's first moment of the rest; `moment2` AdamW's second, else zero.
 
-    Beside them it holds all updates of a step, as large as the matrices are, and work for the largest one.
+    Beside them it holds all updates of a step, as large as the matrices are, and work for the largest one. Those of one
+    shape that a rank owns are one stack.
     """
 
     def __init__(self, optim: Settings, store: FlatStore, mesh: Mesh) -> None:
@@ -215,33 +157,38 @@ class Muon:
             beta2=optim.beta2, epsilon=optim.epsilon,
         )  # fmt: skip
         self._share_out()
-        shapes = [_flat(matrix.update).shape for matrix in self.matrices if matrix.owner == self.group.rank]
-        side = max((min(shape) for shape in shapes), default=0)
-        self._work = store.xp.empty(max((math.prod(shape) for shape in shapes), default=0), store.dtype)
-        self._squares = store.xp.empty(4 * side * side, store.dtype)
 
     def _share_out(self) -> None:
-        """Owners of all matrices, and one buffer for their updates, those of an owner side by side."""
-        found = [(span, k, m.shape) for span in self.hidden for k, m in enumerate(_matrices(span, self.moment1))]
-        owners = shared_out([flops(shape[0], math.prod(shape[1:])) for _, _, shape in found], self.group.size)
-        order = sorted(range(len(found)), key=lambda number: (owners[number], number))
-        sizes = [math.prod(found[number][2]) for number in order]
-        edges = [0, *itertools.accumulate(sizes)]
+        """Owners of all matrices, and one buffer for their updates, those of an owner side by side, shape by shape."""
+        found = [(span, view.shape) for span in self.hidden for view in _matrices(span, self.moment1)]
+        sides = [(shape[0], math.prod(shape[1:])) for _, shape in found]
+        owners = shared_out([polar.flops(*pair) for pair in sides], self.group.size)
+        order = sorted(range(len(found)), key=lambda number: (owners[number], sides[number], number))
+        edges = [0, *itertools.accumulate(math.prod(sides[number]) for number in order)]
         self.updates = self.store.xp.zeros(edges[-1], self.store.dtype)
+        places = list(zip(order, itertools.pairwise(edges), strict=True))
         self.matrices = [
-            _Matrix(found[number][0], found[number][1], owners[number], self.updates[a:b].reshape(found[number][2]))
-            for number, (a, b) in zip(order, itertools.pairwise(edges), strict=True)
+            _Matrix(found[number][0], number, owners[number], self.updates[start:stop].reshape(found[number][1]))
+            for number, (start, stop) in places
         ]
-        owned = [[m.update.size for m in self.matrices if m.owner == rank] for rank in range(self.group.size)]
-        self._counts = [[0, *itertools.accumulate(mine)][-1] for mine in owned]
+        self._stacks, self._counts = [], [0] * self.group.size
+        for (owner, pair), some in itertools.groupby(places, key=lambda place: (owners[place[0]], sides[place[0]])):
+            spans = [span for _, span in some]
+            start, stop = spans[0][0], spans[-1][1]
+            self._counts[owner] += stop - start
+            if owner == self.group.rank:
+                self._stacks.append(self.updates[start:stop].reshape(len(spans), *pair))
+        largest = max((stack[0].size for stack in self._stacks), default=0)
+        self._work = self.store.xp.empty(largest, self.store.dtype)
 
     def state(self) -> dict[str, Any]:
         return {"moment1": self.moment1, "moment2": self.moment2}
 
     @property
     def work_bytes(self) -> int:
-        """What it holds beside its state."""
-        return int(self.updates.nbytes + self._work.nbytes + self._squares.nbytes)
+        """What it holds beside its state, and what its products take for one matrix."""
+        side = max((min(stack.shape[1:]) for stack in self._stacks), default=0)
+        return int(self.updates.nbytes + 2 * self._work.nbytes + 4 * side * side * self.store.dtype.itemsize)
 
     def momentum(self, number: int) -> float:
         """That of update `number` (from 1)."""
@@ -255,31 +202,39 @@ class Muon:
         for span in self.hidden:
             part = slice(span.start, span.stop)
             _mix(self.moment1[part], gradient[part], keep, (1.0 - keep) * scale)
-        for matrix in self.matrices:
-            if matrix.owner == self.group.rank:
-                self._orthogonalise(matrix, gradient, keep, scale)
+        self._directions(gradient, keep, scale)
+        for stack in self._stacks:
+            orthogonalise(stack, self._largest, self._polynomials)
         rate = self.adam.learning_rate * (learning_rate / self.optim.learning_rate)
         moments = self.moment1, self.moment2
         adamw.move(self.store, self.others, gradient, moments, self.adam, rate, scale, number)
         self._gather(number)
+        weights = self._views(self.store.data)
         for matrix in self.matrices:
-            _move(matrix.of(self.store.data), matrix.update, learning_rate * matrix.scale,
+            _move(weights[matrix.number], matrix.update, learning_rate * matrix.scale,
                   1.0 - learning_rate * self.optim.weight_decay * matrix.span.parameter.decay)  # fmt: skip
         if self.store.working is not self.store.data:
             for span in self.hidden:
                 cast.to(self.store.data[span.start : span.stop], self.store.working[span.start : span.stop])
 
-    def _orthogonalise(self, matrix: _Matrix, gradient: Any, keep: float, scale: float) -> None:
-        xp, out, side = self.store.xp, matrix.update, min(_flat(matrix.update).shape)
-        u = self._work[: out.size].reshape(out.shape)
-        if self.optim.nesterov:
-            xp.multiply(matrix.of(gradient), (1.0 - keep) * scale, out=u)
-            xp.multiply(matrix.of(self.moment1), keep, out=out)
-            u += out
-        else:
-            u[...] = matrix.of(self.moment1)
-        squares = self._squares[: 4 * side * side].reshape(4, side, side)
-        orthogonalise(_flat(u), _flat(out), squares, self._largest, self._polynomials)
+    def _directions(self, gradient: Any, keep: float, scale: float) -> None:
+        """Into the updates of what this rank owns: the momentum, with Nesterov's look ahead."""
+        gradients, moments = self._views(gradient), self._views(self.moment1)
+        for matrix in self.matrices:
+            if matrix.owner != self.group.rank:
+                continue
+            out, moment = matrix.update, moments[matrix.number]
+            if not self.optim.nesterov:
+                out[...] = moment
+                continue
+            ahead = self._work[: out.size].reshape(out.shape)
+            self.store.xp.multiply(gradients[matrix.number], (1.0 - keep) * scale, out=ahead)
+            self.store.xp.multiply(moment, keep, out=out)
+            out += ahead
+
+    def _views(self, flat: Any) -> list[Any]:
+        """All matrices (in, …) in a flat buffer, by number."""
+        return [view for span in self.hidden for view in _matrices(span, flat)]
 
     def _gather(self, number: int) -> None:
         """Everybody's updates to everybody, through the CPU's memory."""
@@ -289,11 +244,6 @@ class Muon:
         self.group.gather_parts(host, self._counts, f"the orthogonal updates of step {number}")
         if host is not self.updates:
             fill(self.updates, host)
-
-
-def _flat(matrix: Any) -> Any:
-    """(in, …) -> (in, out), a view."""
-    return matrix.reshape(len(matrix), -1)
 
 
 def _matrices(span: Span, flat: Any) -> list[Any]:

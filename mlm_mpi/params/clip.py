@@ -31,9 +31,15 @@ def squares(x: Any, block: int) -> Any:
     return out
 
 
-def norm_of(x: Any) -> float:
-    """‖x‖₂ of one contiguous array, float64, in the order of `squares`. A GPU is awaited."""
-    return math.sqrt(_in_order(to_host(squares(x.reshape(-1), BLOCK_ELEMENTS)).tolist()))
+def norms_of(stack: Any) -> list[float]:
+    """‖x‖₂ of each x of a contiguous stack (n, …), float64, in the order of `squares`. A GPU is awaited once.
+
+    Blocks of BLOCK_ELEMENTS one after another where they fill an x, else one block, so that none lies in two.
+    """
+    size = stack[0].size
+    block = size if size % BLOCK_ELEMENTS else BLOCK_ELEMENTS
+    sums, each = to_host(squares(stack.reshape(-1), block)).tolist(), size // block
+    return [math.sqrt(_in_order(sums[n * each : (n + 1) * each])) for n in range(len(stack))]
 
 
 def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:

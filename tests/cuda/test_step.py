@@ -18,7 +18,7 @@ from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import FlatStore, Parameter
 
 VOCABULARY = 129
-REFERENCES = {"sgd", "lstm", "gru"}  # ops that CuPy computes
+REFERENCES = {"sgd", "lstm", "gru", "polar"}  # ops that CuPy computes
 HEAD = 64  # what the bf16 attention kernels are made for
 
 

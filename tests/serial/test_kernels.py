@@ -37,6 +37,7 @@ from mlm_mpi.ops import (
     linear,
     lstm,
     matmul,
+    polar,
     relu2,
     rmsnorm,
     rotary,
@@ -49,7 +50,7 @@ from mlm_mpi.rng import key_of, words
 
 MODULES = (
     matmul, linear, gelu, relu2, swiglu, layernorm, rmsnorm, rotary, dropout, attention, lstm, gru, embedding,
-    crossentropy, cast, sums, adamw, clip,
+    crossentropy, cast, sums, adamw, clip, polar,
 )  # fmt: skip
 WISH = os.environ.get("MLM_MPI_TEST_SEED", "20261123")
 SEED = secrets.randbits(32) if WISH == "fresh" else int(WISH)
@@ -281,6 +282,15 @@ def _partial(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return o, statistics
 
 
+def _polar(polynomials: int) -> Callable[[tuple[int, int]], Case]:
+    def make(size: tuple[int, int]) -> Case:
+        x = _f(2, *size)
+        x /= 1.1 * np.linalg.norm(x, axis=(1, 2), keepdims=True)
+        return (x, [(1.5, -0.6, 0.1), (2.0, -1.5, 0.5), (1.25, -0.5, 0.25)][:polynomials]), (0,)
+
+    return make
+
+
 def _finish(size: tuple[int, int]) -> Case:
     o, statistics = _partial(size)
     statistics[0, :, :, 0], statistics[1, :, :, 0] = 0, 2  # the test wants finite results
@@ -495,6 +505,7 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
         ],
         0,
     ),
+    "polar.iterate": ([_polar(1), _polar(2), _polar(3)], 64),
 }  # fmt: skip
 
 # name -> positions of the arguments whose elements may be bf16 instead
@@ -693,6 +704,24 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     even = (total.view("i8") & 1) == 0
     odd = np.where(even & (rest != 0), np.nextafter(total, np.copysign(np.inf, rest)), total)
     return odd.astype("f4")
+
+
+@pytest.mark.parametrize("size", [(7, 17), (96, 97), (97, 96), (289, 200), (200, 400)], ids=str)
+def test_an_iteration_adds_in_the_order_of_its_products(size, level) -> None:  # type: ignore[no-untyped-def]
+    """The kernel in one launch, and the reference, whose products are kernels too, give the same bits."""
+    case = _polar(3)(size)
+    level.fallen.clear()
+    kernel, reference = _call(polar.iterate, case), _call(polar.iterate.__wrapped__, case)
+    assert not level.fallen and same_bits(*kernel, *reference)
+
+
+def test_matrices_are_shared_out_among_threads_and_keep_their_bits() -> None:
+    case = (np.concatenate([_polar(2)((65, 40))[0][0] for _ in range(3)]), _polar(2)((1, 1))[0][1]), (0,)
+    alone = _call(polar.iterate, case)
+    for threads in (2, 3, 8):
+        choice.select(threads=threads)
+        assert same_bits(*_call(polar.iterate, case), *alone)
+    choice.select()
 
 
 Chain = Callable[[np.ndarray, np.ndarray], np.ndarray]

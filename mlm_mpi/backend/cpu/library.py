@@ -29,6 +29,8 @@ _OF_FLOATS = {
     "crossentropy_exponentials": "nnppnp",
     "crossentropy_gradient": "nnppppf",
     "crossentropy_losses": "npppp",
+    "polar_iterate": "nnnnppp",
+    "polar_work": "nn",
     "sums_tree": "nnppp",
 }
 _OF_ELEMENTS = {

@@ -15,7 +15,7 @@ KERNELS = Table()
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
 ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
 
-_Product = ctypes.c_int64 * 23  # struct product of kernels/cpu/product.h, flat
+_Product = ctypes.c_int64 * 24  # struct product of kernels/cpu/product.h, flat
 
 
 def _plane(x: np.ndarray | None) -> tuple[int, ...]:
@@ -28,7 +28,7 @@ def _multiply(
     lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1
 ) -> None:  # fmt: skip
     """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
-    order = shares, segments, int(shares > 1 or base is c)
+    order = shares, segments, int(shares > 1 or base is c), 0
     parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
     edges = [a.shape[0] * part // parts for part in range(parts + 1)]
 
@@ -42,7 +42,7 @@ def _multiply(
         list(lib.pool.map(multiply, edges[:-1], edges[1:]))
 
 
-def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, int, int]) -> None:
+def _multiply_rows(lib: Any, a: Any, b: Any, c: Any, base: Any, bias: Any, order: tuple[int, ...]) -> None:
     (m, k), n = a.shape, b.shape[1]
     given, result = (*_plane(a), *_plane(b)), _plane(c)
     start = result if base is c else _plane(base)
@@ -115,3 +115,25 @@ def _linear_forward(lib: Any, x: Any, w: Any, b: Any = None, residual: Any = Non
     y = np.empty((x.shape[0], w.shape[1]), x.dtype)
     _multiply(lib, x, w, y, base=residual, bias=b, shares=shares)
     return y
+
+
+def _fit_polar(x: Any, polynomials: Any) -> str:
+    return dense(x) or ("" if x.ndim == 3 else "not matrices") or ("empty" if x.size == 0 else "")
+
+
+@KERNELS.kernel("polar.iterate", _fit_polar)
+def _polar_iterate(lib: Any, x: Any, polynomials: Any) -> None:
+    """Every thread takes some of the matrices."""
+    parts = min(lib.threads, len(x))
+    edges = [len(x) * part // parts for part in range(parts + 1)]
+    numbers, size = np.empty((len(polynomials), 3), np.float32), lib.polar_work(*x.shape[1:])
+    numbers[...] = polynomials
+
+    def iterate(first: int, stop: int) -> None:
+        some, work = x[first:stop], np.empty(size, np.float32)
+        lib.polar_iterate(*some.shape, len(numbers), at(numbers), at(some), at(work))
+
+    if parts == 1:
+        iterate(0, len(x))
+    else:
+        list(lib.pool.map(iterate, edges[:-1], edges[1:]))
