@@ -94,16 +94,18 @@ def _block(name: str, settings: Settings, shares: int = order.MOST) -> Block:
     def drop(where: str) -> Dropout:
         return Dropout(f"{name}.{where}", settings.dropout)
 
-    def join(where: str, inputs: int, number: int, unit: int = 1, heads: int = 1) -> ResidualLinear:
-        each = equal(0, heads, inputs // heads)
+    def join(where: str, inputs: int, number: int, pieces: int, unit: int = 1) -> ResidualLinear:
+        each = equal(0, pieces, inputs // pieces)
         return ResidualLinear(
             f"{name}.{where}", inputs, width, out_std, drop(f"drop{number}"), unit, shares, matrices=(each,)
         )
 
-    project = join("attention.project", width, 1, width // settings.heads, settings.heads)  # tp cuts whole heads
+    project = join("attention.project", width, 1, settings.heads, width // settings.heads)  # tp cuts whole heads
     mixer = SelfAttention(f"{name}.attention", settings.heads, project, std, drop("attention.probabilities"), shares)
-    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut=1, shares=shares)
-    mlp = FeedForward(up, join("feed_forward.down", hidden, 2))
+    each = order.shares(hidden)  # of the hidden units is a matrix, so that no cut of a mesh goes through one
+    matrices = (equal(1, each, hidden // each),)
+    up = Linear(f"{name}.feed_forward.up", width, hidden, std, cut=1, shares=shares, matrices=matrices)
+    mlp = FeedForward(up, join("feed_forward.down", hidden, 2, each))
     norms = (LayerNorm(f"{name}.norm{number}", width, settings.norm_epsilon) for number in (1, 2))
     return Block(next(norms), mixer, next(norms), mlp)
 

@@ -192,22 +192,23 @@ def _block(name: str, settings: Settings, positions: Positions, window: int, sha
     s, width = settings, settings.width
     out_init = "zeros" if s.zero_init else s.init_std / math.sqrt(2 * s.layers)
 
-    def join(where: str, inputs: int, number: int, unit: int = 1, heads: int = 1) -> ResidualLinear:
-        drop, each = Dropout(f"{name}.drop{number}", s.dropout), equal(0, heads, inputs // heads)
+    def join(where: str, inputs: int, number: int, pieces: int, unit: int = 1) -> ResidualLinear:
+        drop, each = Dropout(f"{name}.drop{number}", s.dropout), equal(0, pieces, inputs // pieces)
         return ResidualLinear(f"{name}.{where}", inputs, width, out_init, drop, unit, shares, False, (each,))
 
     heads = Heads(s.key_value_heads, s.heads // s.key_value_heads, s.head_width)
-    project = join("attention.project", s.heads * s.head_width, 1, heads.queries * heads.width, s.heads)
+    project = join("attention.project", s.heads * s.head_width, 1, s.heads, heads.queries * heads.width)
     mixer = GroupedAttention(
         f"{name}.attention", heads, project, width, s.init_std, Dropout(f"{name}.attention.probabilities", s.dropout),
         positions, window, s.norm_epsilon if s.qk_norm else None, s.qkv_bias, shares,
     )  # fmt: skip
     hidden, gated = s.feed_forward, s.activation == "swiglu"
+    each, dim = order.shares(hidden), 2 if gated else 1  # a share of the hidden units is a matrix: no mesh cuts one
     up = Linear(
-        f"{name}.feed_forward.up", width, (2, hidden) if gated else hidden, s.init_std, cut=2 if gated else 1,
-        shares=shares, bias=False, matrices=(equal(1, 2),) if gated else (),
+        f"{name}.feed_forward.up", width, (2, hidden) if gated else hidden, s.init_std, cut=dim, shares=shares,
+        bias=False, matrices=(*([equal(1, 2)] if gated else []), equal(dim, each, hidden // each)),
     )  # fmt: skip
-    mlp = ActivatedFeedForward(up, swiglu if gated else relu2, join("feed_forward.down", hidden, 2))
+    mlp = ActivatedFeedForward(up, swiglu if gated else relu2, join("feed_forward.down", hidden, 2, each))
     norms = (RMSNorm(f"{name}.norm{number}", width, s.norm_epsilon) for number in (1, 2))
     return Block(next(norms), mixer, next(norms), mlp)
 

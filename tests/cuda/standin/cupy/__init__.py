@@ -214,8 +214,8 @@ def _function(name):
 
 for _name in (
     "zeros", "zeros_like", "ones", "full", "arange", "exp", "log", "tanh", "sqrt", "add",
-    "sign", "subtract", "multiply", "matmul", "einsum", "tril", "triu", "isfinite", "argsort", "flatnonzero", "concatenate",
-    "stack", "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
+    "sign", "subtract", "multiply", "matmul", "einsum", "tril", "triu", "isfinite", "argsort", "flatnonzero",
+    "concatenate", "stack", "divide", "maximum", "square", "copyto", "where", "ascontiguousarray",
 ):  # fmt: skip
     globals()[_name] = _function(_name)
 
