@@ -14,6 +14,9 @@ import time
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from mlm_mpi import config as configuration
@@ -49,21 +52,27 @@ def engine_of(model: tuple[int, int, int, int], name: str, settings: list[str], 
 def timed(engine: Engine, step: int, context: int) -> tuple[float, float]:
     """(seconds of the whole step, of the optimiser in it)."""
     optimizer, took = engine.machine.optimizer, []
-    update, rows = optimizer.step, TOKENS // MICRO_BATCHES // context
+    parts = {name: getattr(optimizer, name) for name in ("prepare", "step") if hasattr(optimizer, name)}
+    rows = TOKENS // MICRO_BATCHES // context
 
-    def measured(*arguments) -> None:
-        began = time.perf_counter()
-        update(*arguments)
-        took.append(time.perf_counter() - began)
+    def measured(part: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any) -> None:
+            began = time.perf_counter()
+            part(*arguments)
+            took.append(time.perf_counter() - began)
+
+        return timed
 
     def batch() -> Batch:
         ids = np.random.default_rng(step).integers(0, VOCABULARY, (rows, context)).astype(np.int32)
         return Batch(step, 0, {"ids": ids}, {"ids": ids}, ids.size)
 
-    optimizer.step = measured
+    for name, part in parts.items():
+        setattr(optimizer, name, measured(part))
     seconds = engine.step(step, batch).step_s
-    optimizer.step = update
-    return seconds, took[0]
+    for name, part in parts.items():
+        setattr(optimizer, name, part)
+    return seconds, sum(took)
 
 
 def measure(name: str, model: tuple[int, int, int, int], group: Group, rounds: int, settings: list[str]) -> None:

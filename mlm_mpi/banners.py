@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable
 
+_NBC = b"NBC_Progress: an error "
+
 
 class BannerFilter:
     """Passes stderr on byte for byte, but for what Open MPI says of itself when a rank failed.
@@ -36,7 +38,8 @@ class BannerFilter:
 
     # what the launcher's own parts say to each other when ranks leave while they still talk (seen in 1 of 20 ends)
     # (PMIX ERROR), and what its event loop says of a socket that they have closed (Epoll, 1 of 40 ends)
-    _NOISE = re.compile(rb"\[[^\]\n]+\] (PMIX ERROR: |Epoll MOD\()[^\n]*\n")
+    # and what collectives that a death has ended say of it, with an empty line (NBC_Progress)
+    _NOISE = re.compile(rb"\[[^\]\n]+\] (PMIX ERROR: |Epoll MOD\()[^\n]*\n|NBC_Progress: an error [^\n]*\n\n?")
 
     def __init__(self, on_death: Callable[[int, int], None], on_loss: Callable[[str], None]) -> None:
         self.passed = False  # whether anything was said that the user sees
@@ -80,6 +83,8 @@ class BannerFilter:
         return len(dashes) >= 60 and any(rest.startswith(known) or known.startswith(rest) for known in self._KNOWN)
 
     def _may_be_noise(self) -> bool:
+        if self._held.startswith(_NBC) or _NBC.startswith(self._held):
+            return True
         host, bracket, rest = self._held.partition(b"] ")
         if not host.startswith(b"[") or b"\n" in host or len(host) > 200:
             return False

@@ -65,6 +65,10 @@ class CommError(MlmError):
         self.teller = teller
 
 
+class PeerLost(CommError):
+    """A rank has died while others counted on it. `agreed`: every rank that lives raises it at this agreement."""
+
+
 class LaunchError(MlmError):
     """`mpiexec` cannot be found or started, or gave another number of ranks than was asked for."""
 

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -110,21 +110,23 @@ def main(args: argparse.Namespace) -> int:
     for name, value, least in (("--grace", args.grace, 0.0), ("--start-timeout", args.start_timeout, 1.0)):
         if not (math.isfinite(value) and value >= least):
             raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
-    if command[0] == "train":
-        _check_training(command[1:], ranks)
+    recovers = command[0] == "train" and _check_training(command[1:], ranks)
     if args.check:
         return 0
-    limits = Limits(args.grace if command[0] == "train" else None, args.start_timeout, command[0] in _JOINERS)
+    grace_s = args.grace if command[0] == "train" else None
+    limits = Limits(grace_s, args.start_timeout, command[0] in _JOINERS, recovers)
     program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
     return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)
 
 
-def _check_training(words: Sequence[str], ranks: int) -> None:
-    """Finds here, before a hundred processes start, what each of them would find."""
+def _check_training(words: Sequence[str], ranks: int) -> bool:
+    """Finds here, before a hundred processes start, what each of them would find. Whether it shall recover."""
     parser = Parser("train")
     training.configure(parser)
     args = parser.parse(words)
-    config.check_ranks(training.settings(args, named(args.plugins)), ranks)
+    settings = training.settings(args, named(args.plugins))
+    config.check_ranks(settings, ranks)
+    return settings.comm.recover and ranks > 1 and settings.comm.reduction != "nccl"  # which has ranks of its own
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Limits:
     grace_s: float | None = GRACE_S
     start_s: float = START_S
     joins: bool = False
+    recovers: bool = False  # wanted: the ranks go on without one that dies, where the MPI library can
 
 
 def run_job(
@@ -162,11 +165,14 @@ def run_job(
     version = mpiexec.version_text(path)
     flavour = mpiexec.vendor(version)
     with _scratch_folder() as folder:
-        options = mpiexec.options(flavour, ranks, extra, folder, mpiexec.openmpi_major(version))
+        major = mpiexec.openmpi_major(version)
+        recovers = limits.recovers and mpiexec.can_recover(path, flavour, major)
+        options = mpiexec.options(flavour, ranks, extra, folder, major, recovers)
         guarded = [sys.executable, "-ISc", _GUARD, *program]
         command = [path, "-n", str(ranks), *options, *guarded]
         here = None if mpiexec.several_nodes(extra) else folder
         environment = mpiexec.environment(flavour, ranks, limits.start_s, here, path)
+        limits = replace(limits, recovers=recovers)
         return _Job(command, environment, limits, ranks, mpiexec.end_signals(flavour, extra)).run()
 
 
@@ -212,6 +218,7 @@ class _Job:
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
         self.again = False  # one more came
         self.lost = False  # a node; mpirun exits with 0 then
+        self.ends: dict[str, int] = {}  # what ranks that recover said: "failed" or "ended" -> the first exit code
         self.deadline = float("inf")
         self.repeat_at = float("inf")
         self.began: float | None = None  # while the ranks are awaited
@@ -236,7 +243,7 @@ class _Job:
             code = self._wait(process)
             pump.join(timeout=5)
             self.screen.close()
-            code = code or int(self.lost)
+            code = self._told(code or int(self.lost))
         if code and not banners.passed and self.cause is None and not self.worded_end:
             self.screen.say(
                 f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize"
@@ -250,7 +257,8 @@ class _Job:
 
     def _pump(self, process: subprocess.Popen[bytes], banners: BannerFilter) -> None:
         """Passes on what the job says, but for signs and banners, until nobody can say anything any more."""
-        said, echoes = Signs({"arrival": self.arrivals.note, live.WORD: self.screen.show}), EchoFilter()
+        handlers = {"arrival": self.arrivals.note, live.WORD: self.screen.show, "end": self._hear_end}
+        said, echoes = Signs(handlers), EchoFilter()
         with selectors.DefaultSelector() as sources:
             for descriptor, pipe in ((1, process.stdout), (2, process.stderr)):
                 if pipe is not None:
@@ -262,6 +270,20 @@ class _Job:
                         sources.unregister(key.fd)
                     self.screen.write(key.data, data if key.data == 1 else echoes.feed(banners.feed(said.feed(data))))
         self.screen.write(2, echoes.feed(banners.feed(said.close()) + banners.close()) + echoes.close())
+
+    def _hear_end(self, text: str) -> None:
+        """A rank has failed, which the others may survive, or the program has ended."""
+        how, _, code = text.partition(" ")
+        if how in ("failed", "ended") and code.isdecimal():
+            self.ends.setdefault(how, int(code))
+
+    def _told(self, code: int) -> int:
+        """The exit code of ranks that recover: mpiexec's is 0 when all have died, and that of one when others lived."""
+        if not self.limits.recovers or self.cause is not None:
+            return code
+        if "ended" in self.ends:
+            return self.ends["ended"]
+        return self.ends.get("failed", code or 1)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -58,11 +58,31 @@ def openmpi_major(version: str) -> int:
     return int(found[1]) if found else 0
 
 
-def options(flavour: str, ranks: int, extra: list[str], shared_memory: str | None, major: int = 5) -> list[str]:
-    """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none."""
+def can_recover(mpiexec: str, flavour: str, major: int) -> bool:
+    """Whether the ranks of this launcher can live on when one dies: Open MPI 5 built with ULFM."""
+    if flavour != "openmpi" or major < 5:
+        return False
+    info = Path(mpiexec).with_name("ompi_info")
+    try:
+        done = subprocess.run([info], check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return re.search(r"FT MPI support: yes", done.stdout) is not None
+
+
+def options(
+    flavour: str, ranks: int, extra: list[str], shared_memory: str | None, major: int = 5, recovers: bool = False
+) -> list[str]:
+    """Options for mpiexec; Hydra binds nothing, forwards the environment and needs none.
+
+    `recovers`: a rank's death is told to the others, and does not end them. HAN, Open MPI's collectives of several
+    nodes, then give wrong sums (open-mpi/ompi#11794).
+    """
     if flavour != "openmpi":
         return extra
     words = [word for name in _exported() for word in ("-x", name)]
+    if recovers:
+        words += ["--with-ft", "ulfm", "--mca", "coll", "^han"]
     if "--bind-to" not in extra and _binding_hurts(ranks):
         words += ["--bind-to", "none"]
     if not several_nodes(extra):

@@ -30,9 +30,15 @@ class Comm:
         says="This says whether MPI reads a GPU's memory itself: auto asks the library, and no copies through host "
         "memory.",
     )
+    recover: bool = key(
+        True,
+        says="If true, the job goes on without a rank that has died, to the same bits: under mlm-mpi run, with an Open "
+        "MPI 5 that has ULFM.",
+    )
     timeout_s: float = key(
         600.0,
-        says="A rank waits this long for the others before it says who is missing and ends the job.",
+        says="A rank waits this long for the others before it says who is missing, and kills those (comm.recover) or "
+        "ends the job.",
         unit="s",
         above=0,
         most=threading.TIMEOUT_MAX,

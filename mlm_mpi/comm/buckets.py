@@ -17,6 +17,7 @@ import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu
 from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mailbox import Message
 from mlm_mpi.comm.transport import Direct, Ready, Transport
 from mlm_mpi.comm.tree import Node
 
@@ -66,9 +67,9 @@ class Bucket:
     done: bool = False
     left: Ready = field(default=lambda: True)  # whether MPI may read what this rank contributes
     summed: Ready | None = None  # whether MPI may read the sum of my part; None: it is sent, or not mine to send
-    partials: list[tuple[int, Any]] = field(default_factory=list)  # (other rank, request)
-    sums: list[tuple[int, Any]] = field(default_factory=list)
-    sends: list[tuple[int, Any]] = field(default_factory=list)
+    partials: list[Message] = field(default_factory=list)
+    sums: list[Message] = field(default_factory=list)
+    sends: list[Message] = field(default_factory=list)
 
 
 def make_buckets(segments: Sequence[tuple[int, int]], elements: int) -> list[Bucket]:
@@ -90,8 +91,8 @@ def make_buckets(segments: Sequence[tuple[int, int]], elements: int) -> list[Buc
     return buckets
 
 
-def unfinished(requests: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    return [(rank, request) for rank, request in requests if not request.Test()]
+def unfinished(messages: list[Message]) -> list[Message]:
+    return [message for message in messages if not message.done()]
 
 
 class Bucketed(ABC):

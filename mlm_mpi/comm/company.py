@@ -5,22 +5,28 @@ rank is stopped. Between nodes signs travel on request: the rank whose patience 
 rank that waits answers with the signs of its node.
 """
 
+import contextlib
+import copy
 import json
 import mmap
 import os
+import signal
 import struct
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
-from mlm_mpi.errors import ranges
+from mlm_mpi.comm.mailbox import Mailbox
+from mlm_mpi.errors import PeerLost, ranges
 
 _SLOT_BYTES = 256
-_HEAD = struct.Struct("=dqiiH")  # time, process, rank, whether it waits, length of the text
+_HEAD = struct.Struct("=dqiiiH")  # time, process, rank, generation, whether it waits, length of the text
 _CALL, _ANSWER = 1, 2  # tags
 _ROLL_S = 1.0
 _RENEW_S = 0.1
@@ -51,38 +57,71 @@ class Sign(NamedTuple):
         return f"rank {self.rank} did last, {self.age_s:.0f} s ago: {what} ({where})"
 
 
+class Absence(NamedTuple):
+    """Who has not come: the rank that is to tell it, in which words, and their signs."""
+
+    teller: int
+    text: str
+    culprits: list[Sign]
+
+
 class Company:
     """All ranks of the job, as seen by one of them."""
 
-    def __init__(self, comm: Any, node: Any = None) -> None:
+    def __init__(self, comm: Any, node: Any = None, recovers: bool = False) -> None:
         """Collective over `comm`, an mpi4py communicator. `node`: its ranks that share memory (my machine's)."""
         from mpi4py import MPI
 
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
         node = node or comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._place, self._members = node.Get_rank(), node.Get_size()
         self._board = _shared_board(node)
         node.Free()
-        self._comm = comm.Dup()
-        self._sent: list[tuple[Any, Any]] = []  # requests and the arrays they read
+        self.recovers, self._generation = recovers, 0
+        self._begin(comm)
+        self.meet(comm.Dup())
+        self.note("the start of the job")
+
+    def _begin(self, comm: Any) -> None:
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.mailboxes: list[Mailbox] = []
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
-        self.note("the start of the job")
+
+    def meet(self, comm: Any) -> None:
+        """The communicator by which the roll is called."""
+        self._comm, self._mail = comm, self.mailbox(comm)
+
+    def mailbox(self, comm: Any) -> Mailbox:
+        """That of a communicator between these ranks."""
+        made = Mailbox(comm, self.recovers)
+        self.mailboxes.append(made)
+        return made
+
+    def without_the_dead(self, comm: Any) -> "Company":
+        """The company of those who live, on the communicator that MPI gave them. They have yet to `meet`."""
+        made = copy.copy(self)
+        made._generation += 1
+        made._begin(comm)
+        made.note(f"recovery number {made._generation}")
+        return made
 
     def note(self, text: str, waits: bool = False) -> None:
         """Says what this rank does from now on."""
         words = text.encode()[: _SLOT_BYTES - _HEAD.size]
         self._text, self._renewed = text, time.monotonic()
-        head = _HEAD.pack(self._renewed, os.getpid(), self.rank, waits, len(words))
+        head = _HEAD.pack(self._renewed, os.getpid(), self.rank, self._generation, waits, len(words))
         self._board[self._place * _SLOT_BYTES : self._place * _SLOT_BYTES + len(head) + len(words)] = head + words
 
     def here(self) -> list[Sign]:
-        """The signs of the ranks of my node."""
-        return [self._read(place) for place in range(self._members)]
+        """The signs of the ranks of my node: not those of ranks that were lost before."""
+        signs = (self._read(place) for place in range(self._members))
+        return [sign for sign in signs if sign is not None]
 
-    def _read(self, place: int) -> Sign:
+    def _read(self, place: int) -> Sign | None:
         slot = self._board[place * _SLOT_BYTES : (place + 1) * _SLOT_BYTES]
-        then, process, rank, waits, length = _HEAD.unpack_from(slot)
+        then, process, rank, generation, waits, length = _HEAD.unpack_from(slot)
+        if generation != self._generation:
+            return None
         text = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace")
         age_s = time.monotonic() - then
         return Sign(rank, bool(waits), age_s, text, process, os.uname().nodename, _is_stopped(process))
@@ -95,23 +134,34 @@ class Company:
             self._heard[source] = time.monotonic()
             signs = json.dumps([number[0], *self.here()]).encode()
             self._send(np.frombuffer(signs, np.uint8), source, _ANSWER)
-        self._sent = [(request, array) for request, array in self._sent if not request.Test()]
 
-    def absent(self, what: str, waited_s: float) -> tuple[int, str]:
-        """(the rank that is to tell it, who did not arrive and what it did last). Called when patience has ended."""
+    def absent(self, what: str, waited_s: float) -> Absence:
+        """Who did not arrive and what it did last. Called when patience has ended."""
         self._linger(min(self.rank * _TURN_S, _ROLL_S))
         if callers := self._callers():
             self._linger(_ROLL_S)  # my answer may still be on its way
-            return min(callers), f"rank {self.rank} waited {waited_s:.0f} s for {what}"
+            culprits = [sign for sign in self.here() if not sign.is_here]
+            return Absence(min(callers), f"rank {self.rank} waited {waited_s:.0f} s for {what}", culprits)
         signs = self._roll()
         missing = [rank for rank in range(self.size) if rank not in signs or not signs[rank].is_here]
         teller = min([self.rank, *self._callers()])
         if not missing:
-            return teller, f"all {self.size} ranks wait: {_by_text(signs)}"
+            return Absence(teller, f"all {self.size} ranks wait: {_by_text(signs)}", [])
         waiting = f"{self.size - len(missing)} of {self.size} ranks wait for {what} since {waited_s:.0f} s"
         last = [str(signs[rank]) for rank in missing if rank in signs][:4]
         silent = [] if last else ["no rank of its node answers"]
-        return teller, f"rank {ranges(missing)} did not arrive, {waiting}; {'; '.join(last + silent)}"
+        text = f"rank {ranges(missing)} did not arrive, {waiting}; {'; '.join(last + silent)}"
+        return Absence(teller, text, [signs[rank] for rank in missing if rank in signs])
+
+    def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> None:
+        """Kills those of my node who do not come, so that the others can go on without them."""
+        if teller == self.rank:
+            sys.stderr.write(f"mlm-mpi: {why}: killed, and the others go on\n")
+            sys.stderr.flush()
+        for sign in culprits:
+            if sign.host == os.uname().nodename and sign.process != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(sign.process, signal.SIGKILL)
 
     def _roll(self) -> dict[int, Sign]:
         """Calls all other ranks and gathers signs for a while."""
@@ -145,18 +195,30 @@ class Company:
 
         found = []
         status = MPI.Status()
-        while self._comm.Iprobe(MPI.ANY_SOURCE, tag, status):
+        while self._probe(tag, status):
             content = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             source = status.Get_source()
-            request = self._comm.Irecv(content, source, tag)
-            while not request.Test():  # the message is here, or on its way from a rank that polls
-                time.sleep(0)
+            try:
+                message = self._mail.receive(content, source, tag)
+                while not message.done():  # it is here, or on its way from a rank that polls
+                    time.sleep(0)
+            except PeerLost:
+                break
             data = content.tobytes()
             found.append((source, [struct.unpack("=q", data)[0]] if tag == _CALL else json.loads(data)))
         return found
 
+    def _probe(self, tag: int, status: Any) -> bool:
+        """Whether something is here; nothing is once a rank has died, which whoever waits hears elsewhere."""
+        from mpi4py import MPI
+
+        with contextlib.suppress(PeerLost), self._mail.translated():
+            return bool(self._comm.Iprobe(MPI.ANY_SOURCE, tag, status))
+        return False
+
     def _send(self, content: Any, other: int, tag: int) -> None:
-        self._sent.append((self._comm.Isend(content, other, tag), content))
+        with contextlib.suppress(PeerLost):
+            self._mail.send(content, other, tag)
 
 
 def _by_text(signs: dict[int, Sign]) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.comm.company import Company
-from mlm_mpi.errors import CommError, MlmError, agreed, ranges
+from mlm_mpi.comm.company import Company, Sign
+from mlm_mpi.comm.mailbox import Mailbox, Message
+from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
 
 _SPIN_S = 0.002  # polls at full speed for this long, then sleeps between polls
 _NAP_S = 0.0002
@@ -29,28 +30,45 @@ _LONG_S = 0.1  # after this a waiting rank also listens for ranks whose patience
 class Group:
     """`size` ranks that can exchange messages; mine is `rank`."""
 
-    def __init__(self, comm: Any = None, timeout_s: float = 600.0, company: Company | None = None) -> None:
+    def __init__(
+        self, comm: Any = None, timeout_s: float = 600.0, company: Company | None = None, mail: Mailbox | None = None
+    ) -> None:  # fmt: skip
         self.comm = comm  # an mpi4py communicator; None: alone
         self.company = company  # all ranks of the job; None: waits name no culprit
+        if mail is None and comm is not None:
+            mail = company.mailbox(comm) if company is not None else Mailbox(comm)
+        self._mail = mail
         self.rank: int = comm.Get_rank() if comm is not None else 0
         self.size: int = comm.Get_size() if comm is not None else 1
         self.timeout_s = timeout_s
 
     @classmethod
-    def of_world(cls, comm: Any) -> "Group":
-        """All ranks of the job. Collective over `comm`."""
-        return cls(comm, company=Company(comm) if comm.Get_size() > 1 else None)
+    def of_world(cls, comm: Any, recovers: bool = False) -> "Group":
+        """All ranks of the job. Collective over `comm`. `recovers`: the job can go on without a rank that died."""
+        return cls(comm, company=Company(comm, recovers=recovers) if comm.Get_size() > 1 else None)
 
     def with_timeout(self, timeout_s: float) -> "Group":
         """The same ranks, waiting for another time."""
-        return Group(self.comm, timeout_s, self.company)
+        return Group(self.comm, timeout_s, self.company, self._mail)
+
+    @property
+    def mail(self) -> Mailbox:
+        """What is under way between these ranks, of whom there are several."""
+        assert self._mail is not None, "a group of one has nobody to write to"
+        return self._mail
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the death of a rank is a PeerLost, after which the others may go on."""
+        return self._mail is not None and self._mail.recovers
 
     def duplicate(self) -> "Group":
         """The same ranks on a communicator of their own, so that tags cannot meet. Collective."""
         if self.comm is None:
             return Group(None, self.timeout_s)
-        comm, request = self.comm.Idup()
-        self.wait(request, "a communicator")
+        with self.mail.translated():
+            comm, request = self.comm.Idup()
+        self.wait(self.mail.begin(lambda: request, comm), "a communicator")
         return Group(comm, self.timeout_s, self.company)
 
     def note(self, text: str) -> None:
@@ -93,7 +111,7 @@ class Group:
 
         Meanwhile it returns the ranks still awaited (empty: not known), to be named if they never come.
         """
-        start = time.perf_counter()
+        start, patient = time.perf_counter(), True
         if self.company is not None:
             self.company.note(what, waits=True)
         while True:
@@ -103,9 +121,13 @@ class Group:
                 self.note(f"went on after {what}")
                 return waited
             if waited > self.timeout_s:
-                error = self._nobody_came(waited, what, ranks)
-                if awaited() is not None:  # they may have come while the roll was called
+                error, culprits = self._nobody_came(waited, what, ranks)
+                if awaited() is None:  # they may have come while the roll was called
+                    continue
+                if not (patient and self.recovers and culprits and self.company is not None):
                     raise error
+                self.company.put_down(culprits, str(error), error.teller)
+                start, patient = time.perf_counter(), False  # their death will be noticed
                 continue
             if waited < _SPIN_S:
                 os.sched_yield()
@@ -114,26 +136,49 @@ class Group:
             if waited > _LONG_S and self.company is not None:
                 self.company.answer()
 
-    def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> CommError:
+    def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> tuple[CommError, list[Sign]]:
+        """What to say, and the signs of those who have not come, if they are known."""
         remedy = f"(comm.timeout_s = {self.timeout_s:g}): look at what holds them up, or raise comm.timeout_s"
         if self.company is not None:
-            teller, found = self.company.absent(what, waited_s)
-            return CommError(f"{found} {remedy}", teller)
+            absence = self.company.absent(what, waited_s)
+            return CommError(f"{absence.text} {remedy}", absence.teller), absence.culprits
         if self.size == 1:
-            return CommError(f"waited {waited_s:.0f} s for {what} {remedy}")
+            return CommError(f"waited {waited_s:.0f} s for {what} {remedy}"), []
         who = f"rank {ranges(sorted(set(awaited)))}" if awaited else "the others"
-        return CommError(f"waited {waited_s:.0f} s for {what} from {who} of {self.size} ranks {remedy}")
+        return CommError(f"waited {waited_s:.0f} s for {what} from {who} of {self.size} ranks {remedy}"), []
 
-    def wait(self, request: Any, what: str) -> float:
-        """Polls one request to its end; returns the seconds it took."""
-        return self.wait_until(lambda: None if request.Test() else (), what)
+    def wait(self, message: Message, what: str) -> float:
+        """Polls one message to its end; returns the seconds it took."""
+        return self.wait_until(lambda: None if message.done() else (), what)
+
+    def agree(self, what: str) -> None:
+        """Returns on all ranks, or raises PeerLost, marked as agreed, on all that live. Collective; every rank passes
+        one agreement for each attempt at something, also after an error (`comm.recovery`)."""
+        if self.recovers and not self.agrees(True, what):
+            raise agreed(PeerLost("a rank has died"))
+
+    def agrees(self, well: bool, what: str) -> bool:
+        """Whether all ranks live and are well: the same answer on all that live. Collective."""
+        flag, alive = np.array([well], np.int32), True
+
+        def awaited() -> tuple[()] | None:
+            nonlocal alive
+            try:
+                return None if message.done() else ()
+            except PeerLost:  # MPI tells all of them alike
+                alive = False
+                return None
+
+        message = self.mail.begin(lambda: self.comm.Iagree(flag), flag)
+        self.wait_until(awaited, what)
+        return alive and bool(flag[0])
 
     def allgather_array(self, row: np.ndarray, what: str) -> np.ndarray:
         """Everybody's row. Collective. Shapes: (n,) of one dtype everywhere -> (size, n)."""
         if self.size == 1:
             return row[None].copy()
-        out = np.empty((self.size, *row.shape), row.dtype)
-        self.wait(self.comm.Iallgather(np.ascontiguousarray(row), out), what)
+        mine, out = np.ascontiguousarray(row), np.empty((self.size, *row.shape), row.dtype)
+        self.wait(self.mail.begin(lambda: self.comm.Iallgather(mine, out), mine, out), what)
         return out
 
     def gather_parts(self, whole: np.ndarray, counts: Sequence[int], what: str) -> None:
@@ -141,7 +186,9 @@ class Group:
         if self.size > 1:
             from mpi4py import MPI
 
-            self.wait(self.comm.Iallgatherv(MPI.IN_PLACE, [whole, np.array(counts, np.int64)]), what)
+            sizes = np.array(counts, np.int64)
+            message = self.mail.begin(lambda: self.comm.Iallgatherv(MPI.IN_PLACE, [whole, sizes]), whole, sizes)
+            self.wait(message, what)
 
     def allgather(self, value: Any, what: str) -> list[Any]:
         """Everybody's value, in rank order. Collective. Values travel as JSON: plain data only."""
@@ -151,7 +198,8 @@ class Group:
         counts = self.allgather_array(np.array([mine.size], np.int64), what)[:, 0]
         out = np.empty(int(counts.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(counts)])
-        self.wait(self.comm.Iallgatherv(mine, [out, counts.astype(np.int32)]), what)
+        sizes = counts.astype(np.int32)
+        self.wait(self.mail.begin(lambda: self.comm.Iallgatherv(mine, [out, sizes]), mine, out, sizes), what)
         return [json.loads(out[a:b].tobytes()) for a, b in itertools.pairwise(starts)]
 
     def broadcast(self, value: Any, what: str) -> Any:
@@ -161,7 +209,7 @@ class Group:
     def barrier(self, what: str) -> None:
         """Returns when all have arrived. Collective."""
         if self.size > 1:
-            self.wait(self.comm.Ibarrier(), what)
+            self.wait(self.mail.begin(self.comm.Ibarrier), what)
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ from ctypes.util import find_library
 from typing import TYPE_CHECKING
 
 from mlm_mpi import signs
-from mlm_mpi.errors import CommError, LaunchError, MlmError, agreed
+from mlm_mpi.errors import CommError, LaunchError, MlmError, PeerLost, agreed
 
 if TYPE_CHECKING:
     from mlm_mpi.comm.group import Group  # imports NumPy, which must not load before its environment is set
@@ -30,6 +30,8 @@ ANNOUNCED = (
 )
 
 RENAMED_MPICH = "libmpich.so.12"  # of Debian; every other library with MPICH's ABI is called libmpi.so.12
+
+_RECOVERS = "OMPI_MCA_mpi_ft_enable"  # by which Open MPI tells a rank of --with-ft ulfm
 
 START_VARIABLE = "MLM_MPI_START_S"  # seconds that MPI_Init may take
 _START_S = 300.0
@@ -95,9 +97,14 @@ def start() -> "Group":
                     "--mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH), see srun --mpi=list"
                 )
             )
-        group = Group.of_world(MPI.COMM_WORLD)
+        group = Group.of_world(MPI.COMM_WORLD, recovers())
     _tell_launcher(rank, "joined")
     return group
+
+
+def recovers() -> bool:
+    """Whether the launcher lets the other ranks live on when one dies: Open MPI's, with-ft ulfm."""
+    return os.environ.get(_RECOVERS) == "1"
 
 
 def _launcher() -> str:
@@ -130,6 +137,12 @@ def _start_limit() -> float:
 def _tell_launcher(rank: int, state: str) -> None:
     if signs.is_heard():
         os.write(2, signs.arrival(rank, state))
+
+
+def tell_end(how: str, code: int) -> None:
+    """Tells the launcher what this rank's exit code would be: "failed", for itself, or "ended", for the job."""
+    if signs.is_heard():
+        os.write(2, signs.sign("end", f"{how} {code}"))
 
 
 @contextmanager
@@ -169,12 +182,20 @@ def _not_returned(who: str, limit_s: float) -> bytes:
 
 
 def finish() -> None:
-    """Finalises MPI where `start` initialised it."""
-    if "mpi4py.MPI" in sys.modules:
+    """Finalises MPI where `start` initialised it and no rank can have died: after a death it hangs in 7 of 100 runs."""
+    if _mpi_is_up() and not recovers():
         from mpi4py import MPI
 
-        if MPI.Is_initialized() and not MPI.Is_finalized():
-            MPI.Finalize()
+        MPI.Finalize()
+
+
+def leave(group: "Group", code: int) -> int:
+    """The end of a program that all ranks come to; the launcher hears its exit code from one of them. Collective."""
+    if not group.recovers:
+        group.barrier("the end of the program")
+    elif group.rank == 0:
+        tell_end("ended", code)
+    return code
 
 
 def supervise(body: Callable[[], int]) -> int:
@@ -191,6 +212,9 @@ def supervise(body: Callable[[], int]) -> int:
     try:
         code = body()
         sys.stdout.flush()
+    except PeerLost as error:  # where nobody goes on: each says it, the launcher shows it once
+        _say(f"mlm-mpi: {error}")
+        code = _leave(error.exit_code, size)
     except MlmError as error:
         code = _report(error, rank, size)
     except KeyboardInterrupt:
@@ -219,10 +243,12 @@ def _report(error: MlmError, rank: int, size: int) -> int:
     if size > 1 and not error.agreed and _mpi_is_up():
         if isinstance(error, CommError) and error.teller not in (None, rank):
             time.sleep(OTHERS_WAIT_S)  # the one who tells ends the job, and me
+            if recovers():
+                _abort(error.exit_code)
         told = isinstance(error, CommError) and error.teller == rank  # in a line that names the ranks it is about
         _say(f"mlm-mpi: {error}" if told else f"mlm-mpi: rank {rank}: {error}")
         _abort(error.exit_code)
-    if rank == 0:
+    if rank == 0 or (recovers() and error.agreed):  # rank 0 may be dead; the launcher shows one of equal lines
         _say(f"mlm-mpi: {error}")
     elif not _mpi_is_up():
         time.sleep(OTHERS_WAIT_S)
@@ -255,6 +281,12 @@ def _mpi_is_up() -> bool:
 
 
 def _abort(code: int) -> None:
+    """Ends this rank, and with it the job, unless the others recover: those would wait for ever for a rank that leaves
+    by an exit code or MPI_Abort, where a signal is a death that they are told of (LOG.md)."""
+    if recovers():
+        sys.stdout.flush()
+        tell_end("failed", code)
+        os.kill(os.getpid(), signal.SIGKILL)
     from mpi4py import MPI
 
     MPI.COMM_WORLD.Abort(code)

@@ -48,9 +48,9 @@ def main(args: argparse.Namespace) -> int:
     options = Options(Path(args.run), args.resume, limit, args.max_steps, args.quiet, plugins)
     group = launch.start()
     task = plugins.find("tasks", config.task.kind, "task.kind")
-    code = Run(config, options, task.build, group).run()
-    group.barrier("the end of the training")
-    return code
+    run = Run(config, options, task.build, group)
+    code = run.run()
+    return launch.leave(run.group, code)
 
 
 def settings(args: argparse.Namespace, plugins: Plugins, pin: Pin | None = None) -> Config:

@@ -3,8 +3,9 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
 
 
@@ -58,3 +59,15 @@ class Optimizer(Protocol):
 
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
     def state(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """An optimiser whose ranks do parts of each other's work.
+
+    Messages are exchanged in `prepare` alone, which changes no state, so that a rank that dies leaves nobody with half
+    an update; `step` of the same arguments follows, or nothing.
+    """
+
+    def prepare(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
+    def regroup(self, mesh: Mesh) -> None: ...

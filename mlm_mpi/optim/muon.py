@@ -147,7 +147,7 @@ class Muon:
     """
 
     def __init__(self, optim: Settings, store: FlatStore, mesh: Mesh) -> None:
-        self.optim, self.store, self.group = optim, store, mesh.group("dp")
+        self.optim, self.store = optim, store
         self.moment1, self.moment2 = store.new_buffer(), store.new_buffer()
         self._largest, self._polynomials = coefficients(optim.iteration)
         self.hidden = [span for span in store.spans if span.parameter.matrices is not None]
@@ -156,6 +156,11 @@ class Muon:
             learning_rate=optim.adam_learning_rate, weight_decay=optim.adam_weight_decay, beta1=optim.beta1,
             beta2=optim.beta2, epsilon=optim.epsilon,
         )  # fmt: skip
+        self.regroup(mesh)
+
+    def regroup(self, mesh: Mesh) -> None:
+        """Shares the matrices out over the ranks of a mesh."""
+        self.group = mesh.group("dp")
         self._share_out()
 
     def _share_out(self) -> None:
@@ -196,19 +201,22 @@ class Muon:
         share = min(1.0, (number - 1) / o.momentum_steps) if o.momentum_steps else 1.0
         return o.momentum_start + (o.momentum - o.momentum_start) * share
 
+    def prepare(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
+        """The updates of all matrices, before anything else is changed. Collective over dp."""
+        self._directions(gradient, self.momentum(number), scale)
+        for stack in self._stacks:
+            orthogonalise(stack, self._largest, self._polynomials)
+        self._gather(number)
+
     def step(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None:
-        """Update number `number` (from 1) with g = scale · gradient. Collective over dp."""
+        """Update number `number` (from 1) with g = scale · gradient, after its `prepare`."""
         keep = self.momentum(number)
         for span in self.hidden:
             part = slice(span.start, span.stop)
             _mix(self.moment1[part], gradient[part], keep, (1.0 - keep) * scale)
-        self._directions(gradient, keep, scale)
-        for stack in self._stacks:
-            orthogonalise(stack, self._largest, self._polynomials)
         rate = self.adam.learning_rate * (learning_rate / self.optim.learning_rate)
         moments = self.moment1, self.moment2
         adamw.move(self.store, self.others, gradient, moments, self.adam, rate, scale, number)
-        self._gather(number)
         weights = self._views(self.store.data)
         for matrix in self.matrices:
             _move(weights[matrix.number], matrix.update, learning_rate * matrix.scale,
@@ -218,19 +226,19 @@ class Muon:
                 cast.to(self.store.data[span.start : span.stop], self.store.working[span.start : span.stop])
 
     def _directions(self, gradient: Any, keep: float, scale: float) -> None:
-        """Into the updates of what this rank owns: the momentum, with Nesterov's look ahead."""
+        """Into the updates of what this rank owns: the momentum that `step` will hold, with Nesterov's look ahead."""
         gradients, moments = self._views(gradient), self._views(self.moment1)
+        multiply, take = self.store.xp.multiply, (1.0 - keep) * scale
         for matrix in self.matrices:
             if matrix.owner != self.group.rank:
                 continue
-            out, moment = matrix.update, moments[matrix.number]
-            if not self.optim.nesterov:
-                out[...] = moment
-                continue
-            ahead = self._work[: out.size].reshape(out.shape)
-            self.store.xp.multiply(gradients[matrix.number], (1.0 - keep) * scale, out=ahead)
-            self.store.xp.multiply(moment, keep, out=out)
-            out += ahead
+            out, fresh = matrix.update, self._work[: matrix.update.size].reshape(matrix.update.shape)
+            multiply(gradients[matrix.number], take, out=fresh)
+            multiply(moments[matrix.number], keep, out=out)
+            out += fresh
+            if self.optim.nesterov:
+                out *= keep
+                out += fresh
 
     def _views(self, flat: Any) -> list[Any]:
         """All matrices (in, …) in a flat buffer, by number."""

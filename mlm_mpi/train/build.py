@@ -35,7 +35,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
         Machine(
             mesh, place, chain, store,
             plugins.find("optim", optim.name, "optim.name").build(optim, store, mesh),
-            _reduction(config, plugins, store, assignment, mesh, place),
+            reduction(config, plugins, store, assignment, mesh, place),
             assignment,
             instructions,
             lambda step: learning_rate(
@@ -49,14 +49,15 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     )  # fmt: skip
 
 
-def _reduction(
+def reduction(
     config: Config, plugins: Plugins, store: FlatStore, assignment: Assignment, mesh: Mesh, place: Place
 ) -> Reduction:
+    """That of a mesh's data-parallel ranks. Collective over them."""
     comm = config.comm
     group = mesh.group("dp").duplicate()  # tags of gradients must not meet other messages
     setup = Setup(
         group, config.train.lanes, [assignment.lanes_of(rank) for rank in range(group.size)], store.segments,
         comm.bucket_mib * 2**20, config.train.dtype, comm.overlap, place, transport(place, group, comm.gpu_aware),
     )  # fmt: skip
-    reduction: Reduction = plugins.find("reductions", comm.reduction, "comm.reduction").build(setup)
-    return reduction
+    made: Reduction = plugins.find("reductions", comm.reduction, "comm.reduction").build(setup)
+    return made

@@ -170,6 +170,7 @@ class Saver:
         self._bytes = len(buffers) * elements * store.dtype.itemsize
         self._snapshot = Snapshot(self._bytes) if background else None
         self._writer: threading.Thread | None = None
+        self._publisher: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -234,6 +235,13 @@ class Saver:
             self._collect(save, about)
         return self._conclude(save)
 
+    def abandon(self) -> None:
+        """Forgets the save under way when my threads are through with it, or the disk has had its time."""
+        self.save = None
+        for thread in (self._writer, self._publisher):
+            if thread is not None:
+                thread.join(self.group.timeout_s)
+
     def _under_way(self) -> _Save:
         assert self.save is not None, "begin comes first"
         return self.save
@@ -248,7 +256,9 @@ class Saver:
             if self._snapshot is None:
                 self._finish(save, reports, about)
                 return
-            threading.Thread(target=self._finish, args=(save, reports, about), name="publication", daemon=True).start()
+            arguments = save, reports, about
+            self._publisher = threading.Thread(target=self._finish, args=arguments, name="publication", daemon=True)
+            self._publisher.start()
 
     def _finish(self, save: _Save, reports: list[Any], about: dict[str, Any]) -> None:
         """Rank 0 publishes the checkpoint, or removes all parts where one has failed."""

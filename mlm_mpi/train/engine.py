@@ -22,7 +22,7 @@ from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain, Ready
-from mlm_mpi.optim import Optimizer
+from mlm_mpi.optim import Optimizer, Shared
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore, Parameter
@@ -89,7 +89,23 @@ class Engine:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.group = machine, machine.mesh.group("dp")
-        assignment, ranks = machine.assignment, range(self.group.size)
+        self.at = 0, 0  # step and micro-batch that this rank is at
+        self._plan_lanes()
+
+    def regroup(self, mesh: Mesh, reduction: Callable[[Assignment], Reduction]) -> None:
+        """Goes on with the ranks of another mesh, and the weights and moments as they are. Collective over it."""
+        nothing: Any = None  # its memory is free before the next one takes as much
+        assignment = replace(self.machine.assignment, ranks=mesh.size("dp"))
+        self.machine = replace(self.machine, mesh=mesh, assignment=assignment, reduction=nothing)
+        self.group = mesh.group("dp")
+        self.machine.store.grid = mesh
+        if isinstance(self.machine.optimizer, Shared):
+            self.machine.optimizer.regroup(mesh)
+        self.machine = replace(self.machine, reduction=reduction(assignment))
+        self._plan_lanes()
+
+    def _plan_lanes(self) -> None:
+        assignment, ranks = self.machine.assignment, range(self.group.size)
         self.lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
         self.mine = [index for lane in self.lanes for index in lane]
         self._counts = [len(assignment.of_rank(rank)) for rank in ranks]
@@ -119,7 +135,8 @@ class Engine:
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named below
     def step(self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = ()) -> StepResult:
-        """One update. Collective over dp. Raises NumericsError on every rank before any update."""
+        """One update. Collective over dp. Raises, before any update, NumericsError on every rank, and PeerLost where a
+        rank has died: all that live make a step, or none does."""
         began, m = time.perf_counter(), self.machine
         flights = self._run(step, next_batch)
         total = m.reduction.finish()
@@ -129,8 +146,11 @@ class Engine:
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, flights, broken)
         self.group.note(f"the update of step {step + 1}")
-        factor = clip_factor(m.clip, length / targets)
-        m.optimizer.step(total, rate, factor / targets, step + 1)
+        update = total, rate, clip_factor(m.clip, length / targets) / targets, step + 1
+        if isinstance(m.optimizer, Shared):
+            m.optimizer.prepare(*update)
+        self.group.agree(f"step {step + 1} to be made by all")
+        m.optimizer.step(*update)
         if m.average is not None:
             m.average.follow(step + 1)
         seconds = time.perf_counter() - began
@@ -149,6 +169,7 @@ class Engine:
         return flights
 
     def _forward(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
+        self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
         self.group.note(f"step {step + 1}, micro-batch {index}")

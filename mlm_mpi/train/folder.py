@@ -14,6 +14,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from mlm_mpi.errors import ConfigError
 from mlm_mpi.files import HeldError, Lock, publish, read_whole
 
 _DONE_BYTES = 1 << 16
+_TAKE_OVER_S = 10.0
+_FAILURE_BYTES = 500  # of an error's text: the rank has said all of it
 _NOBODYS = re.compile(r"\..*|.+\.(log|out|err)", re.DOTALL)  # hidden, or of a job, which begins before its run
 
 
@@ -37,6 +40,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.curve = path / "loss.png"
         self.done = path / "DONE"
+        self.failed = path / "failures.jsonl"
         self._lock: Lock | None = None
 
     def acquire(self) -> None:
@@ -61,6 +65,17 @@ class RunFolder:
                 f"cannot use {self.path} as run folder: {error.strerror}: "
                 "give another --run, on a file system with space and locks (flock)"
             ) from None
+
+    def take_over(self) -> None:
+        """Takes the lock of a rank that has died: the kernel frees it when that process is gone. Raises ConfigError."""
+        end = time.monotonic() + _TAKE_OVER_S
+        while self._lock is None:
+            try:
+                self._lock = Lock(self.path / "run.lock")
+            except HeldError as holder:
+                if time.monotonic() > end:
+                    raise ConfigError(f"{self.path} is still held ({holder}): start again when it is free") from None
+                time.sleep(0.01)
 
     def _refuse_foreign(self) -> None:
         """A new run begins in an empty folder, but for logs of jobs and what is hidden; its lock is its first file."""
@@ -91,6 +106,21 @@ class RunFolder:
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
         self.done.unlink(missing_ok=True)
+        self.failed.unlink(missing_ok=True)
+
+    def confess(self, step: int, index: int, text: str) -> None:
+        """Notes that a rank failed at a micro-batch, and how. A disk that does not take it must not hide the error."""
+        line = json.dumps([step, index, text[:_FAILURE_BYTES]]) + "\n"
+        with contextlib.suppress(OSError), open(self.failed, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def failures(self) -> list[tuple[int, int, str]]:
+        """(step, micro-batch, what was said) of each rank that failed since this start."""
+        try:
+            lines = read_whole(self.failed, _DONE_BYTES).splitlines()
+            return [(int(step), int(index), str(text)) for step, index, text in map(json.loads, lines)]
+        except (OSError, ValueError):
+            return []
 
     def finish(self, step: int, weights: str) -> None:
         """Writes DONE: the only evidence that a run is complete (exit codes of launchers are none)."""

@@ -16,6 +16,11 @@ class Keeper:
         self.saver, self.check, self.about, self.alarm = saver, check, about, alarm
 
     @property
+    def busy(self) -> bool:
+        """A save is under way. The same on all ranks."""
+        return self.saver.busy
+
+    @property
     def written(self) -> bool:
         """What the save under way needs of me now is done, or has failed."""
         return self.saver.written
@@ -43,3 +48,7 @@ class Keeper:
         """The last checkpoint, which must succeed; returns what went wrong. Collective."""
         self.begin(step)
         return self.saver.publish(self.about())
+
+    def abandon(self) -> None:
+        """Lets go of a save under way, which will not be published: a rank that had a part of it has died."""
+        self.saver.abandon()

@@ -14,9 +14,13 @@ class Ledger:
 
     def __init__(self, sinks: Sequence[Sink], show: Reporter, tokens: Callable[[int], int] = lambda steps: 0) -> None:
         self.sinks, self.show, self.tokens = list(sinks), show, tokens
+        self.last = 0  # the last step recorded
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
-        """Step number `step`, counted from 1, is done."""
+        """Step number `step`, counted from 1, is done. What is recorded stays as it is."""
+        if step <= self.last:
+            return
+        self.last = step
         self.show.update(
             Done(step, done.loss, done.targets, done.step_s, done.exposed_s, waited_s, done.learning_rate), heldout
         )

@@ -3,6 +3,7 @@
 open the data · build the engine · resume · train (trainer.py) · report
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,17 +15,18 @@ from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.recovery import survivors
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.errors import DataError, MlmError, agreed
+from mlm_mpi.errors import DataError, MlmError, PeerLost, agreed, ranges
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.monitor.sinks import check, opened
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
-from mlm_mpi.train.build import build
+from mlm_mpi.train.build import build, reduction
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
@@ -37,7 +39,7 @@ from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerpri
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
 from mlm_mpi.train.task import Task
-from mlm_mpi.train.trainer import Rhythm, Trainer
+from mlm_mpi.train.trainer import Place, Rhythm, Trainer
 
 OpenTask = Callable[[Config, Plugins], Task]
 
@@ -107,24 +109,95 @@ class Run:
         if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
             return self._say_complete(manifest, done[1])
         first = self._go_on(manifest)
-        ledger = self._open_ledger(first)
-        keeper = self._keeper(ledger)
+        self.ledger = self._open_ledger(first)
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
-        measuring = partial(self._measure, ledger)
         rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
+        mend = self._mend if self.group.recovers else None
+        trainer = Trainer(rhythm, self.engine, loader, self._keeper(), self.ledger, self.stop, self._measure, mend)
         try:
-            step = Trainer(rhythm, self.engine, loader, keeper, ledger, self.stop, measuring).train(first)
+            return self._to_the_end(trainer, Place(first))
         except MlmError as error:
             if error.agreed:  # all ranks are here: what was begun before is not lost
-                keeper.publish()
+                trainer.keeper.publish()
+            else:
+                self._confess(str(error))
+            raise
+        except Exception as error:
+            self._confess(f"{type(error).__name__}: {error}")
             raise
         finally:
             loader.close()
-            ledger.close()
-        return self._report(step, ledger)
+            self.ledger.close()
 
-    def _measure(self, ledger: Ledger) -> float | None:
+    def _confess(self, text: str) -> None:
+        """Before this rank leaves: at which work it failed, for those who may be given it next."""
+        if self.group.recovers:
+            self.folder.confess(*self.engine.at, text)
+
+    def _to_the_end(self, trainer: Trainer, place: Place) -> int:
+        """Training and last words, again and again with the ranks that are left. Collective."""
+        while True:
+            step = trainer.train(place)
+            self.ledger.close()
+            try:
+                self._report(step)
+                self.group.agree("the end of the training")
+            except PeerLost as lost:
+                if trainer.mend is None:
+                    raise
+                place = self._mend(trainer, lost, Place(step))
+            else:
+                return 0
+
+    def _mend(self, trainer: Trainer, lost: PeerLost, place: Place) -> Place:
+        """Where the ranks that live go on. Collective over them."""
+        while True:
+            try:
+                return self._go_on_without(trainer, lost, place)
+            except PeerLost as again:
+                lost = again
+
+    def _go_on_without(self, trainer: Trainer, lost: PeerLost, place: Place) -> Place:
+        """A group of those who live, and all that hangs on a group made anew for it."""
+        began, before = time.perf_counter(), self.group
+        self.group = survivors(before, lost)
+        places = self.group.allgather([before.rank, place.step, place.told], "where everybody is")
+        if len({step for _, step, _ in places}) > 1:
+            raise agreed(MlmError(f"ranks that live have made different steps: {places}: report this as a bug"))
+        told = all(told for _, _, told in places)
+        self._refuse_again()
+        self.mesh = Mesh(self.group)
+        machine = self.engine.machine
+        made = partial(reduction, self.config, self.plugins, machine.store, mesh=self.mesh, place=self.place)
+        self.engine.regroup(self.mesh, lambda assignment: made(assignment=assignment))
+        trainer.keeper.abandon()
+        self.group.barrier("all to be through with the save under way")
+        with self.group.together("taking the run folder over"):
+            if self.group.rank == 0:
+                self.folder.take_over()
+                checkpoint.remove_unfinished(self.folder.checkpoints)
+        if self.group.rank == 0 and before.rank != 0:
+            self.ledger = self._new_ledger(place.step if told else place.step - 1)
+        trainer.ledger, trainer.keeper = self.ledger, self._keeper()
+        if not machine.reduction.stable:
+            self.incomparable = f"a rank was lost, and comm.reduction = {self.config.comm.reduction}"
+        dead = sorted({*range(before.size)} - {rank for rank, _, _ in places})
+        took = time.perf_counter() - began
+        left = f"{self.group.size} go on after step {place.step} ({took:.2f} s)"
+        self.ledger.alarm(f"rank {ranges(dead)} of {before.size} is lost: {left}")
+        return Place(place.step, told)
+
+    def _refuse_again(self) -> None:
+        """Ends the run where a second rank has failed at the same work: it would kill one rank after another."""
+        found = self.group.broadcast(self.folder.failures() if self.group.rank == 0 else None, "what ranks have said")
+        seen: set[tuple[int, int]] = set()
+        for step, index, text in found:
+            if (step, index) in seen:
+                raise agreed(MlmError(f"step {step + 1}, micro-batch {index} has failed on two ranks: {text}"))
+            seen.add((step, index))
+
+    def _measure(self) -> float | None:
         """Held-out loss in nats per target, None where the corpora hold nothing out. Collective."""
         wanted = self.config.eval
         with self.engine.measured():
@@ -132,16 +205,16 @@ class Run:
         if sums is None:
             return None
         if sums.parts:
-            ledger.say("held-out  " + ", ".join(f"{name} {part.mean:.4f}" for name, part in sums.parts.items()))
+            self.ledger.say("held-out  " + ", ".join(f"{name} {part.mean:.4f}" for name, part in sums.parts.items()))
         return sums.mean
 
-    def _keeper(self, ledger: Ledger) -> Keeper:
+    def _keeper(self) -> Keeper:
         saving, engine = self.config.checkpoint, self.engine
         saver = checkpoint.Saver(
             self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
             saving.keep, saving.background and saving.every > 0,  # nothing goes on beside a save at the end
         )  # fmt: skip
-        return Keeper(saver, engine.check_weights, self._about, ledger.alarm)
+        return Keeper(saver, engine.check_weights, self._about, lambda text: self.ledger.alarm(text))
 
     def _about(self) -> dict[str, Any]:
         return self.task.about() | {
@@ -181,18 +254,22 @@ class Run:
         if self.group.rank != 0:
             return Ledger([], Silent())
         self.folder.describe(self.config, self.facts, self.group.size)
-        log = self.config.log
-        table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
-        sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         if not self.options.quiet:
             rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")
+        return self._new_ledger(step)
+
+    def _new_ledger(self, step: int) -> Ledger:
+        """Sinks and progress of a run that has made so many steps."""
+        log = self.config.log
+        table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
+        sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet)
         return Ledger(sinks, show, lambda steps: self.sampler.samples(steps) * self.task.row_tokens)
 
-    def _report(self, step: int, ledger: Ledger) -> int:
+    def _report(self, step: int) -> None:
         """The last words: curve, DONE, and the hash of the weights as the last line."""
         weights = self._weights()
         if self.group.rank == 0:
@@ -206,9 +283,8 @@ class Run:
             if self.config.log.curve:
                 self._draw_curve()
             self._say_what_was_handed_on()
-            ledger.finish()
+            self.ledger.finish()
             self._say_hashes(self.facts, weights, self._why_incomparable())
-        return 0
 
     def _say_complete(self, manifest: Manifest, when: str) -> int:
         """The last words of a start that finds nothing to do. Collective."""

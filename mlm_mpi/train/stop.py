@@ -15,7 +15,8 @@ class StopRequest:
     def __init__(self, max_time_s: float | None, max_steps: int | None) -> None:
         self.reason: str | None = None
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
-        self._steps_left = max_steps
+        self._max_steps = max_steps
+        self._last: int | None = None  # the step after which --max-steps are made
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -33,11 +34,11 @@ class StopRequest:
         # `mlm-mpi run` asks by SIGUSR1, whatever asked it, and has said what
         self.reason = "as asked" if number == signal.SIGUSR1 and signs.is_heard() else _name(number)
 
-    def wanted(self) -> bool:
-        """Whether this rank wants to stop after the step at hand; asked once per step."""
-        if self._steps_left is not None:
-            self._steps_left -= 1
-            if self._steps_left <= 0:
+    def wanted(self, step: int) -> bool:
+        """Whether this rank wants to stop after step number `step`; asked first about the first of this start."""
+        if self._max_steps is not None:
+            self._last = step + self._max_steps - 1 if self._last is None else self._last
+            if step >= self._last:
                 self.reason = self.reason or "--max-steps"
         if self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = self.reason or "--max-time"

@@ -1,14 +1,15 @@
 """The training loop: step, save, measure, tell, until the last step or an agreed stop.
 
 All ranks run it. What one rank decides alone (its clock, a signal, a failed write) travels with the losses of the next
-step as a note, so that all ranks act on it at the same step.
+step as a note, so that all ranks act on it at the same step. Where a rank has died, `mend` makes a group of those that
+live: the same step is tried again, and what follows a step is done again by all if one of them was not through with it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlm_mpi.data.loader import Loader
-from mlm_mpi.errors import CheckpointError, agreed
+from mlm_mpi.errors import CheckpointError, PeerLost, agreed
 from mlm_mpi.train.engine import Engine, StepResult
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
@@ -30,43 +31,71 @@ class Rhythm:
         return every > 0 and step % every == 0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: steps made, and whether it is through with what follows the last of them."""
+
+    step: int
+    told: bool = True
+
+
+Mend = Callable[["Trainer", PeerLost, Place], Place]  # those who live go on from the place that it returns
+
+
 class Trainer:
-    """The loop of one rank over its engine."""
+    """The loop of one rank over its engine. `mend` may give it another loader, keeper and ledger."""
 
     def __init__(
         self, rhythm: Rhythm, engine: Engine, loader: Loader, keeper: Keeper, ledger: Ledger, stop: StopRequest,
-        measure: Callable[[], float | None],
+        measure: Callable[[], float | None], mend: Mend | None = None,
     ) -> None:  # fmt: skip
         self.rhythm, self.engine, self.loader = rhythm, engine, loader
-        self.keeper, self.ledger, self.stop, self.measure = keeper, ledger, stop, measure
+        self.keeper, self.ledger, self.stop, self.measure, self.mend = keeper, ledger, stop, measure, mend
+        self._over = False
+        self._done: tuple[StepResult, float]  # of the last step, and how long it waited for the loader
 
-    def train(self, step: int) -> int:
-        """Steps from number `step` on; returns how many are done, all of them saved. Collective."""
-        self.loader.start(self.engine.plan(step, self.rhythm.steps))
-        while step < self.rhythm.steps:
-            waited = self.loader.waited_s
-            done = self.engine.step(step, self.loader.next, self._notes())
-            step += 1
-            stopping = self._is_over(step, done)
-            unsaved = self._save(step, done, stopping)  # first: whoever wants the job to end does not wait for ever
-            heldout = self._measure(step)
-            self.ledger.record(step, done, self.loader.waited_s - waited, heldout)
-            if unsaved is not None:
-                raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {unsaved}"))
-            if stopping:
-                break
-        return step
+    def train(self, place: Place) -> int:
+        """Steps from a place on; returns how many are done, all of them saved. Collective."""
+        self.loader.start(self.engine.plan(place.step, self.rhythm.steps))
+        while not self._is_through(place):
+            try:
+                if place.told:
+                    self._done = self._make(place.step)
+                    place = Place(place.step + 1, told=False)
+                self._follow(place.step, *self._done)
+                place = Place(place.step)
+            except PeerLost as lost:
+                if self.mend is None:
+                    raise
+                place = self.mend(self, lost, place)
+                self.loader.start(self.engine.plan(place.step, self.rhythm.steps))
+        return place.step
 
-    def _notes(self) -> tuple[float, ...]:
+    def _is_through(self, place: Place) -> bool:
+        return place.told and (self._over or place.step >= self.rhythm.steps)
+
+    def _make(self, step: int) -> tuple[StepResult, float]:
+        """Step number `step`."""
+        waited = self.loader.waited_s
+        done = self.engine.step(step, self.loader.next, self._notes(step))
+        return done, self.loader.waited_s - waited
+
+    def _follow(self, step: int, done: StepResult, waited_s: float) -> None:
+        """What is due after `step` steps: save, measure, tell."""
+        self._over = step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
+        unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
+        heldout = self._measure(step)
+        self.ledger.record(step, done, waited_s, heldout)
+        if unsaved is not None:
+            raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {unsaved}"))
+
+    def _notes(self, step: int) -> tuple[float, ...]:
         """What this rank alone knows; every rank reads it in the result of the step."""
-        return float(self.stop.wanted()), float(self.keeper.written)
-
-    def _is_over(self, step: int, done: StepResult) -> bool:
-        return step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
+        return float(self.stop.wanted(step)), float(self.keeper.written)
 
     def _save(self, step: int, done: StepResult, stopping: bool) -> str | None:
         """Tends what all have written, begins what is due; the last save is waited for. Returns what went wrong."""
-        if done.notes[:, _WRITTEN].all():
+        if done.notes[:, _WRITTEN].all() and self.keeper.busy:  # not where a rank has died since
             self.keeper.tend()
         if stopping:
             return self.keeper.save(step)

@@ -12,7 +12,7 @@ from mlm_mpi.backend.arrays import BFLOAT16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.layers.base import Context
-from mlm_mpi.optim import adamw, lion, muon
+from mlm_mpi.optim import Shared, adamw, lion, muon
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import FlatStore, Parameter
@@ -96,8 +96,10 @@ def updated(kind, place, dtype):
     store.initialise(1)
     optimizer = kind.build(kind.Settings(learning_rate=0.1), store, Mesh())
     for number in (1, 2):
-        gradient = np.random.default_rng(number).standard_normal(store.size)
-        optimizer.step(place.put(gradient.astype(dtype)), 0.1, 0.5, number)
+        gradient = place.put(np.random.default_rng(number).standard_normal(store.size).astype(dtype))
+        if isinstance(optimizer, Shared):
+            optimizer.prepare(gradient, 0.1, 0.5, number)
+        optimizer.step(gradient, 0.1, 0.5, number)
     return to_host(store.data)
 
 

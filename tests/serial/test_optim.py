@@ -9,7 +9,7 @@ from mlm_mpi.backend import choice
 from mlm_mpi.backend.arrays import cpu
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.ops import polar
-from mlm_mpi.optim import adamw, lion, muon, sgd
+from mlm_mpi.optim import Shared, adamw, lion, muon, sgd
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import BLOCK_ELEMENTS, clip_factor, norm
 from mlm_mpi.params.layout import Layout
@@ -168,6 +168,10 @@ def test_muon_is_its_formula(nesterov):
     for number, mu in ((1, 0.5), (2, 0.7), (3, 0.9), (4, 0.9)):
         flat = gradient_of(store, number)
         rate = 0.02  # half of the largest
+        before = {kind: flat.copy() for kind, flat in (*optimizer.state().items(), ("weights", store.data))}
+        optimizer.prepare(flat, rate, 0.5, number)
+        for kind, flat_now in (*optimizer.state().items(), ("weights", store.data)):
+            assert np.array_equal(flat_now, before[kind]), "a rank that dies now leaves no half of an update"
         optimizer.step(flat, rate, 0.5, number)
         adam.step(flat, 0.015, 0.5, number)
         for name in ("qkv", "up"):
@@ -255,6 +259,8 @@ def test_moments_are_counted_as_they_are_held(kind):
 def test_gaps_between_parameters_stay_zero(kind):
     store = store_of()
     optimizer = kind.build(kind.Settings(), store, Mesh())
+    if isinstance(optimizer, Shared):
+        optimizer.prepare(gradient_of(store, 1), 0.1, 1.0, 1)
     optimizer.step(gradient_of(store, 1), 0.1, 1.0, 1)
     used = np.zeros(store.size, bool)
     for span in store.spans:

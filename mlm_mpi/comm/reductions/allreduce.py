@@ -30,7 +30,8 @@ class Allreduce(OneBuffer):
             from mpi4py import MPI
 
             bucket.sent = True
-            bucket.sends = [(self.group.rank, self.group.comm.Iallreduce(MPI.IN_PLACE, self.mirror[part]))]
+            mine = self.mirror[part]
+            bucket.sends = [self.group.mail.begin(lambda: self.group.comm.Iallreduce(MPI.IN_PLACE, mine), mine)]
         bucket.sends = unfinished(bucket.sends)
         if bucket.sends:
             return []

@@ -79,10 +79,10 @@ class Canonical(Bucketed):
             length = mine.stop - mine.start
             for (rank, k), scratch in self.scratch.items():
                 view = scratch[offset : offset + length]
-                bucket.partials.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, k))))
+                bucket.partials.append(self.group.mail.receive(view, rank, self._tag(bucket, k)))
             for rank in self._others():
                 view = self.sum[self._part(bucket, rank)]
-                bucket.sums.append((rank, self.group.comm.Irecv(view, rank, self._tag(bucket, self.tags))))
+                bucket.sums.append(self.group.mail.receive(view, rank, self._tag(bucket, self.tags)))
             offset += length
 
     def _tag(self, bucket: Bucket, k: int) -> int:
@@ -128,7 +128,7 @@ class Canonical(Bucketed):
         bucket.sums, bucket.sends = unfinished(bucket.sums), unfinished(bucket.sends)
         pending = bucket.partials + bucket.sums + bucket.sends
         if pending or bucket.summed is not None:
-            return [rank for rank, _ in pending]
+            return [message.peer for message in pending if message.peer is not None]
         part = slice(bucket.start, bucket.stop)
         self.transport.arrive(self.sum[part], self.total[part])
         bucket.done = True
@@ -139,7 +139,7 @@ class Canonical(Bucketed):
         for rank in self._others():
             part = self._part(bucket, rank)
             for k, mirror in enumerate(self.mine):
-                bucket.sends.append((rank, self.group.comm.Isend(mirror[part], rank, self._tag(bucket, k))))
+                bucket.sends.append(self.group.mail.send(mirror[part], rank, self._tag(bucket, k)))
 
     def _combine(self, bucket: Bucket) -> None:
         """Finishes the tree for my part of a bucket."""
@@ -163,7 +163,7 @@ class Canonical(Bucketed):
         bucket.summed = None
         part, tag = self._part(bucket, self.group.rank), self._tag(bucket, self.tags)
         for rank in self._others():
-            bucket.sends.append((rank, self.group.comm.Isend(self.sum[part], rank, tag)))
+            bucket.sends.append(self.group.mail.send(self.sum[part], rank, tag))
 
     def finish(self) -> Any:
         """The sum over all lanes, the same bits everywhere. Collective."""
