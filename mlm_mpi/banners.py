@@ -39,7 +39,7 @@ class BannerFilter:
     # what the launcher's own parts say to each other when ranks leave while they still talk (seen in 1 of 20 ends)
     # (PMIX ERROR), and what its event loop says of a socket that they have closed (Epoll, 1 of 40 ends)
     # and what collectives that a death has ended say of it, with an empty line (NBC_Progress)
-    _NOISE = re.compile(rb"\[[^\]\n]+\] (PMIX ERROR: |Epoll MOD\()[^\n]*\n|NBC_Progress: an error [^\n]*\n\n?")
+    _NOISE = re.compile(rb"\[[^\]\n]+\] (PMIX ERROR: |Epoll MOD\()[^\n]*\n|NBC_Progress: an error [^\n]*\n")
 
     def __init__(self, on_death: Callable[[int, int], None], on_loss: Callable[[str], None]) -> None:
         self.passed = False  # whether anything was said that the user sees
@@ -47,6 +47,7 @@ class BannerFilter:
         self._held = b""
         self._inside_line = False
         self._after_block = False
+        self._after_noise = False
 
     def feed(self, data: bytes) -> bytes:
         """What may be shown now that `data` has arrived."""
@@ -55,6 +56,8 @@ class BannerFilter:
         while self._held:
             if self._after_block and self._held[:1] == b"\0":
                 self._held = self._held[1:]
+            elif self._after_noise and self._held[:1] == b"\n":
+                self._held, self._after_noise = self._held[1:], False
             elif not self._inside_line and self._may_be_block():
                 block = self._BLOCK.match(self._held)
                 if block is None:
@@ -64,6 +67,7 @@ class BannerFilter:
                 noise = self._NOISE.match(self._held)
                 if noise is None:
                     break
+                self._after_noise = noise[0].startswith(_NBC)
                 self._held = self._held[noise.end() :]
             else:
                 out += self._pass_line()
@@ -109,6 +113,7 @@ class BannerFilter:
 
     def _pass_line(self) -> bytes:
         line, newline, self._held = self._held.partition(b"\n")
+        self._after_noise = False
         self._after_block = not self._inside_line and self._LAST.fullmatch(line + newline) is not None
         self._inside_line = not newline
         self.passed = True

@@ -218,7 +218,7 @@ class _Job:
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
         self.again = False  # one more came
         self.lost = False  # a node; mpirun exits with 0 then
-        self.ends: dict[str, int] = {}  # what ranks that recover said: "failed" or "ended" -> the first exit code
+        self.ends: dict[str, int] = {}  # what ranks that recover said (launch.tell_end) -> the first exit code
         self.deadline = float("inf")
         self.repeat_at = float("inf")
         self.began: float | None = None  # while the ranks are awaited
@@ -243,7 +243,7 @@ class _Job:
             code = self._wait(process)
             pump.join(timeout=5)
             self.screen.close()
-            code = self._told(code or int(self.lost))
+            code = self._told(code or int(self.lost), banners.passed)
         if code and not banners.passed and self.cause is None and not self.worded_end:
             self.screen.say(
                 f"the job ended with exit code {code} and no message: a rank left silently, or without MPI_Finalize"
@@ -274,16 +274,20 @@ class _Job:
     def _hear_end(self, text: str) -> None:
         """A rank has failed, which the others may survive, or the program has ended."""
         how, _, code = text.partition(" ")
-        if how in ("failed", "ended") and code.isdecimal():
+        if how in ("failed", "lost", "ended") and code.isdecimal():
             self.ends.setdefault(how, int(code))
 
-    def _told(self, code: int) -> int:
+    def _told(self, code: int, explained: bool) -> int:
         """The exit code of ranks that recover: mpiexec's is 0 when all have died, and that of one when others lived."""
-        if not self.limits.recovers or self.cause is not None:
+        if not self.limits.recovers or self.cause is not None or self.worded_end:
             return code
         if "ended" in self.ends:
             return self.ends["ended"]
-        return self.ends.get("failed", code or 1)
+        if "failed" not in self.ends and not explained:
+            again = "" if self.grace_s is None else ": start again to go on from the last checkpoint"
+            who = "a rank has died before the others could go on" if "lost" in self.ends else "all ranks have died"
+            self._say_end(f"{who} (often the memory limit: see dmesg){again}")
+        return self.ends.get("failed", code or 128 + signal.SIGKILL)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

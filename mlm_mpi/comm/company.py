@@ -77,6 +77,8 @@ class Company:
         self._board = _shared_board(node)
         node.Free()
         self.recovers, self._generation = recovers, 0
+        self.names = list(range(comm.Get_size()))  # what each rank was called when the job began
+        self.lost: list[str] = []  # who has died, and what it did last
         self._begin(comm)
         self.meet(comm.Dup())
         self.note("the start of the job")
@@ -97,9 +99,14 @@ class Company:
         self.mailboxes.append(made)
         return made
 
-    def without_the_dead(self, comm: Any) -> "Company":
-        """The company of those who live, on the communicator that MPI gave them. They have yet to `meet`."""
-        made = copy.copy(self)
+    def without_the_dead(self, comm: Any, before: Any) -> "Company":
+        """The company of those who live, on the communicator that MPI made of `before`. They have yet to `meet`."""
+        made, living = copy.copy(self), comm.Get_group()
+        alive = living.Translate_ranks(range(comm.Get_size()), before.Get_group())
+        made.names = [self.names[rank] for rank in alive]
+        signs = {sign.rank: sign._replace(rank=self.names[sign.rank]) for sign in self.here()}
+        dead = sorted({*range(self.size)} - {*alive})
+        made.lost = self.lost + [str(signs[rank]) if rank in signs else f"rank {self.names[rank]}" for rank in dead]
         made._generation += 1
         made._begin(comm)
         made.note(f"recovery number {made._generation}")

@@ -140,7 +140,7 @@ def _tell_launcher(rank: int, state: str) -> None:
 
 
 def tell_end(how: str, code: int) -> None:
-    """Tells the launcher what this rank's exit code would be: "failed", for itself, or "ended", for the job."""
+    """Tells the launcher an exit code: "failed", of this rank; "lost", for want of another; "ended", of the job."""
     if signs.is_heard():
         os.write(2, signs.sign("end", f"{how} {code}"))
 
@@ -212,9 +212,11 @@ def supervise(body: Callable[[], int]) -> int:
     try:
         code = body()
         sys.stdout.flush()
-    except PeerLost as error:  # where nobody goes on: each says it, the launcher shows it once
-        _say(f"mlm-mpi: {error}")
-        code = _leave(error.exit_code, size)
+    except PeerLost as error:  # where nobody goes on; who has died may have said why
+        tell_end("lost", error.exit_code)
+        if not signs.is_heard():
+            _say(f"mlm-mpi: {error}")
+        os.kill(os.getpid(), signal.SIGKILL)
     except MlmError as error:
         code = _report(error, rank, size)
     except KeyboardInterrupt:
@@ -232,6 +234,10 @@ def supervise(body: Callable[[], int]) -> int:
         else:  # a matter of the machine, not a bug, that nobody nearer had words for
             name = os.fspath(error.filename) if isinstance(error.filename, os.PathLike) else error.filename
             code = _report(MlmError(f"{name}: {error.strerror}: mend it, or give another path"), rank, size)
+    except SystemExit as left:
+        if not recovers():
+            raise
+        code = _leave(left.code if isinstance(left.code, int) else 1, size)
     except Exception:
         code = _report_bug(rank, size)
     finish()

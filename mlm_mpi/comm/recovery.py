@@ -32,7 +32,7 @@ def survivors(group: Group, lost: PeerLost) -> Group:
         with _within(_SHRINK_S, "MPI has not shrunk the communicator"):
             comm = group.comm.Shrink()
         assert group.company is not None, "only the ranks of a job are lost"
-        group = Group(comm, group.timeout_s, group.company.without_the_dead(comm))
+        group = Group(comm, group.timeout_s, group.company.without_the_dead(comm, group.comm))
         try:
             _meet(group)
         except PeerLost as again:

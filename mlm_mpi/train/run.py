@@ -20,7 +20,7 @@ from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.errors import DataError, MlmError, PeerLost, agreed, ranges
+from mlm_mpi.errors import DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
 from mlm_mpi.monitor.sinks import check, opened
@@ -62,6 +62,7 @@ class Run:
     def __init__(self, config: Config, options: Options, open_task: OpenTask, group: Group) -> None:
         self.options, self.plugins = options, options.plugins
         self.group = group.with_timeout(config.comm.timeout_s)
+        self._mourned = 0  # so many lost ranks have been told of
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
         on_node = self.group.on_node()
@@ -108,8 +109,8 @@ class Run:
         done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "whether DONE stands")
         if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
             return self._say_complete(manifest, done[1])
-        first = self._go_on(manifest)
-        self.ledger = self._open_ledger(first)
+        self._first = first = self._go_on(manifest)
+        self.ledger, self._writes = self._open_ledger(first), self.group.rank == 0
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
         rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
@@ -162,10 +163,11 @@ class Run:
         """A group of those who live, and all that hangs on a group made anew for it."""
         began, before = time.perf_counter(), self.group
         self.group = survivors(before, lost)
-        places = self.group.allgather([before.rank, place.step, place.told], "where everybody is")
-        if len({step for _, step, _ in places}) > 1:
+        places = self.group.allgather([place.step, place.told, self._writes], "where everybody is")
+        if len({step for step, _, _ in places}) > 1:
             raise agreed(MlmError(f"ranks that live have made different steps: {places}: report this as a bug"))
-        told = all(told for _, _, told in places)
+        written = places[0][2] or place.step == self._first  # else who writes down what follows a step has died
+        told = written and all(told for _, told, _ in places)
         self._refuse_again()
         self.mesh = Mesh(self.group)
         machine = self.engine.machine
@@ -177,16 +179,20 @@ class Run:
             if self.group.rank == 0:
                 self.folder.take_over()
                 checkpoint.remove_unfinished(self.folder.checkpoints)
-        if self.group.rank == 0 and before.rank != 0:
-            self.ledger = self._new_ledger(place.step if told else place.step - 1)
+        if self.group.rank == 0 and not self._writes:
+            self.ledger, self._writes = self._new_ledger(place.step if told else place.step - 1), True
         trainer.ledger, trainer.keeper = self.ledger, self._keeper()
         if not machine.reduction.stable:
             self.incomparable = f"a rank was lost, and comm.reduction = {self.config.comm.reduction}"
-        dead = sorted({*range(before.size)} - {rank for rank, _, _ in places})
-        took = time.perf_counter() - began
-        left = f"{self.group.size} go on after step {place.step} ({took:.2f} s)"
-        self.ledger.alarm(f"rank {ranges(dead)} of {before.size} is lost: {left}")
+        self._tell_loss(place.step, time.perf_counter() - began)
         return Place(place.step, told)
+
+    def _tell_loss(self, step: int, took_s: float) -> None:
+        assert self.group.company is not None
+        lost = self.group.company.lost
+        named, self._mourned = lost[self._mourned :], len(lost)
+        left = f"{self.group.size} of {len(lost) + self.group.size} ranks go on after step {step} ({took_s:.2f} s)"
+        self.ledger.alarm(f"lost {'; '.join(named)}: {left}")
 
     def _refuse_again(self) -> None:
         """Ends the run where a second rank has failed at the same work: it would kill one rank after another."""

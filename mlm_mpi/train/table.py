@@ -44,9 +44,17 @@ def plan_rows(
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
         *([("average", averaged)] if machine.average is not None else []),
+        *([("if a rank dies", _after_a_death(config, engine.group.recovers))] if ranks > 1 else []),
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
+
+
+def _after_a_death(config: Config, recovers: bool) -> str:
+    if recovers:
+        return "the others go on, to the same bits"
+    why = "not started by mlm-mpi run, or not on Open MPI 5 with ULFM" if config.comm.recover else "comm.recover is off"
+    return f"the job ends, and the same command goes on ({why})"
 
 
 def _mixture(mixture: Mixture, drawn: int) -> list[tuple[str, str]]:

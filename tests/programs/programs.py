@@ -67,8 +67,8 @@ entry()
 
 # `mlm-mpi run` for another program than `python -m mlm_mpi`
 LAUNCH = (
-    "import sys; from mlm_mpi.comm.launch import supervise; from mlm_mpi.launcher import run_job; "
-    "sys.exit(supervise(lambda: run_job([sys.executable, '-P', *sys.argv[2:]], int(sys.argv[1]))))"
+    "import sys; from mlm_mpi.comm.launch import supervise; from mlm_mpi.launcher import Limits, run_job; "
+    "sys.exit(supervise(lambda: run_job([sys.executable, '-P', *sys.argv[2:]], int(sys.argv[1]), limits={limits})))"
 )
 
 
@@ -124,10 +124,11 @@ class Place:
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         return self.popen([sys.executable, "-P", "-m", "mlm_mpi", *words], **environment)
 
-    def faulty(self, fault: str, run: str, ranks: int, *more: str) -> Ended:
-        """A training in which each rank runs `fault` first."""
+    def faulty(self, fault: str, run: str, ranks: int, *more: str, recovers: bool = False) -> Ended:
+        """A training in which each rank runs `fault` first. `recovers`: the others may live on when one dies."""
         words = [str(self.faulty_script(fault)), *self.words(run, None, *more)]
-        return ended(self.popen([sys.executable, "-P", "-c", LAUNCH, str(ranks), *words]))
+        launch = LAUNCH.format(limits="Limits(joins=True, recovers=True)" if recovers else "None")
+        return ended(self.popen([sys.executable, "-P", "-c", launch, str(ranks), *words]))
 
     def faulty_script(self, fault: str) -> Path:
         """A program like mlm-mpi that runs `fault` first."""

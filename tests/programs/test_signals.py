@@ -48,8 +48,8 @@ def test_each_signal_in_turn_and_the_last_bits_are_those_of_an_undisturbed_run(p
     assert place.losses("run") == home.losses("long")
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_the_next_start_goes_on(place, home, undisturbed):
-    job = place.start(*place.words("run", 3, *LONG))
+def test_without_recovery_a_rank_that_is_killed_ends_the_job_and_the_next_start_goes_on(place, home, undisturbed):
+    job = place.start(*place.words("run", 3, *LONG, "comm.recover=false"))
     seen(job, "step 10/40")
     members = ranks_of(job)
     members[1].kill()

@@ -1,0 +1,223 @@
+"""A rank dies and the run goes on, to the bits of a run that nothing disturbed."""
+
+import json
+import re
+import time
+
+import pytest
+from programs import EVERY_TWO, SOON_S, ended
+
+from mlm_mpi import mpiexec
+
+
+def _lacks_ulfm() -> bool:
+    path = mpiexec.find()
+    version = mpiexec.version_text(path)
+    return not mpiexec.can_recover(path, mpiexec.vendor(version), mpiexec.openmpi_major(version))
+
+
+pytestmark = pytest.mark.skipif(_lacks_ulfm(), reason="this MPI has no ULFM")
+
+# where a rank dies in or after its fourth step: {victims} are kept from going on from there
+DIES = """
+import signal
+from mlm_mpi.comm.group import Group
+from mlm_mpi.train.checkpoint import Saver
+from mlm_mpi.train.run import Run
+
+at = [0]
+me = int(os.environ["OMPI_COMM_WORLD_RANK"])
+
+def before_step(rank, step):
+    at[0] = step
+    die_if("step")
+
+def die_if(point):
+    if point == {point!r} and me in {victims} and at[0] == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def before(point, kind, name, wanted=lambda *words: True):
+    inner = getattr(kind, name)
+    def method(self, *words):
+        if wanted(*words):
+            die_if(point)
+        return inner(self, *words)
+    setattr(kind, name, method)
+
+def after(point, kind, name):
+    inner = getattr(kind, name)
+    def method(self, *words):
+        found = inner(self, *words)
+        die_if(point)
+        return found
+    setattr(kind, name, method)
+
+before("agreement", Group, "agree")
+after("agreed", Group, "agree")
+before("losses", Group, "allgather_array", lambda row, what: "losses of step" in what)
+before("measured", Group, "allgather_array", lambda row, what: what == "held-out losses")
+before("save", Saver, "begin")
+before("collected", Saver, "_collect")
+before("words", Run, "_weights")
+before("end", Group, "agree", lambda what: what == "the end of the training")
+"""
+BEFORE = ("step", "losses", "agreement")  # of all, the step is tried again
+MIDDLE = (*BEFORE, "agreed", "save", "collected")
+FEW = {("step", 0), ("agreement", 2), ("agreed", 0), ("measured", 2), ("words", 0)}
+
+
+def cases():
+    points = [(point, 3) for point in MIDDLE] + [(point, 5) for point in ("measured", "words", "end")]
+    for point, step in points:
+        for victim in (0, 2):
+            marks = () if (point, victim) in FEW else pytest.mark.slow
+            yield pytest.param(point, step, victim, marks=marks, id=f"{point}-{victim}")
+
+
+def undisturbed(place, home, straight, found):
+    """The bits, the numbers of every step once, and nothing left of a save that was under way."""
+    assert found.weights == straight.weights
+    assert place.losses("run") == home.losses("straight")
+    assert not [name for name in place.checkpoints("run") if name.startswith(".")]
+    done = json.loads((place.folder / "run" / "DONE").read_text())
+    assert (done["step"], done["weights_sha256"]) == (6, straight.weights)
+
+
+@pytest.mark.parametrize(("point", "step", "victim"), list(cases()))
+def test_a_rank_dies_and_the_others_go_on(place, home, straight, point, step, victim):
+    fault = DIES.format(point=point, step=step, victims=[victim])
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    if (point, victim) != ("end", 0):  # who has said the last words dies after them
+        lost = re.findall(r"lost rank (\d) did last, .*: (\d) of 3 ranks go on after step (\d) ", found.out)
+        assert lost == [(str(victim), "2", str(step + (point not in BEFORE)))], found.out
+    assert found.err == "", "one line of rank 0 is enough"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "victims"),
+    [pytest.param(4, [0, 1, 2], id="all but one"), pytest.param(3, [1, 2], id="two", marks=pytest.mark.slow)],
+)
+def test_several_die_at_once(place, home, straight, ranks, victims):
+    found = place.faulty(DIES.format(point="step", step=3, victims=victims), "run", ranks, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+
+
+@pytest.mark.slow
+def test_another_rank_dies_in_the_recovery(place, home, straight):
+    """While the others gather where they are."""
+    fault = DIES.format(point="step", step=3, victims=[2]) + (
+        "given = Group.allgather\n"
+        "def allgather(self, value, what):\n"
+        "    if what == 'where everybody is' and self.rank == 1 and self.size == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return given(self, value, what)\n"
+        "Group.allgather = allgather\n"
+    )
+    found = place.faulty(fault, "run", 4, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert "2 of 4 ranks go on after step 3" in found.out
+
+
+def test_when_all_die_the_job_ends_and_the_next_start_goes_on(place, home, straight):
+    begin = time.monotonic()
+    killed = place.faulty(DIES.format(point="step", step=5, victims=[0, 1, 2]), "run", 3, *EVERY_TWO, recovers=True)
+    assert time.monotonic() - begin < SOON_S and killed.code != 0 and "start again" in killed.err
+    assert not (place.folder / "run" / "DONE").exists()
+    undisturbed(place, home, straight, place.train("run", 2, *EVERY_TWO))
+
+
+ONCE = """
+import pathlib
+me = int(os.environ["OMPI_COMM_WORLD_RANK"])
+def before_step(rank, step):
+    flag = pathlib.Path("raised")
+    if me == 1 and step == 3 and not flag.exists():
+        flag.touch()
+        {raises}
+"""
+
+
+@pytest.mark.parametrize(
+    ("raises", "text"),
+    [
+        ('raise ZeroDivisionError("injected")', "mlm-mpi: rank 1 of 3 failed:\nTraceback "),
+        ("sys.exit(3)", ""),
+        pytest.param('raise MemoryError("injected")', "mlm-mpi: rank 1: out of memory", marks=pytest.mark.slow),
+    ],
+    ids=["bug", "exit", "memory"],
+)
+def test_a_rank_that_fails_ends_itself_and_no_other(place, home, straight, raises, text):
+    found = place.faulty(ONCE.format(raises=raises), "run", 3, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert found.err.startswith(text) and found.err.count("Traceback") == text.count("Traceback")
+
+
+POISON = """
+def before_step(rank, step):
+    pass
+
+from mlm_mpi.layers.chain import Chain
+given = Chain.forward
+
+def forward(self, x, ctx):
+    if ctx.training and (ctx.step, ctx.batch.index) == (3, 5):
+        raise ZeroDivisionError("injected")
+    return given(self, x, ctx)
+
+Chain.forward = forward
+"""
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_fails_on_two_ranks_ends_the_run(place, ranks):
+    """It would kill one rank after another."""
+    begin = time.monotonic()
+    found = place.faulty(POISON, "run", ranks, *EVERY_TWO, recovers=True)
+    assert time.monotonic() - begin < SOON_S
+    assert found.code == 1 and found.err.count("ZeroDivisionError: injected\n") == (3 if ranks > 2 else 2)
+    if ranks > 2:  # else the last one has nobody to tell
+        last = found.err.splitlines()[-1]
+        assert last == "mlm-mpi: step 4, micro-batch 5 has failed on two ranks: ZeroDivisionError: injected"
+
+
+STOP = """
+import signal
+def before_step(rank, step):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1" and step == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_rank_that_never_comes_is_killed_after_the_time_allowed(place, home, straight):
+    found = place.faulty(STOP, "run", 3, *EVERY_TWO, "comm.timeout_s=2", recovers=True)
+    undisturbed(place, home, straight, found)
+    assert re.match(
+        r"mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait .*stopped\).*: killed, and the others go on", found.err
+    )
+
+
+def test_bad_input_of_one_rank_before_the_first_step_ends_the_job(place):
+    """As without recovery: one line, exit code 2."""
+    fault = """
+from mlm_mpi.errors import DataError
+from mlm_mpi.comm.group import Group
+given = Group.on_node
+def before_step(rank, step):
+    pass
+def on_node(self):
+    if self.rank == 1:
+        raise DataError("a shard is damaged")
+    return given(self)
+Group.on_node = on_node
+"""
+    found = place.faulty(fault, "run", 3, recovers=True)
+    assert found.code == 2 and found.err.startswith("mlm-mpi: rank 1: a shard is damaged\n"), found.err
+    assert found.err.count("\n") <= 2
+
+
+def test_the_start_says_what_a_death_means(place):
+    process = place.start(*place.words("run", 2, "--max-steps", "1"))
+    assert re.search("if a rank dies +the others go on, to the same bits", ended(process).out)
+    off = place.train("run", 2, "comm.recover=false", "--max-steps", "1")
+    assert re.search(r"if a rank dies +the job ends, and the same command goes on \(comm.recover is off\)", off.out)
