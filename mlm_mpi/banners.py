@@ -47,7 +47,7 @@ class BannerFilter:
         self._held = b""
         self._inside_line = False
         self._after_block = False
-        self._after_noise = False
+        self._owed = 0  # empty lines that belong to noise, which ranks write between each other's
 
     def feed(self, data: bytes) -> bytes:
         """What may be shown now that `data` has arrived."""
@@ -56,8 +56,8 @@ class BannerFilter:
         while self._held:
             if self._after_block and self._held[:1] == b"\0":
                 self._held = self._held[1:]
-            elif self._after_noise and self._held[:1] == b"\n":
-                self._held, self._after_noise = self._held[1:], False
+            elif self._owed and not self._inside_line and self._held[:1] == b"\n":
+                self._held, self._owed = self._held[1:], self._owed - 1
             elif not self._inside_line and self._may_be_block():
                 block = self._BLOCK.match(self._held)
                 if block is None:
@@ -67,7 +67,7 @@ class BannerFilter:
                 noise = self._NOISE.match(self._held)
                 if noise is None:
                     break
-                self._after_noise = noise[0].startswith(_NBC)
+                self._owed += noise[0].startswith(_NBC)
                 self._held = self._held[noise.end() :]
             else:
                 out += self._pass_line()
@@ -113,7 +113,6 @@ class BannerFilter:
 
     def _pass_line(self) -> bytes:
         line, newline, self._held = self._held.partition(b"\n")
-        self._after_noise = False
         self._after_block = not self._inside_line and self._LAST.fullmatch(line + newline) is not None
         self._inside_line = not newline
         self.passed = True

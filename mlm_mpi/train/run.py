@@ -3,10 +3,8 @@
 open the data · build the engine · resume · train (trainer.py) · report
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.comm.recovery import survivors
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
@@ -35,6 +32,7 @@ from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.measure import measure
 from mlm_mpi.train.memory import check_memory
+from mlm_mpi.train.recovery import Recovery
 from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerprints
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
@@ -62,7 +60,6 @@ class Run:
     def __init__(self, config: Config, options: Options, open_task: OpenTask, group: Group) -> None:
         self.options, self.plugins = options, options.plugins
         self.group = group.with_timeout(config.comm.timeout_s)
-        self._mourned = 0  # so many lost ranks have been told of
         self.stop = StopRequest(options.max_time_s, options.max_steps)
         self.folder = RunFolder(options.run)
         on_node = self.group.on_node()
@@ -109,13 +106,14 @@ class Run:
         done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "whether DONE stands")
         if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
             return self._say_complete(manifest, done[1])
-        self._first = first = self._go_on(manifest)
-        self.ledger, self._writes = self._open_ledger(first), self.group.rank == 0
+        first = self._go_on(manifest)
+        self.ledger = self._open_ledger(first)
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
         rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
-        mend = self._mend if self.group.recovers else None
-        trainer = Trainer(rhythm, self.engine, loader, self._keeper(), self.ledger, self.stop, self._measure, mend)
+        recovery = Recovery(self, first, self.group.rank == 0) if self.group.recovers else None
+        mend = recovery.mend if recovery is not None else None
+        trainer = Trainer(rhythm, self.engine, loader, self.keeper(), self.ledger, self.stop, self._measure, mend)
         try:
             return self._to_the_end(trainer, Place(first))
         except MlmError as error:
@@ -147,61 +145,18 @@ class Run:
             except PeerLost as lost:
                 if trainer.mend is None:
                     raise
-                place = self._mend(trainer, lost, Place(step))
+                place = trainer.mend(trainer, lost, Place(step))
             else:
                 return 0
 
-    def _mend(self, trainer: Trainer, lost: PeerLost, place: Place) -> Place:
-        """Where the ranks that live go on. Collective over them."""
-        while True:
-            try:
-                return self._go_on_without(trainer, lost, place)
-            except PeerLost as again:
-                lost = again
-
-    def _go_on_without(self, trainer: Trainer, lost: PeerLost, place: Place) -> Place:
-        """A group of those who live, and all that hangs on a group made anew for it."""
-        began, before = time.perf_counter(), self.group
-        self.group = survivors(before, lost)
-        places = self.group.allgather([place.step, place.told, self._writes], "where everybody is")
-        if len({step for step, _, _ in places}) > 1:
-            raise agreed(MlmError(f"ranks that live have made different steps: {places}: report this as a bug"))
-        written = places[0][2] or place.step == self._first  # else who writes down what follows a step has died
-        told = written and all(told for _, told, _ in places)
-        self._refuse_again()
-        self.mesh = Mesh(self.group)
-        machine = self.engine.machine
-        made = partial(reduction, self.config, self.plugins, machine.store, mesh=self.mesh, place=self.place)
-        self.engine.regroup(self.mesh, lambda assignment: made(assignment=assignment))
-        trainer.keeper.abandon()
-        self.group.barrier("all to be through with the save under way")
-        with self.group.together("taking the run folder over"):
-            if self.group.rank == 0:
-                self.folder.take_over()
-                checkpoint.remove_unfinished(self.folder.checkpoints)
-        if self.group.rank == 0 and not self._writes:
-            self.ledger, self._writes = self._new_ledger(place.step if told else place.step - 1), True
-        trainer.ledger, trainer.keeper = self.ledger, self._keeper()
-        if not machine.reduction.stable:
-            self.incomparable = f"a rank was lost, and comm.reduction = {self.config.comm.reduction}"
-        self._tell_loss(place.step, time.perf_counter() - began)
-        return Place(place.step, told)
-
-    def _tell_loss(self, step: int, took_s: float) -> None:
-        assert self.group.company is not None
-        lost = self.group.company.lost
-        named, self._mourned = lost[self._mourned :], len(lost)
-        left = f"{self.group.size} of {len(lost) + self.group.size} ranks go on after step {step} ({took_s:.2f} s)"
-        self.ledger.alarm(f"lost {'; '.join(named)}: {left}")
-
-    def _refuse_again(self) -> None:
-        """Ends the run where a second rank has failed at the same work: it would kill one rank after another."""
-        found = self.group.broadcast(self.folder.failures() if self.group.rank == 0 else None, "what ranks have said")
-        seen: set[tuple[int, int]] = set()
-        for step, index, text in found:
-            if (step, index) in seen:
-                raise agreed(MlmError(f"step {step + 1}, micro-batch {index} has failed on two ranks: {text}"))
-            seen.add((step, index))
+    def regroup(self, group: Group) -> None:
+        """Makes anew, for the ranks of a group, what hangs on one, but for what writes down. Collective over it."""
+        self.group, self.mesh = group, Mesh(group)
+        config, plugins, mesh, place = self.config, self.plugins, self.mesh, self.place
+        store = self.engine.machine.store
+        self.engine.regroup(mesh, lambda assignment: reduction(config, plugins, store, assignment, mesh, place))
+        if not self.engine.machine.reduction.stable:
+            self.incomparable = f"a rank was lost, and comm.reduction = {config.comm.reduction}"
 
     def _measure(self) -> float | None:
         """Held-out loss in nats per target, None where the corpora hold nothing out. Collective."""
@@ -214,7 +169,7 @@ class Run:
             self.ledger.say("held-out  " + ", ".join(f"{name} {part.mean:.4f}" for name, part in sums.parts.items()))
         return sums.mean
 
-    def _keeper(self) -> Keeper:
+    def keeper(self) -> Keeper:
         saving, engine = self.config.checkpoint, self.engine
         saver = checkpoint.Saver(
             self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
@@ -265,9 +220,9 @@ class Run:
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")
-        return self._new_ledger(step)
+        return self.new_ledger(step)
 
-    def _new_ledger(self, step: int) -> Ledger:
+    def new_ledger(self, step: int) -> Ledger:
         """Sinks and progress of a run that has made so many steps."""
         log = self.config.log
         table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)

@@ -297,7 +297,7 @@ def test_a_rank_that_never_comes_to_the_start_is_named_and_the_job_ended(tmp_pat
 def test_a_rank_that_stops_between_mpi_init_and_the_first_step_is_named(tmp_path):
     """The others are inside MPI, where the first communicator is made."""
     inside = STOPPED.replace(
-        "    os.kill(", "    from mlm_mpi.comm.group import Group\n    Group.of_world = lambda comm: os.kill("
+        "    os.kill(", "    from mlm_mpi.comm.group import Group\n    Group.of_world = lambda *any: os.kill("
     )
     assert inside != STOPPED
     code, _, err = finish(stopped_start(tmp_path, "Limits(60, 4, True)", inside))
@@ -394,8 +394,8 @@ def test_the_command_line(monkeypatch, tmp_path):
     launcher.main(parsed("--", "generate"))
     train = [sys.executable, "-P", "-m", "mlm_mpi", "train", str(config), "--run", "r"]
     assert calls == [
-        (train, 2, None, "", Limits(60.0, 300.0, True)),
-        (train, 3, None, "", Limits(5.0, 9.0, True)),
+        (train, 2, None, "", Limits(60.0, 300.0, True, True)),
+        (train, 3, None, "", Limits(5.0, 9.0, True, True)),
         ([*train[:4], "prepare"], 3, None, "", Limits(None, 300.0, True)),
         ([*train[:4], "evaluate"], 3, None, "", Limits(None, 300.0, True)),
         ([*train[:4], "generate"], 3, None, "", Limits(None, 300.0, False)),

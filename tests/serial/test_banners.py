@@ -136,6 +136,18 @@ def test_the_banner_filter_drops_what_pmix_says_to_itself(size):
     assert banners.passed
 
 
+NBC = b"NBC_Progress: an error 75 was found during schedule 0x5587fc7cbc80 at row-offset 0 - aborting the schedule\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_the_banner_filter_drops_what_collectives_say_of_a_death(size):
+    """Each rank writes its line and an empty one, between those of others."""
+    banners = BannerFilter(ignore, ignore)
+    text = b"a line\n" + NBC + NBC + b"\nmore\n\n\n" + b"NBC is no noise\n"
+    out = b"".join(banners.feed(text[at : at + size]) for at in range(0, len(text), size))
+    assert out + banners.close() == b"a line\nmore\n\nNBC is no noise\n"
+
+
 @pytest.mark.parametrize("size", [1, 3, 8, 1000])
 def test_what_another_rank_has_said_is_not_said_again(size):
     said = (
