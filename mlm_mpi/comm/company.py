@@ -32,6 +32,8 @@ _ROLL_S = 1.0
 _RENEW_S = 0.1
 _FRESH_S = 5.0  # who waits renews its sign ten times a second; this leaves room for a machine that is overloaded
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
+_STOPPED_S = 1.0  # a process that is stopped for so long does not go on by itself
+_LOOK_S = 0.25
 _NAME_BYTES = 512
 
 
@@ -88,6 +90,7 @@ class Company:
         self.mailboxes: list[Mailbox] = []
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
+        self._looked, self._stopped = 0.0, dict[int, float]()  # process -> since when it was seen stopped
 
     def meet(self, comm: Any) -> None:
         """The communicator by which the roll is called."""
@@ -160,6 +163,20 @@ class Company:
         text = f"rank {ranges(missing)} did not arrive, {waiting}; {'; '.join(last + silent)}"
         return Absence(teller, text, [signs[rank] for rank in missing if rank in signs])
 
+    def stopped(self) -> list[Sign]:
+        """Ranks of my node whose processes are stopped, and have been each time that I looked for a while."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return []
+        self._looked = now
+        found = [sign for sign in self.here() if sign.stopped]
+        self._stopped = {sign.process: self._stopped.get(sign.process, now) for sign in found}
+        return [sign for sign in found if now - self._stopped[sign.process] >= _STOPPED_S]
+
+    def teller(self) -> int:
+        """The lowest of the ranks of my node that wait, which is to tell what all of them see."""
+        return min([self.rank, *(sign.rank for sign in self.here() if sign.is_here)])
+
     def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> None:
         """Kills those of my node who do not come, so that the others can go on without them."""
         if teller == self.rank:
@@ -169,6 +186,7 @@ class Company:
             if sign.host == os.uname().nodename and sign.process != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(sign.process, signal.SIGKILL)
+        self._stopped = {}
 
     def _roll(self) -> dict[int, Sign]:
         """Calls all other ranks and gathers signs for a while."""

@@ -45,7 +45,8 @@ class Group:
     @classmethod
     def of_world(cls, comm: Any, recovers: bool = False) -> "Group":
         """All ranks of the job. Collective over `comm`. `recovers`: the job can go on without a rank that died."""
-        return cls(comm, company=Company(comm, recovers=recovers) if comm.Get_size() > 1 else None)
+        with Mailbox(comm, recovers).translated():
+            return cls(comm, company=Company(comm, recovers=recovers) if comm.Get_size() > 1 else None)
 
     def with_timeout(self, timeout_s: float) -> "Group":
         """The same ranks, waiting for another time."""
@@ -83,7 +84,8 @@ class Group:
         from mpi4py import MPI
 
         self.barrier("a communicator of the node")  # MPI has no split that can be polled
-        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        with self.mail.translated():
+            node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         place = node.Get_rank(), node.Get_size()
         node.Free()
         return place
@@ -135,6 +137,9 @@ class Group:
                 time.sleep(_NAP_S)
             if waited > _LONG_S and self.company is not None:
                 self.company.answer()
+                if self.recovers and (found := self.company.stopped()):
+                    text = "; ".join(map(str, found))
+                    self.company.put_down(found, text, self.company.teller())
 
     def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> tuple[CommError, list[Sign]]:
         """What to say, and the signs of those who have not come, if they are known."""

@@ -181,20 +181,30 @@ def test_what_fails_on_two_ranks_ends_the_run(place, ranks):
         assert last == "mlm-mpi: step 4, micro-batch 5 has failed on two ranks: ZeroDivisionError: injected"
 
 
-STOP = """
-import signal
+HELD_UP = """
+import signal, time
 def before_step(rank, step):
     if os.environ["OMPI_COMM_WORLD_RANK"] == "1" and step == 3:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        {how}
 """
 
 
-def test_a_rank_that_never_comes_is_killed_after_the_time_allowed(place, home, straight):
-    found = place.faulty(STOP, "run", 3, *EVERY_TWO, "comm.timeout_s=2", recovers=True)
+def test_a_rank_that_is_stopped_is_killed(place, home, straight):
+    begin = time.monotonic()
+    fault = HELD_UP.format(how="os.kill(os.getpid(), signal.SIGSTOP)")
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, recovers=True)
+    assert time.monotonic() - begin < SOON_S
     undisturbed(place, home, straight, found)
-    assert re.match(
-        r"mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait .*stopped\).*: killed, and the others go on", found.err
-    )
+    named = r"mlm-mpi: rank 1 did last, \d s ago: .* \(process \d+ on .*, stopped\): killed, and the others go on\n"
+    assert re.fullmatch(named, found.err)
+
+
+def test_a_rank_that_never_comes_is_killed_after_the_time_allowed(place, home, straight):
+    fault = HELD_UP.format(how="time.sleep(60)")
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, "comm.timeout_s=2", recovers=True)
+    undisturbed(place, home, straight, found)
+    named = r"mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait .*\): look at .*: killed, and the others go on\n"
+    assert re.fullmatch(named, found.err)
 
 
 def test_bad_input_of_one_rank_before_the_first_step_ends_the_job(place):
