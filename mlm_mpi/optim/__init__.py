@@ -3,10 +3,12 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config.keys import key
+
+if TYPE_CHECKING:
+    from mlm_mpi.comm.mesh import Mesh  # imports NumPy, which must not load before its environment is set
 
 
 @dataclass(frozen=True)
@@ -70,4 +72,4 @@ class Shared(Protocol):
     """
 
     def prepare(self, gradient: Any, learning_rate: float, scale: float, number: int) -> None: ...
-    def regroup(self, mesh: Mesh) -> None: ...
+    def regroup(self, mesh: "Mesh") -> None: ...

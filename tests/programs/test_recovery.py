@@ -231,3 +231,10 @@ def test_the_start_says_what_a_death_means(place):
     assert re.search("if a rank dies +the others go on, to the same bits", ended(process).out)
     off = place.train("run", 2, "comm.recover=false", "--max-steps", "1")
     assert re.search(r"if a rank dies +the job ends, and the same command goes on \(comm.recover is off\)", off.out)
+
+
+def test_chaos_finds_nothing_wrong(place):
+    """One trial of the fault that costs most to get right; more of it by hand: `mlm-mpi chaos`."""
+    found = place.program("chaos", str(place.config), "-n", "3", "--trials", "1", "--faults", "kill-twice")
+    assert found.code == 0 and found.out.endswith("all 1 passed\n"), found.out + found.err
+    assert re.search(r"\| kill-twice \| 1 \| 1 \| \d+ ", found.out)

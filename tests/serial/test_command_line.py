@@ -51,7 +51,7 @@ MISTAKES = {
     # the words of the command line
     "trian ok.toml": "no command 'trian'; did you mean 'train'?",
     "help trian": "no command 'trian'; did you mean 'train'?",
-    "wat": "no command 'wat'; known: compare, completion, config, doctor, evaluate, generate, help, prepare, ",
+    "wat": "no command 'wat'; known: chaos, compare, completion, config, doctor, evaluate, generate, help, prepare, ",
     "train": "train: the following arguments are required: CONFIG, --run: see mlm-mpi train --help",
     "train ok.toml --run": "train: argument --run: expected one argument: see mlm-mpi train --help",
     TRAIN + "--resum_e must": "unknown arguments: --resum_e must; did you mean '--resume'?: see mlm-mpi train --help",
@@ -109,6 +109,10 @@ MISTAKES = {
     "sweep ok.toml --out s --over train.seed=1,2 --eta 1": "--eta 1 must be at least 2",
     "sweep ok.toml --out s --over train.steps=1,2": "would compare runs of other lengths: leave it out",
     "sweep ok.toml --out '' --over train.seed=1,2": "--out '' is empty",
+    "chaos ok.toml --faults kill,fire": "--faults names 'fire': choose among kill, kill-0, kill-many, ",
+    "chaos ok.toml -n 1": "-n 1 must be at least 2: somebody has to be left",
+    "chaos ok.toml --trials 0": "--trials 0 must be at least 1",
+    "chaos ok.toml --set train.steps=1": "train.steps = 1 must be at least 2: something has to follow a fault",
     "compare one": "one run alone compares with nothing: name two or more",
     "compare one two": "one is no run folder: give the --run folder of a training",
 }

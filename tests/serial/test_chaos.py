@@ -1,0 +1,56 @@
+"""What `mlm-mpi chaos` draws, and what it finds wrong."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mlm_mpi.commands import chaos
+from mlm_mpi.commands.chaos import FAULTS, Chaos, Outcome, Plan, drawn
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_happens_follows_from_the_seed(fault):
+    plans = [drawn(fault, trial, 7, 4, 12) for trial in range(50)]
+    assert plans == [drawn(fault, trial, 7, 4, 12) for trial in range(50)]
+    assert plans != [drawn(fault, trial, 8, 4, 12) for trial in range(50)]
+    assert {plan.step for plan in plans} == set(range(1, 12)) and all(0 <= plan.delay < 1 for plan in plans)
+    counts = {len(plan.victims) for plan in plans}
+    assert all(len({*plan.victims}) == len(plan.victims) for plan in plans)
+    assert counts == {"kill-many": {1, 2, 3}, "kill-twice": {2}, "kill-all": {4}, "kill-launcher": {0}}.get(fault, {1})
+
+
+def test_somebody_is_left_of_two_ranks():
+    for fault in ("kill-many", "kill-twice"):
+        assert all(len(drawn(fault, trial, 0, 2, 5).victims) == 1 for trial in range(20))
+
+
+HASH = f"weights sha256 {'a' * 64}"
+LINES = [f'{{"step": {step}, "loss": {step / 2}}}' for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("said", "lines", "left", "wrong"),
+    [
+        (HASH, LINES, "", ""),
+        (f"weights sha256 {'b' * 64}", LINES, "", "exit code 0, " + "b" * 64),
+        ("a word", LINES, "", "exit code 0, no hash: a word"),
+        (HASH, LINES[:2], "", "metrics.jsonl has steps [1, 2]"),
+        (HASH, [*LINES[:2], *LINES[1:]], "", "metrics.jsonl has steps [1, 2, 2, 3]"),
+        (HASH, [*LINES[:2], LINES[2].replace("1.5", "1.25")], "", "losses differ"),
+        (HASH, LINES, ".writing-step-00000002", ".writing-step-00000002 was left"),
+    ],
+)
+def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines, left, wrong):
+    judge = Chaos(SimpleNamespace(set=[], ranks=2, config=""), tmp_path, 3)
+    judge.weights, judge.losses = "a" * 64, [0.5, 1.0, 1.5]
+    (tmp_path / "checkpoints" / left).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    job = SimpleNamespace(said=[(0.0, said)], text=said, process=SimpleNamespace(returncode=0))
+    assert judge._wrong(job, tmp_path).startswith(wrong) and bool(judge._wrong(job, tmp_path)) == bool(wrong)
+
+
+def test_the_table_counts_what_passed():
+    plan = Plan("kill", 1, 0.0, (1,))
+    outcomes = [Outcome(plan, went_on_s=[0.01 * n]) for n in range(1, 21)] + [Outcome(plan, "it hung")]
+    assert chaos.table(outcomes).splitlines()[-1] == "| kill | 21 | 20 | 105 | 190 | 200 |"
+    assert chaos.table([Outcome(plan)]).splitlines()[-1] == "| kill | 1 | 1 | – | – | – |"
