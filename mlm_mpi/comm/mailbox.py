@@ -73,11 +73,11 @@ class Mailbox:
 
     def begin(self, start: Callable[[], Any], *arrays: Any, peer: int | None = None) -> Message:
         """A message whose request `start` makes, of a collective say."""
-        with self.translated():
-            message = Message(self, start(), arrays, peer)
         if len(self._under_way) >= self._limit:
             self._under_way = [other for other in self._under_way if not other.done()]
             self._limit = max(_TIDY, 2 * len(self._under_way))
+        with self.translated():
+            message = Message(self, start(), arrays, peer)
         self._under_way.append(message)
         return message
 
