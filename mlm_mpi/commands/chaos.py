@@ -284,31 +284,41 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     return faults, config.train.steps
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the trials; exit code 1 if one has failed. Raises ConfigError, MlmError."""
-    faults, steps = _checked(args)
+def _run(chaos: Chaos, plans: Sequence[Plan]) -> list[Outcome]:
+    """The trials, told one by one where they fail; Ctrl-C ends them early."""
     bar, outcomes = live("chaos"), list[Outcome]()
+    try:
+        bar.update(0, len(plans), "an undisturbed run")
+        chaos.undisturbed()
+        print(f"undisturbed: {chaos.took_s:.1f} s, weights {chaos.weights[:12]}", flush=True)
+        for plan in plans:
+            bar.update(len(outcomes), len(plans), f"{plan.fault} after step {plan.step}")
+            outcomes.append(chaos.trial(plan))
+            if outcomes[-1].wrong:
+                print(f"FAILED {plan}: {outcomes[-1].wrong}", flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(outcomes)} of {len(plans)} trials", flush=True)
+    finally:
+        bar.close()
+    return outcomes
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the trials; exit code 1 if one has failed, 130 after Ctrl-C. Raises ConfigError, MlmError."""
+    faults, steps = _checked(args)
     folder = Path(tempfile.mkdtemp(prefix="mlm-mpi-chaos-"))
     chaos = Chaos(args, folder, steps)
     plans = [drawn(fault, trial, args.seed, args.ranks, steps) for trial in range(args.trials) for fault in faults]
-    bar.update(0, len(plans), "an undisturbed run")
-    chaos.undisturbed()
-    print(f"undisturbed: {chaos.took_s:.1f} s, weights {chaos.weights[:12]}", flush=True)
-    for plan in plans:
-        bar.update(len(outcomes), len(plans), f"{plan.fault} after step {plan.step}")
-        outcomes.append(chaos.trial(plan))
-        if outcomes[-1].wrong:
-            print(f"FAILED {plan}: {outcomes[-1].wrong}", flush=True)
-    bar.close()
+    outcomes = _run(chaos, plans)
     text = table(sorted(outcomes, key=lambda outcome: faults.index(outcome.plan.fault)))
     print(text, flush=True)
     if args.out:
         head = f"`mlm-mpi chaos {args.config} {' '.join(args.set)} -n {args.ranks} --seed {args.seed}`"
         Path(args.out).write_text(f"{head}, {os.uname().nodename}, undisturbed {chaos.took_s:.1f} s\n\n{text}\n")
-    failed = [outcome for outcome in outcomes if outcome.wrong]
+    failed = sum(bool(outcome.wrong) for outcome in outcomes)
     if failed:
-        print(f"{len(failed)} of {len(outcomes)} failed; their run folders are in {folder}", flush=True)
+        print(f"{failed} of {len(outcomes)} failed; their run folders are in {folder}", flush=True)
         return 1
     shutil.rmtree(folder, ignore_errors=True)
     print(f"all {len(outcomes)} passed", flush=True)
-    return 0
+    return 0 if len(outcomes) == len(plans) else 130
