@@ -126,12 +126,12 @@ def _polar_iterate(lib: Any, x: Any, polynomials: Any) -> None:
     """Every thread takes some of the matrices."""
     parts = min(lib.threads, len(x))
     edges = [len(x) * part // parts for part in range(parts + 1)]
-    numbers, size = np.empty((len(polynomials), 3), np.float32), lib.polar_work(*x.shape[1:])
-    numbers[...] = polynomials
+    numbers = (ctypes.c_float * (3 * len(polynomials)))(*(number for abc in polynomials for number in abc))
+    pointer, size = lib.pointer(numbers), lib.polar_work(*x.shape[1:])
 
     def iterate(first: int, stop: int) -> None:
         some, work = x[first:stop], np.empty(size, np.float32)
-        lib.polar_iterate(*some.shape, len(numbers), at(numbers), at(some), at(work))
+        lib.polar_iterate(*some.shape, len(polynomials), pointer, at(some), at(work))
 
     if parts == 1:
         iterate(0, len(x))
