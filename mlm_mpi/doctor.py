@@ -152,10 +152,11 @@ def _sgemm_gflops(np: Any) -> float:
 
 
 def _mpi() -> Iterator[Finding]:
-    path, flavour = None, None
+    path, flavour, major = None, None, 0
     try:
         path = mpiexec.find()
         version = mpiexec.version_text(path)
+        major = mpiexec.openmpi_major(version)
         flavour = mpiexec.vendor(version)
         yield Finding("mpi", "mpiexec", f"{path} ({flavour}; {_version_line(version)})")
     except LaunchError as error:
@@ -173,12 +174,11 @@ def _mpi() -> Iterator[Finding]:
     yield Finding("mpi", "library", found["library"], mismatch if other else "")
     yield Finding("mpi", "mpi4py", f"{found['mpi4py']} with {', '.join(found['paths'])}")
     yield Finding("mpi", "thread level", f"{found['thread']} (asked for FUNNELED)")
-    ulfm = (
-        "MPIX_Comm_shrink found in the library (off without mpiexec --with-ft ulfm)"
-        if found["ulfm"]
-        else "no MPIX_Comm_shrink in the library"
+    recovers = bool(found["ulfm"]) and path is not None and mpiexec.can_recover(path, flavour or "", major)
+    ulfm = "a job goes on without a rank that dies" if recovers else "none: a rank that dies ends the job"
+    yield Finding(
+        "mpi", "ULFM", f"{ulfm} (MPIX_Comm_shrink {'found' if found['ulfm'] else 'not found'} in the library)"
     )
-    yield Finding("mpi", "ULFM", ulfm)
     aware = {True: "yes", False: "no", None: "no (cannot be asked)"}[found["cuda"]]
     yield Finding("mpi", "GPU-aware", f"{aware} (MPIX_Query_cuda_support)")
 
