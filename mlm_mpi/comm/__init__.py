@@ -32,8 +32,8 @@ class Comm:
     )
     recover: bool = key(
         True,
-        says="If true, the job goes on without a rank that has died, to the same bits: under mlm-mpi run, with an Open "
-        "MPI 5 that has ULFM.",
+        says="If true, the job goes on without a rank that has died, or was stopped (SIGSTOP) for a second, to the "
+        "same bits: under mlm-mpi run, with an Open MPI 5 that has ULFM.",
     )
     timeout_s: float = key(
         600.0,

@@ -32,8 +32,8 @@ _ROLL_S = 1.0
 _RENEW_S = 0.1
 _FRESH_S = 5.0  # who waits renews its sign ten times a second; this leaves room for a machine that is overloaded
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
-_STOPPED_S = 1.0  # a process that is stopped for so long does not go on by itself
 _LOOK_S = 0.25
+_LOOKS = 5  # one after another: a job that is suspended and continued as a whole shows a stopped rank once or twice
 _NAME_BYTES = 512
 
 
@@ -52,6 +52,12 @@ class Sign(NamedTuple):
     def is_here(self) -> bool:
         """It waits as I do. One that was stopped while it waited does not."""
         return self.waits and not self.stopped and self.age_s < _FRESH_S
+
+    @property
+    def last_seen(self) -> str:
+        """Who it was, where and when it was seen last."""
+        what = f"waiting for {self.text}" if self.waits else self.text
+        return f"rank {self.rank} (process {self.process} on {self.host}, last seen {self.age_s:.0f} s ago: {what})"
 
     def __str__(self) -> str:
         where = f"process {self.process} on {self.host}" + (", stopped" if self.stopped else "")
@@ -90,7 +96,7 @@ class Company:
         self.mailboxes: list[Mailbox] = []
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
-        self._looked, self._stopped = 0.0, dict[int, float]()  # process -> since when it was seen stopped
+        self._looked, self._stopped = 0.0, dict[int, int]()  # process -> so many looks in a row found it stopped
 
     def meet(self, comm: Any) -> None:
         """The communicator by which the roll is called."""
@@ -109,7 +115,9 @@ class Company:
         made.names = [self.names[rank] for rank in alive]
         signs = {sign.rank: sign._replace(rank=self.names[sign.rank]) for sign in self.here()}
         dead = sorted({*range(self.size)} - {*alive})
-        made.lost = self.lost + [str(signs[rank]) if rank in signs else f"rank {self.names[rank]}" for rank in dead]
+        made.lost = self.lost + [
+            signs[rank].last_seen if rank in signs else f"rank {self.names[rank]} of another node" for rank in dead
+        ]
         made._generation += 1
         made._begin(comm)
         made.note(f"recovery number {made._generation}")
@@ -170,8 +178,8 @@ class Company:
             return []
         self._looked = now
         found = [sign for sign in self.here() if sign.stopped]
-        self._stopped = {sign.process: self._stopped.get(sign.process, now) for sign in found}
-        return [sign for sign in found if now - self._stopped[sign.process] >= _STOPPED_S]
+        self._stopped = {sign.process: self._stopped.get(sign.process, 0) + 1 for sign in found}
+        return [sign for sign in found if self._stopped[sign.process] >= _LOOKS]
 
     def teller(self) -> int:
         """The lowest of the ranks of my node that wait, which is to tell what all of them see."""

@@ -38,6 +38,7 @@ Faults: kill (a rank), kill-0 (rank 0), kill-many (several at once, all but one 
 10 ms), stop (SIGSTOP), kill-all (every rank; started again), kill-launcher (mlm-mpi run; started again)."""
 _PATIENCE = 10.0  # times an undisturbed run, and a minute: a trial that lasts longer hangs
 _ORPHANS_S = 5.0
+_GRACE_S = 70.0  # more than `mlm-mpi run` takes to end a job
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,7 @@ class Outcome:
 
     plan: Plan
     wrong: str = ""
+    again: bool = False  # the run ended, and had to be started again
     went_on_s: list[float] = field(default_factory=list)
 
 
@@ -164,10 +166,21 @@ class Chaos:
         self.args, self.folder, self.steps = args, folder, steps
         self.took_s = self.step_s = 0.0
         self.weights, self.losses = "", list[float]()
+        self.job: Job | None = None
+
+    def _start(self, name: str) -> Job:
+        self.job = Job(self._words(name))
+        return self.job
+
+    def stop(self) -> None:
+        """Lets a job that was interrupted too save and leave."""
+        if self.job is not None and self.job.process.poll() is None:
+            self.job.process.send_signal(signal.SIGTERM)
+            self.job.wait(_GRACE_S)
 
     def undisturbed(self) -> None:
         """The run that all others are compared with. Raises MlmError."""
-        began, job = time.monotonic(), Job(self._words("undisturbed"))
+        began, job = time.monotonic(), self._start("undisturbed")
         job.process.wait()
         job.wait(_ORPHANS_S)
         self.took_s = time.monotonic() - began
@@ -188,20 +201,20 @@ class Chaos:
         """Runs a training into a fault, and what follows from it to the end."""
         name = f"{plan.fault}-{plan.step}-{plan.delay:.4f}"
         run, outcome = self.folder / name, Outcome(plan)
-        job = Job(self._words(name))
+        job = self._start(name)
         limit_s = 60.0 + _PATIENCE * self.took_s
         self._until(job, run, plan.step, limit_s)
         time.sleep(plan.delay * self.step_s)
         at = time.monotonic()
         FAULTS[plan.fault][0](job, plan)
         ended = job.wait(limit_s)
-        outcome.went_on_s = [then - at for then, line in job.said if line.startswith("lost ") and then > at]
+        outcome.went_on_s = [then - at for then, line in job.said if line.startswith("ALARM lost ") and then > at]
         if not ended:
             outcome.wrong = f"it hung; it said last: {job.said[-1][1] if job.said else 'nothing'}"
         elif (left := self._left(run)) and not outcome.wrong:
             outcome.wrong = f"processes {left} were left"
         elif FAULTS[plan.fault][2] or not _weights(job):
-            job = Job(self._words(name))  # as a person would
+            outcome.again, job = True, self._start(name)  # as a person would
             if not job.wait(limit_s):
                 outcome.wrong = "the next start hung"
         outcome.wrong = outcome.wrong or self._wrong(job, run)
@@ -255,7 +268,8 @@ def _lines(run: Path) -> list[dict[str, float]]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """A line for each fault. Milliseconds: from the fault until the others have said that they go on."""
-    rows = ["| fault | trials | passed | going on, median ms | 95 % | most |", "|---|---:|---:|---:|---:|---:|"]
+    heads = "fault", "trials", "passed", "started again", "going on, median ms", "95 %", "most"
+    rows = [f"| {' | '.join(heads)} |", "|---|" + (len(heads) - 1) * "---:|"]
     for fault in dict.fromkeys(outcome.plan.fault for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.plan.fault == fault]
         passed = sum(not outcome.wrong for outcome in mine)
@@ -264,7 +278,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
         if times:
             late = times[math.ceil(0.95 * len(times)) - 1]
             cells = [f"{number:.0f}" for number in (statistics.median(times), late, times[-1])]
-        rows.append(f"| {fault} | {len(mine)} | {passed} | {' | '.join(cells)} |")
+        again = sum(outcome.again for outcome in mine)
+        rows.append(f"| {fault} | {len(mine)} | {passed} | {again} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -297,28 +312,48 @@ def _run(chaos: Chaos, plans: Sequence[Plan]) -> list[Outcome]:
             if outcomes[-1].wrong:
                 print(f"FAILED {plan}: {outcomes[-1].wrong}", flush=True)
     except KeyboardInterrupt:
+        chaos.stop()
         print(f"interrupted after {len(outcomes)} of {len(plans)} trials", flush=True)
     finally:
         bar.close()
     return outcomes
 
 
+def _writable(path: str) -> None:
+    """Finds out before the trials what would lose their table. Raises ConfigError."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {path} cannot be written: {error.strerror}: give a file in a folder that is there"
+        ) from None
+
+
 def main(args: argparse.Namespace) -> int:
     """Runs the trials; exit code 1 if one has failed, 130 after Ctrl-C. Raises ConfigError, MlmError."""
     faults, steps = _checked(args)
+    if args.out:
+        _writable(args.out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="mlm-mpi-chaos-"))
     chaos = Chaos(args, folder, steps)
     plans = [drawn(fault, trial, args.seed, args.ranks, steps) for trial in range(args.trials) for fault in faults]
     outcomes = _run(chaos, plans)
     text = table(sorted(outcomes, key=lambda outcome: faults.index(outcome.plan.fault)))
-    print(text, flush=True)
+    if outcomes:
+        print(text, flush=True)
     if args.out:
-        head = f"`mlm-mpi chaos {args.config} {' '.join(args.set)} -n {args.ranks} --seed {args.seed}`"
+        overrides = "".join(f" --set {text}" for text in args.set)
+        head = f"`mlm-mpi chaos {args.config}{overrides} -n {args.ranks} --trials {args.trials} --faults {args.faults} "
+        head += f"--seed {args.seed}`"
         Path(args.out).write_text(f"{head}, {os.uname().nodename}, undisturbed {chaos.took_s:.1f} s\n\n{text}\n")
     failed = sum(bool(outcome.wrong) for outcome in outcomes)
     if failed:
         print(f"{failed} of {len(outcomes)} failed; their run folders are in {folder}", flush=True)
         return 1
     shutil.rmtree(folder, ignore_errors=True)
+    if len(outcomes) < len(plans):
+        return 130
     print(f"all {len(outcomes)} passed", flush=True)
-    return 0 if len(outcomes) == len(plans) else 130
+    return 0

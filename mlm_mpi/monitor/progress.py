@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlm_mpi.monitor.live import Live, Plain, live, on_terminal
+from mlm_mpi.monitor.metrics import read_metrics
 
 
 def console(terminal: bool | None = None) -> Console:
@@ -57,6 +59,23 @@ class Done:
     learning_rate: float
 
 
+def done_before(path: Path, first: int, most: int) -> list[Done]:
+    """The last steps in a run's metrics.jsonl, at most so many, of those after step `first`."""
+    lines = deque((line for line in read_metrics(path) if line["step"] > first), maxlen=most)
+    return [
+        Done(
+            step=line["step"],
+            loss=line["loss"],
+            tokens=round(line["tokens_per_s"] * line["step_s"]),
+            step_s=line["step_s"],
+            comm_s=line["comm_s"],
+            wait_s=line["wait_s"],
+            learning_rate=line["learning_rate"],
+        )
+        for line in lines
+    ]
+
+
 class Reporter(Protocol):
     """What the training loop tells about itself; `Progress` shows it, `Silent` does not."""
 
@@ -85,15 +104,17 @@ class Progress:
 
     A line comes with every held-out loss and with the last step; without a terminal also every `every` steps. Loss and
     speed are the means of the last `every` steps, whatever is shown.
-    `quiet` leaves important messages and the last line.
+    `quiet` leaves important messages and the last line. `before`: the last steps of this start, which another rank has
+    shown.
     """
 
     def __init__(
-        self, total_steps: int, start_step: int = 0, every: int = 10, quiet: bool = False, terminal: bool | None = None
-    ) -> None:
+        self, total_steps: int, start_step: int = 0, every: int = 10, quiet: bool = False,
+        terminal: bool | None = None, before: Sequence[Done] = (),
+    ) -> None:  # fmt: skip
         self.total_steps, self.start_step, self.every, self.quiet = total_steps, start_step, every, quiet
         self._start = time.monotonic()
-        self._lately: deque[Done] = deque(maxlen=min(every, _MOST))
+        self._lately: deque[Done] = deque(before, maxlen=min(every, _MOST))
         self._heldout: float | None = None
         self._shown = start_step  # by the last line
         self._live: Live = Plain() if quiet else live("step", terminal)
@@ -136,8 +157,10 @@ class Progress:
             return f"{self.start_step}/{self.total_steps} · the first step is under way"
         step, mean = self._lately[-1].step, _Mean.of(self._lately)
         heldout = f" · held-out {self._heldout:.3f}" if self._heldout is not None else ""
+        remaining = self._remaining_s(step)
+        left = f" · left {duration(remaining)}" if remaining else ""  # unknown before the first step shown here
         return (
-            f"{step}/{self.total_steps} · loss {mean.loss:.3f}{heldout} · left {duration(self._remaining_s(step))}"
+            f"{step}/{self.total_steps} · loss {mean.loss:.3f}{heldout}{left}"
             f" · {mean.tokens_per_s:,.0f} tokens/s · comm {mean.comm:.0%} · wait {mean.wait:.0%}"
         )
 

@@ -26,7 +26,7 @@ class Regrouped(Protocol):
 
     def regroup(self, group: Group) -> None: ...
     def keeper(self) -> Keeper: ...
-    def new_ledger(self, step: int) -> Ledger: ...
+    def new_ledger(self, step: int, first: int) -> Ledger: ...
 
 
 class Recovery:
@@ -61,7 +61,7 @@ class Recovery:
                 run.folder.take_over()
                 checkpoint.remove_unfinished(run.folder.checkpoints)
         if run.group.rank == 0 and not self.writes:
-            run.ledger, self.writes = run.new_ledger(place.step - (not place.told)), True
+            run.ledger, self.writes = run.new_ledger(place.step - (not place.told), self.first), True
         trainer.ledger, trainer.keeper = run.ledger, run.keeper()
 
     def _together(self, place: Place) -> Place:
@@ -84,6 +84,7 @@ class Recovery:
     def _name(self, step: int, took_s: float) -> None:
         assert self.run.group.company is not None
         lost, alive = self.run.group.company.lost, self.run.group.size
-        left = f"{alive} of {len(lost) + alive} ranks go on after step {step} ({took_s:.2f} s)"
-        self.run.ledger.alarm(f"lost {'; '.join(lost[self.told :])}: {left}")
-        self.told = len(lost)
+        named, self.told = lost[self.told :], len(lost)
+        goes = "goes" if alive == 1 else "go"
+        left = f"{alive} of {len(lost) + alive} ranks {goes} on after step {step} ({took_s:.2f} s)"
+        self.run.ledger.alarm(f"ALARM lost {', '.join(named)}: {left}")

@@ -19,7 +19,7 @@ from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
-from mlm_mpi.monitor.progress import Progress, Reporter, Silent, show_plan
+from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
@@ -220,14 +220,15 @@ class Run:
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")
-        return self.new_ledger(step)
+        return self.new_ledger(step, step)
 
-    def new_ledger(self, step: int) -> Ledger:
-        """Sinks and progress of a run that has made so many steps."""
+    def new_ledger(self, step: int, first: int) -> Ledger:
+        """Sinks and progress of a run that has made so many steps, in this start those after `first`."""
         log = self.config.log
         table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
         sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
-        show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet)
+        before = done_before(self.folder.metrics, first, log.every) if step > first else []
+        show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet, before=before)
         return Ledger(sinks, show, lambda steps: self.sampler.samples(steps) * self.task.row_tokens)
 
     def _report(self, step: int) -> None:
@@ -245,6 +246,8 @@ class Run:
                 self._draw_curve()
             self._say_what_was_handed_on()
             self.ledger.finish()
+            if self.group.company is not None and (lost := self.group.company.lost):
+                self._say(f"note: {len(lost)} of {len(lost) + self.group.size} ranks were lost on the way")
             self._say_hashes(self.facts, weights, self._why_incomparable())
 
     def _say_complete(self, manifest: Manifest, when: str) -> int:

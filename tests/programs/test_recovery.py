@@ -89,8 +89,13 @@ def test_a_rank_dies_and_the_others_go_on(place, home, straight, point, step, vi
     found = place.faulty(fault, "run", 3, *EVERY_TWO, recovers=True)
     undisturbed(place, home, straight, found)
     if (point, victim) != ("end", 0):  # who has said the last words dies after them
-        lost = re.findall(r"lost rank (\d) did last, .*: (\d) of 3 ranks go on after step (\d) ", found.out)
+        lost = re.findall(
+            r"ALARM lost rank (\d) \(process \d+ on .*, last .*\): (\d) of 3 ranks go on after step (\d) ", found.out
+        )
         assert lost == [(str(victim), "2", str(step + (point not in BEFORE)))], found.out
+        assert "\nnote: 1 of 3 ranks were lost on the way\n" in found.out
+        shown = set(re.findall(r"step (\d)/6  loss (\d\.\d+) ", found.out))
+        assert shown == set(re.findall(r"step (\d)/6  loss (\d\.\d+) ", straight.out)), "means of the same steps"
     assert found.err == "", "one line of rank 0 is enough"
 
 
@@ -237,4 +242,4 @@ def test_chaos_finds_nothing_wrong(place):
     """One trial of the fault that costs most to get right; more of it by hand: `mlm-mpi chaos`."""
     found = place.program("chaos", str(place.config), "-n", "3", "--trials", "1", "--faults", "kill-twice")
     assert found.code == 0 and found.out.endswith("all 1 passed\n"), found.out + found.err
-    assert re.search(r"\| kill-twice \| 1 \| 1 \| \d+ ", found.out)
+    assert re.search(r"\| kill-twice \| 1 \| 1 \| 0 \| \d+ ", found.out)

@@ -52,5 +52,5 @@ def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines
 def test_the_table_counts_what_passed():
     plan = Plan("kill", 1, 0.0, (1,))
     outcomes = [Outcome(plan, went_on_s=[0.01 * n]) for n in range(1, 21)] + [Outcome(plan, "it hung")]
-    assert chaos.table(outcomes).splitlines()[-1] == "| kill | 21 | 20 | 105 | 190 | 200 |"
-    assert chaos.table([Outcome(plan)]).splitlines()[-1] == "| kill | 1 | 1 | – | – | – |"
+    assert chaos.table(outcomes).splitlines()[-1] == "| kill | 21 | 20 | 0 | 105 | 190 | 200 |"
+    assert chaos.table([Outcome(plan, again=True)]).splitlines()[-1] == "| kill | 1 | 1 | 1 | – | – | – |"
