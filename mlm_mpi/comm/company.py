@@ -172,18 +172,18 @@ class Company:
         return Absence(teller, text, [signs[rank] for rank in missing if rank in signs])
 
     def stopped(self) -> list[Sign]:
-        """Ranks of my node whose processes are stopped, and have been each time that I looked for a while."""
+        """Ranks of my node that were stopped each time I looked for a while, for me to kill: of those that wait here
+        the lowest does it."""
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return []
         self._looked = now
-        found = [sign for sign in self.here() if sign.stopped]
+        signs = self.here()
+        found = [sign for sign in signs if sign.stopped]
         self._stopped = {sign.process: self._stopped.get(sign.process, 0) + 1 for sign in found}
+        if any(sign.is_here and sign.rank < self.rank for sign in signs):
+            return []
         return [sign for sign in found if self._stopped[sign.process] >= _LOOKS]
-
-    def teller(self) -> int:
-        """The lowest of the ranks of my node that wait, which is to tell what all of them see."""
-        return min([self.rank, *(sign.rank for sign in self.here() if sign.is_here)])
 
     def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> None:
         """Kills those of my node who do not come, so that the others can go on without them."""

@@ -138,8 +138,7 @@ class Group:
             if waited > _LONG_S and self.company is not None:
                 self.company.answer()
                 if self.recovers and (found := self.company.stopped()):
-                    text = "; ".join(map(str, found))
-                    self.company.put_down(found, text, self.company.teller())
+                    self.company.put_down(found, "; ".join(map(str, found)), self.rank)
 
     def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> tuple[CommError, list[Sign]]:
         """What to say, and the signs of those who have not come, if they are known."""

@@ -68,8 +68,9 @@ entry()
 # `mlm-mpi run` for another program than `python -m mlm_mpi`
 LAUNCH = (
     "import sys; from mlm_mpi.comm.launch import supervise; from mlm_mpi.launcher import Limits, run_job; "
-    "sys.exit(supervise(lambda: run_job([sys.executable, '-P', *sys.argv[2:]], int(sys.argv[1]), limits={limits})))"
+    "sys.exit(supervise(lambda: run_job([sys.executable, '-P', *sys.argv[2:]], int(sys.argv[1]), limits=None)))"
 )
+RECOVERING_LAUNCH = LAUNCH.replace("limits=None", "limits=Limits(joins=True, recovers=True)")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Place:
     def faulty(self, fault: str, run: str, ranks: int, *more: str, recovers: bool = False) -> Ended:
         """A training in which each rank runs `fault` first. `recovers`: the others may live on when one dies."""
         words = [str(self.faulty_script(fault)), *self.words(run, None, *more)]
-        launch = LAUNCH.format(limits="Limits(joins=True, recovers=True)" if recovers else "None")
+        launch = RECOVERING_LAUNCH if recovers else LAUNCH
         return ended(self.popen([sys.executable, "-P", "-c", launch, str(ranks), *words]))
 
     def faulty_script(self, fault: str) -> Path:
