@@ -8,7 +8,6 @@ the losses of the undisturbed run, every step written down once, no process of i
 import argparse
 import contextlib
 import hashlib
-import json
 import math
 import os
 import random
@@ -23,12 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from mlm_mpi import config as configuration
+from mlm_mpi.comm.launch import ANNOUNCED
 from mlm_mpi.errors import ConfigError, MlmError
 from mlm_mpi.monitor.live import live
+from mlm_mpi.monitor.metrics import read_metrics
 
 _EXAMPLES = """examples:
   mlm-mpi chaos jobs/configs/gpt2-tiny.toml --set train.steps=30 --trials 20
@@ -108,6 +110,7 @@ class Job:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.said: list[tuple[float, str]] = []  # when, line
+        self.hit = 0  # signals that found their rank
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "mlm_mpi", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -124,18 +127,20 @@ class Job:
         """The processes of the ranks, by rank."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error, ValueError, KeyError):
-                number = int(process.environ()["OMPI_COMM_WORLD_RANK"])
-                if "mlm_mpi" in process.cmdline():
-                    found[number] = process
+            with contextlib.suppress(psutil.Error, ValueError):
+                environment = process.environ()
+                name = next((rank for rank, _ in ANNOUNCED if rank in environment), None)
+                if name is not None and "mlm_mpi" in process.cmdline():
+                    found[int(environment[name])] = process
         return found
 
     def signal(self, victims: Sequence[int], number: signal.Signals) -> None:
         """Sends a signal to ranks that are there."""
-        ranks = self.ranks()
+        ranks = self.ranks() if self.process.poll() is None else {}
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess, KeyError):
                 ranks[victim].send_signal(number)
+                self.hit += 1
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ends in time; else it is killed."""
@@ -186,7 +191,8 @@ class Chaos:
         self.took_s = time.monotonic() - began
         self.weights = _weights(job)
         if job.process.returncode or not self.weights:
-            raise MlmError(f"the undisturbed run failed: {job.text.splitlines()[-1] if job.said else 'no word'}")
+            word = job.said[-1][1] if job.said else "without a word"
+            raise MlmError(f"the undisturbed run, {self.folder}/undisturbed, failed: {word}")
         lines = _lines(self.folder / "undisturbed")
         self.losses = [line["loss"] for line in lines]
         self.step_s = statistics.median(line["step_s"] for line in lines)
@@ -211,7 +217,9 @@ class Chaos:
         outcome.went_on_s = [then - at for then, line in job.said if line.startswith("ALARM lost ") and then > at]
         if not ended:
             outcome.wrong = f"it hung; it said last: {job.said[-1][1] if job.said else 'nothing'}"
-        elif (left := self._left(run)) and not outcome.wrong:
+        elif plan.victims and not job.hit:
+            outcome.wrong = "the run was over before the fault: give it more steps (train.steps)"
+        elif left := self._left(run):
             outcome.wrong = f"processes {left} were left"
         elif FAULTS[plan.fault][2] or not _weights(job):
             outcome.again, job = True, self._start(name)  # as a person would
@@ -258,12 +266,11 @@ def _weights(job: Job) -> str:
     return last.split()[2] if last.startswith("weights sha256 ") else ""
 
 
-def _lines(run: Path) -> list[dict[str, float]]:
+def _lines(run: Path) -> list[dict[str, Any]]:
     try:
-        whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]
-    except OSError:
+        return list(read_metrics(run / "metrics.jsonl"))
+    except MlmError:  # not there yet
         return []
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
