@@ -99,6 +99,37 @@ def test_a_rank_dies_and_the_others_go_on(place, home, straight, point, step, vi
     assert found.err == "", "one line of rank 0 is enough"
 
 
+ONE_SIDED = """
+import signal
+from mlm_mpi.comm.group import Group
+from mlm_mpi.errors import PeerLost
+
+me, at = int(os.environ["OMPI_COMM_WORLD_RANK"]), [0]
+given = Group.allgather_array
+
+def before_step(rank, step):
+    at[0] = step
+
+def allgather_array(self, row, what):
+    found = given(self, row, what)
+    if "losses of step" in what and at[0] == 3 and self.size == 3:
+        if me == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if me == 1:
+            raise PeerLost("a rank has died")
+    return found
+
+Group.allgather_array = allgather_array
+"""
+
+
+def test_who_has_all_it_needs_makes_no_step_that_another_cannot_make(place, home, straight):
+    """Rank 2 dies behind its last message; rank 1 meets an error, rank 0 meets none and comes to the update."""
+    found = place.faulty(ONE_SIDED, "run", 3, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert "2 of 3 ranks go on after step 3" in found.out
+
+
 @pytest.mark.parametrize(
     ("ranks", "victims"),
     [pytest.param(4, [0, 1, 2], id="all but one"), pytest.param(3, [1, 2], id="two", marks=pytest.mark.slow)],
