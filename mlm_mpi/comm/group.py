@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
 
 _SPIN_S = 0.002  # polls at full speed for this long, then sleeps between polls
 _NAP_S = 0.0002
+_COUNT = 1 << 28  # elements of a message: older MPIs count in 31 bits
 _LONG_S = 0.1  # after this a waiting rank also listens for ranks whose patience has ended
 
 
@@ -193,6 +195,16 @@ class Group:
             sizes = np.array(counts, np.int64)
             message = self.mail.begin(lambda: self.comm.Iallgatherv(MPI.IN_PLACE, [whole, sizes]), whole, sizes)
             self.wait(message, what)
+
+    def name(self, rank: int) -> int:
+        """What a rank was called when the job began."""
+        return self.company.names[rank] if self.company is not None else rank
+
+    def spread(self, array: np.ndarray, root: int, what: str) -> None:
+        """Rank `root`'s array into everybody's. Collective. Shapes: (n,), contiguous."""
+        for start in range(0, array.size if self.size > 1 else 0, _COUNT):
+            part = array[start : start + _COUNT]
+            self.wait(self.mail.begin(partial(self.comm.Ibcast, part, root), part), what)
 
     def allgather(self, value: Any, what: str) -> list[Any]:
         """Everybody's value, in rank order. Collective. Values travel as JSON: plain data only."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlm_mpi.comm import Comm
     from mlm_mpi.data import Data
     from mlm_mpi.monitor import Log
-    from mlm_mpi.train import Checkpoint, Eval, Train
+    from mlm_mpi.train import Checkpoint, Eval, Guard, Train
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Config:
     optim: Any  # what optim/<name>.py declares
     eval: "Eval"
     checkpoint: "Checkpoint"
+    guard: "Guard"
     comm: "Comm"
     backend: "Backend"
     numerics: "Numerics"
@@ -54,7 +55,8 @@ KINDS = {
 }  # fmt: skip
 _DECLARED = {
     "data": ("mlm_mpi.data", "Data"), "train": ("mlm_mpi.train", "Train"),
-    "eval": ("mlm_mpi.train", "Eval"), "checkpoint": ("mlm_mpi.train", "Checkpoint"), "comm": ("mlm_mpi.comm", "Comm"),
+    "eval": ("mlm_mpi.train", "Eval"), "checkpoint": ("mlm_mpi.train", "Checkpoint"),
+    "guard": ("mlm_mpi.train", "Guard"), "comm": ("mlm_mpi.comm", "Comm"),
     "backend": ("mlm_mpi.backend", "Backend"), "numerics": ("mlm_mpi.backend", "Numerics"),
     "log": ("mlm_mpi.monitor", "Log"),
 }  # fmt: skip

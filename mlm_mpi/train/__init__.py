@@ -167,3 +167,38 @@ class Checkpoint:
         2, says="This many of the newest checkpoints stay, and older ones are removed.", unit="checkpoints", least=1
     )
     background: bool = key(True, says="If true, a thread writes the files of a checkpoint while training goes on.")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What is done about numbers that have gone wrong, in a step or in a rank's memory."""
+
+    policy: Literal["skip", "rollback", "stop"] = key(
+        "skip",
+        says="A step whose loss or gradient is not finite, or a spike, is run again; if it is wrong again, skip does "
+        "without the micro-batches that are to blame, rollback also goes back to the weights of the last save where "
+        "none of them is, and stop ends the run.",
+    )
+    spike: float = key(
+        10.0,
+        says="A loss or gradient norm that is this many times its running level is a spike; 0 means that none is.",
+        least=0,
+    )
+    failing: Literal["stop", "skip"] = key(
+        "stop",
+        says="If two ranks fail (comm.recover) at the same micro-batch, stop ends the run and skip goes on without it.",
+    )
+    compare_every: int = key(
+        10,
+        says="Ranks compare weights and moments every so many steps and before each save, and one that differs takes "
+        "those of the majority; 0 means never.",
+        unit="steps",
+        least=0,
+    )
+    audit_every: int = key(
+        100,
+        says="Every so many steps one micro-batch is computed on a second rank too, and their gradients must agree in "
+        "every bit; 0 means never.",
+        unit="steps",
+        least=0,
+    )

@@ -14,8 +14,10 @@ from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rates import learning_rate
 from mlm_mpi.train.assignment import Assignment
+from mlm_mpi.train.audit import Audit
 from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.engine import Engine, Machine
+from mlm_mpi.train.guard import Guard
 
 
 def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place: Place) -> Engine:
@@ -45,6 +47,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
             optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
             Average(store, optim.average) if optim.average else None,
+            Guard(config.guard.policy, config.guard.spike), Audit(config.guard.audit_every, train.seed),
         )
     )  # fmt: skip
 

@@ -1,21 +1,21 @@
 """One copy of the model on one rank, and the step that keeps all copies equal.
 
 A step: forwards and backwards of my micro-batches in the order of the schedule, gradients lane by lane; the global sum;
-one exchange of losses; norm, clipping, update. Every rank sees the same losses, the same norm and the same notes, so
-every rank decides alike.
+one exchange of losses; norm. That is an attempt. What the guard lets pass is clipped and becomes the update. Every rank
+sees the same losses, the same norm and the same notes, so every rank decides alike.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mlm_mpi import order
-from mlm_mpi.backend.arrays import Place, module_of
+from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.buckets import Reduction
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
@@ -28,7 +28,9 @@ from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
 from mlm_mpi.train.assignment import Assignment
+from mlm_mpi.train.audit import Audit
 from mlm_mpi.train.captured import Captured
+from mlm_mpi.train.guard import Attempt, Guard, Verdict, is_finite, skip
 
 NextBatch = Callable[[], Batch]
 
@@ -51,6 +53,8 @@ class Machine:
     shares: int = order.MOST  # of sums over rows
     captured: Captured | None = None  # forward and backward as CUDA graphs
     average: Average | None = None  # of weights: what is measured in their place
+    guard: Guard = field(default_factory=Guard)  # against numbers that have gone wrong
+    audit: Audit = field(default_factory=Audit)  # of ranks by each other
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,24 @@ class StepResult:
     step_s: float
     exposed_s: float
     notes: np.ndarray
+    verdict: Verdict = field(default_factory=Verdict)  # on its numbers
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Micro-batches of a step: mine, lane by lane, and each rank's, in the order in which all are numbered."""
+
+    lanes: list[list[int]]
+    ranks: list[list[int]]
+
+    @cached_property
+    def mine(self) -> list[int]:
+        return [index for lane in self.lanes for index in lane]
+
+    @cached_property
+    def most(self) -> int:
+        """As many as a rank has at most."""
+        return max(map(len, self.ranks))
 
 
 @dataclass
@@ -90,6 +112,7 @@ class Engine:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.group = machine, machine.mesh.group("dp")
         self.at = 0, 0  # step and micro-batch that this rank is at
+        self.quarantine: dict[tuple[int, int], str] = {}  # (step, micro-batch) that are never run, and why
         self._plan_lanes()
 
     def regroup(self, mesh: Mesh, reduction: Callable[[Assignment], Reduction]) -> None:
@@ -105,15 +128,21 @@ class Engine:
         self._plan_lanes()
 
     def _plan_lanes(self) -> None:
-        assignment, ranks = self.machine.assignment, range(self.group.size)
-        self.lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
-        self.mine = [index for lane in self.lanes for index in lane]
-        self._counts = [len(assignment.of_rank(rank)) for rank in ranks]
+        self.work = self._work()
         self.second_sums = self._second_sums()
+
+    def _work(self, left_out: frozenset[int] = frozenset()) -> _Work:
+        """All micro-batches of a step but for some."""
+        assignment, ranks = self.machine.assignment, range(self.group.size)
+        lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
+        return _Work(
+            [[index for index in lane if index not in left_out] for lane in lanes],
+            [[index for index in assignment.of_rank(rank) if index not in left_out] for rank in ranks],
+        )
 
     def _second_sums(self) -> dict[Parameter, Any]:
         """A buffer for each tied parameter, reused lane after lane; none where a micro-batch is all of its lane."""
-        if not any(len(lane) > 1 for lane in self.lanes):
+        if not any(len(lane) > 1 for lane in self.work.lanes):
             return {}
         store, tied = self.machine.store, [span for span in self.machine.store.spans if span.parameter.tied]
         return {span.parameter: store.xp.empty(span.shape, store.dtype) for span in tied}
@@ -131,41 +160,90 @@ class Engine:
 
     def plan(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, micro-batch) pairs this rank runs in steps [first, stop), one after another."""
-        return ((step, index) for step in range(first, stop) for index in self.mine)
+        every = ((step, index) for step in range(first, stop) for index in [*self.work.mine, *self._audited(step)])
+        return (pair for pair in every if pair not in self.quarantine)
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named below
+    def _audited(self, step: int) -> list[int]:
+        """The micro-batch of another rank that I run too, if any."""
+        drawn = self.machine.audit.drawn(step, self.machine.assignment)
+        return [drawn.micro_batch] if drawn is not None and drawn.second == self.group.rank else []
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named by the guard
     def step(self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = ()) -> StepResult:
         """One update. Collective over dp. Raises, before any update, NumericsError on every rank, and PeerLost where a
         rank has died: all that live make a step, or none does."""
         began, m = time.perf_counter(), self.machine
-        flights = self._run(step, next_batch)
-        total = m.reduction.finish()
-        loss, targets, all_notes = self._exchange(step, flights, notes)
+        ill = {index: why for (at, index), why in self.quarantine.items() if at == step}
+        found, audited = self._checked(self.attempt(step, next_batch, notes, frozenset(ill)), next_batch)
+        found, verdict = m.guard.judged(self, found)
+        verdict = verdict.after(ill, tuple(skip(step, *one) for one in ill.items()) + audited)
         rate = m.learning_rate(step)
-        length, broken = norm(m.store, total)
-        if not math.isfinite(loss) or broken is not None:
-            self._blame(step, flights, broken)
         self.group.note(f"the update of step {step + 1}")
-        update = total, rate, clip_factor(m.clip, length / targets) / targets, step + 1
-        if isinstance(m.optimizer, Shared):
+        update = found.total, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
+        if isinstance(m.optimizer, Shared) and not verdict.undone:
             m.optimizer.prepare(*update)
         self.group.agree(f"step {step + 1} to be made by all")
-        m.optimizer.step(*update)
-        if m.average is not None:
-            m.average.follow(step + 1)
+        if verdict.undone:
+            m.guard.roll_back(self)
+        else:
+            m.optimizer.step(*update)
+            if m.average is not None:
+                m.average.follow(step + 1)
+            m.guard.follow(found)
         seconds = time.perf_counter() - began
-        return StepResult(loss / targets, targets, length / targets, rate, seconds, m.reduction.exposed_s, all_notes)
+        exposed = m.reduction.exposed_s
+        return StepResult(found.loss, found.targets, found.norm, rate, seconds, exposed, found.notes, verdict)
 
-    def _run(self, step: int, next_batch: NextBatch) -> list[_Flight]:
+    def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
+        """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""
+        drawn = self.machine.audit.drawn(found.step, self.machine.assignment)
+        if drawn is None or drawn.micro_batch in found.left_out:
+            return found, ()
+        batch = next_batch() if drawn.second == self.group.rank else None
+        found, said = self.machine.audit.passed(self, found, drawn, batch)
+        return found, (said,) if said else ()
+
+    def attempt(
+        self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = (), left_out: frozenset[int] = frozenset()
+    ) -> Attempt:
+        """The gradient of a step, but for micro-batches left out; changes no weight. Collective over dp."""
+        work = self._work(left_out) if left_out else self.work
+        flights = self._run(step, work, next_batch)
+        total = self.machine.reduction.finish()
+        losses, targets, everybodys = self._exchange(step, work, flights, notes)
+        length, broken = norm(self.machine.store, total)
+        batches = [flight.batch for flight in flights]
+        return Attempt(step, left_out, total, losses, targets, length / targets, broken, batches, notes, everybodys)
+
+    def again(self, found: Attempt, left_out: frozenset[int] = frozenset()) -> Attempt:
+        """Another attempt at the same step, but for more micro-batches left out. Collective over dp."""
+        batches = iter([batch for batch in found.batches if batch.index not in left_out])
+        return self.attempt(found.step, batches.__next__, found.mine, found.left_out | left_out)
+
+    def alone(
+        self, step: int, batch: Batch, buffer: Any, lane: Mapping[Parameter, Any] | None = None, closes: bool = True
+    ) -> float:
+        """Forward and backward of one micro-batch, its gradient over what a flat buffer holds; its summed loss.
+
+        `lane` and `closes`, as a context has them: where it stands for the first of a lane.
+        """
+        gradients = self.machine.store.by_parameter(buffer)
+        ctx = replace(self._context(step, batch), gradients=gradients, lane=lane or {}, closes=closes)
+        flight = self._flown(ctx)
+        self.machine.chain.backward((), flight.kept, flight.ctx)
+        return float(flight.loss)
+
+    def _run(self, step: int, work: _Work, next_batch: NextBatch) -> list[_Flight]:
         """Forward and backward of my micro-batches; gradients leave in their order, whatever the schedule."""
         self.machine.reduction.begin()
         flights: list[_Flight] = []
-        backwards = self._backwards(flights)
-        for instruction in self.machine.instructions(0, 1, len(self.mine)):
+        backwards = self._backwards(work, flights)
+        for instruction in self.machine.instructions(0, 1, len(work.mine)):
             if isinstance(instruction, Forward):
-                flights.append(self._forward(step, self.mine[instruction.micro], next_batch))
+                flights.append(self._forward(step, work.mine[instruction.micro], next_batch))
             else:
                 next(backwards)
+        next(backwards, None)  # closes lanes of which everything is left out
         return flights
 
     def _forward(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
@@ -173,11 +251,14 @@ class Engine:
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
         self.group.note(f"step {step + 1}, micro-batch {index}")
-        m = self.machine
-        ctx = Context(m.mesh, m.seed, step, index, training=True, batch=batch, shares=m.shares)
+        ctx = self._context(step, batch)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
         return self._flown(ctx)
+
+    def _context(self, step: int, batch: Batch) -> Context:
+        m = self.machine
+        return Context(m.mesh, m.seed, step, batch.index, training=True, batch=batch, shares=m.shares)
 
     def _flown(self, ctx: Context) -> _Flight:
         assert ctx.batch is not None
@@ -185,12 +266,20 @@ class Engine:
         _, kept = self.machine.chain.forward((), ctx)
         return _Flight(ctx, kept)
 
-    def _backwards(self, flights: list[_Flight]) -> Iterator[None]:
-        """The backward of one micro-batch after the other. A lane opens before its first, and closes after its last."""
-        reduction, number = self.machine.reduction, 0
+    def _backwards(self, work: _Work, flights: list[_Flight]) -> Iterator[None]:
+        """The backward of one micro-batch after the other. A lane opens before its first, and closes after its last.
+
+        A lane without any holds −0, which an addition leaves alone.
+        """
+        reduction, audit, number = self.machine.reduction, self.machine.audit, 0
+        drawn = audit.drawn(self.at[0], self.machine.assignment)
         first, stop = self.machine.assignment.lanes_of(self.group.rank)
-        for lane, members in zip(range(first, stop), self.lanes, strict=True):
+        for lane, members in zip(range(first, stop), work.lanes, strict=True):
             buffer, fresh = reduction.open_lane(lane)
+            if not members:
+                if fresh:
+                    buffer[...] = -0.0
+                reduction.close_lane(lane)
             gradients = self.machine.store.by_parameter(buffer)
             for second in self.second_sums.values():
                 second[...] = -0.0  # which addition leaves alone, where 0 would turn -0 into 0
@@ -200,6 +289,8 @@ class Engine:
                     flight.ctx, gradients=gradients, accumulate=not fresh, lane=self.second_sums, closes=closes
                 )
                 self._backward(flight, ctx, reduction.block_ready if closes and lane == stop - 1 else None)
+                if drawn is not None and index == drawn.micro_batch:
+                    audit.witness = {index: audit.testimony(buffer, self.second_sums)}
                 number, fresh = number + 1, False
                 if closes:
                     reduction.close_lane(lane)
@@ -215,57 +306,35 @@ class Engine:
             ctx = replace(ctx, batch=flight.batch.map(self.machine.place.put))
         self.machine.chain.backward((), flight.kept, ctx, *(() if ready is None else (ready,)))
 
-    def _exchange(self, step: int, flights: list[_Flight], notes: tuple[float, ...]) -> tuple[float, int, np.ndarray]:
-        """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
-        most = max(self._counts)
+    def _exchange(
+        self, step: int, work: _Work, flights: list[_Flight], notes: tuple[float, ...]
+    ) -> tuple[dict[int, float], int, np.ndarray]:
+        """(summed loss of each micro-batch, in their order; target count; everybody's notes)."""
+        most = work.most
         row = np.zeros(2 * most + len(notes))
         row[: len(flights)] = [float(flight.loss) for flight in flights]
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
         row[2 * most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step + 1}")
-        loss, targets = 0.0, 0.0
-        for rank, count in enumerate(self._counts):  # ranks hold contiguous micro-batches: this is their order
-            for k in range(count):
-                loss += float(table[rank, k])
+        losses, targets = dict[int, float](), 0.0
+        for rank, indices in enumerate(work.ranks):
+            for k, index in enumerate(indices):
+                losses[index] = float(table[rank, k])
                 targets += float(table[rank, most + k])
-        return loss, int(targets), table[:, 2 * most :]
+        return losses, int(targets), table[:, 2 * most :]
 
-    def _blame(self, step: int, flights: list[_Flight], broken: str | None) -> None:
-        """Runs this step's micro-batches again, one by one, and names the first that is not finite."""
-        gradients = self.machine.store.by_parameter(self.machine.store.new_buffer())
-        found = []
-        for flight in flights:
-            again = self._flown(replace(flight.ctx, gradients=gradients, accumulate=False, tally={}))
-            self.machine.chain.backward((), again.kept, again.ctx)
-            culprits = [parameter.name for parameter, gradient in gradients.items() if not _finite(gradient)]
-            if culprits or not math.isfinite(float(flight.loss)):
-                name = culprits[0] if culprits else None
-                found.append((again.batch.index, name, str(float(flight.loss))))
-        reports = sorted(r for reports in self.group.allgather(found, "the culprit's name") for r in reports)
-        if reports:
-            index, name, text = reports[0]
-            where = f"micro-batch {index}: loss {text}, gradient of {name or 'no parameter'} is not finite"
-        else:
-            where = f"gradient of {broken} overflows only in the sum over micro-batches"
-        raise agreed(
-            NumericsError(
-                f"step {step + 1}, {where}; weights are as this step found them: "
-                "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
-            )
-        )
+    def keep(self, step: int) -> None:
+        """What the guard may roll back to: weights and moments after `step` steps."""
+        self.machine.guard.keep(step, self.state())
 
     def check_weights(self, step: int) -> None:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
         store = self.machine.store
         for name, weights in store.named(store.data).items():
-            if not _finite(weights):
+            if not is_finite(weights):
                 raise agreed(
                     NumericsError(
                         f"weights of {name} are not finite after step {step}, which is not saved: "
                         "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
                     )
                 )
-
-
-def _finite(array: Any) -> bool:
-    return bool(module_of(array).isfinite(array).all())

@@ -7,13 +7,15 @@ from mlm_mpi.train.checkpoint import Saver
 
 
 class Keeper:
-    """The saves of a run. `check(step)` raises where weights may not be saved; `about()` is for the manifest."""
+    """The saves of a run. `check(step)` raises where weights may not be saved; `about()` is for the manifest,
+    as a save begins."""
 
     def __init__(
         self, saver: Saver, check: Callable[[int], None], about: Callable[[], dict[str, Any]],
         alarm: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.saver, self.check, self.about, self.alarm = saver, check, about, alarm
+        self._noted: dict[str, Any] = {}
 
     @property
     def busy(self) -> bool:
@@ -29,16 +31,17 @@ class Keeper:
         """Starts to save in the background; an earlier save that is still under way is waited for. Collective."""
         self.publish()
         self.check(step)
+        self._noted = self.about()
         self.saver.begin(step)
 
     def tend(self) -> None:
         """Goes on with a save of which all have `written` what it needs of them; no disk is waited for. Collective."""
-        self._tell(self.saver.tend(self.about()))
+        self._tell(self.saver.tend(self._noted))
 
     def publish(self) -> None:
         """Publishes the save under way, if any; a failure is an alarm, and training goes on. Collective."""
         if self.saver.busy:
-            self._tell(self.saver.publish(self.about()))
+            self._tell(self.saver.publish(self._noted))
 
     def _tell(self, problem: str | None) -> None:
         if problem is not None:
@@ -47,7 +50,7 @@ class Keeper:
     def save(self, step: int) -> str | None:
         """The last checkpoint, which must succeed; returns what went wrong. Collective."""
         self.begin(step)
-        return self.saver.publish(self.about())
+        return self.saver.publish(self._noted)
 
     def abandon(self) -> None:
         """Lets go of a save under way, which will not be published: a rank that had a part of it has died."""

@@ -21,6 +21,8 @@ class Ledger:
         if step <= self.last:
             return
         self.last = step
+        for text in done.verdict.said:
+            self.alarm(text)
         self.show.update(
             Done(step, done.loss, done.targets, done.step_s, done.exposed_s, waited_s, done.learning_rate), heldout
         )

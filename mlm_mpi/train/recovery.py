@@ -27,6 +27,7 @@ class Regrouped(Protocol):
     def regroup(self, group: Group) -> None: ...
     def keeper(self) -> Keeper: ...
     def new_ledger(self, step: int, first: int) -> Ledger: ...
+    def quarantines(self, step: int, index: int, text: str) -> bool: ...
 
 
 class Recovery:
@@ -73,11 +74,12 @@ class Recovery:
         return Place(place.step, written and all(told for _, told, _ in places))
 
     def _refuse_again(self) -> None:
-        """Ends the run where a second rank has failed at the same work: it would kill one rank after another."""
+        """Ends the run where a second rank has failed at the same work, unless the run does without that work: it would
+        kill one rank after another."""
         mine = self.run.folder.failures() if self.run.group.rank == 0 else None
         seen: set[tuple[int, int]] = set()
         for step, index, text in self.run.group.broadcast(mine, "what ranks have said"):
-            if (step, index) in seen:
+            if (step, index) in seen and not self.run.quarantines(step, index, text):
                 raise agreed(MlmError(f"step {step + 1}, micro-batch {index} has failed on two ranks: {text}"))
             seen.add((step, index))
 

@@ -82,6 +82,8 @@ class Run:
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
         )
         self.incomparable = compare_fingerprints(self.group, self.facts)
+        if self.incomparable:
+            self.engine.machine.audit.every = 0  # ranks of different libraries differ, and none is ill
 
     def _open(self, config: Config, open_task: OpenTask) -> Task:
         try:
@@ -110,7 +112,8 @@ class Run:
         self.ledger = self._open_ledger(first)
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
-        rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every)
+        rhythm = Rhythm(config.train.steps, config.eval.every, config.checkpoint.every, config.guard.compare_every)
+        self.engine.keep(first)
         recovery = Recovery(self, first, self.group.rank == 0) if self.group.recovers else None
         mend = recovery.mend if recovery is not None else None
         trainer = Trainer(rhythm, self.engine, loader, self.keeper(), self.ledger, self.stop, self._measure, mend)
@@ -158,6 +161,15 @@ class Run:
         if not self.engine.machine.reduction.stable:
             self.incomparable = f"a rank was lost, and comm.reduction = {config.comm.reduction}"
 
+    def quarantines(self, step: int, index: int, text: str) -> bool:
+        """Whether a step does without a micro-batch that has failed on two ranks; one is left of each step."""
+        ill = self.engine.quarantine
+        others = [pair for pair in ill if pair[0] == step and pair[1] != index]
+        if self.config.guard.failing == "stop" or len(others) + 1 >= self.config.train.micro_batches:
+            return False
+        ill[step, index] = f"it has failed on two ranks: {text}"
+        return True
+
     def _measure(self) -> float | None:
         """Held-out loss in nats per target, None where the corpora hold nothing out. Collective."""
         wanted = self.config.eval
@@ -181,6 +193,7 @@ class Run:
         return self.task.about() | {
             "config": configuration.to_table(self.config), "fingerprint": self.facts,
             "incomparable": self._why_incomparable(), "plugins": dict(self.plugins.used),
+            "levels": self.engine.machine.guard.state(),
         }  # fmt: skip
 
     def _why_incomparable(self) -> str | None:
@@ -203,6 +216,7 @@ class Run:
         if manifest.fingerprint != self.facts:
             changed = differences(manifest.fingerprint, self.facts)[0]
             self.incomparable = self.incomparable or f"the run was resumed with another {changed}"
+        self.engine.machine.guard.restore(manifest.levels)
         self.incomparable = manifest.incomparable or self.incomparable
         return manifest.step
 

@@ -13,6 +13,7 @@ from mlm_mpi.errors import CheckpointError, PeerLost, agreed
 from mlm_mpi.train.engine import Engine, StepResult
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
+from mlm_mpi.train.replicas import repaired
 from mlm_mpi.train.stop import StopRequest
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
@@ -20,11 +21,13 @@ _STOP, _WRITTEN = 0, 1  # columns of a step's notes
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How many steps a run has, and after how many it measures and saves (0: only at the end)."""
+    """How many steps a run has, and after how many it measures and saves (0: only at the end), and compares what its
+    ranks hold (0: never)."""
 
     steps: int
     measure_every: int = 0
     save_every: int = 0
+    compare_every: int = 0
 
     def is_time(self, every: int, step: int) -> bool:
         """Whether something that happens every so many steps happens after `step` of them."""
@@ -81,8 +84,10 @@ class Trainer:
         return done, self.loader.waited_s - waited
 
     def _follow(self, step: int, done: StepResult, waited_s: float) -> None:
-        """What is due after `step` steps: save, measure, tell."""
+        """What is due after `step` steps: compare, save, measure, tell."""
         self._over = step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
+        for alarm in self._compare(step, self._over):
+            self.ledger.alarm(alarm)
         unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
         heldout = self._measure(step)
         self.ledger.record(step, done, waited_s, heldout)
@@ -101,7 +106,14 @@ class Trainer:
             return self.keeper.save(step)
         if self.rhythm.is_time(self.rhythm.save_every, step):
             self.keeper.begin(step)
+            self.engine.keep(step)
         return None
+
+    def _compare(self, step: int, stopping: bool) -> tuple[str, ...]:
+        """Mends replicas that differ, before they are saved; what is to be said of it."""
+        rhythm = self.rhythm
+        due = stopping or rhythm.is_time(rhythm.compare_every, step) or rhythm.is_time(rhythm.save_every, step)
+        return repaired(self.engine, step) if due and rhythm.compare_every and self.engine.group.size > 1 else ()
 
     def _measure(self, step: int) -> float | None:
         last = step == self.rhythm.steps

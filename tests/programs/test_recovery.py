@@ -274,3 +274,60 @@ def test_chaos_finds_nothing_wrong(place):
     found = place.program("chaos", str(place.config), "-n", "3", "--trials", "1", "--faults", "kill-twice")
     assert found.code == 0 and found.out.endswith("all 1 passed\n"), found.out + found.err
     assert re.search(r"\| kill-twice \| 1 \| 1 \| 0 \| \d+ ", found.out)
+
+
+SPOILED = """
+from mlm_mpi.layers.chain import Chain
+me, left = int(os.environ["OMPI_COMM_WORLD_RANK"]), [{times}]
+given = Chain.backward
+
+def before_step(rank, step):
+    pass
+
+def backward(self, dy, kept, ctx, *rest):
+    found = given(self, dy, kept, ctx, *rest)
+    if {when} and left[0]:
+        left[0] -= 1
+        next(iter(ctx.gradients.values()))[0, 0] = {value}
+    return found
+
+Chain.backward = backward
+"""
+
+
+def test_a_gradient_that_is_once_not_finite_changes_no_bit(place, home, straight):
+    fault = SPOILED.format(times=1, when="(ctx.step, ctx.micro_batch) == (3, 5)", value="float('nan')")
+    found = place.faulty(fault, "run", 2, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert "\nALARM step 4: the gradient of " in found.out and "run again it was clean\n" in found.out
+
+
+def test_a_rank_that_computes_wrongly_leaves_and_the_others_go_on(place, home, straight):
+    """Found by the audit at its first step, before any update."""
+    fault = SPOILED.format(times=10**6, when="me == 1", value="0.5")
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, "guard.audit_every=1", recovers=True)
+    assert found.weights == straight.weights, found.out
+    assert re.search(r"mlm-mpi: rank 1: step \d, micro-batch \d+: this rank computes another gradient", found.err)
+    assert "2 of 3 ranks go on" in found.out
+
+
+LEFT_OUT = """
+def before_step(rank, step):
+    pass
+
+given = Engine.plan
+
+def plan(self, *words):
+    self.quarantine[3, 5] = "left out"
+    return given(self, *words)
+
+Engine.plan = plan
+"""
+
+
+def test_the_run_does_without_what_fails_on_two_ranks_where_it_may(place):
+    """To the bits of a rank that never ran it."""
+    found = place.faulty(POISON, "run", 4, *EVERY_TWO, "guard.failing=skip", recovers=True)
+    said = "ALARM step 4: micro-batch 5 skipped: it has failed on two ranks: ZeroDivisionError: injected"
+    assert said in found.out.splitlines() and "2 of 4 ranks go on" in found.out
+    assert found.weights == place.faulty(LEFT_OUT, "alone", 1).weights
