@@ -82,6 +82,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", "-np", "--ranks", type=int, default=None, help="ranks to start (default: SLURM_NTASKS, else 1)"
     )
+    parser.add_argument(
+        "--spares", type=int, default=0, metavar="N",
+        help="so many more ranks, one of which takes the place of a rank of train that dies (comm.spares)",
+    )  # fmt: skip
     parser.add_argument("--mpiexec", metavar="PATH", help="the launcher to use (default: beside python, else on PATH)")
     parser.add_argument("--mpiexec-args", metavar="TEXT", default="", help="more options for mpiexec, in one string")
     parser.add_argument(
@@ -106,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
         raise LaunchError("mlm-mpi run inside mlm-mpi run would start a job for each rank: leave one of them out")
     if not command:
         raise LaunchError("nothing to run: write mlm-mpi run -n 2 -- train CONFIG --run DIR")
-    ranks = args.ranks if args.ranks is not None else launch.number("SLURM_NTASKS", 1)
+    ranks, command = _with_spares(args, command)
     for name, value, least in (("--grace", args.grace, 0.0), ("--start-timeout", args.start_timeout, 1.0)):
         if not (math.isfinite(value) and value >= least):
             raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
@@ -117,6 +121,16 @@ def main(args: argparse.Namespace) -> int:
     limits = Limits(grace_s, args.start_timeout, command[0] in _JOINERS, recovers)
     program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
     return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)
+
+
+def _with_spares(args: argparse.Namespace, command: list[str]) -> tuple[int, list[str]]:
+    """(all ranks to start, the command that knows how many of them are spares). Raises LaunchError."""
+    if args.spares < 0 or (args.spares and command[0] != "train"):
+        raise LaunchError(f"--spares {args.spares} must not be negative, and is for train: leave it out")
+    if not args.spares:
+        return launch.number("SLURM_NTASKS", 1) if args.ranks is None else args.ranks, command
+    ranks = launch.number("SLURM_NTASKS", 1 + args.spares) if args.ranks is None else args.ranks + args.spares
+    return ranks, [*command, "--set", f"comm.spares={args.spares}"]
 
 
 def _check_training(words: Sequence[str], ranks: int) -> bool:

@@ -35,6 +35,13 @@ class Comm:
         says="If true, the job goes on without a rank that has died, or was stopped (SIGSTOP) for a second, to the "
         "same bits: under mlm-mpi run, with an Open MPI 5 that has ULFM.",
     )
+    spares: int = key(
+        0,
+        says="So many ranks have no micro-batches until another one has died; they hold all else, so that the work is "
+        "shared by as many as before at once.",
+        unit="ranks",
+        least=0,
+    )
     timeout_s: float = key(
         600.0,
         says="A rank waits this long for the others before it says who is missing, and kills those (comm.recover) or "

@@ -189,5 +189,7 @@ class OneBuffer(Bucketed):
 
     def finish(self) -> Any:
         """The sum over all lanes. Collective."""
+        if not self.opened:  # a rank without lanes
+            self.buffer[...] = -0.0
         self._finish()
         return self.buffer

@@ -65,10 +65,19 @@ def shares(config: Config) -> int:
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """1 <= ranks <= J: a rank without a lane has nothing to do. Raises ConfigError."""
-    lanes = config.train.lanes
+    """1 <= ranks but for spares <= J: a rank without a lane has nothing to do. Raises ConfigError."""
+    lanes, spares = config.train.lanes, config.comm.spares
     _require(
-        ranks <= lanes,
+        spares < ranks,
+        f"comm.spares = {spares} leaves none of {ranks} ranks to work: start more ranks, or lower comm.spares",
+    )
+    _require(
+        not spares or (config.comm.recover and config.comm.reduction != "nccl"),
+        f"comm.spares = {spares} are for a job that goes on when a rank dies: set comm.recover = true and "
+        'comm.reduction = "canonical", or comm.spares = 0',
+    )
+    _require(
+        ranks - spares <= lanes,
         f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes}: "
         f"start {lanes} ranks, or set train.lanes to {ranks} or more (it changes the bits)",
     )

@@ -7,7 +7,10 @@ from mlm_mpi.cut import cut
 
 @dataclass(frozen=True)
 class Assignment:
-    """M micro-batches in J lanes over R ranks. Lane j holds micro-batches jM/J … (j+1)M/J − 1."""
+    """M micro-batches in J lanes over R ranks. Lane j holds micro-batches jM/J … (j+1)M/J − 1.
+
+    Ranks beyond R are spares: they have no lanes, and all else, so that one of them works when one of the others dies.
+    """
 
     micro_batches: int
     lanes: int
@@ -15,6 +18,8 @@ class Assignment:
 
     def lanes_of(self, rank: int) -> tuple[int, int]:
         """Lanes [first, stop) of a rank: contiguous, the first ranks hold one more where it is uneven."""
+        if rank >= self.ranks:
+            return self.lanes, self.lanes
         return cut(self.lanes, self.ranks, rank)
 
     def micro_batches_of(self, lane: int) -> range:

@@ -39,14 +39,14 @@ class Audit:
     seed: int = 0
     witness: dict[int, int] = field(default_factory=dict)  # micro-batch -> digest of its gradient, on its owner
 
-    def drawn(self, step: int, assignment: Assignment) -> Drawn | None:
-        """What is audited in a step; None: nothing."""
-        if not self.every or (step + 1) % self.every or assignment.ranks < 2:
+    def drawn(self, step: int, assignment: Assignment, ranks: int) -> Drawn | None:
+        """What is audited in a step by one of so many ranks, some of them spares maybe; None: nothing."""
+        if not self.every or (step + 1) % self.every or ranks < 2:
             return None
         lane, more = words(key_of(self.seed, "audit"), 0, 2, step=step).tolist()
         lane %= assignment.lanes
         owner = next(r for r in range(assignment.ranks) if lane in range(*assignment.lanes_of(r)))
-        second = (owner + 1 + more % (assignment.ranks - 1)) % assignment.ranks
+        second = (owner + 1 + more % (ranks - 1)) % ranks
         return Drawn(assignment.micro_batches_of(lane)[0], owner, second)
 
     def passed(self, engine: "Engine", found: "Attempt", drawn: Drawn, batch: Batch | None) -> tuple["Attempt", str]:

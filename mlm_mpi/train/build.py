@@ -27,7 +27,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
     chain = Chain(parts)
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place)
-    assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp"))
+    assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
     instructions = plugins.find("schedules", train.schedule, "train.schedule").instructions
     for rank in range(assignment.ranks):
         micros = len(assignment.of_rank(rank))

@@ -28,7 +28,7 @@ from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
 from mlm_mpi.train.assignment import Assignment
-from mlm_mpi.train.audit import Audit
+from mlm_mpi.train.audit import Audit, Drawn
 from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.guard import Attempt, Guard, Verdict, is_finite, skip
 
@@ -112,13 +112,14 @@ class Engine:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.group = machine, machine.mesh.group("dp")
         self.at = 0, 0  # step and micro-batch that this rank is at
+        self.workers = machine.assignment.ranks  # all but spares, as long as there are so many
         self.quarantine: dict[tuple[int, int], str] = {}  # (step, micro-batch) that are never run, and why
         self._plan_lanes()
 
     def regroup(self, mesh: Mesh, reduction: Callable[[Assignment], Reduction]) -> None:
         """Goes on with the ranks of another mesh, and the weights and moments as they are. Collective over it."""
         nothing: Any = None  # its memory is free before the next one takes as much
-        assignment = replace(self.machine.assignment, ranks=mesh.size("dp"))
+        assignment = replace(self.machine.assignment, ranks=min(self.workers, mesh.size("dp")))
         self.machine = replace(self.machine, mesh=mesh, assignment=assignment, reduction=nothing)
         self.group = mesh.group("dp")
         self.machine.store.grid = mesh
@@ -142,7 +143,7 @@ class Engine:
 
     def _second_sums(self) -> dict[Parameter, Any]:
         """A buffer for each tied parameter, reused lane after lane; none where a micro-batch is all of its lane."""
-        if not any(len(lane) > 1 for lane in self.work.lanes):
+        if self.machine.assignment.micro_batches == self.machine.assignment.lanes:
             return {}
         store, tied = self.machine.store, [span for span in self.machine.store.spans if span.parameter.tied]
         return {span.parameter: store.xp.empty(span.shape, store.dtype) for span in tied}
@@ -163,9 +164,12 @@ class Engine:
         every = ((step, index) for step in range(first, stop) for index in [*self.work.mine, *self._audited(step)])
         return (pair for pair in every if pair not in self.quarantine)
 
+    def _drawn(self, step: int) -> Drawn | None:
+        return self.machine.audit.drawn(step, self.machine.assignment, self.group.size)
+
     def _audited(self, step: int) -> list[int]:
         """The micro-batch of another rank that I run too, if any."""
-        drawn = self.machine.audit.drawn(step, self.machine.assignment)
+        drawn = self._drawn(step)
         return [drawn.micro_batch] if drawn is not None and drawn.second == self.group.rank else []
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is found and named by the guard
@@ -196,7 +200,7 @@ class Engine:
 
     def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
         """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""
-        drawn = self.machine.audit.drawn(found.step, self.machine.assignment)
+        drawn = self._drawn(found.step)
         if drawn is None or drawn.micro_batch in found.left_out:
             return found, ()
         batch = next_batch() if drawn.second == self.group.rank else None
@@ -272,7 +276,7 @@ class Engine:
         A lane without any holds −0, which an addition leaves alone.
         """
         reduction, audit, number = self.machine.reduction, self.machine.audit, 0
-        drawn = audit.drawn(self.at[0], self.machine.assignment)
+        drawn = self._drawn(self.at[0])
         first, stop = self.machine.assignment.lanes_of(self.group.rank)
         for lane, members in zip(range(first, stop), work.lanes, strict=True):
             buffer, fresh = reduction.open_lane(lane)

@@ -9,8 +9,10 @@ from typing import Protocol
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.recovery import survivors
+from mlm_mpi.config import Config
 from mlm_mpi.errors import MlmError, PeerLost, agreed
 from mlm_mpi.train import checkpoint
+from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.folder import RunFolder
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
@@ -21,6 +23,8 @@ class Regrouped(Protocol):
     """What hangs on a group of ranks, and can be had again for another one."""
 
     group: Group
+    config: Config
+    engine: Engine
     folder: RunFolder
     ledger: Ledger
 
@@ -89,4 +93,5 @@ class Recovery:
         named, self.told = lost[self.told :], len(lost)
         goes = "goes" if alive == 1 else "go"
         left = f"{alive} of {len(lost) + alive} ranks {goes} on after step {step} ({took_s:.2f} s)"
+        left += f", {self.run.engine.machine.assignment.ranks} of them at work" if self.run.config.comm.spares else ""
         self.run.ledger.alarm(f"ALARM lost {', '.join(named)}: {left}")

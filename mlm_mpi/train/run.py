@@ -17,7 +17,7 @@ from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.errors import DataError, MlmError, PeerLost, agreed
+from mlm_mpi.errors import ConfigError, DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
@@ -65,6 +65,11 @@ class Run:
         on_node = self.group.on_node()
         with self.group.together("opening the data"):
             configuration.check_ranks(config, group.size)
+            if config.comm.spares and not group.recovers:
+                raise ConfigError(
+                    f"comm.spares = {config.comm.spares} are of no use here: this job ends with a rank that dies; "
+                    "start it by mlm-mpi run on an Open MPI 5 with ULFM (mlm-mpi doctor), or set comm.spares = 0"
+                )
             if group.rank == 0:
                 check(config.log)
             self.place = place_of(config, config.numerics.level, on_node)

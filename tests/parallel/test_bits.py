@@ -52,6 +52,23 @@ def test_five_steps_have_the_same_bits_as_on_one_rank(group, overlap):
     assert np.array_equal(engine.machine.optimizer.moment2, alone.machine.optimizer.moment2)
 
 
+@pytest.mark.parametrize("reduction", ["canonical", "naive", "allreduce"])
+def test_a_rank_without_lanes_changes_no_bit(group, reduction):
+    """A spare; allreduce has no bits of its own, and comes near."""
+    if group.size == 1:
+        pytest.skip("a spare alone would have nobody to stand beside")
+    config = tiny_config("comm.spares=1", f"comm.reduction={reduction}", "train.steps=2", "guard.audit_every=1")
+    engine, results = train(config, group)
+    alone, expected = train(tiny_config("train.steps=2"), Group())
+    assert engine.machine.assignment.ranks == group.size - 1
+    assert not any(result.verdict.said for result in results)
+    if reduction == "allreduce":
+        np.testing.assert_allclose(engine.machine.store.data, alone.machine.store.data, atol=1e-5)
+        return
+    assert [r.loss for r in results] == [r.loss for r in expected]
+    assert engine.machine.store.weights_sha256() == alone.machine.store.weights_sha256()
+
+
 def test_sgd_too(group):
     config = tiny_config("optim.name=sgd", "model.dropout=0.0")
     assert (

@@ -183,7 +183,7 @@ def test_an_audit_of_sound_ranks_says_nothing(group, lanes):
     assert weights(engine) == weights(other)
     assert not any(result.verdict.said for result in found)
     audit, assignment = engine.machine.audit, engine.machine.assignment
-    drawn = [audit.drawn(step, assignment) for step in range(50)]
+    drawn = [audit.drawn(step, assignment, group.size) for step in range(50)]
     if group.size == 1:
         assert drawn == [None] * 50
     else:
@@ -196,7 +196,7 @@ def test_an_audit_finds_who_computes_wrongly(group, who):
     if group.size == 1:
         pytest.skip("nobody to audit")
     engine, other = engine_for(group, "guard.audit_every=2"), engine_for(group)
-    drawn = engine.machine.audit.drawn(1, engine.machine.assignment)
+    drawn = engine.machine.audit.drawn(1, engine.machine.assignment, group.size)
     culprit = getattr(drawn, who)
     if group.rank == culprit:
         spoiled(engine, (1, drawn.micro_batch), 0.25, times=1)

@@ -331,3 +331,32 @@ def test_the_run_does_without_what_fails_on_two_ranks_where_it_may(place):
     said = "ALARM step 4: micro-batch 5 skipped: it has failed on two ranks: ZeroDivisionError: injected"
     assert said in found.out.splitlines() and "2 of 4 ranks go on" in found.out
     assert found.weights == place.faulty(LEFT_OUT, "alone", 1).weights
+
+
+@pytest.mark.parametrize(
+    ("step", "victims"),
+    [(3, [1]), pytest.param(3, [0], marks=pytest.mark.slow), pytest.param(3, [0, 3], marks=pytest.mark.slow)],
+)
+def test_a_spare_takes_the_place_of_a_rank_that_dies(place, home, straight, step, victims):
+    fault = DIES.format(point="step", step=step, victims=victims)
+    found = place.faulty(fault, "run", 4, *EVERY_TWO, "comm.spares=1", recovers=True)
+    undisturbed(place, home, straight, found)
+    left = 4 - len(victims)
+    assert re.search(rf"{left} of 4 ranks go on after step 3 \(\d.\d\d s\), {min(3, left)} of them at work", found.out)
+    assert re.search(r"lanes +8 over 3 ranks", found.out)
+    assert "the others go on, to the same bits; 1 spare stands ready" in found.out
+
+
+def test_spares_are_started_beside_the_ranks_that_work(place, straight):
+    process = place.start("run", "-n", "2", "--spares", "1", *place.words("run", 2)[3:])
+    found = ended(process)
+    assert found.weights == straight.weights
+    assert "pp 1 × dp 3 × tp 1: 3 ranks" in found.out and "8 over 2 ranks" in found.out
+
+
+def test_spares_of_no_use_are_refused(place):
+    place.train("run", 2, "comm.spares=2").refused("comm.spares = 2 leaves none of 2 ranks to work")
+    place.train("run", 2, "comm.spares=1", "comm.recover=false").refused("comm.spares = 1 are for a job that goes on")
+    place.train("run", None, "comm.spares=1").refused("comm.spares = 1 leaves none of 1 ranks")
+    place.program("run", "-n", "2", "--spares", "-1", "--", "train", "x").refused("--spares -1 must not be negative")
+    place.program("run", "-n", "2", "--spares", "1", "--", "prepare", "x").refused("is for train")

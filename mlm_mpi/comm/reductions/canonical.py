@@ -40,9 +40,8 @@ class Canonical(Bucketed):
                 f"comm.bucket_mib = {setup.bucket_bytes / 2**20:g} makes {len(self.buckets):,} messages a step, this "
                 f"MPI library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
             )
-        self.total = self.buffers[self.node_buffers[0]]
+        self.total = self.buffers[0] if group.size == 1 else self.xp.zeros(self.size, self.dtype)
         if group.size > 1:
-            self.total = self.xp.zeros(self.size, self.dtype)
             self.sum = self.transport.mirror(self.total)
             self.mine = [self.transport.mirror(self.buffers[number]) for number in self.node_buffers]
         self.scratch = {
@@ -106,7 +105,8 @@ class Canonical(Bucketed):
 
     def _start(self, bucket: Bucket) -> None:
         part = slice(bucket.start, bucket.stop)
-        self._merge(self.plans[-1], part)
+        if self.plans:
+            self._merge(self.plans[-1], part)
         if self.group.size > 1:
             held = (self.buffers[number] for number in self.node_buffers)
             pairs = [(buffer[part], mirror[part]) for buffer, mirror in zip(held, self.mine, strict=True)]
