@@ -32,12 +32,14 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     for rank in range(assignment.ranks):
         micros = len(assignment.of_rank(rank))
         schedules.check(instructions(0, 1, micros), micros, train.schedule)
+    summed = reduction(config, plugins, store, assignment, mesh, place)
+    audits = config.guard.audit_every if summed.stable else 0  # else one buffer takes in all lanes of a rank
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
             mesh, place, chain, store,
             plugins.find("optim", optim.name, "optim.name").build(optim, store, mesh),
-            reduction(config, plugins, store, assignment, mesh, place),
+            summed,
             assignment,
             instructions,
             lambda step: learning_rate(
@@ -47,7 +49,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
             optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
             Average(store, optim.average) if optim.average else None,
-            Guard(config.guard.policy, config.guard.spike), Audit(config.guard.audit_every, train.seed),
+            Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed),
         )
     )  # fmt: skip
 
