@@ -47,6 +47,7 @@ class Recovery:
         while True:
             try:
                 self.run.group = survivors(self.run.group, lost)
+                trainer.keeper.abandon()  # first: what ends the run below must not wait for a save of the dead
                 place = self._together(place)  # which holds also where one more dies below
                 self._refuse_again()
                 self._make_anew(trainer, place)
@@ -59,7 +60,6 @@ class Recovery:
     def _make_anew(self, trainer: Trainer, place: Place) -> None:
         run = self.run
         run.regroup(run.group)
-        trainer.keeper.abandon()
         run.group.barrier("all to be through with the save under way")
         with run.group.together("taking the run folder over"):
             if run.group.rank == 0:

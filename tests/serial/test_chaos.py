@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlm_mpi.chaos.faults import FAULTS, Plan, drawn
+from mlm_mpi.chaos.inside import ACTS
+from mlm_mpi.chaos.trials import Outcome, Trials
 from mlm_mpi.commands import chaos
-from mlm_mpi.commands.chaos import FAULTS, Chaos, Outcome, Plan, drawn
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -16,7 +18,13 @@ def test_what_happens_follows_from_the_seed(fault):
     assert {plan.step for plan in plans} == set(range(1, 12)) and all(0 <= plan.delay < 1 for plan in plans)
     counts = {len(plan.victims) for plan in plans}
     assert all(len({*plan.victims}) == len(plan.victims) for plan in plans)
-    assert counts == {"kill-many": {1, 2, 3}, "kill-twice": {2}, "kill-all": {4}, "kill-launcher": {0}}.get(fault, {1})
+    every = dict.fromkeys(("kill-all", "poison", "nan-data", "disk"), {4})
+    nobody = dict.fromkeys(("kill-launcher", "usr1", "term"), {0})
+    assert counts == {"kill-many": {1, 2, 3}, "kill-twice": {2}, **every, **nobody}.get(fault, {1})
+
+
+def test_what_is_not_done_from_outside_is_done_inside():
+    assert {name for name, fault in FAULTS.items() if fault.act is None} == {*ACTS} - {"left-out"}
 
 
 def test_somebody_is_left_of_two_ranks():
@@ -41,12 +49,13 @@ LINES = [f'{{"step": {step}, "loss": {step / 2}}}' for step in (1, 2, 3)]
     ],
 )
 def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines, left, wrong):
-    judge = Chaos(SimpleNamespace(set=[], ranks=2, config=""), tmp_path, 3)
-    judge.weights, judge.losses = "a" * 64, [0.5, 1.0, 1.5]
+    judge, expected = Trials("", [], 2, 3, tmp_path), ("a" * 64, [0.5, 1.0, 1.5])
     (tmp_path / "checkpoints" / left).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    job = SimpleNamespace(said=[(0.0, said)], text=said, process=SimpleNamespace(returncode=0))
-    assert judge._wrong(job, tmp_path).startswith(wrong) and bool(judge._wrong(job, tmp_path)) == bool(wrong)
+    weights = said.split()[2] if said.startswith("weights sha256") else ""
+    job = SimpleNamespace(weights=weights, text=said, process=SimpleNamespace(returncode=0))
+    found = judge._wrong(job, tmp_path, *expected)
+    assert found.startswith(wrong) and bool(found) == bool(wrong)
 
 
 def test_the_table_counts_what_passed():
