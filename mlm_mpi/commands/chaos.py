@@ -258,7 +258,17 @@ class Chaos:
             return "losses differ"
         if half := list((run / "checkpoints").glob(".*")):
             return f"{half[0].name} was left"
-        return ""
+        return self._unproven(run)
+
+    def _unproven(self, run: Path) -> str:
+        """Why the run's ledger does not prove that each sample was used exactly once."""
+        from mlm_mpi.train.proof import prove  # here, not above: --help needs no NumPy
+
+        try:
+            proof = prove(run)
+        except MlmError as error:
+            return f"verify: {error}"
+        return "" if proof.holds else f"verify: {[*proof.wrong, proof.unproven][0]}"
 
 
 def _weights(job: Job) -> str:

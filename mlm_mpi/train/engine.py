@@ -55,7 +55,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on all ranks but for this rank's times. `notes`: every rank's notes (R, k)."""
+    """What a step did, equal on all ranks but for this rank's times. `notes`: every rank's notes (R, k).
+
+    `windows`: the digest of what each micro-batch read (data/sampler.py). `ranks`: (name when the job began, how many
+    micro-batches it ran), in their order. `skipped`: (micro-batch, why) of those that are in no sum.
+    """
 
     loss: float  # mean nats per target
     targets: int
@@ -64,6 +68,9 @@ class StepResult:
     step_s: float
     exposed_s: float
     notes: np.ndarray
+    windows: tuple[int, ...] = ()
+    ranks: tuple[tuple[int, int], ...] = ()
+    skipped: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass
@@ -109,6 +116,8 @@ class Engine:
         self.lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
         self.mine = [index for lane in self.lanes for index in lane]
         self._counts = [len(assignment.of_rank(rank)) for rank in ranks]
+        names = ranks if self.group.company is None else self.group.company.names
+        self.ranks = tuple(zip(names, self._counts, strict=True))
         self.second_sums = self._second_sums()
 
     def _second_sums(self) -> dict[Parameter, Any]:
@@ -140,7 +149,7 @@ class Engine:
         began, m = time.perf_counter(), self.machine
         flights = self._run(step, next_batch)
         total = m.reduction.finish()
-        loss, targets, all_notes = self._exchange(step, flights, notes)
+        loss, targets, windows, all_notes = self._exchange(step, flights, notes)
         rate = m.learning_rate(step)
         length, broken = norm(m.store, total)
         if not math.isfinite(loss) or broken is not None:
@@ -154,7 +163,10 @@ class Engine:
         if m.average is not None:
             m.average.follow(step + 1)
         seconds = time.perf_counter() - began
-        return StepResult(loss / targets, targets, length / targets, rate, seconds, m.reduction.exposed_s, all_notes)
+        return StepResult(
+            loss / targets, targets, length / targets, rate, seconds, m.reduction.exposed_s, all_notes, windows,
+            self.ranks,
+        )  # fmt: skip
 
     def _run(self, step: int, next_batch: NextBatch) -> list[_Flight]:
         """Forward and backward of my micro-batches; gradients leave in their order, whatever the schedule."""
@@ -215,20 +227,24 @@ class Engine:
             ctx = replace(ctx, batch=flight.batch.map(self.machine.place.put))
         self.machine.chain.backward((), flight.kept, ctx, *(() if ready is None else (ready,)))
 
-    def _exchange(self, step: int, flights: list[_Flight], notes: tuple[float, ...]) -> tuple[float, int, np.ndarray]:
-        """(summed loss, target count, everybody's notes): float64, added in micro-batch order."""
+    def _exchange(
+        self, step: int, flights: list[_Flight], notes: tuple[float, ...]
+    ) -> tuple[float, int, tuple[int, ...], np.ndarray]:
+        """(summed loss, target count, digests, everybody's notes): float64, added in micro-batch order."""
         most = max(self._counts)
-        row = np.zeros(2 * most + len(notes))
+        row = np.zeros(3 * most + len(notes))
         row[: len(flights)] = [float(flight.loss) for flight in flights]
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
-        row[2 * most :] = notes
+        row[2 * most : 2 * most + len(flights)] = [flight.batch.digest for flight in flights]
+        row[3 * most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step + 1}")
-        loss, targets = 0.0, 0.0
+        loss, targets, windows = 0.0, 0.0, list[int]()
         for rank, count in enumerate(self._counts):  # ranks hold contiguous micro-batches: this is their order
             for k in range(count):
                 loss += float(table[rank, k])
                 targets += float(table[rank, most + k])
-        return loss, int(targets), table[:, 2 * most :]
+                windows.append(int(table[rank, 2 * most + k]))
+        return loss, int(targets), tuple(windows), table[:, 3 * most :]
 
     def _blame(self, step: int, flights: list[_Flight], broken: str | None) -> None:
         """Runs this step's micro-batches again, one by one, and names the first that is not finite."""

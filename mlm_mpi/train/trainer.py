@@ -83,6 +83,7 @@ class Trainer:
     def _follow(self, step: int, done: StepResult, waited_s: float) -> None:
         """What is due after `step` steps: save, measure, tell."""
         self._over = step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
+        self.ledger.testify(step, done)  # before all: no checkpoint stands without evidence of its steps
         unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
         heldout = self._measure(step)
         self.ledger.record(step, done, waited_s, heldout)

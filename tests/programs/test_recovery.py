@@ -81,6 +81,7 @@ def undisturbed(place, home, straight, found):
     assert not [name for name in place.checkpoints("run") if name.startswith(".")]
     done = json.loads((place.folder / "run" / "DONE").read_text())
     assert (done["step"], done["weights_sha256"]) == (6, straight.weights)
+    assert place.proven("run").steps == 6
 
 
 @pytest.mark.parametrize(("point", "step", "victim"), list(cases()))

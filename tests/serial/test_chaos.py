@@ -6,6 +6,9 @@ import pytest
 
 from mlm_mpi.commands import chaos
 from mlm_mpi.commands.chaos import FAULTS, Chaos, Outcome, Plan, drawn
+from mlm_mpi.errors import ConfigError
+from mlm_mpi.train import proof
+from mlm_mpi.train.proof import Proof
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -40,13 +43,29 @@ LINES = [f'{{"step": {step}, "loss": {step / 2}}}' for step in (1, 2, 3)]
         (HASH, LINES, ".writing-step-00000002", ".writing-step-00000002 was left"),
     ],
 )
-def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines, left, wrong):
+def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, monkeypatch, said, lines, left, wrong):
+    monkeypatch.setattr(proof, "prove", lambda run: Proof())
     judge = Chaos(SimpleNamespace(set=[], ranks=2, config=""), tmp_path, 3)
     judge.weights, judge.losses = "a" * 64, [0.5, 1.0, 1.5]
     (tmp_path / "checkpoints" / left).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     job = SimpleNamespace(said=[(0.0, said)], text=said, process=SimpleNamespace(returncode=0))
     assert judge._wrong(job, tmp_path).startswith(wrong) and bool(judge._wrong(job, tmp_path)) == bool(wrong)
+
+
+def test_a_trial_without_proof_has_failed(tmp_path, monkeypatch):
+    judge = Chaos(SimpleNamespace(set=[], ranks=2, config=""), tmp_path, 3)
+    for found, wrong in (
+        (Proof(wrong=["step 2 has no line", "more"]), "verify: step 2 has no line"),
+        (Proof(unproven="no corpus"), "verify: no corpus"),
+        (Proof(), ""),
+    ):
+        monkeypatch.setattr(proof, "prove", lambda run, found=found: found)
+        assert judge._unproven(tmp_path) == wrong
+    monkeypatch.undo()
+    assert judge._unproven(tmp_path).startswith(f"verify: {tmp_path} has no ledger.jsonl")
+    with pytest.raises(ConfigError):
+        proof.prove(tmp_path)
 
 
 def test_the_table_counts_what_passed():
