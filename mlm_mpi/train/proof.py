@@ -277,12 +277,15 @@ def _range(first: int, stop: int) -> str:
     return f"{first:,}-{stop - 1:,}"
 
 
+_Read = tuple[int, np.ndarray, frozenset[int]]  # a step, the digests of its micro-batches, those that were skipped
+
+
 class _Windows:
     """Draws again what each micro-batch should have read, some steps at a time, and compares."""
 
     def __init__(self, sampler: Sampler, proof: Proof) -> None:
         self.sampler, self.proof, self.census = sampler, proof, _Census(sampler.mixture)
-        self._steps: list[tuple[int, np.ndarray, frozenset[int]]] = []  # one after another, not yet compared
+        self._steps: list[_Read] = []  # one after another, not yet compared
         self._first = self._stop = 0  # their samples
 
     def take(self, step: int, samples: tuple[int, int], digests: np.ndarray, skipped: frozenset[int]) -> None:
@@ -302,20 +305,26 @@ class _Windows:
             return
         steps, self._steps = self._steps, []
         first, stop = self._first, self._stop
-        windows, at = self.sampler.draw(first, stop - first), 0
-        for step, digests, skipped in steps:
-            rows = self.sampler.rows.at(step - 1)
-            micro_batches = windows[at : at + len(digests) * rows].reshape(len(digests), rows)
-            at += micro_batches.size
-            own = np.array([digest(micro_batch) for micro_batch in micro_batches], np.uint32)
-            for index in np.flatnonzero(own != digests).tolist():
-                if index not in skipped:
-                    self.proof.find(
-                        f"step {step}, micro-batch {index} read windows of digest {digests[index]:08x}, its own have "
-                        f"{own[index]:08x}"
-                    )
+        windows = self.sampler.draw(first, stop - first)
+        own = np.array([digest(part) for part in self._micro_batches(steps, windows)], np.uint32)
+        read = np.concatenate([digests for _, digests, _ in steps])
+        for at in np.flatnonzero(own != read).tolist():
+            number, index = divmod(at, self.sampler.micro_batches)
+            step, _, skipped = steps[number]
+            if index not in skipped:
+                self.proof.find(
+                    f"step {step}, micro-batch {index} read windows of digest {read[at]:08x}, its own have {own[at]:08x}"
+                )
         if (twice := self.census.take(first, windows)) is not None:
             self.proof.find(f"{_range(first, stop)} of the run's samples: {twice}")
+
+    def _micro_batches(self, steps: list[_Read], windows: np.ndarray) -> Iterator[np.ndarray]:
+        at = 0
+        for step, _, _ in steps:
+            rows = self.sampler.rows.at(step - 1)
+            for _ in range(self.sampler.micro_batches):
+                yield windows[at : at + rows]
+                at += rows
 
 
 class _Census:
