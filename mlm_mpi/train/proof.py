@@ -277,7 +277,7 @@ def _range(first: int, stop: int) -> str:
     return f"{first:,}-{stop - 1:,}"
 
 
-_Read = tuple[int, np.ndarray, frozenset[int]]  # a step, the digests of its micro-batches, those that were skipped
+_Read = tuple[int, np.ndarray, frozenset[int]]  # a step, digests of its micro-batches, which of them were skipped
 
 
 class _Windows:
@@ -313,7 +313,8 @@ class _Windows:
             step, _, skipped = steps[number]
             if index not in skipped:
                 self.proof.find(
-                    f"step {step}, micro-batch {index} read windows of digest {read[at]:08x}, its own have {own[at]:08x}"
+                    f"step {step}, micro-batch {index} read windows of digest {read[at]:08x}, its own have "
+                    f"{own[at]:08x}"
                 )
         if (twice := self.census.take(first, windows)) is not None:
             self.proof.find(f"{_range(first, stop)} of the run's samples: {twice}")
