@@ -15,11 +15,12 @@ import numpy as np
 from mlm_mpi import exact
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _CHUNK = 1 << 14  # counters per pass: the work arrays, 128 KiB each, stay in a core's L2 cache
 
 Key = tuple[int, int]
+Keys = Key | tuple[np.ndarray, np.ndarray]  # one for all, or one for each
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -30,22 +31,18 @@ def key_of(seed: int, *names: object) -> Key:
     return int.from_bytes(digest[0:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def philox(counter: Words, key: Key) -> Words:
+def philox(counter: Words, key: Keys) -> Words:
     """Philox4x32-10 of four uint32 counter words under a key.
 
-    Shapes: four arrays (or scalars) that broadcast to one shape -> four uint32 arrays of that shape.
+    Shapes: four arrays (or scalars) that broadcast to one shape -> four uint32 arrays of that shape. The words of the
+    key may be arrays of that shape too.
     """
     c0, c1, c2, c3 = (np.asarray(c, np.uint64) for c in counter)  # ten rounds mix every word into all four
-    k0, k1 = key
+    k0, k1 = (np.asarray(word, np.uint64) for word in key)
     for _ in range(10):
         p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (
-            (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            p1 & _LOW,
-            (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            p0 & _LOW,
-        )
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
 
@@ -90,28 +87,37 @@ def normal(key: Key, start: int, count: int) -> np.ndarray:
     return out[start - 2 * first : start - 2 * first + count]
 
 
-def permute(key: Key, n: int, index: np.ndarray) -> np.ndarray:
+def permute(key: Keys, n: int, index: np.ndarray) -> np.ndarray:
     """A keyed bijection of 0 … n-1, evaluated at `index`; nothing of size n is ever made.
 
     An 8-round balanced Feistel network on the smallest even number of bits that holds n, with Philox as
     round function, walked until the value falls below n (fewer than 4 steps expected).
     Source: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (cycle walking).
 
-    Shapes: integers of any shape in [0, n) -> int64 of that shape. Raises ValueError outside the range.
+    Shapes: integers of any shape in [0, n) -> int64 of that shape; the words of the key are numbers, or arrays of that
+    shape, a key for each index. Raises ValueError outside the range.
     """
     x = np.asarray(index, dtype=np.int64)
     if n < 1 or n > 1 << 62 or (x.size and (x.min() < 0 or x.max() >= n)):
         raise ValueError(f"permute needs 1 <= n <= 2^62 and indices in [0, n); n = {n}")
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
     flat = x.reshape(-1).astype(np.uint64)
+    keys = [np.asarray(word, np.uint64).reshape(-1) for word in key]
     todo = np.arange(flat.size)
     while todo.size:
-        left, right = flat[todo] >> np.uint64(half), flat[todo] & mask
-        for number in range(8):
-            low, high = (right & _LOW).astype(np.uint32), (right >> _SHIFT).astype(np.uint32)
-            word = philox((low, high, np.asarray(number, np.uint32), np.asarray(0, np.uint32)), key)[0]
-            left, right = right, (left ^ word.astype(np.uint64)) & mask
-        flat[todo] = (left << np.uint64(half)) | right
+        for a in range(0, todo.size, _CHUNK):
+            some = todo[a : a + _CHUNK]
+            k0, k1 = (word if word.size == 1 else word[some] for word in keys)
+            flat[some] = _feistel(flat[some], half, (k0, k1))
         todo = todo[flat[todo] >= np.uint64(n)]
     return flat.astype(np.int64).reshape(x.shape)
+
+
+def _feistel(x: np.ndarray, half: int, key: Keys) -> np.ndarray:
+    """Eight rounds over two halves of so many bits each. Shapes: (n,) uint64 -> the same."""
+    mask, none = np.uint64((1 << half) - 1), np.asarray(0, np.uint32)
+    left, right = x >> np.uint64(half), x & mask
+    for number in range(8):  # a half has at most 31 bits
+        word = philox((right, none, np.asarray(number, np.uint32), none), key)[0]
+        left, right = right, (left ^ word.astype(np.uint64)) & mask
+    return (left << np.uint64(half)) | right

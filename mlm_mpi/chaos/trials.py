@@ -165,7 +165,18 @@ class Trials:
             return "losses differ"
         if half := list((run / "checkpoints").glob(".*")):
             return f"{half[0].name} was left"
-        return ""
+        return unproven(run)
+
+
+def unproven(run: Path) -> str:
+    """Why the run's ledger does not prove that each sample was used exactly once; "": it does."""
+    from mlm_mpi.train import proof  # here, not above: --help needs no NumPy
+
+    try:
+        found = proof.prove(run)
+    except MlmError as error:
+        return f"verify: {error}"
+    return "" if found.holds else f"verify: {[*found.wrong, found.unproven][0]}"
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 class Batch:
     """Micro-batch `index` of `step`: named arrays that the model reads, named arrays that its head compares with.
 
-    `count`: targets that count, what the summed loss of all micro-batches is divided by.
+    `count`: targets that count, what the summed loss of all micro-batches is divided by. `digest`: of the numbers of
+    its samples (sampler.py), where a loader made it.
     Shapes of a language model: ids (B, T) int32, starts (B, T) int32 where documents are separate (documents.py);
     targets ids (B, T) int32, mask (B, T) bool where some do not count.
     """
@@ -19,6 +20,7 @@ class Batch:
     inputs: dict[str, Any]
     targets: dict[str, Any]
     count: int
+    digest: int = 0
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """The same with every array changed, for example brought to a GPU."""

@@ -8,10 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.objectives import Samples
-from mlm_mpi.data.sampler import Sampler
+from mlm_mpi.data.sampler import Sampler, digest
 from mlm_mpi.errors import DataError
 
 _PATIENCE_S = 5.0
@@ -34,7 +35,8 @@ class Loader:
 
     def micro_batch(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`: the same wherever and whenever it is made. Raises DataError."""
-        return self._samples.batch(self._sampler.positions(step, index).tolist(), step, index)
+        windows = self._sampler.positions(step, index)
+        return replace(self._samples.batch(windows.tolist(), step, index), digest=digest(windows))
 
     def start(self, plan: Iterable[tuple[int, int]]) -> None:
         """Begins to make the (step, index) pairs of `plan`, which may be endless; an earlier plan is dropped."""

@@ -5,6 +5,8 @@ and how many of that corpus came before it, c; its epoch is c div n and its wind
 windows. The state is one integer, the step; no rank enters.
 """
 
+import zlib
+
 import numpy as np
 
 from mlm_mpi.data.mixture import Mixture
@@ -13,6 +15,11 @@ from mlm_mpi.errors import DataError
 from mlm_mpi.rng import key_of, permute
 
 _AHEAD = 512  # samples drawn at once: 16 take 0.6 of their time, the calls dominate and not the elements
+
+
+def digest(windows: np.ndarray) -> int:
+    """CRC-32 of window numbers as int64: a float64 holds it exactly, so that it travels with the losses."""
+    return zlib.crc32(windows.astype("<i8").tobytes())
 
 
 class Sampler:
@@ -33,7 +40,6 @@ class Sampler:
         self.mixture = mixture
         self.micro_batches = micro_batches
         self.rows = rows
-        self._ahead = min(_AHEAD, sum(mixture.windows))  # each epoch is a call
         self._held: tuple[int, np.ndarray] = (0, np.empty(0, np.int64))  # the first sample, windows from there on
 
     def positions(self, step: int, index: int) -> np.ndarray:
@@ -42,7 +48,7 @@ class Sampler:
         first, windows = self._held
         count = self.micro_batches * rows
         if not first <= begin <= first + len(windows) - count:
-            first, windows = self._held = begin, self._draw(begin, max(count, self._ahead))
+            first, windows = self._held = begin, self.draw(begin, max(count, _AHEAD))
         at = begin - first + index * rows
         return windows[at : at + rows]
 
@@ -50,7 +56,7 @@ class Sampler:
         """Samples of the first so many steps, which is the number of the next one."""
         return self.micro_batches * self.rows.before(steps)
 
-    def _draw(self, first: int, count: int) -> np.ndarray:
+    def draw(self, first: int, count: int) -> np.ndarray:
         """Windows of samples first … first + count - 1 of the run. Shapes: -> (count,) int64."""
         out, base = np.empty(count, np.int64), 0
         for corpus, (before, places) in enumerate(self.mixture.split(first, count)):
@@ -60,12 +66,12 @@ class Sampler:
 
     def _windows(self, corpus: int, first: int, count: int) -> np.ndarray:
         """Windows of samples first … first + count - 1 of a corpus. Shapes: -> (count,) int64."""
-        windows, done = self.mixture.windows[corpus], 0
-        out = np.empty(count, np.int64)
-        while done < count:
-            epoch, place = divmod(first + done, windows)
-            part = min(count - done, windows - place)
-            key = key_of(self.seed, "sampler", epoch, *([corpus] if corpus else []))  # one alone keeps its order
-            out[done : done + part] = permute(key, windows, np.arange(place, place + part))
-            done += part
-        return out
+        windows = self.mixture.windows[corpus]
+        epoch, place = divmod(first, windows)
+        epochs, places = np.divmod(np.arange(place, place + count), windows)
+        name = [corpus] if corpus else []  # one alone keeps its order
+        keys = [key_of(self.seed, "sampler", epoch + later, *name) for later in range(-(-(place + count) // windows))]
+        if len(keys) == 1:  # the usual case, at 0.7 of the time
+            return permute(keys[0], windows, places)
+        k0, k1 = np.array(keys, np.uint64).reshape(-1, 2).T
+        return permute((k0[epochs], k1[epochs]), windows, places)

@@ -28,6 +28,7 @@ class MetricsLog:
     """
 
     name = "metrics.jsonl"
+    line_bytes = _LINE_BYTES  # a longer one is junk
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -55,7 +56,7 @@ class MetricsLog:
                 part = path.with_name(path.name + ".part")
                 part.unlink(missing_ok=True)  # what is left there may lead elsewhere
                 with open(part, "xb") as file:
-                    file.writelines(line for step, line in _counted_from_one(path) if step <= done)
+                    file.writelines(line for step, line in _counted_from_one(path, cls.line_bytes) if step <= done)
                 if filecmp.cmp(part, path, shallow=False):  # nothing to drop: its time says when a step was made
                     part.unlink()
                 else:
@@ -96,23 +97,23 @@ class MetricsLog:
             sys.stderr.flush()
 
 
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: str | Path, line_bytes: int = _LINE_BYTES) -> Iterator[dict[str, Any]]:
     """All lines of a step, in order; one that a crash or a full disk tore, and any other junk, is left out.
 
     Raises MlmError where the file cannot be read.
     """
-    return (record for record, _ in _lines(Path(path)))
+    return (record for record, _ in _lines(Path(path), line_bytes))
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _lines(path: Path, line_bytes: int) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Each record with the line it was read from."""
     try:
         with open(open_regular(path), "rb", buffering=_LINE_BYTES) as file:
             if os.fstat(file.fileno()).st_size > _FILE_BYTES:
                 raise MlmError(f"{path} has more than {_FILE_BYTES:,} bytes: move it away")
             whole = True
-            while line := file.readline(_LINE_BYTES):
-                begins, whole = whole, line.endswith(b"\n") or len(line) < _LINE_BYTES
+            while line := file.readline(line_bytes):
+                begins, whole = whole, line.endswith(b"\n") or len(line) < line_bytes
                 record = _record(line) if begins and whole else None
                 if record is not None:
                     yield record, line.rstrip(b"\n") + b"\n"
@@ -120,10 +121,10 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         raise MlmError(f"cannot read {path}: {error.strerror}: give the folder of a run that has started") from None
 
 
-def _counted_from_one(path: Path) -> Iterator[tuple[int, bytes]]:
+def _counted_from_one(path: Path, line_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(step, line) of each record. A file that begins with step 0 is an earlier version's, which counted from 0."""
     shift = None
-    for record, line in _lines(path):
+    for record, line in _lines(path, line_bytes):
         shift = record["step"] == 0 if shift is None else shift
         step = record["step"] + shift
         yield step, _line(record | {"step": step}).encode() if shift else line

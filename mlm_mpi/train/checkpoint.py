@@ -400,6 +400,14 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
             store.fill(reader.buffer(kind), flat)
 
 
+def check(checkpoint: Path, manifest: Manifest) -> None:
+    """Reads every byte that the manifest vouches for. Raises DamagedCheckpoint naming the file."""
+    read_tokenizer(checkpoint, manifest)
+    with Reader(checkpoint, manifest) as reader:
+        for part in manifest.parts:
+            reader.file(part)
+
+
 def _shape_difference(saved: dict[str, list[int]], now: dict[str, list[int]]) -> str:
     for name in sorted({*saved, *now}):
         if saved.get(name) != now.get(name):

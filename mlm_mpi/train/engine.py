@@ -59,7 +59,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on all ranks but for this rank's times. `notes`: every rank's notes (R, k)."""
+    """What a step did, equal on all ranks but for this rank's times. `notes`: every rank's notes (R, k).
+
+    `windows`: the digest of what each micro-batch read (data/sampler.py). `ranks`: (name when the job began, how many
+    micro-batches it ran), in their order. `verdict`: on its numbers, with those micro-batches that are in no sum.
+    """
 
     loss: float  # mean nats per target
     targets: int
@@ -68,7 +72,9 @@ class StepResult:
     step_s: float
     exposed_s: float
     notes: np.ndarray
-    verdict: Verdict = field(default_factory=Verdict)  # on its numbers
+    windows: tuple[int, ...] = ()
+    ranks: tuple[tuple[int, int], ...] = ()
+    verdict: Verdict = field(default_factory=Verdict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,8 @@ class Engine:
 
     def _plan_lanes(self) -> None:
         self.work = self._work()
+        counted = ((self.group.name(rank), len(indices)) for rank, indices in enumerate(self.work.ranks))
+        self.ranks = tuple((name, count) for name, count in counted if count)
         self.second_sums = self._second_sums()
 
     def _work(self, left_out: frozenset[int] = frozenset()) -> _Work:
@@ -195,8 +203,11 @@ class Engine:
                 m.average.follow(step + 1)
             m.guard.follow(found)
         seconds = time.perf_counter() - began
-        exposed = m.reduction.exposed_s
-        return StepResult(found.loss, found.targets, found.norm, rate, seconds, exposed, found.notes, verdict)
+        windows = tuple(found.windows.get(index, 0) for index in range(m.assignment.micro_batches))
+        return StepResult(
+            found.loss, found.targets, found.norm, rate, seconds, m.reduction.exposed_s, found.notes, windows,
+            self.ranks, verdict,
+        )  # fmt: skip
 
     def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
         """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""
@@ -214,10 +225,12 @@ class Engine:
         work = self._work(left_out) if left_out else self.work
         flights = self._run(step, work, next_batch)
         total = self.machine.reduction.finish()
-        losses, targets, everybodys = self._exchange(step, work, flights, notes)
+        losses, windows, targets, everybodys = self._exchange(step, work, flights, notes)
         length, broken = norm(self.machine.store, total)
         batches = [flight.batch for flight in flights]
-        return Attempt(step, left_out, total, losses, targets, length / targets, broken, batches, notes, everybodys)
+        return Attempt(
+            step, left_out, total, losses, windows, targets, length / targets, broken, batches, notes, everybodys
+        )
 
     def again(self, found: Attempt, left_out: frozenset[int] = frozenset()) -> Attempt:
         """Another attempt at the same step, but for more micro-batches left out. Collective over dp."""
@@ -312,20 +325,22 @@ class Engine:
 
     def _exchange(
         self, step: int, work: _Work, flights: list[_Flight], notes: tuple[float, ...]
-    ) -> tuple[dict[int, float], int, np.ndarray]:
-        """(summed loss of each micro-batch, in their order; target count; everybody's notes)."""
+    ) -> tuple[dict[int, float], dict[int, int], int, np.ndarray]:
+        """(summed loss and digest of each micro-batch, in their order; target count; everybody's notes)."""
         most = work.most
-        row = np.zeros(2 * most + len(notes))
+        row = np.zeros(3 * most + len(notes))
         row[: len(flights)] = [float(flight.loss) for flight in flights]
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
-        row[2 * most :] = notes
+        row[2 * most : 2 * most + len(flights)] = [flight.batch.digest for flight in flights]
+        row[3 * most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step + 1}")
-        losses, targets = dict[int, float](), 0.0
+        losses, windows, targets = dict[int, float](), dict[int, int](), 0.0
         for rank, indices in enumerate(work.ranks):
             for k, index in enumerate(indices):
                 losses[index] = float(table[rank, k])
+                windows[index] = int(table[rank, 2 * most + k])
                 targets += float(table[rank, most + k])
-        return losses, int(targets), table[:, 2 * most :]
+        return losses, windows, int(targets), table[:, 3 * most :]
 
     def keep(self, step: int) -> None:
         """What the guard may roll back to: weights and moments after `step` steps."""

@@ -1,8 +1,9 @@
 """The run folder: who owns it, and what it holds besides checkpoints.
 
 config.toml       the effective configuration      metrics.jsonl   one line per step
-environment.json  versions, fingerprint, command   loss.png        the curve, at the end
-checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
+environment.json  versions, fingerprint, command   ledger.jsonl    who did what in each step (evidence.py)
+checkpoints/      step-00000100/ …                 loss.png        the curve, at the end
+run.lock          who holds it                     DONE            written last: the run is complete
 tensorboard/ wandb/   where [log] asks for them
 """
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self.curve = path / "loss.png"
         self.done = path / "DONE"
         self.failed = path / "failures.jsonl"

@@ -39,14 +39,15 @@ class Attempt:
     """The gradient of a step and what it says, the same on all ranks but for `batches` and `mine`.
 
     `total`: its flat buffer, the sum over targets, good until the next attempt. `losses`: summed over the targets of
-    each micro-batch. `norm`: of the mean over targets. `broken`: a parameter whose gradient is not finite. `notes`
-    (R, k): what each rank noted.
+    each micro-batch. `windows`: the digest of what each has read. `norm`: of the mean over targets. `broken`: a
+    parameter whose gradient is not finite. `notes` (R, k): what each rank noted.
     """
 
     step: int
     left_out: frozenset[int]
     total: Any
     losses: dict[int, float]
+    windows: dict[int, int]
     targets: int
     norm: float
     broken: str | None

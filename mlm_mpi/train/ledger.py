@@ -1,4 +1,7 @@
-"""What a run writes down of every step: numbers into sinks, progress on the terminal. On rank 0; others keep silent."""
+"""What a run writes down of every step: numbers into sinks, progress on the terminal, evidence of what was done.
+
+On rank 0; others keep silent.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,14 +10,24 @@ from functools import partial
 from mlm_mpi.monitor.progress import Done, Reporter
 from mlm_mpi.monitor.sinks import Sink
 from mlm_mpi.train.engine import StepResult
+from mlm_mpi.train.evidence import Evidence
 
 
 class Ledger:
-    """Sinks of numbers, and progress. `tokens`: what the first so many steps read."""
+    """Sinks of numbers, progress and evidence. `tokens`: what the first so many steps read."""
 
-    def __init__(self, sinks: Sequence[Sink], show: Reporter, tokens: Callable[[int], int] = lambda steps: 0) -> None:
-        self.sinks, self.show, self.tokens = list(sinks), show, tokens
-        self.last = 0  # the last step recorded
+    def __init__(
+        self, sinks: Sequence[Sink], show: Reporter, tokens: Callable[[int], int] = lambda steps: 0,
+        evidence: Evidence | None = None,
+    ) -> None:  # fmt: skip
+        self.sinks, self.show, self.tokens, self.evidence = list(sinks), show, tokens, evidence
+        self.last = self.last_made = 0  # steps recorded, steps testified
+
+    def testify(self, step: int, done: StepResult) -> None:
+        """All have made step number `step`, counted from 1: who did what of it is evidence from now on."""
+        if self.evidence is not None and step > self.last_made:
+            self.last_made = step
+            self.evidence.write(step, done)
 
     def record(self, step: int, done: StepResult, waited_s: float, heldout: float | None) -> None:
         """Step number `step`, counted from 1, is done. What is recorded stays as it is."""
@@ -65,3 +78,5 @@ class Ledger:
         """Closes the sinks; one that does not come to its end in time is left behind."""
         for sink in list(self.sinks):
             self._guarded(sink, sink.close)
+        if self.evidence is not None:
+            self.evidence.close()

@@ -26,6 +26,7 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build, reduction
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
+from mlm_mpi.train.evidence import Evidence
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
 from mlm_mpi.train.keeper import Keeper
@@ -248,7 +249,9 @@ class Run:
         sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         before = done_before(self.folder.metrics, first, log.every) if step > first else []
         show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet, before=before)
-        return Ledger(sinks, show, lambda steps: self.sampler.samples(steps) * self.task.row_tokens)
+        samples = self.sampler.samples
+        evidence = Evidence(self.folder.ledger, step, samples)
+        return Ledger(sinks, show, lambda steps: samples(steps) * self.task.row_tokens, evidence)
 
     def _report(self, step: int) -> None:
         """The last words: curve, DONE, and the hash of the weights as the last line."""

@@ -88,6 +88,7 @@ class Trainer:
         self._over = step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
         for alarm in self._compare(step, self._over):
             self.ledger.alarm(alarm)
+        self.ledger.testify(step, done)  # before all: no checkpoint stands without evidence of its steps
         unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
         heldout = self._measure(step)
         self.ledger.record(step, done, waited_s, heldout)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from mlm_mpi.train.proof import Proof, prove
+
 TIMEOUT_S = 90
 SOON_S = 30  # a job that is to end at once; a start on a busy machine takes a third of it
 
@@ -149,6 +151,13 @@ class Place:
     def copy_of(self, other: "Place", run: str) -> Path:
         """Another place's run folder, copied here."""
         return Path(shutil.copytree(other.folder / run, self.folder / run))
+
+    def proven(self, run: str) -> Proof:
+        """What the ledger of a run shows: that each sample was used exactly once, up to where the run stands."""
+        proof = prove(self.folder / run)
+        assert proof.holds and not proof.begins, proof
+        assert self.checkpoints(run)[-1] == f"step-{proof.steps:08}"
+        return proof
 
     def losses(self, run: str) -> list[tuple[float, float | None]]:
         """(loss, held-out loss) of every step. Asserts that each step is there once, in order."""

@@ -40,6 +40,7 @@ def test_the_weights_are_those_of_one_rank(place, other, mixture):
     ):  # fmt: skip
         assert line in straight.out
     assert place.train("run", 3, *mixture, *GROWING).weights == straight.weights
+    assert place.proven("run").steps == 6
     lines = [json.loads(line) for line in (place.folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [512 * rows for rows in (1, 3, 5, 9, 13, 17)]
 
@@ -54,7 +55,7 @@ def test_killed_within_a_stage_and_resumed_on_fewer_ranks(place, other, mixture)
     )
     place.train("run", None, *GROWING).refused(f"another catalog than {place.corpus} holds", "(0.7 of ", "; 0.3 of ")
     assert place.train("run", 2, *mixture, *GROWING).weights == straight.weights
-    assert place.losses("run") == place.losses("straight")
+    assert place.losses("run") == place.losses("straight") and place.proven("run").steps == 6
     told = json.loads(place.program("evaluate", "run", "--json").out)
     assert list(told["loss_by_corpus"]) == [str(place.corpus), str(other)]
     place.program("evaluate", "run", "--baselines").refused("--baselines are of one corpus", "give one by --data DIR")

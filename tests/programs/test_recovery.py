@@ -81,6 +81,7 @@ def undisturbed(place, home, straight, found):
     assert not [name for name in place.checkpoints("run") if name.startswith(".")]
     done = json.loads((place.folder / "run" / "DONE").read_text())
     assert (done["step"], done["weights_sha256"]) == (6, straight.weights)
+    assert place.proven("run").steps == 6
 
 
 @pytest.mark.parametrize(("point", "step", "victim"), list(cases()))
@@ -88,11 +89,14 @@ def test_a_rank_dies_and_the_others_go_on(place, home, straight, point, step, vi
     fault = DIES.format(point=point, step=step, victims=[victim])
     found = place.faulty(fault, "run", 3, *EVERY_TWO, recovers=True)
     undisturbed(place, home, straight, found)
+    made = step + (point not in BEFORE)  # by all three, the others by two
+    ran = {rank: own * made + 8 * (6 - made) * (rank != victim) for rank, own in enumerate((6, 6, 4))}
+    assert place.proven("run").ranks == ran, "by the names that ranks had at the start"
     if (point, victim) != ("end", 0):  # who has said the last words dies after them
         lost = re.findall(
             r"ALARM lost rank (\d) \(process \d+ on .*, last .*\): (\d) of 3 ranks go on after step (\d) ", found.out
         )
-        assert lost == [(str(victim), "2", str(step + (point not in BEFORE)))], found.out
+        assert lost == [(str(victim), "2", str(made))], found.out
         assert "\nnote: 1 of 3 ranks were lost on the way\n" in found.out
         shown = set(re.findall(r"step (\d)/6  loss (\d\.\d+) ", found.out))
         assert shown == set(re.findall(r"step (\d)/6  loss (\d\.\d+) ", straight.out)), "means of the same steps"

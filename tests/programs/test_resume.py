@@ -30,10 +30,12 @@ def test_three_steps_and_three_steps_are_six(place, home, straight, settings):
     assert first.said_weights != straight.weights
     assert first.out.splitlines()[-3].startswith("stopped after step 3 of 6 ")
     assert not (place.folder / "run" / "DONE").exists()
+    assert place.proven("run").ranks == {0: 24, 1: 24}
     second = place.train("run", 3, *settings)
     assert second.weights == straight.weights
     assert place.losses("run") == home.losses("straight")
     assert (place.folder / "run" / "DONE").exists()
+    assert place.proven("run").ranks == {0: 24 + 18, 1: 24 + 18, 2: 12}
     # the newest two stay
     assert place.checkpoints("run") == (
         ["step-00000004", "step-00000006"] if settings else ["step-00000003", "step-00000006"]

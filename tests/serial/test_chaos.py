@@ -6,20 +6,23 @@ import pytest
 
 from mlm_mpi.chaos.faults import FAULTS, Plan, drawn
 from mlm_mpi.chaos.inside import ACTS
-from mlm_mpi.chaos.trials import Outcome, Trials
+from mlm_mpi.chaos.trials import Outcome, Trials, unproven
 from mlm_mpi.commands import chaos
+from mlm_mpi.errors import ConfigError
+from mlm_mpi.train import proof
+from mlm_mpi.train.proof import Proof
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_happens_follows_from_the_seed(fault):
-    plans = [drawn(fault, trial, 7, 4, 12) for trial in range(50)]
-    assert plans == [drawn(fault, trial, 7, 4, 12) for trial in range(50)]
-    assert plans != [drawn(fault, trial, 8, 4, 12) for trial in range(50)]
+    plans = [drawn(fault, trial, 7, 4, 12) for trial in range(200)]
+    assert plans == [drawn(fault, trial, 7, 4, 12) for trial in range(200)]
+    assert plans != [drawn(fault, trial, 8, 4, 12) for trial in range(200)]
     assert {plan.step for plan in plans} == set(range(1, 12)) and all(0 <= plan.delay < 1 for plan in plans)
     counts = {len(plan.victims) for plan in plans}
     assert all(len({*plan.victims}) == len(plan.victims) for plan in plans)
-    every = dict.fromkeys(("kill-all", "poison", "nan-data", "disk"), {4})
-    nobody = dict.fromkeys(("kill-launcher", "usr1", "term"), {0})
+    every = {name: {4} for name in ("kill-all", "poison", "nan-data", "disk")}
+    nobody = {name: {0} for name in ("kill-launcher", "usr1", "term")}
     assert counts == {"kill-many": {1, 2, 3}, "kill-twice": {2}, **every, **nobody}.get(fault, {1})
 
 
@@ -48,7 +51,8 @@ LINES = [f'{{"step": {step}, "loss": {step / 2}}}' for step in (1, 2, 3)]
         (HASH, LINES, ".writing-step-00000002", ".writing-step-00000002 was left"),
     ],
 )
-def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines, left, wrong):
+def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, monkeypatch, said, lines, left, wrong):
+    monkeypatch.setattr(proof, "prove", lambda run: Proof())
     judge, expected = Trials("", [], 2, 3, tmp_path), ("a" * 64, [0.5, 1.0, 1.5])
     (tmp_path / "checkpoints" / left).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -56,6 +60,20 @@ def test_another_run_than_the_undisturbed_one_is_found_out(tmp_path, said, lines
     job = SimpleNamespace(weights=weights, text=said, process=SimpleNamespace(returncode=0))
     found = judge._wrong(job, tmp_path, *expected)
     assert found.startswith(wrong) and bool(found) == bool(wrong)
+
+
+def test_a_trial_without_proof_has_failed(tmp_path, monkeypatch):
+    for found, wrong in (
+        (Proof(wrong=["step 2 has no line", "more"]), "verify: step 2 has no line"),
+        (Proof(unproven="no corpus"), "verify: no corpus"),
+        (Proof(), ""),
+    ):
+        monkeypatch.setattr(proof, "prove", lambda run, found=found: found)
+        assert unproven(tmp_path) == wrong
+    monkeypatch.undo()
+    assert unproven(tmp_path).startswith(f"verify: {tmp_path} has no ledger.jsonl")
+    with pytest.raises(ConfigError):
+        proof.prove(tmp_path)
 
 
 def test_the_table_counts_what_passed():

@@ -114,6 +114,8 @@ MISTAKES = {
     "chaos ok.toml --trials 0": "--trials 0 must be at least 1",
     "chaos ok.toml --set train.steps=1": "train.steps = 1 must be at least 2: something has to follow a fault",
     "compare one": "one run alone compares with nothing: name two or more",
+    "verify": "verify: the following arguments are required: RUN: see mlm-mpi verify --help",
+    "verify one": "one is no run folder: give the --run folder of a training",
     "compare one two": "one is no run folder: give the --run folder of a training",
 }
 

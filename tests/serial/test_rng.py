@@ -110,6 +110,15 @@ def test_permutation_of_an_element_does_not_depend_on_its_neighbours(data: st.Da
     assert together.tolist() == [int(rng.permute(key, n, np.array(i))) for i in some]
 
 
+def test_each_index_may_have_a_key_of_its_own() -> None:
+    """As many epochs of a small corpus at once; more indices than are walked in one go."""
+    n, epochs = 300, np.repeat(np.arange(60), 300)
+    keys = [rng.key_of(4, "epoch", epoch) for epoch in range(60)]
+    k0, k1 = np.array(keys, np.uint64).T
+    together = rng.permute((k0[epochs], k1[epochs]), n, np.tile(np.arange(n), 60))
+    assert np.array_equal(together, np.concatenate([rng.permute(key, n, np.arange(n)) for key in keys]))
+
+
 def test_permutation_works_at_a_million_million_and_mixes() -> None:
     n = 10**12
     image = rng.permute(rng.key_of(1, "epoch", 0), n, np.arange(20_000)) / n
