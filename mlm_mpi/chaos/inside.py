@@ -6,6 +6,7 @@ PLAN is a `faults.Plan` as JSON. A rank says what is about to happen before it d
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlm_mpi.__main__ import entry
 from mlm_mpi.chaos.job import STRUCK
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.group import Group
@@ -257,7 +257,7 @@ def main() -> None:
     plan = Plan(**json.loads(sys.argv.pop(1)))
     if launch.announced()[0] in plan.victims:
         ACTS[plan.fault](plan)
-    entry()
+    runpy.run_module("mlm_mpi", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
