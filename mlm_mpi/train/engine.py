@@ -18,6 +18,7 @@ from mlm_mpi import order
 from mlm_mpi.backend.arrays import Place, module_of
 from mlm_mpi.comm.buckets import Reduction
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.watch import Work
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
@@ -145,14 +146,16 @@ class Engine:
         length, broken = norm(m.store, total)
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, flights, broken)
-        self.group.note(f"the update of step {step + 1}")
+        self.group.note(f"the update of step {step + 1}", Work("update"))
         update = total, rate, clip_factor(m.clip, length / targets) / targets, step + 1
         if isinstance(m.optimizer, Shared):
             m.optimizer.prepare(*update)
         self.group.agree(f"step {step + 1} to be made by all")
+        self.group.note(f"the new weights of step {step + 1}", Work("new weights"))
         m.optimizer.step(*update)
         if m.average is not None:
             m.average.follow(step + 1)
+        self.group.note(f"what follows step {step + 1}")
         seconds = time.perf_counter() - began
         return StepResult(loss / targets, targets, length / targets, rate, seconds, m.reduction.exposed_s, all_notes)
 
@@ -172,12 +175,18 @@ class Engine:
         self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
-        self.group.note(f"step {step + 1}, micro-batch {index}")
+        self._note(batch, "forward")
         m = self.machine
         ctx = Context(m.mesh, m.seed, step, index, training=True, batch=batch, shares=m.shares)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
         return self._flown(ctx)
+
+    def _note(self, batch: Batch, way: str) -> None:
+        """What takes as long as ever depends on what ramps make longer."""
+        kind = f"{way} of {[array.shape for array in batch.arrays()]}"
+        work = Work(kind, batch.step, batch.index)
+        self.group.note(f"step {batch.step + 1}, micro-batch {batch.index}, {way}", work)
 
     def _flown(self, ctx: Context) -> _Flight:
         assert ctx.batch is not None
@@ -206,6 +215,7 @@ class Engine:
                 yield
 
     def _backward(self, flight: _Flight, ctx: Context, ready: Ready | None = None) -> None:
+        self._note(flight.batch, "backward")
         captured = self.machine.captured
         if captured is not None and (ready is None or self.group.size == 1):
             captured.forward_backward(ctx)

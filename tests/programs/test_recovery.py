@@ -274,3 +274,75 @@ def test_chaos_finds_nothing_wrong(place):
     found = place.program("chaos", str(place.config), "-n", "3", "--trials", "1", "--faults", "kill-twice")
     assert found.code == 0 and found.out.endswith("all 1 passed\n"), found.out + found.err
     assert re.search(r"\| kill-twice \| 1 \| 1 \| 0 \| \d+ ", found.out)
+
+
+# a rank's backward in its fourth step; fast: the longest backward of this model takes some milliseconds
+STALLS = """
+import time
+from mlm_mpi.layers.chain import Chain
+inner_backward = Chain.backward
+
+def before_step(rank, step):
+    pass
+
+def spin():
+    while True:
+        pass
+
+def hold():
+    time.sleep(10**6)
+
+def backward(self, dy, kept, ctx, *more):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1" and ctx.step == 3:
+        {how}()
+    return inner_backward(self, dy, kept, ctx, *more)
+
+Chain.backward = backward
+"""
+
+
+@pytest.mark.parametrize("how", ["spin", "hold"])
+def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, straight, how):
+    """Busy or asleep: long before comm.timeout_s, which is 60 s here."""
+    begin = time.monotonic()
+    found = place.faulty(STALLS.format(how=how), "run", 3, *EVERY_TWO, "comm.stall_s=1", recovers=True)
+    assert time.monotonic() - begin < SOON_S
+    undisturbed(place, home, straight, found)
+    named = (
+        r"mlm-mpi: rank 1 did last, \d s ago: step 4, micro-batch \d+, backward \(process \d+ on .*\), which took it "
+        rf"0\.\d+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; the stacks of "
+        r"all: run/stacks: killed, and the others go on\n"
+    )
+    assert re.fullmatch(named, found.err)
+    stacks = {path.name: path.read_text() for path in (place.folder / "run" / "stacks").iterdir()}
+    assert sorted(stacks) == ["rank-0.txt", "rank-1.txt", "rank-2.txt"]
+    assert f"in {how}\n" in stacks["rank-1.txt"] and "in wait_until\n" in stacks["rank-0.txt"]
+
+
+SKIPS = """
+import numpy as np
+from mlm_mpi.comm.group import Group
+given = Group.allgather_array
+
+def before_step(rank, step):
+    pass
+
+def allgather_array(self, row, what):
+    if what == "the losses of step 5" and self.rank == 1:
+        return np.tile(row, (self.size, 1))
+    return given(self, row, what)
+
+Group.allgather_array = allgather_array
+"""
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_rank_that_skips_a_collective_ends_the_job(place, recovers):
+    """Nobody holds the others up, all wait: a kill would change nothing. Long before comm.timeout_s."""
+    begin = time.monotonic()
+    found = place.faulty(SKIPS, "run", 3, *EVERY_TWO, "comm.stall_s=1", recovers=recovers)
+    assert time.monotonic() - begin < SOON_S and found.code == 75, (found.err, found.out)
+    waits = r"mlm-mpi: all 3 ranks wait in vain: rank 0, 2 for the losses of step 5; rank 1 for [^;]*"
+    assert re.match(waits + "; the stacks of all: run/stacks: report this as a bug\n", found.err), found.err
+    assert found.err.count("\n") <= 2 and "Traceback" not in found.err
+    assert len(list((place.folder / "run" / "stacks").iterdir())) == 3
