@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
 from mlm_mpi.comm import stacks
 from mlm_mpi.comm.mailbox import Mailbox
-from mlm_mpi.comm.watch import NO_WORK, Effort, Pace, Seen, Watch, Work, wait_kind
+from mlm_mpi.comm.processes import effort, is_stopped
+from mlm_mpi.comm.watch import NO_WORK, Pace, Seen, Watch, Work, wait_kind
 from mlm_mpi.errors import CommError, PeerLost, ranges
 
 _SLOT_BYTES = 256
@@ -187,7 +187,7 @@ class Company:
             return None
         text = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace")
         age_s = time.monotonic() - then
-        return Sign(rank, waits, age_s, text, process, os.uname().nodename, _is_stopped(process), *more)
+        return Sign(rank, waits, age_s, text, process, os.uname().nodename, is_stopped(process), *more)
 
     def answer(self) -> None:
         """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
@@ -247,7 +247,7 @@ class Company:
     def _stalled(self, signs: Sequence[Sign], since_s: float) -> list[Sign]:
         """Who is at steady work for many times as long as ever."""
         slow = [sign for sign in signs if not sign.waits and sign.longest_s and sign.age_s > _AT_WORK_S]
-        seen = [Seen(sign.process, sign.moves, sign.longest_s, Effort.of(sign.process)) for sign in slow]
+        seen = [Seen(sign.process, sign.moves, sign.longest_s, effort(sign.process)) for sign in slow]
         late = self._watch.stalled(seen, since_s)
         return [sign._replace(stalled=True) for sign in slow if sign.process in late]
 
@@ -392,13 +392,6 @@ def _by_text(signs: dict[int, Sign]) -> str:
     for rank, sign in sorted(signs.items()):
         groups.setdefault(sign.text, []).append(rank)
     return "; ".join(f"rank {ranges(members)} for {text}" for text, members in groups.items())
-
-
-def _is_stopped(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() == psutil.STATUS_STOPPED)
-    except (psutil.Error, ValueError):
-        return False
 
 
 def _shared_board(node: Any) -> mmap.mmap:

@@ -13,18 +13,17 @@ Not counted, so that no healthy rank is killed:
     more than 0.5 s between looks   a job, a container or a machine that was suspended as a whole
 """
 
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from mlm_mpi.comm.processes import Effort
 
 _FACTOR = 10.0  # a change of shape is another kind
 _TIMES = 3
 _MOST_S = 0.5
 _ASLEEP = 0.5  # on a CPU steady work does not sleep; on a GPU it sleeps for as long as it was seen to
 _NUMBER = re.compile(r"\d+")
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Work(NamedTuple):
@@ -57,29 +56,6 @@ class Pace:
         """0 where it is not known yet."""
         times, longest_s = self._seen.get(kind, (0, 0.0))
         return longest_s if times >= _TIMES else 0.0
-
-
-class Effort(NamedTuple):
-    """What a process has done, as its kernel says."""
-
-    cpu_s: float  # of all its threads
-    asleep: bool  # all of them
-
-    @classmethod
-    def of(cls, process: int) -> "Effort":
-        """0 s, awake, where the kernel says nothing: nothing is counted then."""
-        folder = Path("/proc", str(process))
-        try:
-            fields = _after_name(folder / "stat")
-            states = {_after_name(path)[0] for path in folder.glob("task/*/stat")}
-        except (OSError, IndexError):  # it, or one of its threads, ends just now
-            return cls(0.0, False)
-        return cls((int(fields[11]) + int(fields[12])) / _TICKS, states == {"S"})
-
-
-def _after_name(path: Path) -> list[str]:
-    """State, and what follows it in a `stat` of proc(5); the name before may hold blanks and brackets."""
-    return path.read_text(errors="replace").rpartition(")")[2].split()
 
 
 class Seen(NamedTuple):

@@ -3,7 +3,7 @@
 config.toml       the effective configuration      metrics.jsonl   one line per step
 environment.json  versions, fingerprint, command   loss.png        the curve, at the end
 checkpoints/      step-00000100/ …                 DONE            written last: the run is complete
-tensorboard/ wandb/   where [log] asks for them
+tensorboard/ wandb/   where [log] asks for them    failures.jsonl, stacks/  of ranks that failed, or stalled
 """
 
 import contextlib

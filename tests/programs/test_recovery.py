@@ -310,8 +310,8 @@ def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, stra
     undisturbed(place, home, straight, found)
     named = (
         r"mlm-mpi: rank 1 did last, \d s ago: step 4, micro-batch \d+, backward \(process \d+ on .*\), which took it "
-        rf"0\.\d+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; the stacks of "
-        r"all: run/stacks: killed, and the others go on\n"
+        rf"0\.\d+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; "
+        r"the stacks of all: run/stacks: killed, and the others go on\n"
     )
     assert re.fullmatch(named, found.err)
     stacks = {path.name: path.read_text() for path in (place.folder / "run" / "stacks").iterdir()}
