@@ -6,7 +6,8 @@ its threads slept. It has stalled after ten times the longest, and not before `c
 
 Not counted, so that no healthy rank is killed:
 
-    work of any other kind          opening, saving, evaluating, what rank 0 does alone: only `comm.timeout_s` holds
+    work of any other kind          opening, saving, evaluating, what rank 0 does alone, all work of a GPU (a rank
+                                    launches it and goes on): only `comm.timeout_s` holds
     what was not done three times   the first time of a kind is left out: kernels compile, pages are new
     ready to run, without a core    oversubscription: it is in state R, and its CPU time stands still
     D, T, t                         a disk or swap; stopped (`Company.look` sees to it); under a debugger
@@ -22,7 +23,7 @@ from mlm_mpi.comm.processes import Effort
 _FACTOR = 10.0  # a change of shape is another kind
 _TIMES = 3
 _MOST_S = 0.5
-_ASLEEP = 0.5  # on a CPU steady work does not sleep; on a GPU it sleeps for as long as it was seen to
+_ASLEEP = 0.5  # steady work does not sleep; half, for what nobody has thought of
 _NUMBER = re.compile(r"\d+")
 
 

@@ -140,18 +140,19 @@ class Engine:
         rank has died: all that live make a step, or none does."""
         began, m = time.perf_counter(), self.machine
         flights = self._run(step, next_batch)
+        self.group.note(f"step {step + 1}, through with its micro-batches")
         total = m.reduction.finish()
         loss, targets, all_notes = self._exchange(step, flights, notes)
         rate = m.learning_rate(step)
         length, broken = norm(m.store, total)
         if not math.isfinite(loss) or broken is not None:
             self._blame(step, flights, broken)
-        self.group.note(f"the update of step {step + 1}", Work("update"))
+        self._note(f"the update of step {step + 1}", Work("update"))
         update = total, rate, clip_factor(m.clip, length / targets) / targets, step + 1
         if isinstance(m.optimizer, Shared):
             m.optimizer.prepare(*update)
         self.group.agree(f"step {step + 1} to be made by all")
-        self.group.note(f"the new weights of step {step + 1}", Work("new weights"))
+        self._note(f"the new weights of step {step + 1}", Work("new weights"))
         m.optimizer.step(*update)
         if m.average is not None:
             m.average.follow(step + 1)
@@ -175,18 +176,21 @@ class Engine:
         self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
-        self._note(batch, "forward")
+        self._note_micro_batch(batch, "forward")
         m = self.machine
         ctx = Context(m.mesh, m.seed, step, index, training=True, batch=batch, shares=m.shares)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
         return self._flown(ctx)
 
-    def _note(self, batch: Batch, way: str) -> None:
-        """What takes as long as ever depends on what ramps make longer."""
-        kind = f"{way} of {[array.shape for array in batch.arrays()]}"
-        work = Work(kind, batch.step, batch.index)
-        self.group.note(f"step {batch.step + 1}, micro-batch {batch.index}, {way}", work)
+    def _note_micro_batch(self, batch: Batch, way: str) -> None:
+        shapes = [array.shape for array in batch.arrays()]  # which ramps change, and with them how long it takes
+        work = Work(f"{way} of {shapes}", batch.step, batch.index)
+        self._note(f"step {batch.step + 1}, micro-batch {batch.index}, {way}", work)
+
+    def _note(self, text: str, work: Work) -> None:
+        """Steady work, but on a GPU: there kernels are launched, which says nothing of how long they take."""
+        self.group.note(text, work._replace(kind="") if self.machine.place.on_gpu else work)
 
     def _flown(self, ctx: Context) -> _Flight:
         assert ctx.batch is not None
@@ -215,7 +219,7 @@ class Engine:
                 yield
 
     def _backward(self, flight: _Flight, ctx: Context, ready: Ready | None = None) -> None:
-        self._note(flight.batch, "backward")
+        self._note_micro_batch(flight.batch, "backward")
         captured = self.machine.captured
         if captured is not None and (ready is None or self.group.size == 1):
             captured.forward_backward(ctx)
