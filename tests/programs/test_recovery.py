@@ -324,6 +324,7 @@ def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, stra
     assert f"in {how}\n" in stacks["rank-1.txt"] and "in wait_until\n" in stacks["rank-0.txt"]
 
 
+@pytest.mark.slow
 def test_what_stalls_on_two_ranks_ends_the_run(place):
     """It would take one rank after another."""
     fault = STALLS.format(how="spin", whose="ctx.batch.index == 5")
@@ -366,7 +367,7 @@ Group.allgather_array = allgather_array
 """
 
 
-@pytest.mark.parametrize("recovers", [True, False])
+@pytest.mark.parametrize("recovers", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_rank_that_skips_a_collective_ends_the_job(place, recovers):
     """Nobody holds the others up, all wait: a kill would change nothing. Long before comm.timeout_s."""
     begin = time.monotonic()
