@@ -230,6 +230,10 @@ class Company:
             self._end_if_in_vain(signs, since_s)
         return found if self._acts(signs) else []
 
+    def words(self, signs: Sequence[Sign]) -> str:
+        """What is said of ranks, which are called as when the job began."""
+        return "; ".join(str(sign._replace(rank=self.names[sign.rank])) for sign in signs)
+
     def is_time(self) -> bool:
         """Whether the last look is some time ago."""
         return time.monotonic() - self._looked >= _LOOK_S
@@ -265,6 +269,8 @@ class Company:
         stands = self._watch.stands_still(moves, max(sign.longest_s for sign in signs), brisk, since_s)
         if stands and self._acts(signs):
             where = self.stacks([])
+            if [sign.moves for sign in self.here()] != moves:
+                return
             self._give_up()
             groups = _by_text({sign.rank: sign for sign in signs})
             raise CommError(f"all {self.size} ranks wait in vain: {groups}{where}: report this as a bug", self.rank)

@@ -151,7 +151,7 @@ class Group:
         """Goes on without ranks that hold all up, or ends the job."""
         if not found or self.company is None:
             return
-        why = "; ".join(map(str, found))
+        why = self.company.words(found)
         if not self.recovers:
             raise CommError(f"{why}{self.company.stacks(found)}: start again to go on", self.rank)
         self.company.put_down(found, why, self.rank)
