@@ -9,12 +9,10 @@ second, and finds who is stopped, has stalled (`comm.watch`) or is out of step l
 import contextlib
 import copy
 import json
-import mmap
 import os
 import signal
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -24,60 +22,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlm_mpi.comm import stacks
+from mlm_mpi.comm.board import Board, Sign
 from mlm_mpi.comm.mailbox import Mailbox
-from mlm_mpi.comm.processes import effort, is_stopped
+from mlm_mpi.comm.processes import effort
 from mlm_mpi.comm.watch import NO_WORK, Pace, Seen, Watch, Work, wait_kind
 from mlm_mpi.errors import CommError, PeerLost, ranges
 
-_SLOT_BYTES = 256
-# generation, time, length of the text; of a sign: rank, process, waits, moves, longest_s, step, micro, stacks, gives_up
-_HEAD = struct.Struct("=idHiq?qdqii?")
 _CALL, _ANSWER = 1, 2  # tags
 _ROLL_S = 1.0
 _RENEW_S = 0.1
-_FRESH_S = 5.0  # who waits renews its sign ten times a second; this leaves room for a machine that is overloaded
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
 _LOOK_S = 0.25
 _AT_WORK_S = 1.0  # who has noted something since has not stalled, and costs no look into /proc
 _LEAVE_S = 2.0  # until all have read that they wait in vain
 _LOOKS = 5  # one after another: a job that is suspended and continued as a whole shows a stopped rank once or twice
-_NAME_BYTES = 512
-
-
-class Sign(NamedTuple):
-    """What a rank was doing when last seen."""
-
-    rank: int
-    waits: bool
-    age_s: float
-    text: str
-    process: int
-    host: str
-    stopped: bool
-    moves: int = 0  # so many things it has noted
-    longest_s: float = 0.0  # that work or a wait of this kind has lasted; 0: not known
-    step: int = -1
-    micro: int = -1  # of the micro-batch that it works at
-    stacks: int = -1  # what `stacks.of` asks for
-    gives_up: bool = False  # because it has found, or read, that all wait in vain
-    stalled: bool = False  # as I have found
-
-    @property
-    def is_here(self) -> bool:
-        """It waits as I do. One that was stopped while it waited does not."""
-        return self.waits and not self.stopped and self.age_s < _FRESH_S
-
-    @property
-    def last_seen(self) -> str:
-        """Who it was, where and when it was seen last."""
-        what = f"waiting for {self.text}" if self.waits else self.text
-        return f"rank {self.rank} (process {self.process} on {self.host}, last seen {self.age_s:.0f} s ago: {what})"
-
-    def __str__(self) -> str:
-        where = f"process {self.process} on {self.host}" + (", stopped" if self.stopped else "")
-        what = f"waiting for {self.text}" if self.waits else self.text
-        most = f", which took it {self.longest_s:.2g} s at most before" if self.stalled else ""
-        return f"rank {self.rank} did last, {self.age_s:.0f} s ago: {what} ({where}){most}"
 
 
 class Absence(NamedTuple):
@@ -104,8 +62,7 @@ class Company:
         from mpi4py import MPI
 
         node = node or comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self._place, self._members = node.Get_rank(), node.Get_size()
-        self._board = _shared_board(node)
+        self._board = Board(node)
         node.Free()
         self.recovers, self._generation = recovers, 0
         self.names = list(range(comm.Get_size()))  # what each rank was called when the job began
@@ -167,27 +124,15 @@ class Company:
 
     def _show(self, gives_up: bool = False) -> None:
         """Renews my sign."""
-        words, work = self._text.encode()[: _SLOT_BYTES - _HEAD.size], self._work
         self._renewed = time.monotonic()
-        head = _HEAD.pack(
-            self._generation, self._renewed, len(words), self.rank, os.getpid(), self._waits, self._moves,
-            self._pace.longest_s(self._kind), work.step, work.micro, self._stacks, gives_up,
+        self._board.show(
+            self._generation, self._text, self.rank, os.getpid(), self._waits, self._moves,
+            self._pace.longest_s(self._kind), self._work.step, self._work.micro, self._stacks, gives_up,
         )  # fmt: skip
-        self._board[self._place * _SLOT_BYTES : self._place * _SLOT_BYTES + len(head) + len(words)] = head + words
 
     def here(self) -> list[Sign]:
         """The signs of the ranks of my node: not those of ranks that were lost before."""
-        signs = (self._read(place) for place in range(self._members))
-        return [sign for sign in signs if sign is not None]
-
-    def _read(self, place: int) -> Sign | None:
-        slot = self._board[place * _SLOT_BYTES : (place + 1) * _SLOT_BYTES]
-        generation, then, length, rank, process, waits, *more = _HEAD.unpack_from(slot)
-        if generation != self._generation:
-            return None
-        text = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace")
-        age_s = time.monotonic() - then
-        return Sign(rank, waits, age_s, text, process, os.uname().nodename, is_stopped(process), *more)
+        return self._board.signs(self._generation)
 
     def answer(self) -> None:
         """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
@@ -398,24 +343,3 @@ def _by_text(signs: dict[int, Sign]) -> str:
     for rank, sign in sorted(signs.items()):
         groups.setdefault(sign.text, []).append(rank)
     return "; ".join(f"rank {ranges(members)} for {text}" for text, members in groups.items())
-
-
-def _shared_board(node: Any) -> mmap.mmap:
-    """Memory with a slot for each rank of a node. Its file has no name any more when this returns. Collective."""
-    size = node.Get_size() * _SLOT_BYTES
-    name = np.zeros(_NAME_BYTES, np.uint8)
-    if node.Get_rank() == 0:
-        root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        descriptor, path = tempfile.mkstemp(prefix="mlm-mpi-signs-", dir=root)
-        os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
-        os.close(descriptor)
-        encoded = os.fsencode(path)
-        name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    node.Bcast(name, 0)
-    path = os.fsdecode(name.tobytes().rstrip(b"\0"))
-    with open(path, "r+b") as file:
-        board = mmap.mmap(file.fileno(), size)
-    node.Barrier()
-    if node.Get_rank() == 0:
-        Path(path).unlink()
-    return board

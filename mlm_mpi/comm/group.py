@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.comm.company import Company, Records, Sign
+from mlm_mpi.comm.board import Sign
+from mlm_mpi.comm.company import Company, Records
 from mlm_mpi.comm.mailbox import Mailbox, Message
 from mlm_mpi.comm.watch import NO_WORK, Work
 from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
