@@ -56,7 +56,7 @@ def _in_step(plan: Plan, act: Callable[[], None]) -> None:
             act()
         return inner(self, number, *rest)
 
-    Engine.step = step  # type: ignore[method-assign]
+    Engine.step = step  # type: ignore[method-assign, assignment]
 
 
 def _collective(plan: Plan) -> None:
@@ -105,7 +105,7 @@ def _save(plan: Plan) -> None:
             _die(plan, "a part is half written")
         return inner(descriptor, *rest)
 
-    part_file.write = write
+    part_file.write = write  # type: ignore[assignment]
 
 
 def _memory(plan: Plan) -> None:
@@ -187,7 +187,7 @@ def _spoiled(plan: Plan, spoil: Callable[[Any], None], times: int, wanted: Calla
 
         return inner(self, dy, kept, ctx, ready, *rest[1:])
 
-    Chain.backward = backward  # type: ignore[method-assign]
+    Chain.backward = backward  # type: ignore[method-assign, assignment]
 
 
 def _nan(plan: Plan) -> None:
@@ -212,7 +212,7 @@ def _left_out(plan: Plan) -> None:
         self.quarantine[plan.step, int(4 * plan.delay)] = "left out"
         return inner(self, *words)
 
-    Engine.plan = planned  # type: ignore[method-assign]
+    Engine.plan = planned  # type: ignore[method-assign, assignment]
 
 
 def _flip(plan: Plan) -> None:
@@ -227,7 +227,7 @@ def _flip(plan: Plan) -> None:
             weights[int(plan.delay * (weights.size - 1))] ^= np.uint32(1 << int(31 * plan.delay))
         return found
 
-    Engine.step = step  # type: ignore[method-assign]
+    Engine.step = step  # type: ignore[method-assign, assignment]
 
 
 def _disk(plan: Plan) -> None:
@@ -241,7 +241,7 @@ def _disk(plan: Plan) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, usual)
         return inner(self, number, *rest)
 
-    Engine.step = step  # type: ignore[method-assign]
+    Engine.step = step  # type: ignore[method-assign, assignment]
 
 
 ACTS = {

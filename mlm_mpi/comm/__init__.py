@@ -42,6 +42,14 @@ class Comm:
         unit="ranks",
         least=0,
     )
+    stall_s: float = key(
+        5.0,
+        says="A rank that spends ten times as long on a piece of a step as ever, and no less than this (twice where it "
+        "sleeps), is shown to have stalled by ranks of its node, and killed (comm.recover) or the job ended; 0 leaves "
+        "all to comm.timeout_s.",
+        unit="s",
+        least=0,
+    )
     timeout_s: float = key(
         600.0,
         says="A rank waits this long for the others before it says who is missing, and kills those (comm.recover) or "

@@ -2,67 +2,40 @@
 
 Each rank keeps a sign of what it is doing in memory that the ranks of its node share; it can be read even when its
 rank is stopped. Between nodes signs travel on request: the rank whose patience ends first calls the roll, and every
-rank that waits answers with the signs of its node.
+rank that waits answers with the signs of its node. Whoever waits also looks at the others of its node four times a
+second, and finds who is stopped, has stalled (`comm.watch`) or is out of step long before its patience ends.
 """
 
 import contextlib
 import copy
 import json
-import mmap
 import os
 import signal
 import struct
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
+from mlm_mpi.comm import stacks
+from mlm_mpi.comm.board import Board, Sign
 from mlm_mpi.comm.mailbox import Mailbox
-from mlm_mpi.errors import PeerLost, ranges
+from mlm_mpi.comm.processes import effort
+from mlm_mpi.comm.watch import NO_WORK, Pace, Seen, Watch, Work, wait_kind
+from mlm_mpi.errors import CommError, PeerLost, ranges
 
-_SLOT_BYTES = 256
-_HEAD = struct.Struct("=dqiiiH")  # time, process, rank, generation, whether it waits, length of the text
 _CALL, _ANSWER = 1, 2  # tags
 _ROLL_S = 1.0
 _RENEW_S = 0.1
-_FRESH_S = 5.0  # who waits renews its sign ten times a second; this leaves room for a machine that is overloaded
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
 _LOOK_S = 0.25
+_AT_WORK_S = 1.0  # who has noted something since has not stalled, and costs no look into /proc
+_LEAVE_S = 2.0  # until all have read that they wait in vain
 _LOOKS = 5  # one after another: a job that is suspended and continued as a whole shows a stopped rank once or twice
-_NAME_BYTES = 512
-
-
-class Sign(NamedTuple):
-    """What a rank was doing when last seen."""
-
-    rank: int
-    waits: bool
-    age_s: float
-    text: str
-    process: int
-    host: str
-    stopped: bool
-
-    @property
-    def is_here(self) -> bool:
-        """It waits as I do. One that was stopped while it waited does not."""
-        return self.waits and not self.stopped and self.age_s < _FRESH_S
-
-    @property
-    def last_seen(self) -> str:
-        """Who it was, where and when it was seen last."""
-        what = f"waiting for {self.text}" if self.waits else self.text
-        return f"rank {self.rank} (process {self.process} on {self.host}, last seen {self.age_s:.0f} s ago: {what})"
-
-    def __str__(self) -> str:
-        where = f"process {self.process} on {self.host}" + (", stopped" if self.stopped else "")
-        what = f"waiting for {self.text}" if self.waits else self.text
-        return f"rank {self.rank} did last, {self.age_s:.0f} s ago: {what} ({where})"
 
 
 class Absence(NamedTuple):
@@ -73,6 +46,14 @@ class Absence(NamedTuple):
     culprits: list[Sign]
 
 
+class Records(NamedTuple):
+    """Where to write down what was found: a folder for stacks; and `failed(step, micro-batch, text)`, once for each
+    rank that is killed at a micro-batch."""
+
+    folder: Path
+    failed: Callable[[int, int, str], None]
+
+
 class Company:
     """All ranks of the job, as seen by one of them."""
 
@@ -81,12 +62,13 @@ class Company:
         from mpi4py import MPI
 
         node = node or comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self._place, self._members = node.Get_rank(), node.Get_size()
-        self._board = _shared_board(node)
+        self._board = Board(node)
         node.Free()
         self.recovers, self._generation = recovers, 0
         self.names = list(range(comm.Get_size()))  # what each rank was called when the job began
         self.lost: list[str] = []  # who has died, and what it did last
+        self._moves, self._stacks, self._stall_s = 0, -1, 0.0
+        self._records: Records | None = None
         self._begin(comm)
         self.meet(comm.Dup())
         self.note("the start of the job")
@@ -97,10 +79,17 @@ class Company:
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
         self._looked, self._stopped = 0.0, dict[int, int]()  # process -> so many looks in a row found it stopped
+        self._pace, self._watch = Pace(), Watch(self._stall_s)  # others than before: each has more to do
+        self._kind, self._noted = "", time.monotonic()
 
     def meet(self, comm: Any) -> None:
         """The communicator by which the roll is called."""
         self._comm, self._mail = comm, self.mailbox(comm)
+
+    def watch(self, stall_s: float, records: Records) -> None:
+        """From now on those who stall are found too (`comm.stall_s`; 0: not)."""
+        self._stall_s, self._records, self._watch = stall_s, records, Watch(stall_s)
+        self._stacks = stacks.register()
 
     def mailbox(self, comm: Any) -> Mailbox:
         """That of a communicator between these ranks."""
@@ -123,31 +112,32 @@ class Company:
         made.note(f"recovery number {made._generation}")
         return made
 
-    def note(self, text: str, waits: bool = False) -> None:
+    def note(self, text: str, waits: bool = False, work: Work = NO_WORK) -> None:
         """Says what this rank does from now on."""
-        words = text.encode()[: _SLOT_BYTES - _HEAD.size]
-        self._text, self._renewed = text, time.monotonic()
-        head = _HEAD.pack(self._renewed, os.getpid(), self.rank, self._generation, waits, len(words))
-        self._board[self._place * _SLOT_BYTES : self._place * _SLOT_BYTES + len(head) + len(words)] = head + words
+        now = time.monotonic()
+        if self._kind:
+            self._pace.took(self._kind, now - self._noted)
+        self._kind = wait_kind(text) if waits else work.kind
+        self._noted, self._moves = now, self._moves + 1
+        self._text, self._waits, self._work = text, waits, work
+        self._show()
+
+    def _show(self, gives_up: bool = False) -> None:
+        """Renews my sign."""
+        self._renewed = time.monotonic()
+        self._board.show(
+            self._generation, self._text, self.rank, os.getpid(), self._waits, self._moves,
+            self._pace.longest_s(self._kind), self._work.step, self._work.micro, self._stacks, gives_up,
+        )  # fmt: skip
 
     def here(self) -> list[Sign]:
         """The signs of the ranks of my node: not those of ranks that were lost before."""
-        signs = (self._read(place) for place in range(self._members))
-        return [sign for sign in signs if sign is not None]
-
-    def _read(self, place: int) -> Sign | None:
-        slot = self._board[place * _SLOT_BYTES : (place + 1) * _SLOT_BYTES]
-        then, process, rank, generation, waits, length = _HEAD.unpack_from(slot)
-        if generation != self._generation:
-            return None
-        text = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace")
-        age_s = time.monotonic() - then
-        return Sign(rank, bool(waits), age_s, text, process, os.uname().nodename, _is_stopped(process))
+        return self._board.signs(self._generation)
 
     def answer(self) -> None:
         """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
         if time.monotonic() - self._renewed > _RENEW_S:
-            self.note(self._text, waits=True)
+            self._show()
         for source, number in self._arrived(_CALL):
             self._heard[source] = time.monotonic()
             signs = json.dumps([number[0], *self.here()]).encode()
@@ -171,30 +161,124 @@ class Company:
         text = f"rank {ranges(missing)} did not arrive, {waiting}; {'; '.join(last + silent)}"
         return Absence(teller, text, [signs[rank] for rank in missing if rank in signs])
 
-    def stopped(self) -> list[Sign]:
-        """Ranks of my node that were stopped each time I looked for a while, for me to kill: of those that wait here
-        the lowest does it."""
+    def look(self) -> list[Sign]:
+        """Ranks of my node that hold all up, for me to act on: of those that wait here the lowest does it.
+
+        Raises CommError, on every rank, where all wait in vain.
+        """
         now = time.monotonic()
-        if now - self._looked < _LOOK_S:
-            return []
-        self._looked = now
+        since_s, self._looked = now - self._looked, now
         signs = self.here()
-        found = [sign for sign in signs if sign.stopped]
+        found = self._long_stopped(signs)
+        if self._stall_s:
+            found += self._stalled(signs, since_s)
+            self._end_if_in_vain(signs, since_s)
+        return found if self._acts(signs) else []
+
+    def words(self, signs: Sequence[Sign]) -> str:
+        """What is said of ranks, which are called as when the job began."""
+        return "; ".join(str(sign._replace(rank=self.names[sign.rank])) for sign in signs)
+
+    def is_time(self) -> bool:
+        """Whether the last look is some time ago."""
+        return time.monotonic() - self._looked >= _LOOK_S
+
+    def _acts(self, signs: Sequence[Sign]) -> bool:
+        """Whether I am the lowest of those that wait on this node."""
+        return not any(sign.is_here and sign.rank < self.rank for sign in signs)
+
+    def _long_stopped(self, signs: Sequence[Sign]) -> list[Sign]:
+        """Who was stopped each time I looked for a while. Not where the job would have to end: it may be continued."""
+        found = [sign for sign in signs if sign.stopped and self.recovers]
         self._stopped = {sign.process: self._stopped.get(sign.process, 0) + 1 for sign in found}
-        if any(sign.is_here and sign.rank < self.rank for sign in signs):
-            return []
         return [sign for sign in found if self._stopped[sign.process] >= _LOOKS]
 
-    def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> None:
-        """Kills those of my node who do not come, so that the others can go on without them."""
+    def _stalled(self, signs: Sequence[Sign], since_s: float) -> list[Sign]:
+        """Who is at steady work for many times as long as ever."""
+        slow = [sign for sign in signs if not sign.waits and sign.longest_s and sign.age_s > _AT_WORK_S]
+        seen = [Seen(sign.process, sign.moves, sign.longest_s, effort(sign.process)) for sign in slow]
+        late = self._watch.stalled(seen, since_s)
+        return [sign._replace(stalled=True) for sign in slow if sign.process in late]
+
+    def _end_if_in_vain(self, signs: Sequence[Sign], since_s: float) -> None:
+        """Raises CommError where all ranks wait, not for the same, and nothing moves. If one after another raised it,
+        each would be a death that the others recover from: so the lowest says it in its sign, and leaves last."""
+        if told := [sign.rank for sign in signs if sign.gives_up]:
+            self._show(gives_up=True)
+            raise CommError(f"rank {self.rank} waited for {self._text}", min(told))
+        if len(signs) < self.size or not all(sign.is_here and sign.longest_s for sign in signs):
+            return
+        if len({sign.text for sign in signs}) == 1:
+            return
+        moves, brisk = [sign.moves for sign in signs], all(sign.age_s < _LOOK_S for sign in signs)
+        stands = self._watch.stands_still(moves, max(sign.longest_s for sign in signs), brisk, since_s)
+        if stands and self._acts(signs):
+            where = self.stacks([])
+            if [sign.moves for sign in self.here()] != moves:
+                return
+            self._give_up()
+            groups = _by_text({sign.rank: sign for sign in signs})
+            raise CommError(f"all {self.size} ranks wait in vain: {groups}{where}: report this as a bug", self.rank)
+
+    def _give_up(self) -> None:
+        """Lets the others of my node read that all wait in vain, and leave their waits."""
+        self._show(gives_up=True)
+        end = time.monotonic() + _LEAVE_S
+        while any(sign.waits and not sign.gives_up for sign in self.here()) and time.monotonic() < end:
+            time.sleep(_TURN_S)
+
+    def stacks(self, culprits: Sequence[Sign]) -> str:
+        """Writes down the stacks of all ranks of my node; for a message, where they are and what culprits were in."""
+        if self._records is None:
+            return ""
+        signs = [sign for sign in self.here() if sign.stacks >= 0 and not sign.stopped]
+        found = stacks.of({sign.process: sign.stacks for sign in signs})
+        folder = self._records.folder
+        try:
+            folder.mkdir(exist_ok=True)
+            for sign in signs:
+                head = f"{datetime.now().astimezone().isoformat(' ', 'seconds')}  {sign}\n\n"
+                text = found.get(sign.process, "It did not answer.\n")
+                (folder / f"rank-{self.names[sign.rank]}.txt").write_text(head + text)
+            where = f"; the stacks of all: {folder}"
+        except OSError as error:
+            where = f"; {folder} takes no stacks: {error.strerror}"
+        inner = [stacks.innermost(found[sign.process]) for sign in culprits if sign.process in found]
+        return "".join(f"; it was in {text}" for text in inner) + where
+
+    def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> bool:
+        """Kills those of my node who do not come, so that the others can go on without them. Whether one of all
+        culprits is still where it was seen."""
+        mine = [sign for sign in culprits if sign.host == os.uname().nodename and sign.process != os.getpid()]
+        where = self._witness([sign for sign in mine if not sign.stopped])
+        now = {sign.rank: sign.moves for sign in self.here()}
+        moved = [sign for sign in mine if now.get(sign.rank) != sign.moves]
+        self._stopped = {}
+        if len(moved) == len(culprits):
+            return False
         if teller == self.rank:
-            sys.stderr.write(f"mlm-mpi: {why}: killed, and the others go on\n")
+            sys.stderr.write(f"mlm-mpi: {why}{where}: killed, and the others go on\n")
             sys.stderr.flush()
-        for sign in culprits:
-            if sign.host == os.uname().nodename and sign.process != os.getpid():
+        for sign in mine:
+            if sign not in moved:
+                self._write_down(sign, where)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(sign.process, signal.SIGKILL)
-        self._stopped = {}
+        return True
+
+    def _witness(self, culprits: Sequence[Sign]) -> str:
+        """The stacks, as in `stacks`: gathered by one rank of a node, while the others wait."""
+        if not culprits:
+            return ""
+        if self._acts(self.here()):
+            return self.stacks(culprits)
+        self._linger(_ROLL_S)
+        return ""
+
+    def _write_down(self, sign: Sign, where: str) -> None:
+        """That a rank failed at a micro-batch; by the one that has gathered stacks, so once."""
+        if self._records is not None and where and sign.step >= 0:
+            self._records.failed(sign.step, sign.micro, f"it held up the others{where}")
 
     def _roll(self) -> dict[int, Sign]:
         """Calls all other ranks and gathers signs for a while."""
@@ -259,31 +343,3 @@ def _by_text(signs: dict[int, Sign]) -> str:
     for rank, sign in sorted(signs.items()):
         groups.setdefault(sign.text, []).append(rank)
     return "; ".join(f"rank {ranges(members)} for {text}" for text, members in groups.items())
-
-
-def _is_stopped(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() == psutil.STATUS_STOPPED)
-    except (psutil.Error, ValueError):
-        return False
-
-
-def _shared_board(node: Any) -> mmap.mmap:
-    """Memory with a slot for each rank of a node. Its file has no name any more when this returns. Collective."""
-    size = node.Get_size() * _SLOT_BYTES
-    name = np.zeros(_NAME_BYTES, np.uint8)
-    if node.Get_rank() == 0:
-        root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        descriptor, path = tempfile.mkstemp(prefix="mlm-mpi-signs-", dir=root)
-        os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
-        os.close(descriptor)
-        encoded = os.fsencode(path)
-        name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    node.Bcast(name, 0)
-    path = os.fsdecode(name.tobytes().rstrip(b"\0"))
-    with open(path, "r+b") as file:
-        board = mmap.mmap(file.fileno(), size)
-    node.Barrier()
-    if node.Get_rank() == 0:
-        Path(path).unlink()
-    return board

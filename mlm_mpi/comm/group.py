@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.comm.company import Company, Sign
+from mlm_mpi.comm.board import Sign
+from mlm_mpi.comm.company import Company, Records
 from mlm_mpi.comm.mailbox import Mailbox, Message
+from mlm_mpi.comm.watch import NO_WORK, Work
 from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
 
 _SPIN_S = 0.002  # polls at full speed for this long, then sleeps between polls
@@ -74,10 +76,16 @@ class Group:
         self.wait(self.mail.begin(lambda: request, comm), "a communicator")
         return Group(comm, self.timeout_s, self.company)
 
-    def note(self, text: str) -> None:
-        """Says what this rank does from now on, for others to read should it never arrive."""
+    def note(self, text: str, work: Work = NO_WORK) -> None:
+        """Says what this rank does from now on, for others to read should it never arrive. `work`: where that takes
+        about as long each time, and is to be missed when it does not (`comm.watch`)."""
         if self.company is not None:
-            self.company.note(text)
+            self.company.note(text, work=work)
+
+    def watch(self, stall_s: float, records: Records) -> None:
+        """From now on whoever waits also looks for ranks of its node that stall (`comm.stall_s`)."""
+        if self.company is not None:
+            self.company.watch(stall_s, records)
 
     def on_node(self) -> tuple[int, int]:
         """(my number among the ranks of my node, how many they are). Collective."""
@@ -130,8 +138,8 @@ class Group:
                     continue
                 if not (patient and self.recovers and culprits and self.company is not None):
                     raise error
-                self.company.put_down(culprits, str(error), error.teller)
-                start, patient = time.perf_counter(), False  # their death will be noticed
+                patient = not self.company.put_down(culprits, str(error), error.teller)
+                start = time.perf_counter()  # their death will be noticed
                 continue
             if waited < _SPIN_S:
                 os.sched_yield()
@@ -139,8 +147,17 @@ class Group:
                 time.sleep(_NAP_S)
             if waited > _LONG_S and self.company is not None:
                 self.company.answer()
-                if self.recovers and (found := self.company.stopped()):
-                    self.company.put_down(found, "; ".join(map(str, found)), self.rank)
+                if self.company.is_time():
+                    self._act_on(self.company.look())
+
+    def _act_on(self, found: Sequence[Sign]) -> None:
+        """Goes on without ranks that hold all up, or ends the job."""
+        if not found or self.company is None:
+            return
+        why = self.company.words(found)
+        if not self.recovers:
+            raise CommError(f"{why}{self.company.stacks(found)}: start again to go on", self.rank)
+        self.company.put_down(found, why, self.rank)
 
     def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> tuple[CommError, list[Sign]]:
         """What to say, and the signs of those who have not come, if they are known."""

@@ -44,6 +44,7 @@ def survivors(group: Group, lost: PeerLost) -> Group:
 def _leave(group: Group, lost: PeerLost) -> None:
     """The last that a rank does in a group with a dead rank."""
     assert group.company is not None, "only the ranks of a job are lost"
+    group.note("leaving a group in which a rank has died")
     for mailbox in group.company.mailboxes:
         mailbox.revoke()
     for mailbox in group.company.mailboxes:

@@ -18,6 +18,7 @@ from mlm_mpi import order
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.buckets import Reduction
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.watch import Work
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
@@ -78,7 +79,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Load:
     """Micro-batches of a step: mine, lane by lane, and each rank's, in the order in which all are numbered."""
 
     lanes: list[list[int]]
@@ -135,16 +136,16 @@ class Engine:
         self._plan_lanes()
 
     def _plan_lanes(self) -> None:
-        self.work = self._work()
-        counted = ((self.group.name(rank), len(indices)) for rank, indices in enumerate(self.work.ranks))
+        self.load = self._load()
+        counted = ((self.group.name(rank), len(indices)) for rank, indices in enumerate(self.load.ranks))
         self.ranks = tuple((name, count) for name, count in counted if count)
         self.second_sums = self._second_sums()
 
-    def _work(self, left_out: frozenset[int] = frozenset()) -> _Work:
+    def _load(self, left_out: frozenset[int] = frozenset()) -> _Load:
         """All micro-batches of a step but for some."""
         assignment, ranks = self.machine.assignment, range(self.group.size)
         lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
-        return _Work(
+        return _Load(
             [[index for index in lane if index not in left_out] for lane in lanes],
             [[index for index in assignment.of_rank(rank) if index not in left_out] for rank in ranks],
         )
@@ -169,7 +170,7 @@ class Engine:
 
     def plan(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, micro-batch) pairs this rank runs in steps [first, stop), one after another."""
-        every = ((step, index) for step in range(first, stop) for index in [*self.work.mine, *self._audited(step)])
+        every = ((step, index) for step in range(first, stop) for index in [*self.load.mine, *self._audited(step)])
         return (pair for pair in every if pair not in self.quarantine)
 
     def _drawn(self, step: int) -> Drawn | None:
@@ -190,11 +191,12 @@ class Engine:
         found, verdict = m.guard.judged(self, found)
         verdict = verdict.after(ill, tuple(skip(step, *one) for one in ill.items()) + audited)
         rate = m.learning_rate(step)
-        self.group.note(f"the update of step {step + 1}")
+        self._note(f"the update of step {step + 1}", Work("update"))
         update = found.total, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
         if isinstance(m.optimizer, Shared) and not verdict.undone:
             m.optimizer.prepare(*update)
         self.group.agree(f"step {step + 1} to be made by all")
+        self._note(f"the new weights of step {step + 1}", Work("new weights"))
         if verdict.undone:
             m.guard.roll_back(self)
         else:
@@ -202,6 +204,7 @@ class Engine:
             if m.average is not None:
                 m.average.follow(step + 1)
             m.guard.follow(found)
+        self.group.note(f"what follows step {step + 1}")
         seconds = time.perf_counter() - began
         windows = tuple(found.windows.get(index, 0) for index in range(m.assignment.micro_batches))
         return StepResult(
@@ -222,10 +225,11 @@ class Engine:
         self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = (), left_out: frozenset[int] = frozenset()
     ) -> Attempt:
         """The gradient of a step, but for micro-batches left out; changes no weight. Collective over dp."""
-        work = self._work(left_out) if left_out else self.work
-        flights = self._run(step, work, next_batch)
+        load = self._load(left_out) if left_out else self.load
+        flights = self._run(step, load, next_batch)
+        self.group.note(f"step {step + 1}, through with its micro-batches")
         total = self.machine.reduction.finish()
-        losses, windows, targets, everybodys = self._exchange(step, work, flights, notes)
+        losses, windows, targets, everybodys = self._exchange(step, load, flights, notes)
         length, broken = norm(self.machine.store, total)
         batches = [flight.batch for flight in flights]
         return Attempt(
@@ -244,20 +248,21 @@ class Engine:
 
         `lane` and `closes`, as a context has them: where it stands for the first of a lane.
         """
+        self.group.note(f"step {step + 1}, micro-batch {batch.index} by itself")
         gradients = self.machine.store.by_parameter(buffer)
         ctx = replace(self._context(step, batch), gradients=gradients, lane=lane or {}, closes=closes)
         flight = self._flown(ctx)
         self.machine.chain.backward((), flight.kept, flight.ctx)
         return float(flight.loss)
 
-    def _run(self, step: int, work: _Work, next_batch: NextBatch) -> list[_Flight]:
+    def _run(self, step: int, load: _Load, next_batch: NextBatch) -> list[_Flight]:
         """Forward and backward of my micro-batches; gradients leave in their order, whatever the schedule."""
         self.machine.reduction.begin()
         flights: list[_Flight] = []
-        backwards = self._backwards(work, flights)
-        for instruction in self.machine.instructions(0, 1, len(work.mine)):
+        backwards = self._backwards(load, flights)
+        for instruction in self.machine.instructions(0, 1, len(load.mine)):
             if isinstance(instruction, Forward):
-                flights.append(self._forward(step, work.mine[instruction.micro], next_batch))
+                flights.append(self._forward(step, load.mine[instruction.micro], next_batch))
             else:
                 next(backwards)
         next(backwards, None)  # closes lanes of which everything is left out
@@ -267,7 +272,7 @@ class Engine:
         self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
         batch = next_batch()
-        self.group.note(f"step {step + 1}, micro-batch {index}")
+        self._note_micro_batch(batch, "forward")
         ctx = self._context(step, batch)
         if self.machine.captured is not None:  # a graph holds both ways
             return _Flight(ctx)
@@ -277,13 +282,22 @@ class Engine:
         m = self.machine
         return Context(m.mesh, m.seed, step, batch.index, training=True, batch=batch, shares=m.shares)
 
+    def _note_micro_batch(self, batch: Batch, way: str) -> None:
+        shapes = [array.shape for array in batch.arrays()]  # which ramps change, and with them how long it takes
+        work = Work(f"{way} of {shapes}", batch.step, batch.index)
+        self._note(f"step {batch.step + 1}, micro-batch {batch.index}, {way}", work)
+
+    def _note(self, text: str, work: Work) -> None:
+        """Steady work, but on a GPU: there kernels are launched, which says nothing of how long they take."""
+        self.group.note(text, work._replace(kind="") if self.machine.place.on_gpu else work)
+
     def _flown(self, ctx: Context) -> _Flight:
         assert ctx.batch is not None
         ctx = replace(ctx, batch=ctx.batch.map(self.machine.place.put))
         _, kept = self.machine.chain.forward((), ctx)
         return _Flight(ctx, kept)
 
-    def _backwards(self, work: _Work, flights: list[_Flight]) -> Iterator[None]:
+    def _backwards(self, load: _Load, flights: list[_Flight]) -> Iterator[None]:
         """The backward of one micro-batch after the other. A lane opens before its first, and closes after its last.
 
         A lane without any holds −0, which an addition leaves alone.
@@ -291,7 +305,7 @@ class Engine:
         reduction, audit, number = self.machine.reduction, self.machine.audit, 0
         drawn = self._drawn(self.at[0])
         first, stop = self.machine.assignment.lanes_of(self.group.rank)
-        for lane, members in zip(range(first, stop), work.lanes, strict=True):
+        for lane, members in zip(range(first, stop), load.lanes, strict=True):
             buffer, fresh = reduction.open_lane(lane)
             if not members:
                 if fresh:
@@ -314,6 +328,7 @@ class Engine:
                 yield
 
     def _backward(self, flight: _Flight, ctx: Context, ready: Ready | None = None) -> None:
+        self._note_micro_batch(flight.batch, "backward")
         captured = self.machine.captured
         if captured is not None and (ready is None or self.group.size == 1):
             captured.forward_backward(ctx)
@@ -324,10 +339,10 @@ class Engine:
         self.machine.chain.backward((), flight.kept, ctx, *(() if ready is None else (ready,)))
 
     def _exchange(
-        self, step: int, work: _Work, flights: list[_Flight], notes: tuple[float, ...]
+        self, step: int, load: _Load, flights: list[_Flight], notes: tuple[float, ...]
     ) -> tuple[dict[int, float], dict[int, int], int, np.ndarray]:
         """(summed loss and digest of each micro-batch, in their order; target count; everybody's notes)."""
-        most = work.most
+        most = load.most
         row = np.zeros(3 * most + len(notes))
         row[: len(flights)] = [float(flight.loss) for flight in flights]
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
@@ -335,7 +350,7 @@ class Engine:
         row[3 * most :] = notes
         table = self.group.allgather_array(row, f"the losses of step {step + 1}")
         losses, windows, targets = dict[int, float](), dict[int, int](), 0.0
-        for rank, indices in enumerate(work.ranks):
+        for rank, indices in enumerate(load.ranks):
             for k, index in enumerate(indices):
                 losses[index] = float(table[rank, k])
                 windows[index] = int(table[rank, 2 * most + k])

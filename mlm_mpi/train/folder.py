@@ -4,7 +4,7 @@ config.toml       the effective configuration      metrics.jsonl   one line per 
 environment.json  versions, fingerprint, command   ledger.jsonl    who did what in each step (evidence.py)
 checkpoints/      step-00000100/ …                 loss.png        the curve, at the end
 run.lock          who holds it                     DONE            written last: the run is complete
-tensorboard/ wandb/   where [log] asks for them
+tensorboard/ wandb/   where [log] asks for them    failures.jsonl, stacks/  of ranks that failed, or stalled
 """
 
 import contextlib

@@ -248,7 +248,7 @@ def _who(engine: "Engine", first: Attempt, again: Attempt) -> str:
     other = [index for index, loss in first.losses.items() if loss != again.losses[index]]
     if not other:
         return ""
-    ranks = sorted({rank for rank, held in enumerate(engine.work.ranks) if {*held} & {*other}})
+    ranks = sorted({rank for rank, held in enumerate(engine.load.ranks) if {*held} & {*other}})
     return f" (micro-batch {other[0]}, rank {ranks[0]})"
 
 

@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from mlm_mpi.comm.company import Company
+from mlm_mpi.comm.company import Company, Records
 from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.watch import Work
 from mlm_mpi.errors import CommError, DataError, MlmError
 
 
@@ -104,6 +105,25 @@ def test_where_all_wait_each_wait_is_named(group):
     group.barrier("the end")
     if caught.value.teller == group.rank:
         assert str(caught.value).startswith(f"all {group.size} ranks wait: rank 0-1 for message 0")
+
+
+def test_who_has_moved_meanwhile_is_not_killed(group, tmp_path):
+    if group.size != 2:
+        pytest.skip("on 2 ranks")
+    company = Company(group.comm)
+    company.watch(1.0, Records(tmp_path / "stacks", lambda step, micro, text: pytest.fail("nobody has failed")))
+    company.note("step 1, micro-batch 2, backward", work=Work("backward", 0, 2))
+    group.barrier("signs to be there")
+    seen = [sign for sign in company.here() if sign.rank == 1]
+    group.barrier("signs to be read")
+    if group.rank == 1:
+        company.note("step 1, micro-batch 2, backward", work=Work("backward", 0, 2))
+    group.barrier("rank 1 to have moved")
+    if group.rank == 0:
+        assert (seen[0].step, seen[0].micro) == (0, 2)
+        assert not company.put_down(seen, "it seemed to have stalled", 0)
+        assert "in barrier" in (tmp_path / "stacks" / "rank-1.txt").read_text()
+    group.barrier("both to be alive")
 
 
 def test_a_sign_is_cut_at_its_slot_and_read_by_the_node(group):

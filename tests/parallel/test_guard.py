@@ -62,7 +62,7 @@ def test_a_fault_that_passes_changes_no_bit(group, spoil):
     assert weights(engine) == weights(other)
     (said,) = found[1].verdict.said
     assert said.startswith("ALARM step 2: ") and said.endswith("; run again it was clean")
-    rank = next(rank for rank, held in enumerate(engine.work.ranks) if 11 in held)
+    rank = next(rank for rank, held in enumerate(engine.load.ranks) if 11 in held)
     assert (f"loss nan (micro-batch 11, rank {rank})" in said) if spoil == "loss" else "norm2.gain is not" in said
     assert not found[1].verdict.skipped and not found[0].verdict.said
 

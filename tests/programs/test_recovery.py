@@ -76,7 +76,7 @@ def cases():
 
 def undisturbed(place, home, straight, found):
     """The bits, the numbers of every step once, and nothing left of a save that was under way."""
-    assert found.weights == straight.weights
+    assert found.weights == straight.weights and not (home.folder / "straight" / "stacks").exists()
     assert place.losses("run") == home.losses("straight")
     assert not [name for name in place.checkpoints("run") if name.startswith(".")]
     done = json.loads((place.folder / "run" / "DONE").read_text())
@@ -237,6 +237,7 @@ def test_a_rank_that_is_stopped_is_killed(place, home, straight):
     undisturbed(place, home, straight, found)
     named = r"mlm-mpi: rank 1 did last, \d s ago: .* \(process \d+ on .*, stopped\): killed, and the others go on\n"
     assert re.fullmatch(named, found.err)
+    assert not (place.folder / "run" / "stacks").exists(), "who is stopped can show none"
 
 
 def test_a_rank_that_never_comes_is_killed_after_the_time_allowed(place, home, straight):
@@ -364,3 +365,103 @@ def test_spares_of_no_use_are_refused(place):
     place.train("run", None, "comm.spares=1").refused("comm.spares = 1 leaves none of 1 ranks")
     place.program("run", "-n", "2", "--spares", "-1", "--", "train", "x").refused("--spares -1 must not be negative")
     place.program("run", "-n", "2", "--spares", "1", "--", "prepare", "x").refused("is for train")
+
+
+# a rank's backward in its fourth step; fast: the longest backward of this model takes some milliseconds
+STALLS = """
+import time
+from mlm_mpi.layers.chain import Chain
+inner_backward = Chain.backward
+
+def before_step(rank, step):
+    pass
+
+def spin():
+    while True:
+        pass
+
+def hold():
+    time.sleep(10**6)
+
+def backward(self, dy, kept, ctx, *more):
+    if {whose} and ctx.step == 3:
+        {how}()
+    return inner_backward(self, dy, kept, ctx, *more)
+
+Chain.backward = backward
+"""
+
+
+OF_ONE = 'os.environ["OMPI_COMM_WORLD_RANK"] == "1"'
+SHORTLY = "comm.stall_s=1"
+
+
+@pytest.mark.parametrize("how", ["spin", "hold"])
+def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, straight, how):
+    """Busy or asleep: not by comm.timeout_s, whose words are others."""
+    found = place.faulty(STALLS.format(how=how, whose=OF_ONE), "run", 3, *EVERY_TWO, SHORTLY, recovers=True)
+    undisturbed(place, home, straight, found)
+    named = (
+        r"mlm-mpi: rank 1 did last, \d+ s ago: step 4, micro-batch \d+, backward \(process \d+ on .*\), which took it "
+        rf"[\d.e-]+ s at most before; it was in {how} \(faulty\.py:\d+\) < backward \(faulty\.py:\d+\) < .*; "
+        r"the stacks of all: run/stacks: killed, and the others go on\n"
+    )
+    assert re.fullmatch(named, found.err)
+    stacks = {path.name: path.read_text() for path in (place.folder / "run" / "stacks").iterdir()}
+    assert sorted(stacks) == ["rank-0.txt", "rank-1.txt", "rank-2.txt"]
+    assert f"in {how}\n" in stacks["rank-1.txt"] and "in wait_until\n" in stacks["rank-0.txt"]
+
+
+@pytest.mark.slow
+def test_what_stalls_on_two_ranks_ends_the_run(place):
+    """It would take one rank after another."""
+    fault = STALLS.format(how="spin", whose="ctx.batch.index == 5")
+    found = place.faulty(fault, "run", 4, *EVERY_TWO, SHORTLY, recovers=True)
+    last = found.err.splitlines()[-1]
+    assert last.startswith(
+        "mlm-mpi: step 4, micro-batch 5 has failed on two ranks: it held up the others; it was in spin "
+    )
+    assert found.code == 2 and found.err.count(": killed, and the others go on\n") == 2
+
+
+def test_a_rank_that_stalls_is_shown_where_the_job_cannot_go_on(place):
+    begin = time.monotonic()
+    found = place.faulty(STALLS.format(how="spin", whose=OF_ONE), "run", 3, SHORTLY)
+    assert time.monotonic() - begin < SOON_S and found.code == 75
+    assert re.match(r"mlm-mpi: rank 1 did last, .* it was in spin .*: run/stacks: start again to go on\n", found.err)
+
+
+def test_nobody_watches_where_the_time_is_zero(place):
+    """Then comm.timeout_s is what there is, as for everything that takes a time of its own."""
+    fault = STALLS.format(how="spin", whose=OF_ONE)
+    found = place.faulty(fault, "run", 2, "comm.stall_s=0", "comm.timeout_s=4", recovers=True)
+    assert "mlm-mpi: rank 1 did not arrive, " in found.err and "; it was in spin " in found.err and found.weights
+
+
+SKIPS = """
+import numpy as np
+from mlm_mpi.comm.group import Group
+given = Group.allgather_array
+
+def before_step(rank, step):
+    pass
+
+def allgather_array(self, row, what):
+    if what == "the losses of step 5" and self.rank == 1:
+        return np.tile(row, (self.size, 1))
+    return given(self, row, what)
+
+Group.allgather_array = allgather_array
+"""
+
+
+@pytest.mark.parametrize("recovers", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_rank_that_skips_a_collective_ends_the_job(place, recovers):
+    """Nobody holds the others up, all wait: a kill would change nothing. Long before comm.timeout_s."""
+    begin = time.monotonic()
+    found = place.faulty(SKIPS, "run", 3, *EVERY_TWO, SHORTLY, recovers=recovers)
+    assert time.monotonic() - begin < SOON_S and found.code == 75, (found.err, found.out)
+    waits = r"mlm-mpi: all 3 ranks wait in vain: rank 0, 2 for the losses of step 5; rank 1 for [^;]*"
+    assert re.match(waits + "; the stacks of all: run/stacks: report this as a bug\n", found.err), found.err
+    assert found.err.count("\n") <= 2 and "Traceback" not in found.err
+    assert len(list((place.folder / "run" / "stacks").iterdir())) == 3

@@ -109,7 +109,7 @@ def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place, how, sta
     held.refused(
         "mlm-mpi: rank 1 did not arrive, 2 of 3 ranks wait for ", "(comm.timeout_s = 2)", f"{state}) (comm", code=75
     )
-    assert re.search(r"; rank 1 did last, \d s ago: the update of step 2 \(process \d+ on ", held.err)
+    assert re.search(r"; rank 1 did last, \d s ago: what follows step 2 \(process \d+ on ", held.err)
 
 
 STOPS_WHILE_IT_WAITS = """

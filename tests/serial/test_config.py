@@ -209,7 +209,7 @@ NOT_NEGATIVE = [
     "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
     "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum", "model.logit_cap",
     "model.key_value_heads", "model.head_width", "model.window", "model.full_every", "model.rotary_skip",
-    "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction",
+    "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction", "comm.stall_s",
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares",
 ]  # fmt: skip
