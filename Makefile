@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm lint docs bench gpu-check clean distclean
+.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -84,6 +84,9 @@ test-all: $(VENV)/.installed-test  ## also the slow tests
 	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(SHARED_OUT) tests/serial
 	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
+
+chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault against a real training (CHAOS="--trials 20": more)
+	@$(BIN)/mlm-mpi chaos jobs/configs/chaos.toml --set data.dir=$(CORPUS) $(CHAOS)
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
 SANITIZED := build/sanitize/libcpu.so

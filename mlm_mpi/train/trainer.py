@@ -112,9 +112,8 @@ class Trainer:
 
     def _compare(self, step: int, stopping: bool) -> tuple[str, ...]:
         """Mends replicas that differ, before they are saved; what is to be said of it."""
-        rhythm = self.rhythm
-        due = stopping or rhythm.is_time(rhythm.compare_every, step) or rhythm.is_time(rhythm.save_every, step)
-        return repaired(self.engine, step) if due and rhythm.compare_every and self.engine.group.size > 1 else ()
+        every, saved = self.rhythm.compare_every, self.rhythm.is_time(self.rhythm.save_every, step)
+        return repaired(self.engine, step) if every and (stopping or saved or self.rhythm.is_time(every, step)) else ()
 
     def _measure(self, step: int) -> float | None:
         last = step == self.rhythm.steps
