@@ -8,6 +8,7 @@ rank 0, is lost: goodput is the ideal's share of the time from the first of thos
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -37,7 +38,7 @@ def storm(job: Job, every_s: float, total_s: float, ranks: int) -> list[float]:
 
 def goodput(ends: list[float], kills: list[float]) -> tuple[float, list[float]]:
     """(share of the time that the ideal needs, seconds lost by each kill). `ends`: when each step was done."""
-    gaps = [(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    gaps = list(itertools.pairwise(ends))
     ideal, lost = 0.0, []
     for first, stop in zip([0.0, *kills], [*kills, float("inf")], strict=True):
         usual = statistics.median(b - a for a, b in gaps if a >= first and b < stop)

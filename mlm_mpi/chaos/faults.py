@@ -95,6 +95,7 @@ FAULTS = {
     "memory": Fault("no more memory for a rank (RLIMIT_AS)", _one),
     "raise": Fault("an exception that nobody expects", _one),
     "exit": Fault("sys.exit(1)", _one),
+    "leave": Fault("os._exit(3), of which MPI tells nobody", _one, None, "again", " has left by an exit code"),
     "stop": Fault("SIGSTOP", _one, _send(signal.SIGSTOP)),
     "spin": Fault("an endless loop", _one),
     "kill-launcher": Fault("SIGKILL to mlm-mpi run", _nobody, _tell_launcher(signal.SIGKILL), "again"),

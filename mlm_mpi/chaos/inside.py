@@ -135,6 +135,14 @@ def _exit(plan: Plan) -> None:
     _in_step(plan, act)
 
 
+def _leave(plan: Plan) -> None:
+    def act() -> None:
+        _say(plan, "os._exit(3)")
+        os._exit(3)
+
+    _in_step(plan, act)
+
+
 def _spin(plan: Plan) -> None:
     """In the first forward of that step, as a model's own code might."""
 
@@ -246,7 +254,7 @@ def _disk(plan: Plan) -> None:
 
 ACTS = {
     "collective": _collective, "in-flight": _in_flight, "save": _save, "memory": _memory, "raise": _raise,
-    "exit": _exit, "spin": _spin, "poison": _poison, "disk": _disk, "nan": _nan, "spike": _spike,
+    "exit": _exit, "leave": _leave, "spin": _spin, "poison": _poison, "disk": _disk, "nan": _nan, "spike": _spike,
     "nan-data": _nan_data, "left-out": _left_out, "flip": _flip,
 }  # fmt: skip
 

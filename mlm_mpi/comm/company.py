@@ -24,7 +24,7 @@ import numpy as np
 from mlm_mpi.comm import stacks
 from mlm_mpi.comm.board import Board, Sign
 from mlm_mpi.comm.mailbox import Mailbox
-from mlm_mpi.comm.processes import effort
+from mlm_mpi.comm.processes import effort, is_gone
 from mlm_mpi.comm.watch import NO_WORK, Pace, Seen, Watch, Work, wait_kind
 from mlm_mpi.errors import CommError, PeerLost, ranges
 
@@ -35,6 +35,7 @@ _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; t
 _LOOK_S = 0.25
 _AT_WORK_S = 1.0  # who has noted something since has not stalled, and costs no look into /proc
 _LEAVE_S = 2.0  # until all have read that they wait in vain
+_GONE_LOOKS = 12  # of a death that MPI tells of, all know within a second even on a machine that is overloaded
 _LOOKS = 5  # one after another: a job that is suspended and continued as a whole shows a stopped rank once or twice
 
 
@@ -78,6 +79,7 @@ class Company:
         self.mailboxes: list[Mailbox] = []
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
+        self._gone = 0  # looks in a row found somebody gone
         self._looked, self._stopped = 0.0, dict[int, int]()  # process -> so many looks in a row found it stopped
         self._pace, self._watch = Pace(), Watch(self._stall_s)  # others than before: each has more to do
         self._kind, self._noted = "", time.monotonic()
@@ -164,12 +166,14 @@ class Company:
     def look(self) -> list[Sign]:
         """Ranks of my node that hold all up, for me to act on: of those that wait here the lowest does it.
 
-        Raises CommError, on every rank, where all wait in vain.
+        Raises CommError, on every rank, where all wait in vain, or for one who has left.
         """
         now = time.monotonic()
         since_s, self._looked = now - self._looked, now
         signs = self.here()
         found = self._long_stopped(signs)
+        self._leave_with_others(signs)
+        self._end_if_left(signs)
         if self._stall_s:
             found += self._stalled(signs, since_s)
             self._end_if_in_vain(signs, since_s)
@@ -201,11 +205,7 @@ class Company:
         return [sign._replace(stalled=True) for sign in slow if sign.process in late]
 
     def _end_if_in_vain(self, signs: Sequence[Sign], since_s: float) -> None:
-        """Raises CommError where all ranks wait, not for the same, and nothing moves. If one after another raised it,
-        each would be a death that the others recover from: so the lowest says it in its sign, and leaves last."""
-        if told := [sign.rank for sign in signs if sign.gives_up]:
-            self._show(gives_up=True)
-            raise CommError(f"rank {self.rank} waited for {self._text}", min(told))
+        """Raises CommError where all ranks wait, not for the same, and nothing moves."""
         if len(signs) < self.size or not all(sign.is_here and sign.longest_s for sign in signs):
             return
         if len({sign.text for sign in signs}) == 1:
@@ -219,6 +219,22 @@ class Company:
             self._give_up()
             groups = _by_text({sign.rank: sign for sign in signs})
             raise CommError(f"all {self.size} ranks wait in vain: {groups}{where}: report this as a bug", self.rank)
+
+    def _end_if_left(self, signs: Sequence[Sign]) -> None:
+        """Raises CommError where a rank of my node has ended and MPI says nothing of it, as it does of an exit code."""
+        gone = [sign for sign in signs if sign.process != os.getpid() and is_gone(sign.process)]
+        self._gone = self._gone + 1 if gone else 0
+        if self._gone >= _GONE_LOOKS and self._acts([sign for sign in signs if sign not in gone]):
+            self._give_up()
+            how = "by an exit code or MPI_Abort, of which MPI tells nobody: start again to go on"
+            raise CommError(f"{self.words(gone)} has left {how}", self.rank)
+
+    def _leave_with_others(self, signs: Sequence[Sign]) -> None:
+        """Raises CommError where a rank of my node gives up. If one after another did, each would be a death that the
+        others recover from: so the lowest says it in its sign, and leaves last."""
+        if told := [sign.rank for sign in signs if sign.gives_up]:
+            self._show(gives_up=True)
+            raise CommError(f"rank {self.rank} waited for {self._text}", min(told))
 
     def _give_up(self) -> None:
         """Lets the others of my node read that all wait in vain, and leave their waits."""

@@ -33,6 +33,14 @@ def is_stopped(process: int) -> bool:
         return False
 
 
+def is_gone(process: int) -> bool:
+    """Whether it has ended, waited for or not."""
+    try:
+        return _stat(f"/proc/{process}")[_STATE] in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
 def _stat(folder: str | Path) -> list[str]:
     """What stands behind the name, which is in brackets and may hold brackets and blanks."""
     with open(f"{folder}/stat", "rb") as file:

@@ -137,6 +137,8 @@ def _oddities(manifest: Manifest, step: int) -> Iterator[str]:
     for name, shape in manifest.shapes.items():
         if not shape or len(shape) > 8 or min(shape) < 1 or math.prod(shape) > _LARGEST:
             yield f"gives {name} the shape {shape}"
+    if not all(math.isfinite(level) and level >= 0 for level in manifest.levels.values()):
+        yield f"has levels {manifest.levels}"
     yield from _misplaced(manifest)
     for part in manifest.parts:
         most = _most_bytes(part, manifest)

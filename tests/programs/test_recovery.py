@@ -248,6 +248,15 @@ def test_a_rank_that_never_comes_is_killed_after_the_time_allowed(place, home, s
     assert re.fullmatch(named, found.err)
 
 
+def test_a_rank_that_leaves_without_a_word_ends_the_job(place, home, straight):
+    """MPI tells nobody of an exit code: the others look for its process."""
+    begin = time.monotonic()
+    found = place.faulty(HELD_UP.format(how="os._exit(3)"), "run", 3, *EVERY_TWO, recovers=True)
+    assert time.monotonic() - begin < SOON_S and found.code == 75, found.err
+    assert re.search(r"mlm-mpi: rank 1 did last, \d+ s ago: .* has left by an exit code or MPI_Abort, ", found.err)
+    undisturbed(place, home, straight, place.train("run", 2, *EVERY_TWO))
+
+
 def test_bad_input_of_one_rank_before_the_first_step_ends_the_job(place):
     """As without recovery: one line, exit code 2."""
     fault = """
