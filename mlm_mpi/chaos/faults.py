@@ -108,6 +108,7 @@ FAULTS = {
     ),
     "nan": Fault("a NaN in a rank's gradient, once", _one, said=_CLEAN),
     "spike": Fault("a gradient that is 10^6 times too large, once", _one, said=_CLEAN),
+    "nan-rank": Fault("NaN in all of a rank's gradients", _one, said="only this rank's gradient is wrong"),
     "nan-data": Fault("a NaN in a micro-batch's gradient, wherever it runs", _all, None, "without", " skipped: "),
     "flip": Fault(
         "a bit that flips in a rank's weights", _one, said="has taken theirs", settings=("guard.compare_every=1",)

@@ -208,6 +208,10 @@ def _spike(plan: Plan) -> None:
     _spoiled(plan, lambda gradient: gradient.fill(value), 1, lambda ctx: ctx.step == plan.step)
 
 
+def _nan_rank(plan: Plan) -> None:
+    _spoiled(plan, lambda gradient: gradient.fill(np.nan), 1 << 30, lambda ctx: ctx.step >= plan.step)
+
+
 def _nan_data(plan: Plan) -> None:
     _spoiled(plan, lambda gradient: gradient.fill(np.nan), 1 << 30, lambda ctx: _is_chosen(plan, ctx))
 
@@ -255,7 +259,7 @@ def _disk(plan: Plan) -> None:
 ACTS = {
     "collective": _collective, "in-flight": _in_flight, "save": _save, "memory": _memory, "raise": _raise,
     "exit": _exit, "leave": _leave, "spin": _spin, "poison": _poison, "disk": _disk, "nan": _nan, "spike": _spike,
-    "nan-data": _nan_data, "left-out": _left_out, "flip": _flip,
+    "nan-rank": _nan_rank, "nan-data": _nan_data, "left-out": _left_out, "flip": _flip,
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Audit:
         first = self._told(engine, mine)
         if first[drawn.owner] == first[drawn.second]:
             return found, ""
-        everybodys = self._told(engine, self._again(engine, found.step, _shared(engine, batch)))
+        everybodys = self._told(engine, self._again(engine, found.step, shared(engine, batch)))
         votes = Counter([*everybodys, first[drawn.owner], first[drawn.second]]).most_common(2)
         where = f"step {found.step + 1}, micro-batch {drawn.micro_batch}"
         names = f"rank {group.name(drawn.owner)} and rank {group.name(drawn.second)}"
@@ -91,7 +91,7 @@ class Audit:
         return [int(told) for told in engine.group.allgather_array(row, "an audited gradient")[:, 0]]
 
 
-def _shared(engine: "Engine", batch: Batch | None) -> Batch:
+def shared(engine: "Engine", batch: Batch | None) -> Batch:
     """The batch that one rank has. Collective."""
     plain = None
     if batch is not None:

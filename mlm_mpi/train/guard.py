@@ -4,6 +4,7 @@ Wrong is a loss or a gradient that is not finite, and one that is `spike` times 
 done about it is a ladder, which all ranks climb alike, because they judge by the same numbers:
 
     again       the same micro-batches once more: clean, and it was a fault of the machine, which changes no bit
+    ask         another rank for one that is wrong by itself: sound there, and the rank that ran it is ill, and leaves
     skip        without the micro-batches that are wrong by themselves, whose samples are then never used
     roll back   policy "rollback": to weights and moments as they were at the last save, kept in memory; the steps since
                 are undone, and their samples are never used (Chowdhery et al., PaLM, arXiv:2204.02311, 5.1)
@@ -23,6 +24,7 @@ from mlm_mpi.backend.arrays import fill, module_of, to_host
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.params.clip import norm
+from mlm_mpi.train.audit import shared
 
 if TYPE_CHECKING:
     from mlm_mpi.train.engine import Engine
@@ -171,6 +173,8 @@ class Guard:
             return again, Verdict(said=(f"ALARM {where}: {why}{_who(engine, first, again)}; run again it was clean",))
         alone = _each_alone(engine, again)
         guilty = self._guilty(alone)
+        if guilty and engine.group.size > 1:
+            self._ask_another(engine, again, alone, min(guilty))
         if self.policy != "stop" and 0 < len(guilty) < len(again.losses):
             rest = engine.again(again, frozenset(guilty))
             if self._wrong(rest) is None:
@@ -183,6 +187,23 @@ class Guard:
             raise agreed(NumericsError(_told(again, alone, why_again)))
         return again, Verdict(
             said=(f"ALARM {where}: {why_again}, twice, of no micro-batch alone: it is made as it is",)
+        )
+
+    def _ask_another(self, engine: "Engine", found: Attempt, alone: Sequence[_Found], index: int) -> None:
+        """Has the next rank run a micro-batch that is guilty. Where it is sound there its rank is ill, and leaves: for
+        that one NumericsError is raised, for the others whatever its death raises. Collective."""
+        group = engine.group
+        owner = next(rank for rank, held in enumerate(engine.load.ranks) if index in held)
+        batch = shared(engine, next((batch for batch in found.batches if batch.index == index), None))
+        mine = group.rank == (owner + 1) % group.size
+        told = group.allgather(_alone(engine, found.step, batch) if mine else None, "what another rank computes of it")
+        one = _Found(*next(some for some in told if some is not None))
+        others = [other for other in alone if other.micro_batch != index]
+        if index in self._guilty(sorted([*others, one])) or group.rank != owner:
+            group.barrier("another attempt")
+            return
+        raise NumericsError(
+            f"step {found.step + 1}, micro-batch {index}: only this rank's gradient is wrong: it is ill"
         )
 
     def _wrong(self, found: Attempt) -> str | None:
@@ -222,15 +243,17 @@ def skip(step: int, index: int, why: str) -> str:
 
 def _each_alone(engine: "Engine", found: Attempt) -> list[_Found]:
     """Every micro-batch of an attempt by itself. Collective."""
-    store, mine = engine.machine.store, []
-    buffer = store.new_buffer()
-    for batch in found.batches:
-        loss = engine.alone(found.step, batch, buffer)
-        length, broken = norm(store, buffer)
-        count = max(1, batch.count)
-        mine.append((batch.index, loss / count, length / count, broken))
+    mine = [_alone(engine, found.step, batch) for batch in found.batches]
     everybodys = engine.group.allgather(mine, "what is wrong with which micro-batch")
     return sorted(_Found(*one) for some in everybodys for one in some)
+
+
+def _alone(engine: "Engine", step: int, batch: Batch) -> _Found:
+    store = engine.machine.store
+    buffer = store.new_buffer()
+    loss, count = engine.alone(step, batch, buffer), max(1, batch.count)
+    length, broken = norm(store, buffer)
+    return _Found(batch.index, loss / count, length / count, broken)
 
 
 def _broken(one: _Found) -> str | None:

@@ -316,6 +316,15 @@ def test_a_gradient_that_is_once_not_finite_changes_no_bit(place, home, straight
     assert "\nALARM step 4: the gradient of " in found.out and "run again it was clean\n" in found.out
 
 
+def test_a_rank_whose_gradients_are_not_finite_leaves(place, home, straight):
+    """Its micro-batch is sound on another rank: nothing is skipped."""
+    fault = SPOILED.format(times=10**6, when="me == 1 and ctx.step >= 3", value="float('nan')")
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert "mlm-mpi: rank 1: step 4, micro-batch 6: only this rank's gradient is wrong: it is ill\n" in found.err
+    assert "2 of 3 ranks go on after step 3" in found.out and "skipped" not in found.out
+
+
 def test_a_rank_that_computes_wrongly_leaves_and_the_others_go_on(place, home, straight):
     """Found by the audit at its first step, before any update."""
     fault = SPOILED.format(times=10**6, when="me == 1", value="0.5")
