@@ -2,9 +2,9 @@
 
     python benchmarks/goodput.py --every 15 --ranks 8 --out benchmarks/results/goodput_….md
 
-A rank is killed every so many seconds until one is left, or the time is over. Steps that count take what the median one
-takes with as many ranks as live (the live-rank ideal); everything else, a step that was begun in vain, recovery, a new
-rank 0, is lost: goodput is the ideal's share of the time from the first of those steps to the last.
+A rank is killed every so many seconds until one is left, or the time is over. Steps that count take what a step without
+a kill takes on average with as many ranks as live (the live-rank ideal); everything else, a step begun in vain,
+recovery, a new rank 0, is lost: goodput is the ideal's share of the time from the first of those steps to the last.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def goodput(ends: list[float], kills: list[float]) -> tuple[float, list[float]]:
     gaps = list(itertools.pairwise(ends))
     ideal, lost = 0.0, []
     for first, stop in zip([0.0, *kills], [*kills, float("inf")], strict=True):
-        usual = statistics.median(b - a for a, b in gaps if a >= first and b < stop)
+        usual = statistics.fmean(b - a for a, b in gaps if a >= first and b < stop)
         ideal += usual * sum(first <= b < stop for _, b in gaps)
         hit = [b - a - usual for a, b in gaps if a < first <= b]
         lost += hit
