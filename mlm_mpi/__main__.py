@@ -30,7 +30,11 @@ COMMANDS = {
     ),
     "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
-    "chaos": ("mlm_mpi.commands.chaos", False, "kill ranks of a training and demand the bits of an undisturbed one"),
+    "chaos": (
+        "mlm_mpi.commands.chaos",
+        False,
+        "let things go wrong in a training, and demand the bits of an undisturbed one",
+    ),
     "compare": ("mlm_mpi.commands.compare", False, "where runs differ in their settings, and what became of it"),
     "verify": ("mlm_mpi.commands.verify", False, "prove that a run used each sample exactly once"),
     "config": ("mlm_mpi.commands.config", False, "every key of a configuration: meaning, type, bounds, default"),

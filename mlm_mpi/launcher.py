@@ -125,8 +125,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _with_spares(args: argparse.Namespace, command: list[str]) -> tuple[int, list[str]]:
     """(all ranks to start, the command that knows how many of them are spares). Raises LaunchError."""
-    if args.spares < 0 or (args.spares and command[0] != "train"):
-        raise LaunchError(f"--spares {args.spares} must not be negative, and is for train: leave it out")
+    if args.spares < 0:
+        raise LaunchError(f"--spares {args.spares} must not be negative")
+    if args.spares and command[0] != "train":
+        raise LaunchError(f"--spares {args.spares} is for train: {command[0]} needs no spares")
     if not args.spares:
         return launch.number("SLURM_NTASKS", 1) if args.ranks is None else args.ranks, command
     ranks = launch.number("SLURM_NTASKS", 1 + args.spares) if args.ranks is None else args.ranks + args.spares

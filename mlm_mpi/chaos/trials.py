@@ -60,8 +60,8 @@ class Trials:
         self.took_s = time.monotonic() - began
         self.weights = job.weights
         if job.process.returncode or not self.weights:
-            word = job.said[-1][1] if job.said else "without a word"
-            raise MlmError(f"the undisturbed run, {self.folder}/undisturbed, failed: {word}")
+            word = job.said[-1][1].removeprefix("mlm-mpi: ") if job.said else "without a word"
+            raise MlmError(f"the undisturbed run failed: {word}")
         lines = _lines(self.folder / "undisturbed")
         self.losses = [line["loss"] for line in lines]
         self.step_s = statistics.median(line["step_s"] for line in lines)

@@ -18,7 +18,7 @@ from pathlib import Path
 from mlm_mpi import config as configuration
 from mlm_mpi.chaos.faults import FAULTS, Plan, drawn
 from mlm_mpi.chaos.trials import Outcome, Trials
-from mlm_mpi.errors import ConfigError
+from mlm_mpi.errors import ConfigError, MlmError, nearest
 from mlm_mpi.monitor.live import live
 
 _EXAMPLES = "\n".join([
@@ -65,7 +65,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     """(faults, steps of a run). Raises ConfigError."""
     faults = args.faults.split(",")
     if unknown := [name for name in faults if name not in FAULTS]:
-        raise ConfigError(f"--faults names {unknown[0]!r}: choose among {', '.join(FAULTS)}")
+        raise ConfigError(f"--faults names {unknown[0]!r}{nearest(unknown[0], FAULTS)}")
     if args.ranks < 2:
         raise ConfigError(f"-n {args.ranks} must be at least 2: somebody has to be left")
     if args.trials < 1:
@@ -119,7 +119,11 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="mlm-mpi-chaos-"))
     trials = Trials(args.config, args.set, args.ranks, steps, folder)
     plans = [drawn(fault, trial, args.seed, args.ranks, steps) for trial in range(args.trials) for fault in faults]
-    outcomes = _run(trials, plans)
+    try:
+        outcomes = _run(trials, plans)
+    except MlmError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     text = table(sorted(outcomes, key=lambda outcome: faults.index(outcome.plan.fault)))
     if outcomes:
         print(text, flush=True)

@@ -15,7 +15,7 @@ _EXAMPLES = """examples:
   mlm-mpi verify runs/one
   mlm-mpi verify runs/one --data corpora/moved --json
 
-Exit code 0: each sample was used exactly once, or is named as skipped with the reason. 1: something is wrong, a line
+Exit code 0: each sample was used exactly once, or is named as skipped or undone. 1: something is wrong, a line
 each. 2: nothing to examine, or the corpus is not there and which samples were used stays unproven."""
 
 
@@ -51,6 +51,7 @@ def _table(proof: "Proof") -> dict[str, Any]:
         "proven": proof.holds, "steps": proof.steps, "from_step": proof.begins + 1, "samples": proof.samples,
         "corpus": proof.corpus, "epochs": proof.epochs, "skipped": [one._asdict() for one in proof.skipped],
         "skipped_micro_batches": proof.skipped_in_all, "undone": proof.undone,
+        "undone_samples": proof.undone_samples, "torn_lines": proof.torn,
         "ranks": {str(name): n for name, n in proof.ranks.items()},
         "checkpoints": proof.checkpoints, "wrong": proof.wrong, "findings": proof.wrong_in_all,
         "unproven": proof.unproven,
@@ -65,14 +66,19 @@ def _lines(run: str, proof: "Proof") -> list[str]:
         which = f"step {one.step}, micro-batch {one.micro_batch} (samples {one.first:,}-{one.stop - 1:,})"
         lines.append(f"skipped: {which}: {_printable(one.reason)}")
     lines += _more(proof.skipped_in_all, len(proof.skipped), "skipped micro-batches")
-    for first, last in proof.undone:
-        lines.append(f"undone: steps {first} to {last}, by a roll-back: their samples are in no weight")
+    for first, last in proof.undone[:20]:
+        which = f"step {first}" if first == last else f"steps {first} to {last}"
+        lines.append(f"undone: {which}, by a roll-back: their samples are in no weight")
+    if proof.torn:
+        lines.append(f"left out: {proof.torn:,} line{'s' * (proof.torn > 1)} of the ledger, torn or not of mlm-mpi")
     if proof.begins:
         lines.append(f"steps 1 to {proof.begins} were made before this run had a ledger: nothing is said of them")
     if proof.ranks:
         least, most = min(proof.ranks.values()), max(proof.ranks.values())
         each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
-        lines.append(f"rank {ranges(sorted(proof.ranks))} took part, with {each} micro-batches each")
+        several = len(proof.ranks) > 1
+        who = f"rank{'s' * several} {ranges(sorted(proof.ranks))}"
+        lines.append(f"{who} took part, with {each} micro-batches{' each' * several}")
     if proof.checkpoints:
         lines.append(f"sound checkpoints: {', '.join(proof.checkpoints)}")
     if not proof.saved:
@@ -95,8 +101,9 @@ def _verdict(proof: "Proof") -> str:
         return f"{proof.wrong_in_all} finding{'s' if proof.wrong_in_all > 1 else ''}"
     if proof.unproven:
         return f"{since}each micro-batch of each step was run by one rank"
-    skipped = f" but for {proof.skipped_samples:,} that were skipped" if proof.skipped_in_all else ""
-    return f"{since}each sample was used exactly once{skipped}"
+    lost = [f"{proof.skipped_samples:,} that were skipped"] if proof.skipped_in_all else []
+    lost += [f"{proof.undone_samples:,} whose steps were undone"] if proof.undone else []
+    return f"{since}each sample was used exactly once" + (f", but for {' and '.join(lost)}" if lost else "")
 
 
 def _more(total: int, named: int, what: str) -> list[str]:

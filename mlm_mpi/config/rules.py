@@ -26,6 +26,15 @@ def check(config: Config, plugins: Plugins) -> None:
     _check_heeded(config, plugins)
     if train.context_warmup_steps:
         train.check_context(config.model.context)
+    guard = config.guard
+    _require(
+        guard.spike == 0 or guard.spike > 1,
+        f"guard.spike = {guard.spike:g} makes a spike of what is usual: set it above 1, or to 0 for none",
+    )
+    _require(
+        guard.policy != "rollback" or config.checkpoint.every > 0,
+        'guard.policy = "rollback" goes back to saves, and checkpoint.every = 0 makes none: set checkpoint.every',
+    )
     reduction = config.comm.reduction
     device = getattr(plugins.find("reductions", reduction, "comm.reduction"), "DEVICE", backend.device)
     _require(

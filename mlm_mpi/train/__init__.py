@@ -181,7 +181,8 @@ class Guard:
     )
     spike: float = key(
         10.0,
-        says="A loss or gradient norm that is this many times its running level is a spike; 0 means that none is.",
+        says="A loss or gradient norm that is this many times its running level is a spike, from the 17th step on; 0 "
+        "means that none is.",
         least=0,
     )
     failing: Literal["stop", "skip"] = key(

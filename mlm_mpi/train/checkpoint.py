@@ -279,7 +279,7 @@ class Saver:
         if self.group.rank == 0:  # a publication that comes later than this is as sound as any
             error = self._wait(lambda: save.errors is not None, "the disk to take the checkpoint's index")
             errors = save.errors if save.errors is not None else [error]
-        errors = self._patient().broadcast(errors, "whether the checkpoint was published")
+        errors = self._patient().broadcast(errors, "the publication of the checkpoint")
         self.save = None
         return errors[0] if errors else None
 

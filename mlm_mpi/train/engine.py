@@ -121,6 +121,7 @@ class Engine:
         self.at = 0, 0  # step and micro-batch that this rank is at
         self.workers = machine.assignment.ranks  # all but spares, as long as there are so many
         self.quarantine: dict[tuple[int, int], str] = {}  # (step, micro-batch) that are never run, and why
+        self.skipped = 0  # micro-batches, in this start
         self._plan_lanes()
 
     def regroup(self, mesh: Mesh, reduction: Callable[[Assignment], Reduction]) -> None:
@@ -204,6 +205,7 @@ class Engine:
             if m.average is not None:
                 m.average.follow(step + 1)
             m.guard.follow(found)
+        self.skipped += len(verdict.skipped)
         self.group.note(f"what follows step {step + 1}")
         seconds = time.perf_counter() - began
         windows = tuple(found.windows.get(index, 0) for index in range(m.assignment.micro_batches))

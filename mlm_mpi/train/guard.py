@@ -178,6 +178,7 @@ class Guard:
         if self.policy != "stop" and 0 < len(guilty) < len(again.losses):
             rest = engine.again(again, frozenset(guilty))
             if self._wrong(rest) is None:
+                guilty = {index: f"{why}, twice" for index, why in guilty.items()}
                 return rest, Verdict(guilty, said=tuple(skip(first.step, *one) for one in guilty.items()))
             again = engine.again(again)
         if self.policy == "rollback" and self.copy is not None and self.copy.used < _TRIES:
@@ -186,7 +187,7 @@ class Guard:
         if self.policy == "stop" or not _finite(again):
             raise agreed(NumericsError(_told(again, alone, why_again)))
         return again, Verdict(
-            said=(f"ALARM {where}: {why_again}, twice, of no micro-batch alone: it is made as it is",)
+            said=(f"ALARM {where}: {why_again}, twice, and no micro-batch is to blame: the step is made",)
         )
 
     def _ask_another(self, engine: "Engine", found: Attempt, alone: Sequence[_Found], index: int) -> None:

@@ -16,6 +16,7 @@ class Keeper:
     ) -> None:  # fmt: skip
         self.saver, self.check, self.about, self.alarm = saver, check, about, alarm
         self._noted: dict[str, Any] = {}
+        self._failed = 0  # saves in a row
 
     @property
     def busy(self) -> bool:
@@ -44,8 +45,11 @@ class Keeper:
             self._tell(self.saver.publish(self._noted))
 
     def _tell(self, problem: str | None) -> None:
-        if problem is not None:
-            self.alarm(f"ALARM checkpoint not saved, training goes on: {problem}")
+        """The first failure of several in a row, the second, the fourth and so on."""
+        self._failed = 0 if problem is None else self._failed + 1
+        if problem is not None and self._failed & (self._failed - 1) == 0:
+            again = f", the {self._failed}th time in a row" if self._failed > 2 else ""
+            self.alarm(f"ALARM checkpoint not saved{again}, training goes on: {problem}")
 
     def save(self, step: int) -> str | None:
         """The last checkpoint, which must succeed; returns what went wrong. Collective."""

@@ -56,7 +56,9 @@ class Proof:
     skipped: list[Skipped] = field(default_factory=list)  # the first MOST
     skipped_in_all: int = 0
     skipped_samples: int = 0
-    undone: list[tuple[int, int]] = field(default_factory=list)  # the first MOST: [first, last] step
+    undone: list[tuple[int, int]] = field(default_factory=list)  # [first, last] step, apart from each other
+    undone_samples: int = 0
+    torn: int = 0  # lines that are none of a ledger
     checkpoints: list[str] = field(default_factory=list)  # sound ones, the newest first
     saved: int = 0  # the step of the newest
     wrong: list[str] = field(default_factory=list)  # the first MOST findings
@@ -98,11 +100,15 @@ def prove(run: Path, plugins: Plugins | None = None, data: Sequence[str] = ()) -
 
 def _read(folder: RunFolder, steps: "_Steps") -> None:
     """The whole ledger, unless so much is wrong that it is none."""
+    lines = 0
     for step, line in evidence.read(folder.ledger):
+        lines += 1
         steps.take(step, line)
         if steps.proof.wrong_in_all >= _ENOUGH:
             return
     steps.end()
+    with open(folder.ledger, "rb") as file:
+        steps.proof.torn = max(0, sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b"")) - lines)
     if not steps.proof.steps and not steps.proof.saved:
         raise ConfigError(f"{folder.ledger} has no line of a step: verify the run when it has made one")
     _compare_ends(folder, steps.proof)
@@ -235,6 +241,8 @@ class _Steps:
         if line.undone is not None:
             self._undo(line.step, *line.undone)
         digests = _digests(line.windows, m)
+        if digests is not None and any(digests[index] for index in skipped):
+            find(f"step {step} skips a micro-batch of which it has a digest: it was run")
         if digests is None:
             find(f"step {step} has no 8 hex digits for each of its {m} micro-batches in windows")
         elif self.windows is not None:
@@ -264,13 +272,18 @@ class _Steps:
     def _undo(self, step: int, first: int, last: int) -> None:
         if not 1 <= first <= last == step:
             self.proof.find(f"step {step} undoes steps {first} to {last}")
-        elif len(self.proof.undone) < MOST:
-            self.proof.undone.append((first, last))
+            return
+        while self.proof.undone and self.proof.undone[-1][1] >= first - 1:  # one runs into the other
+            first = min(first, self.proof.undone.pop()[0])
+        self.proof.undone.append((first, last))
 
     def end(self) -> None:
         """After the last line."""
         if self.windows is not None:
             self.windows.compare()
+        self.proof.undone_samples = sum(
+            self._samples(last) - self._samples(first - 1) for first, last in self.proof.undone
+        )
 
 
 def _digests(text: str, micro_batches: int) -> np.ndarray | None:

@@ -113,7 +113,7 @@ class Run:
                 checkpoint.remove_unfinished(self.folder.checkpoints)
         self.group.watch(self.config.comm.stall_s, Records(self.folder.path / "stacks", self.folder.confess))
         manifest = self._resume()
-        done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "whether DONE stands")
+        done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "a look at DONE")
         if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
             return self._say_complete(manifest, done[1])
         first = self._go_on(manifest)
@@ -273,6 +273,8 @@ class Run:
             self.ledger.finish()
             if self.group.company is not None and (lost := self.group.company.lost):
                 self._say(f"note: {len(lost)} of {len(lost) + self.group.size} ranks were lost on the way")
+            if skipped := self.engine.skipped:
+                self._say(f"note: {skipped} micro-batch{'es' * (skipped > 1)} skipped: mlm-mpi verify names them")
             self._say_hashes(self.facts, weights, self._why_incomparable())
 
     def _say_complete(self, manifest: Manifest, when: str) -> int:

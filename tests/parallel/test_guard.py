@@ -107,7 +107,7 @@ def test_a_step_whose_micro_batches_are_all_alike_is_made(group):
     engine.machine.guard.restore({"loss": 0.1, "norm": 0.01, "seen": 16})
     found, _ = steps(engine), steps(other)
     assert weights(engine) == weights(other)
-    assert "of no micro-batch alone" in found[0].verdict.said[0]
+    assert "no micro-batch is to blame" in found[0].verdict.said[0]
 
 
 def test_early_steps_are_no_spikes(group):

@@ -382,7 +382,7 @@ def test_spares_of_no_use_are_refused(place):
     place.train("run", 2, "comm.spares=1", "comm.recover=false").refused("comm.spares = 1 are for a job that goes on")
     place.train("run", None, "comm.spares=1").refused("comm.spares = 1 leaves none of 1 ranks")
     place.program("run", "-n", "2", "--spares", "-1", "--", "train", "x").refused("--spares -1 must not be negative")
-    place.program("run", "-n", "2", "--spares", "1", "--", "prepare", "x").refused("is for train")
+    place.program("run", "-n", "2", "--spares", "1", "--", "prepare", "x").refused("--spares 1 is for train")
 
 
 # a rank's backward in its fourth step; fast: the longest backward of this model takes some milliseconds

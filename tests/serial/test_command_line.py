@@ -109,7 +109,7 @@ MISTAKES = {
     "sweep ok.toml --out s --over train.seed=1,2 --eta 1": "--eta 1 must be at least 2",
     "sweep ok.toml --out s --over train.steps=1,2": "would compare runs of other lengths: leave it out",
     "sweep ok.toml --out '' --over train.seed=1,2": "--out '' is empty",
-    "chaos ok.toml --faults kill,fire": "--faults names 'fire': choose among kill, kill-0, kill-many, ",
+    "chaos ok.toml --faults kill,fire": "--faults names 'fire'; ",
     "chaos ok.toml -n 1": "-n 1 must be at least 2: somebody has to be left",
     "chaos ok.toml --trials 0": "--trials 0 must be at least 1",
     "chaos ok.toml --set train.steps=1": "train.steps = 1 must be at least 2: something has to follow a fault",

@@ -86,7 +86,7 @@ def test_a_sound_run_is_proven(run, home, capsys):
     assert found.epochs == (found.samples / WINDOWS,) and found.ranks == {0: 100, 2: 50, 3: 50}
     assert said(capsys, 0, str(run)).splitlines() == [
         f"{run}: 50 steps, 400 samples, 2.5 epochs of corpus 000000000000: each sample was used exactly once",
-        "rank 0, 2-3 took part, with 50 to 100 micro-batches each",
+        "ranks 0, 2-3 took part, with 50 to 100 micro-batches each",
         "nothing is saved yet",
     ]
     table = json.loads(said(capsys, 0, str(run), "--json"))
@@ -129,6 +129,7 @@ WRONG = {
     "skips none": (change(skipped={"4": "why"}), "step 7 skips micro-batch '4' of 4"),
     "skips what": (change(skipped={"²": "why"}), "step 7 skips micro-batch '²' of 4"),
     "skips many": (change(skipped={"9" * 5000: "why"}), "step 7 skips micro-batch '99999999999999999999' of 4"),
+    "skipped and run": (change(skipped={"3": "why"}), "step 7 skips a micro-batch of which it has a digest"),
     "undoes": (change(undone=[5, 8]), "step 7 undoes steps 5 to 8"),
     "undoes none": (change(undone=[8, 7]), "step 7 undoes steps 8 to 7"),
 }  # fmt: skip
@@ -136,9 +137,17 @@ WRONG = {
 
 def test_what_was_undone_is_named(run, capsys):
     lines = lines_of(run)
-    change(undone=[5, 7])(lines)
+    lines[3]["undone"], lines[6]["undone"], lines[7]["undone"] = [4, 4], [6, 7], [6, 8]
     write(run, lines)
-    assert "\nundone: steps 5 to 7, by a roll-back: their samples are in no weight\n" in said(capsys, 0, str(run))
+    text = said(capsys, 0, str(run))
+    assert "\nundone: step 4, by a roll-back: their samples are in no weight\nundone: steps 6 to 8, by a " in text
+    assert "each sample was used exactly once, but for 32 whose steps were undone\n" in text
+
+
+def test_lines_that_are_none_are_counted(run, capsys):
+    text = (run / "ledger.jsonl").read_text().replace("\n", "\njunk\n", 2)
+    (run / "ledger.jsonl").write_text(text)
+    assert "\nleft out: 2 lines of the ledger, torn or not of mlm-mpi\n" in said(capsys, 0, str(run))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -206,7 +215,7 @@ def test_what_was_skipped_is_named(run, capsys):
     lines[11]["windows"] = lines[11]["windows"][:24] + "00000000"  # nobody read it
     write(run, lines)
     text = said(capsys, 0, str(run))
-    assert "each sample was used exactly once but for 2 that were skipped\n" in text
+    assert "each sample was used exactly once, but for 2 that were skipped\n" in text
     assert "\nskipped: step 12, micro-batch 3 (samples 94-95): its gradient was \ufffd[2J not finite\n" in text
     for line in lines[:30]:
         line["skipped"] = line.get("skipped", {}) | {"0": "why", "1": "why"}
