@@ -219,6 +219,7 @@ def test_what_was_skipped_is_named(run, capsys):
     assert "\nskipped: step 12, micro-batch 3 (samples 94-95): its gradient was \ufffd[2J not finite\n" in text
     for line in lines[:30]:
         line["skipped"] = line.get("skipped", {}) | {"0": "why", "1": "why"}
+        line["windows"] = "00" * 8 + line["windows"][16:]
     write(run, lines)
     text = said(capsys, 0, str(run))
     assert text.count("\nskipped: ") == proof.MOST and "\n… and 41 more skipped micro-batches\n" in text
