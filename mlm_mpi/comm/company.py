@@ -171,8 +171,10 @@ class Company:
         now = time.monotonic()
         since_s, self._looked = now - self._looked, now
         signs = self.here()
-        found = self._long_stopped(signs)
         self._leave_with_others(signs)
+        if not self._board.has_processes:
+            return []
+        found = self._long_stopped(signs)
         self._end_if_left(signs)
         if self._stall_s:
             found += self._stalled(signs, since_s)
@@ -245,7 +247,7 @@ class Company:
 
     def stacks(self, culprits: Sequence[Sign]) -> str:
         """Writes down the stacks of all ranks of my node; for a message, where they are and what culprits were in."""
-        if self._records is None:
+        if self._records is None or not self._board.has_processes:
             return ""
         signs = [sign for sign in self.here() if sign.stacks >= 0 and not sign.stopped]
         found = stacks.of({sign.process: sign.stacks for sign in signs})
@@ -266,6 +268,7 @@ class Company:
         """Kills those of my node who do not come, so that the others can go on without them. Whether one of all
         culprits is still where it was seen."""
         mine = [sign for sign in culprits if sign.host == os.uname().nodename and sign.process != os.getpid()]
+        mine = mine if self._board.has_processes else []
         where = self._witness([sign for sign in mine if not sign.stopped])
         now = {sign.rank: sign.moves for sign in self.here()}
         moved = [sign for sign in mine if now.get(sign.rank) != sign.moves]

@@ -89,15 +89,16 @@ def test_the_tied_table_has_two_sums_a_lane() -> None:
     machine, store = engine.machine, engine.machine.store
     store.initialise(1)
     tokens = machine.chain.parts[0].tokens
-    flights = engine._run(0, batches(config, engine.plan(0, 1)))
-    found = store.by_parameter(machine.reduction.finish())[tokens].copy()
+    made = engine.attempt(0, batches(config, engine.plan(0, 1)))
+    found = store.by_parameter(made.total)[tokens].copy()
 
     lanes, whole = [], store.by_parameter(store.new_buffer())
     for lane in ([0, 1, 2], [3, 4, 5]):
         of_head, of_embedding = np.zeros_like(found), np.zeros_like(found)
         for number in lane:
             apart = {tokens: np.full_like(found, -0.0)}
-            again = engine._flown(replace(flights[number].ctx, gradients=whole, lane=apart, closes=False))
+            ctx = engine._context(0, made.batches[number])
+            again = engine._flown(replace(ctx, gradients=whole, lane=apart, closes=False))
             machine.chain.backward((), again.kept, again.ctx)
             of_head += whole[tokens]
             of_embedding += apart[tokens]
