@@ -254,6 +254,8 @@ def _alone(engine: "Engine", step: int, batch: Batch) -> _Found:
     buffer = store.new_buffer()
     loss, count = engine.alone(step, batch, buffer), max(1, batch.count)
     length, broken = norm(store, buffer)
+    if broken is not None:  # by its name's place in the alphabet; said is the first of the model
+        broken = next(name for name, gradient in store.named(buffer).items() if not is_finite(gradient))
     return _Found(batch.index, loss / count, length / count, broken)
 
 
