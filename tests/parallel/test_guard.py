@@ -128,7 +128,7 @@ def test_levels_are_those_of_a_run_that_did_not_stop(group):
 
 
 def test_a_run_goes_back_to_the_weights_of_its_last_save(group):
-    engine, other = engine_for(group, "guard.policy=rollback"), engine_for(group)
+    engine, other = engine_for(group, "guard.policy=rollback", "checkpoint.every=1"), engine_for(group)
     steps(engine, 0, 1), steps(other, 0, 1)
     engine.keep(1)
     for index in range(16):
@@ -142,7 +142,7 @@ def test_a_run_goes_back_to_the_weights_of_its_last_save(group):
 
 
 def test_a_run_that_goes_back_again_and_again_ends(group):
-    engine = engine_for(group, "guard.policy=rollback")
+    engine = engine_for(group, "guard.policy=rollback", "checkpoint.every=1")
     engine.keep(0)
     for step in range(4):
         for index in range(16):

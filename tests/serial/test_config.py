@@ -241,6 +241,12 @@ def test_one_is_refused(name: str) -> None:
     assert f"{name} = 1" in refused(*of(name), f"{name}=1")
 
 
+def test_a_guard_that_would_do_harm_is_refused() -> None:
+    assert "guard.spike = 0.5 makes a spike of what is usual" in refused("guard.spike=0.5")
+    assert "checkpoint.every = 0 makes none" in refused("guard.policy=rollback")
+    assert config.load(None, ["guard.spike=0"]).guard.spike == 0
+
+
 def test_shares_are_a_power_of_two() -> None:
     assert [config.load(None, [f"numerics.shares={n}"]).numerics.shares for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert "set it to 1, 2, 4 or 8" in refused("numerics.shares=6")
