@@ -18,6 +18,13 @@ from mlm_mpi.train.guard import Guard
 from mlm_mpi.train.replicas import repaired
 
 
+@pytest.fixture(autouse=True)
+def few_enough(group):
+    """Even and uneven shares of 8 lanes; on 4, 7 and 8 ranks of 2 cores all of it would take a minute more each."""
+    if group.size in (4, 7, 8):
+        pytest.skip("1, 2, 3 and 5 ranks have it all")
+
+
 def engine_for(group, *overrides):
     engine = engine_of(tiny_config("model.dropout=0.0", *overrides), VOCABULARY, Mesh(group))
     engine.machine.store.initialise(3)
