@@ -86,7 +86,7 @@ test-all: $(VENV)/.installed-test  ## also the slow tests
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault against a real training (CHAOS="--trials 20": more)
-	@$(BIN)/mlm-mpi chaos jobs/configs/chaos.toml --set data.dir=$(CORPUS) $(CHAOS)
+	@$(BIN)/mlm-mpi chaos jobs/configs/chaos.toml --set data.dir=$(CORPUS) --trials 1 $(CHAOS)
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
 SANITIZED := build/sanitize/libcpu.so
