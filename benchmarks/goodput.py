@@ -1,22 +1,20 @@
 """How much of the time of a run in which ranks are killed goes into steps that count: its goodput.
 
-    python benchmarks/goodput.py --every 15 --ranks 8 --out benchmarks/results/goodput_….md
+    python benchmarks/goodput.py --every 15 --ranks 8 --record
 
 A rank is killed every so many seconds until one is left, or the time is over. Steps that count take what a step without
 a kill takes on average with as many ranks as live (the live-rank ideal); everything else, a step begun in vain,
 recovery, a new rank 0, is lost: goodput is the ideal's share of the time from the first of those steps to the last.
 """
 
-import argparse
 import itertools
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from harness import machine
+from harness import Report, arguments
 
 from mlm_mpi.chaos.job import Job
 from mlm_mpi.monitor.metrics import read_metrics
@@ -49,14 +47,14 @@ def goodput(ends: list[float], kills: list[float]) -> tuple[float, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--config", default="jobs/configs/gpt2-tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--every", type=float, default=15.0, metavar="S")
     parser.add_argument("--seconds", type=float, default=0.0, help="default: until one rank is left, and --every more")
-    parser.add_argument("--out")
     args = parser.parse_args()
+    report = Report(f"goodput-{args.every:g}s", "Goodput under kills", args)
     total_s = args.seconds or args.every * (args.ranks + 0.5)
     with tempfile.TemporaryDirectory() as folder:
         settings = ("train.steps=100000", "eval.every=0", "checkpoint.every=0", "log.every=1000", *args.set)
@@ -69,14 +67,12 @@ def main() -> None:
         job.process.terminate()
         job.wait(60.0)
     share, lost = goodput(ends, kills)
-    text = (
+    report.say(
         f"{args.ranks} ranks, a kill every {args.every:g} s, {len(kills)} kills in {ends[-1] - ends[0]:.0f} s: goodput "
         f"{share:.1%} of the live-rank ideal; lost by a kill: median {statistics.median(lost):.2f} s, at most "
         f"{max(lost):.2f} s; {len(ends)} steps"
     )
-    print(text)
-    if args.out:
-        Path(args.out).write_text("\n".join([f"`{' '.join(sys.argv)}`", "", *machine(), "", text, ""]))
+    report.save()
 
 
 def lines(folder: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """What it costs to be ready for a fault: a training in which nothing goes wrong, with everything on and with nothing.
 
-    python benchmarks/recovery_price.py --pairs 30 --out benchmarks/results/recovery-price_….md
+    python benchmarks/recovery_price.py --pairs 30 --record
 
 On: ULFM and its agreement before each update (comm.recover), the watchdog (comm.stall_s), replicas compared every 10
 steps, an audit every 100 (which a run of so few steps does not reach: a micro-batch more on one rank, of one step in
@@ -8,7 +8,6 @@ steps, an audit every 100 (which a run of so few steps does not reach: a micro-b
 steps but for the first three. The interval of the median ratio is by bootstrap.
 """
 
-import argparse
 import random
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import machine, pair_ratio
+from harness import Report, arguments, pair_ratio
 
 from mlm_mpi.monitor.metrics import read_metrics
 
@@ -48,31 +47,27 @@ def interval(ratios: list[float], draws: int = 10_000) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
+    parser.set_defaults(pairs=30)
     parser.add_argument("--config", default="jobs/configs/gpt2-tiny.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--reference", action="store_true", help="8 layers, C 384, T 256 instead of the config's model")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--steps", type=int, default=11)
-    parser.add_argument("--out")
     args = parser.parse_args()
     settings = (*(REFERENCE if args.reference else ()), *args.set)
+    report = Report("recovery-price", "The price of being ready for a fault", args)
     on, off = [], []
+    report.head("pair", "on, s a step", "off", "ratio")
     for pair in range(args.pairs):
         for wanted in ((on, off), (off, on))[pair % 2]:
             more = OFF if wanted is off else ()
             wanted.append(step_s(args.config, (*settings, *more), args.ranks, args.steps))
-        print(f"pair {pair + 1}: {on[-1]:.4f} s on, {off[-1]:.4f} s off, {on[-1] / off[-1]:.3f}", flush=True)
+        report.row(pair + 1, f"{on[-1]:.4f}", f"{off[-1]:.4f}", f"{on[-1] / off[-1]:.3f}")
     low, high = interval([a / b for a, b in zip(on, off, strict=True)])
-    text = (
-        f"{args.pairs} pairs of {args.steps} steps, {args.ranks} ranks: {pair_ratio(off, on):.4f} × with recovery, "
-        f"watchdog, comparison of replicas (95 %: {low:.4f} to {high:.4f}); medians {statistics.median(on):.4f} and "
-        f"{statistics.median(off):.4f} s a step"
-    )
-    print(text)
-    if args.out:
-        Path(args.out).write_text("\n".join([f"`{' '.join(sys.argv)}`", "", *machine(), "", text, ""]))
+    report.say()
+    report.say(f"{pair_ratio(off, on):.4f} × with everything on (95 %: {low:.4f} to {high:.4f})")
+    report.save()
 
 
 if __name__ == "__main__":

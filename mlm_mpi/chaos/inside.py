@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from mlm_mpi.chaos.faults import Plan
 from mlm_mpi.chaos.job import STRUCK
 from mlm_mpi.comm import launch
 from mlm_mpi.comm.group import Group
@@ -27,15 +28,6 @@ from mlm_mpi.train.engine import Engine
 _MANY = 16  # messages under way
 _ROOM_BYTES = 1 << 15  # of a file: a line of metrics has room, a checkpoint's part has none
 _DISK_STEPS = 2
-
-
-class Plan(NamedTuple):
-    """As `faults.Plan`."""
-
-    fault: str
-    step: int
-    delay: float
-    victims: tuple[int, ...]
 
 
 def _say(plan: Plan, what: str) -> None:

@@ -45,11 +45,7 @@ def plan_rows(
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
         *([("average", averaged)] if machine.average is not None else []),
-        *(
-            [("if a rank dies", _after_a_death(config, engine.group.recovers, ranks - machine.assignment.ranks))]
-            if ranks > 1
-            else []
-        ),
+        *([("if a rank dies", _after_a_death(config, engine.group.recovers, ranks - workers))] if ranks > 1 else []),
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]

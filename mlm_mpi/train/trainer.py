@@ -84,11 +84,11 @@ class Trainer:
         return done, self.loader.waited_s - waited
 
     def _follow(self, step: int, done: StepResult, waited_s: float) -> None:
-        """What is due after `step` steps: compare, save, measure, tell."""
+        """What is due after `step` steps: testify, compare, save, measure, tell."""
         self._over = step == self.rhythm.steps or bool(done.notes[:, _STOP].any())
+        self.ledger.testify(step, done)  # before all: no checkpoint stands without evidence of its steps
         for alarm in self._compare(step, self._over):
             self.ledger.alarm(alarm)
-        self.ledger.testify(step, done)  # before all: no checkpoint stands without evidence of its steps
         unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
         heldout = self._measure(step)
         self.ledger.record(step, done, waited_s, heldout)
