@@ -101,7 +101,10 @@ def test_a_lost_daemon_is_one_line_and_the_job_is_requeued(cluster: Cluster):
     job.leaves("PENDING", restarts=1)
     job.requeued()
     lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi run:")]
-    assert lines == ["mlm-mpi run: lost node2; start again to go on from the last checkpoint"]
+    # whether mpirun hears first of its daemon or of srun, which had started it, is a race; srun names the node itself
+    lost = {"mlm-mpi run: lost node2", "mlm-mpi run: lost a node: srun ended with 137"}
+    assert len(lines) == 1 and set(lines) <= {f"{line}; start again to go on from the last checkpoint" for line in lost}
+    assert "node2" in job.text()
 
 
 @ONE_WAY
