@@ -8,6 +8,25 @@ from mlm_mpi.config.keys import key
 
 
 @dataclass(frozen=True)
+class Axes:
+    """How many ranks share the work along which axis; their product is the number of ranks."""
+
+    dp: int = key(
+        0,
+        says="So many copies of the model share the micro-batches of a step; 0 means as many as the ranks make.",
+        unit="copies",
+        least=0,
+    )
+    tp: int = key(
+        1,
+        says="So many ranks share a copy of the model: each has some of its heads, features and tokens (gpt, llama; on "
+        "the CPU). The bits are those of one rank.",
+        unit="ranks",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
 class Comm:
     """How gradients are summed over the ranks."""
 

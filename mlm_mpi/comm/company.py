@@ -66,6 +66,7 @@ class Company:
         self._board = Board(node)
         node.Free()
         self.recovers, self._generation = recovers, 0
+        self.highest_tag: int = comm.Get_attr(MPI.TAG_UB)
         self.names = list(range(comm.Get_size()))  # what each rank was called when the job began
         self.lost: list[str] = []  # who has died, and what it did last
         self._moves, self._stacks, self._stall_s = 0, -1, 0.0

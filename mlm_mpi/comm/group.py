@@ -35,7 +35,8 @@ class Group:
     """`size` ranks that can exchange messages; mine is `rank`."""
 
     def __init__(
-        self, comm: Any = None, timeout_s: float = 600.0, company: Company | None = None, mail: Mailbox | None = None
+        self, comm: Any = None, timeout_s: float = 600.0, company: Company | None = None, mail: Mailbox | None = None,
+        members: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.comm = comm  # an mpi4py communicator; None: alone
         self.company = company  # all ranks of the job; None: waits name no culprit
@@ -45,6 +46,7 @@ class Group:
         self.rank: int = comm.Get_rank() if comm is not None else 0
         self.size: int = comm.Get_size() if comm is not None else 1
         self.timeout_s = timeout_s
+        self.members = range(self.size) if members is None else members  # their ranks in the company
 
     @classmethod
     def of_world(cls, comm: Any, recovers: bool = False) -> "Group":
@@ -54,7 +56,7 @@ class Group:
 
     def with_timeout(self, timeout_s: float) -> "Group":
         """The same ranks, waiting for another time."""
-        return Group(self.comm, timeout_s, self.company, self._mail)
+        return Group(self.comm, timeout_s, self.company, self._mail, self.members)
 
     @property
     def mail(self) -> Mailbox:
@@ -74,7 +76,17 @@ class Group:
         with self.mail.translated():
             comm, request = self.comm.Idup()
         self.wait(self.mail.begin(lambda: request, comm), "a communicator")
-        return Group(comm, self.timeout_s, self.company)
+        return Group(comm, self.timeout_s, self.company, members=self.members)
+
+    def split(self, color: int, what: str) -> "Group":
+        """Those who give the same colour, in the order of their ranks. Collective."""
+        if self.comm is None:
+            return Group(None, self.timeout_s)
+        colors = self.allgather(color, what)  # MPI has no split that can be polled: all are here now
+        with self.mail.translated():
+            comm = self.comm.Split(color, self.rank)
+        members = [self.members[rank] for rank, other in enumerate(colors) if other == color]
+        return Group(comm, self.timeout_s, self.company, members=members)
 
     def note(self, text: str, work: Work = NO_WORK) -> None:
         """Says what this rank does from now on, for others to read should it never arrive. `work`: where that takes
@@ -106,7 +118,8 @@ class Group:
             return 2**31 - 1
         from mpi4py import MPI
 
-        return int(self.comm.Get_attr(MPI.TAG_UB))
+        found = self.comm.Get_attr(MPI.TAG_UB)  # which a communicator that was split off does not know
+        return int(self.company.highest_tag if found is None and self.company is not None else found)
 
     def reads_gpus(self) -> bool:
         """Whether the MPI library says that it sends from and receives into a GPU's memory."""
@@ -215,7 +228,7 @@ class Group:
 
     def name(self, rank: int) -> int:
         """What a rank was called when the job began."""
-        return self.company.names[rank] if self.company is not None else rank
+        return self.company.names[self.members[rank]] if self.company is not None else rank
 
     def spread(self, array: np.ndarray, root: int, what: str) -> None:
         """Rank `root`'s array into everybody's. Collective. Shapes: (n,), contiguous."""

@@ -1,5 +1,7 @@
 """The rules that span sections. What concerns one section alone stands where it is declared."""
 
+from math import gcd
+
 from mlm_mpi.config.sections import Config
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.plug import Plugins
@@ -24,6 +26,12 @@ def check(config: Config, plugins: Plugins) -> None:
         "backend.graphs = false, or train.rows_warmup_steps and train.context_warmup_steps to 0",
     )
     _check_heeded(config, plugins)
+    tp = config.mesh.tp
+    _require(
+        tp == 1 or (backend.device == "cpu" and numerics.products == "float32"),
+        f'mesh.tp = {tp} needs backend.device = "cpu" and numerics.products = "float32", not "{backend.device}" and '
+        f'"{numerics.products}": set these, or mesh.tp = 1',
+    )
     if train.context_warmup_steps:
         train.check_context(config.model.context)
     guard = config.guard
@@ -58,6 +66,7 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
         ("data.mixture", bool(config.data.mixture), ("tasks",)),
         ("data.documents", config.data.documents != "joined", ("tasks", "models")),
         ("train.context_warmup_steps", config.train.context_warmup_steps > 0, ("tasks", "objectives")),
+        ("mesh.tp", config.mesh.tp > 1, ("models",)),
     )
     for full, is_asked, rooms in asked:
         for room in rooms if is_asked else ():
@@ -74,8 +83,11 @@ def shares(config: Config) -> int:
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """1 <= ranks but for spares <= J: a rank without a lane has nothing to do. Raises ConfigError."""
-    lanes, spares = config.train.lanes, config.comm.spares
+    """dp · tp is the number of ranks but for spares, and 1 <= dp <= J: a copy without a lane has nothing to do.
+
+    Raises ConfigError.
+    """
+    lanes, spares, axes = config.train.lanes, config.comm.spares, config.mesh
     _require(
         spares < ranks,
         f"comm.spares = {spares} leaves none of {ranks} ranks to work: start more ranks, or lower comm.spares",
@@ -86,9 +98,22 @@ def check_ranks(config: Config, ranks: int) -> None:
         'comm.reduction = "canonical", or comm.spares = 0',
     )
     _require(
-        ranks - spares <= lanes,
-        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes}: "
-        f"start {lanes} ranks, or set train.lanes to {ranks} or more (it changes the bits)",
+        not spares or axes.tp == 1,
+        f"comm.spares = {spares} hold the whole model, and mesh.tp = {axes.tp} gives each rank a part: set comm.spares "
+        "= 0, or mesh.tp = 1",
+    )
+    copies, left = divmod(ranks - spares, axes.tp)
+    dp = axes.dp or max(1, copies)
+    _require(
+        dp * axes.tp == ranks - spares,
+        f"mesh.dp = {dp} and mesh.tp = {axes.tp} need {dp * axes.tp} ranks, the launcher gave {ranks}"
+        f"{f', {spares} of them spares' if spares else ''}: "
+        + (f"set mesh.dp = {copies}" if not left else f"start {dp * axes.tp}, or set mesh.tp = {gcd(ranks, axes.tp)}"),
+    )
+    _require(
+        dp <= lanes,
+        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes * axes.tp}: "
+        f"start {lanes * axes.tp} ranks, or set train.lanes to {dp} or more (it changes the bits)",
     )
 
 

@@ -15,7 +15,7 @@ from mlm_mpi.plug import Plugins
 
 if TYPE_CHECKING:
     from mlm_mpi.backend import Backend, Numerics
-    from mlm_mpi.comm import Comm
+    from mlm_mpi.comm import Axes, Comm
     from mlm_mpi.data import Data
     from mlm_mpi.monitor import Log
     from mlm_mpi.train import Checkpoint, Eval, Guard, Train
@@ -33,6 +33,7 @@ class Config:
     eval: "Eval"
     checkpoint: "Checkpoint"
     guard: "Guard"
+    mesh: "Axes"
     comm: "Comm"
     backend: "Backend"
     numerics: "Numerics"
@@ -56,7 +57,7 @@ KINDS = {
 _DECLARED = {
     "data": ("mlm_mpi.data", "Data"), "train": ("mlm_mpi.train", "Train"),
     "eval": ("mlm_mpi.train", "Eval"), "checkpoint": ("mlm_mpi.train", "Checkpoint"),
-    "guard": ("mlm_mpi.train", "Guard"), "comm": ("mlm_mpi.comm", "Comm"),
+    "guard": ("mlm_mpi.train", "Guard"), "mesh": ("mlm_mpi.comm", "Axes"), "comm": ("mlm_mpi.comm", "Comm"),
     "backend": ("mlm_mpi.backend", "Backend"), "numerics": ("mlm_mpi.backend", "Numerics"),
     "log": ("mlm_mpi.monitor", "Log"),
 }  # fmt: skip

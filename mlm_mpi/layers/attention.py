@@ -39,7 +39,7 @@ class KeyValueCache:
 
 
 class SelfAttention:
-    """Shapes: (B, T, C) -> (B, T, C). Heads will be cut along tp: qkv by dim 2, the projection by rows."""
+    """Shapes: (B, T, C) -> (B, T, C). tp cuts whole heads: qkv by dim 2, the projection by rows."""
 
     def __init__(
         self, name: str, heads: int, project: ResidualLinear, std: float, drop: Dropout, shares: int = order.MOST
@@ -48,7 +48,7 @@ class SelfAttention:
         of a sum over heads or positions.
         """
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
-        width, self.most = project.inputs, shares
+        width, self.most, self.width = project.inputs, shares, project.inputs // heads
         each = equal(1, 3), equal(2, heads, width // heads)
         self.qkv = Linear(
             f"{name}.qkv", width, (3, width), std, cut=2, unit=width // heads, shares=shares, matrices=each
@@ -58,8 +58,7 @@ class SelfAttention:
         return [*self.qkv.parameters(), *self.project.parameters()]
 
     def _split(self, qkv: Any) -> tuple[Any, Any, Any]:
-        batch, length, width = qkv.shape
-        parts = qkv.reshape(batch, length, 3, self.heads, width // (3 * self.heads))
+        parts = qkv.reshape(*qkv.shape[:2], 3, -1, self.width)  # heads of this rank
         parts = parts.transpose(2, 0, 3, 1, 4)  # (3, B, H, T, D), still views of qkv
         return parts[0], parts[1], parts[2]
 
@@ -69,11 +68,11 @@ class SelfAttention:
         q, k, v = self._split(qkv)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
-        draw = self.drop.draw(ctx)
+        draw = self.drop.of_heads(ctx, q.shape[1], k.shape[2])
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
-        y, s_project = self.project.join(o.reshape(x.shape), residual, ctx)
+        y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, lse, draw, share, starts, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mlm_mpi import order
+from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.params.store import Parameter
@@ -38,6 +39,11 @@ class Context:
     shares: int = order.MOST
     lane: Mapping[Parameter, Array] = field(default_factory=dict)
     closes: bool = True
+
+    @property
+    def tp(self) -> Group:
+        """The ranks that share this forward and backward with me."""
+        return self.mesh.group("tp")
 
     def grad(self, parameter: Parameter) -> Array:
         """Where the gradient of a parameter belongs."""

@@ -26,6 +26,14 @@ class Dropout:
             return None
         return dropout.Draw(self.rate, key_of(ctx.seed, "dropout", self.name), ctx.step, ctx.micro_batch)
 
+    def of_heads(self, ctx: Context, heads: int, length: int) -> dropout.Draw | None:
+        """The draw of what this rank holds, `heads` of them, of attention's probabilities (B, H, T, T)."""
+        draw, tp = self.draw(ctx), ctx.tp
+        if draw is None or tp.size == 1:
+            return draw
+        one = length * length
+        return draw._replace(start=tp.rank * heads * one, strides=(tp.size * heads * one, one, length, 1))
+
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         draw = self.draw(ctx)
         return (x if draw is None else dropout.forward(x, draw)), draw

@@ -3,6 +3,8 @@
 from typing import Any
 
 from mlm_mpi import order
+from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.comm.collectives import joined
 from mlm_mpi.layers.base import Context, Flow
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.norm import RMSNorm
@@ -44,11 +46,25 @@ class TokenEmbedding:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         assert ctx.batch is not None, "the first part reads its ids from the context"
         ids = ctx.batch.inputs["ids"]
-        y, s_norm = self._placed(embedding.forward(ids, self.tokens.data), ctx), None
+        y, s_norm = self._placed(self._looked_up(ids, ctx), ctx), None
         if self.norm is not None:
             y, s_norm = self.norm.forward(y, ctx)
         y, factors = self.drop.forward(y, ctx)
         return (y,), (ids, s_norm, factors)
+
+    def _looked_up(self, ids: Any, ctx: Context) -> Any:
+        """Rows of the table (B, T, C). One rank has a row, the others -0, which changes nothing that is added to it."""
+        if ctx.tp.size == 1:
+            return embedding.forward(ids, self.tokens.data)
+        here, local = self._mine(ids, ctx)
+        y = embedding.forward(module_of(ids).where(here, local, 0), self.tokens.data)
+        y[~here] = -0.0
+        return joined(ctx.tp, y, "the embedding of tokens")
+
+    def _mine(self, ids: Any, ctx: Context) -> tuple[Any, Any]:
+        """(which ids lie in my part of the table, and where there)."""
+        first, stop = self.tokens.layout.box(ctx.mesh).starts[0], self.tokens.layout.box(ctx.mesh).stops[0]
+        return (ids >= first) & (ids < stop), ids - first
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         """What the model adds for positions: nothing. Shapes: (B, T, C) -> the same, may be y itself."""
@@ -71,7 +87,11 @@ class TokenEmbedding:
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0
-        embedding.backward(dx.reshape(-1, dx.shape[2]), ids.reshape(-1), tokens if summed is None else summed)
+        rows, ids = dx.reshape(-1, dx.shape[2]), ids.reshape(-1)
+        if ctx.tp.size > 1:
+            here, local = self._mine(ids, ctx)
+            rows, ids = rows[here], local[here]
+        embedding.backward(rows, ids, tokens if summed is None else summed)
         if summed is not None and ctx.closes:
             tokens += summed
         return dx

@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 from mlm_mpi import order
-from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.arrays import deposit, module_of
+from mlm_mpi.comm.collectives import joined
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.linear import Linear, ResidualLinear
@@ -76,7 +77,8 @@ class GroupedAttention:
         q, k, v = *queries_and_key(turned), unit_of(units, -1)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
-        draw, starts = self.drop.draw(ctx), self.starts(x, ctx, start)
+        draw = self.drop.of_heads(ctx, q.shape[1] * q.shape[2], k.shape[2])
+        starts = self.starts(x, ctx, start)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
         y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
@@ -91,17 +93,27 @@ class GroupedAttention:
             do, *queries_and_key(turned), unit_of(units, -1), o, lse, *queries_and_key(dturned), unit_of(dunits, -1),
             draw=draw, share=share, starts=starts,
         )  # fmt: skip
-        gain, dgain = (None, None) if self.gain is None else (self.gain.data, ctx.grad(self.gain))
-        cos, sin = self.positions.at(x, 0, x.shape[1])
-        rotary.backward(
-            dturned, units[..., :-1, :], cos, sin, gain, inverse, dgain, ctx.accumulate, ctx.pieces(dy),
-            self.qkv.shares_out, out=dturned,
-        )  # fmt: skip
+        self._turn_back(dturned, units[..., :-1, :], inverse, x, ctx)
         return self.qkv.backward(dunits.reshape(*dy.shape[:2], -1), x, ctx)
 
+    def _turn_back(self, dturned: Any, units: Any, inverse: Any, x: Any, ctx: Context) -> None:
+        """Gradients before normalisation and rotation, over those behind; the gains are those of all ranks' groups."""
+        gain, dgain, accumulate = None, None, ctx.accumulate
+        if self.gain is not None:
+            gain, dgain = self.gain.data, ctx.grad(self.gain)
+            if ctx.tp.size > 1:
+                dgain, accumulate = module_of(x).empty_like(dgain), False
+        cos, sin = self.positions.at(x, 0, x.shape[1])
+        shares = self.qkv.shares_out // ctx.tp.size
+        rotary.backward(
+            dturned, units, cos, sin, gain, inverse, dgain, accumulate, ctx.pieces(x), shares, out=dturned
+        )  # fmt: skip
+        if self.gain is not None and ctx.tp.size > 1:
+            deposit(joined(ctx.tp, dgain, f"the gains of {self.name}"), ctx.grad(self.gain), ctx.accumulate)
+
     def _units(self, qkv: Any) -> Any:
-        """(B, T, G·(g + 2)·D) -> (B, T, G, g + 2, D)."""
-        return qkv.reshape(*qkv.shape[:2], self.heads.groups, self.heads.queries + 2, self.heads.width)
+        """(B, T, G·(g + 2)·D) -> (B, T, G, g + 2, D), of this rank's groups."""
+        return qkv.reshape(*qkv.shape[:2], -1, self.heads.queries + 2, self.heads.width)
 
     def starts(self, x: Any, ctx: Context, start: int) -> Any:
         """The first key that each query sees, (B, T) int32; None: all before it."""

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 from mlm_mpi import order
+from mlm_mpi.comm.collectives import joined
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
-from mlm_mpi.ops import dropout, linear
+from mlm_mpi.ops import dropout, linear, matmul
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Cuts, Parameter
 
@@ -19,8 +20,10 @@ def flat(x: Any) -> Any:
 class Linear:
     """y = x W + b. Shapes: (…, K) -> (…, F), where F may be the product of several dims of the weight (K, *outputs).
 
-    `cut`: the dim of the weight that the tp axis will cut, 0 for the inputs; `unit`: how many of its elements stay
-    together; `shares`: how many shares a sum over that dim has at most. `init`: standard deviation, or "zeros".
+    `cut`: the dim of the weight that the tp axis cuts, 0 for the inputs; `unit`: how many of its elements stay
+    together; `shares`: how many shares a sum over that dim has at most. Where outputs are cut, a rank's y is a part of
+    them, and dx a sum over ranks; where inputs are, x is a part of them, and y the sum. Source: Shoeybi et al.,
+    Megatron-LM, arXiv:1909.08053. `init`: standard deviation, or "zeros".
     `matrices`: what an optimiser of matrices sees in the weight (`Parameter.matrices`).
     """
 
@@ -29,7 +32,7 @@ class Linear:
         unit: int = 1, shares: int = order.MOST, bias: bool = True, matrices: Cuts = (),
     ) -> None:  # fmt: skip
         shape = inputs, *((outputs,) if isinstance(outputs, int) else outputs)
-        self.inputs, self.outputs = inputs, shape[1:]
+        self.name, self.inputs, self.cut = name, inputs, cut
         count = 1 if cut is None else order.shares(shape[cut] // unit, shares)
         self.shares_in, self.shares_out = (count, 1) if cut == 0 else (1, count)  # of the forward, of the backward
         self.segments = math.prod(shape[1:cut]) if cut else 1  # of the outputs, each of them cut alike
@@ -45,36 +48,55 @@ class Linear:
     def parameters(self) -> list[Parameter]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The dims of what this rank computes."""
+        return tuple(self.weight.data.shape[1:])
+
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        return self._map(x), x
+        return self._map(x, ctx), x
 
     def _matrices(self) -> tuple[Any, Any]:
-        """Weight (K, F) and bias (F,) or None."""
-        return self.weight.data.reshape(self.inputs, -1), None if self.bias is None else self.bias.data.reshape(-1)
+        """Weight (K, F) and bias (F,) or None: what this rank holds of them."""
+        weight = self.weight.data
+        return weight.reshape(weight.shape[0], -1), None if self.bias is None else self.bias.data.reshape(-1)
 
-    def _map(self, x: Any, residual: Any = None) -> Any:
+    def _map(self, x: Any, ctx: Context, residual: Any = None) -> Any:
         added = None if residual is None else flat(residual)
-        y = linear.forward(flat(x), *self._matrices(), added, self.shares_in)
+        if self.cut == 0 and ctx.tp.size > 1:
+            y = self._sum(flat(x), ctx, added)
+        else:
+            y = linear.forward(flat(x), *self._matrices(), added, self.shares_in)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _sum(self, x: Any, ctx: Context, residual: Any) -> Any:
+        """Σ over ranks of what each has of x W, then bias and residual. Collective over tp."""
+        weight, bias = self._matrices()
+        part = matmul.product(x, weight, self.shares_in // ctx.tp.size)
+        return linear.completed(joined(ctx.tp, part, f"the sum of {self.name}"), bias, residual)
 
     def forward_gelu(self, x: Any) -> tuple[Any, Any]:
         """(gelu(pre), pre) with pre what `forward` gives."""
         y, pre = linear.forward_gelu(flat(x), *self._matrices())
         return y.reshape(*x.shape[:-1], -1), pre.reshape(*x.shape[:-1], -1)
 
-    def backward_input(self, dy: Any, pre: Any = None) -> Any:
+    def backward_input(self, dy: Any, ctx: Context, pre: Any = None) -> Any:
         weight, before = self._matrices()[0], None if pre is None else flat(pre)
-        dx = linear.backward_input(flat(dy), weight, before, self.shares_out, self.segments)
+        ranks = ctx.tp.size if self.cut else 1
+        dx = linear.backward_input(flat(dy), weight, before, self.shares_out // ranks, self.segments)
+        if ranks > 1:
+            joined(ctx.tp, dx, f"the gradient of {self.name}'s inputs")
         return dx.reshape(*dy.shape[:-1], -1)
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
-        dw = ctx.grad(self.weight).reshape(self.inputs, -1)
+        dw = ctx.grad(self.weight)
+        dw = dw.reshape(dw.shape[0], -1)
         db = None if self.bias is None else ctx.grad(self.bias).reshape(-1)
         linear.backward_weight(flat(dy), flat(saved), dw, db, ctx.accumulate, ctx.pieces(dy))
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         self.backward_weight(dy, saved, ctx)
-        return self.backward_input(dy)
+        return self.backward_input(dy, ctx)
 
 
 class ResidualLinear(Linear):
@@ -91,8 +113,8 @@ class ResidualLinear(Linear):
         """As `forward`, with what the result is added to (None: nothing)."""
         draw = self.drop.draw(ctx)
         if draw is None:
-            return self._map(x, residual), (x, None)
-        return dropout.forward(self._map(x), draw, residual), (x, draw)
+            return self._map(x, ctx, residual), (x, None)
+        return dropout.forward(self._map(x, ctx), draw, residual), (x, draw)
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return self.join(x, None, ctx)
@@ -102,4 +124,4 @@ class ResidualLinear(Linear):
         x, draw = saved
         dy = self.drop.backward(dy, draw, ctx)
         self.backward_weight(dy, x, ctx)
-        return self.backward_input(dy, pre)
+        return self.backward_input(dy, ctx, pre)

@@ -18,7 +18,7 @@ from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import LayerNorm
 from mlm_mpi.params.store import equal
 
-HEEDS = ("data.documents",)  # attention sees the starts of documents
+HEEDS = ("data.documents", "mesh.tp")  # attention sees the starts of documents; tp cuts heads
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def _rows_at_once(x: Any) -> int:
     return CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
 
 
-def _chunks(x: Any, mask: Any) -> list[tuple[slice, Any]]:
+def chunks(x: Any, mask: Any) -> list[tuple[slice, Any]]:
+    """(rows, their part of the mask) of what is computed at once."""
     # a last row does not stay alone: products of one row are not our kernels', and their bits not ours
     rows_at_once, count = _rows_at_once(x), x.shape[0]
     edges = [*range(0, max(1, count - 1), rows_at_once), count]
@@ -121,7 +122,8 @@ def _chunks(x: Any, mask: Any) -> list[tuple[slice, Any]]:
     return [(part, None if mask is None else mask[part]) for part in parts]
 
 
-def _logits(x: Any, w: Any) -> Any:
+def logits_of(x: Any, w: Any) -> Any:
+    """x wᵀ. Shapes: (R, C), (V, C) -> (R, V)."""
     # x wᵀ (R, V); on a GPU rows begin at whole 16 bytes, without which only the plain product takes a V such as 50,257
     xp, columns = module_of(x), w.shape[0]
     pitch = columns if xp is np else -(-columns // 8) * 8
@@ -145,8 +147,8 @@ def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces
     Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
     """
     losses = module_of(x).empty(x.shape[0])
-    for part, some in _chunks(x, mask):
-        losses[part] = rows(_logits(x[part], w), targets[part], some, False, shares, cap)
+    for part, some in chunks(x, mask):
+        losses[part] = rows(logits_of(x[part], w), targets[part], some, False, shares, cap)
     return summed(losses, pieces)
 
 
@@ -159,11 +161,11 @@ def loss_and_grad(
     Cost: 6·N·C·V flops; with `accumulate` and more than one chunk, memory for one more dw.
     """
     xp = module_of(x)
-    losses, dx, chunks = xp.empty(x.shape[0]), xp.empty_like(x), _chunks(x, mask)
-    several = len(chunks) > 1
+    losses, dx, parts = xp.empty(x.shape[0]), xp.empty_like(x), chunks(x, mask)
+    several = len(parts) > 1
     whole = xp.empty_like(dw) if accumulate and several else dw
-    for part, some in chunks:
-        logits = _logits(x[part], w)  # (R, V)
+    for part, some in parts:
+        logits = logits_of(x[part], w)  # (R, V)
         losses[part] = rows(logits, targets[part], some, True, shares, cap)
         matmul.add(logits, w, dx[part], False, shares)
         matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))

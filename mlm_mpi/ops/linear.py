@@ -14,12 +14,18 @@ def forward(x: Any, w: Any, b: Any = None, residual: Any = None, shares: int = 1
 
     Shapes: x (N, K), w (K, F), b (F,) or None, residual (N, F) or None -> (N, F). Cost: 2·N·K·F flops.
     """
-    y = matmul.summed(x, w, shares)
-    if b is not None:
-        y += wide(b)
-    if residual is not None:
-        y += wide(residual)
-    return y.astype(x.dtype, copy=False)
+    return completed(matmul.summed(x, w, shares), b, residual).astype(x.dtype, copy=False)
+
+
+def completed(y: Any, b: Any = None, residual: Any = None) -> Any:
+    """y, a whole sum over K, + (b + residual), over y: what joins it, in the order of the kernels. Shapes: `forward`'s.
+
+    Where ranks have parts of the sum, each does this once they are joined.
+    """
+    added = [wide(array) for array in (b, residual) if array is not None]
+    if added:
+        y += added[0] if len(added) == 1 else added[0] + added[1]
+    return y
 
 
 @served

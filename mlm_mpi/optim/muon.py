@@ -165,7 +165,7 @@ class Muon:
 
     def _share_out(self) -> None:
         """Owners of all matrices, and one buffer for their updates, those of an owner side by side, shape by shape."""
-        found = [(span, view.shape) for span in self.hidden for view in _matrices(span, self.moment1)]
+        found = [(span, view.shape) for span in self.hidden for view in self._matrices(span, self.moment1)]
         sides = [(shape[0], math.prod(shape[1:])) for _, shape in found]
         owners = shared_out([polar.flops(*pair) for pair in sides], self.group.size)
         order = sorted(range(len(found)), key=lambda number: (owners[number], sides[number], number))
@@ -242,7 +242,11 @@ class Muon:
 
     def _views(self, flat: Any) -> list[Any]:
         """All matrices (in, …) in a flat buffer, by number."""
-        return [view for span in self.hidden for view in _matrices(span, flat)]
+        return [view for span in self.hidden for view in self._matrices(span, flat)]
+
+    def _matrices(self, span: Span, flat: Any) -> list[Any]:
+        mine = flat[span.start : span.stop].reshape(span.shape)
+        return span.parameter.as_matrices(mine, span.parameter.layout.box(self.store.grid))
 
     def _gather(self, number: int) -> None:
         """Everybody's updates to everybody, through the CPU's memory."""
@@ -252,10 +256,6 @@ class Muon:
         self.group.gather_parts(host, self._counts, f"the orthogonal updates of step {number}")
         if host is not self.updates:
             fill(self.updates, host)
-
-
-def _matrices(span: Span, flat: Any) -> list[Any]:
-    return span.parameter.as_matrices(flat[span.start : span.stop].reshape(span.shape))
 
 
 def _mix(mean: Any, gradient: Any, keep: float, take: float) -> None:

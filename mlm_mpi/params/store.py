@@ -6,7 +6,7 @@ a checkpoint part are slices of it. The layout depends on the model alone, never
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu, fill, to_host
+from mlm_mpi.cut import Box
 from mlm_mpi.errors import DataError
 from mlm_mpi.params.layout import Grid, Layout
 from mlm_mpi.params.sources import Drawn, Source
@@ -56,14 +57,22 @@ class Parameter:
             if list(itertools.accumulate(lengths))[-1:] != [self.layout.shape[dim]]:
                 raise ValueError(f"{self.name}: matrices {self.matrices} do not fill the shape {self.layout.shape}")
 
-    def as_matrices(self, whole: Any) -> list[Any]:
-        """The matrices (in, …) in an array of this parameter's shape, views of it; [] where it has none."""
+    def as_matrices(self, array: Any, box: Box | None = None) -> list[Any]:
+        """The matrices (in, …) in an array of this parameter's shape, views of it; [] where it has none.
+
+        `box`: what of the parameter the array holds, all of it by default. ValueError where it cuts a matrix.
+        """
         if self.matrices is None:
             return []
+        box = box or Box.whole(self.layout.shape)
         pieces = [[slice(None)] for _ in self.layout.shape]
         for dim, lengths in self.matrices:
-            pieces[dim] = [slice(a, b) for a, b in itertools.pairwise([0, *itertools.accumulate(lengths)])]
-        return [whole[piece] for piece in itertools.product(*pieces)]
+            first, last = box.starts[dim], box.stops[dim]
+            edges = [edge - first for edge in (0, *itertools.accumulate(lengths)) if first <= edge <= last]
+            if edges[:1] != [0] or edges[-1] != last - first:
+                raise ValueError(f"{self.name}: a cut at {first} or {last} of dim {dim} goes through a matrix")
+            pieces[dim] = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return [array[piece] for piece in itertools.product(*pieces)]
 
 
 @dataclass(frozen=True)
@@ -165,11 +174,15 @@ class FlatStore:
         """name -> view into a flat buffer."""
         return {span.parameter.name: view for span, view in zip(self.spans, self.views(flat), strict=True)}
 
-    def weights_sha256(self) -> str:
-        """SHA-256 over sorted names, dtype, shape and little-endian values, without padding."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.named(self.data).items()):
-            little = np.ascontiguousarray(to_host(value), dtype=self.dtype.newbyteorder("<"))
+    def weights_sha256(self, whole: Callable[[Layout, Any], Any] = lambda layout, mine: mine) -> str:
+        """SHA-256 over sorted names, dtype, shape and little-endian values of the global arrays, without padding.
+
+        `whole`: of a layout and what I hold of an array in the CPU's memory, all of it.
+        """
+        digest, named = hashlib.sha256(), self.named(self.data)
+        for span in sorted(self.spans, key=lambda span: span.parameter.name):
+            name, layout = span.parameter.name, span.parameter.layout
+            little = np.ascontiguousarray(whole(layout, to_host(named[name])), dtype=self.dtype.newbyteorder("<"))
             digest.update(f"{name} {self.dtype.name} {little.shape}\n".encode())
             digest.update(little.data.cast("B"))
         return digest.hexdigest()

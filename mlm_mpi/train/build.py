@@ -1,5 +1,7 @@
 """A configuration -> an engine."""
 
+import math
+
 from mlm_mpi import schedules
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.buckets import Reduction, Setup
@@ -7,6 +9,7 @@ from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.transport import transport
 from mlm_mpi.config import Config
 from mlm_mpi.config.rules import shares
+from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.layers.base import Part
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.params.average import Average
@@ -26,6 +29,7 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     if train.recompute:
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
     chain = Chain(parts)
+    _check_cuts(chain, mesh)
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
     instructions = plugins.find("schedules", train.schedule, "train.schedule").instructions
@@ -33,7 +37,8 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
         micros = len(assignment.of_rank(rank))
         schedules.check(instructions(0, 1, micros), micros, train.schedule)
     summed = reduction(config, plugins, store, assignment, mesh, place)
-    audits = config.guard.audit_every if summed.stable else 0  # else one buffer takes in all lanes of a rank
+    # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
+    audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
@@ -52,6 +57,23 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
             Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed),
         )
     )  # fmt: skip
+
+
+def _check_cuts(chain: Chain, mesh: Mesh) -> None:
+    """Raises ConfigError, agreed, where tp does not divide the shares of a sum."""
+    tp = mesh.size("tp")
+    for parameter in (parameter for block in chain.parameter_blocks() for parameter in block):
+        layout = parameter.layout
+        if "tp" in layout.axes and layout.shares % tp:
+            dim = layout.axes.index("tp")
+            units = layout.shape[dim] // (layout.units or (1,) * len(layout.shape))[dim]
+            raise agreed(
+                ConfigError(
+                    f"mesh.tp = {tp} does not divide the {layout.shares} shares of {parameter.name}, which are as many "
+                    f"as a power of two divides its {units} (heads, features or tokens; at most numerics.shares): set "
+                    f"mesh.tp = {math.gcd(tp, layout.shares)}, or make them a multiple of {tp}"
+                )
+            )
 
 
 def reduction(

@@ -1,4 +1,4 @@
-"""One copy of the model on one rank, and the step that keeps all copies equal.
+"""One copy of the model on one rank, or a part of one on each of a few, and the step that keeps all copies equal.
 
 A step: forwards and backwards of my micro-batches in the order of the schedule, gradients lane by lane; the global sum;
 one exchange of losses; norm. That is an attempt. What the guard lets pass is clipped and becomes the update. Every rank
@@ -17,6 +17,7 @@ import numpy as np
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.comm.buckets import Reduction
+from mlm_mpi.comm.collectives import joined_rows
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.comm.watch import Work
 from mlm_mpi.data.batch import Batch
@@ -118,6 +119,7 @@ class Engine:
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.group = machine, machine.mesh.group("dp")
+        self.world = machine.mesh.world
         self.at = 0, 0  # step and micro-batch that this rank is at
         self.workers = machine.assignment.ranks  # all but spares, as long as there are so many
         self.quarantine: dict[tuple[int, int], str] = {}  # (step, micro-batch) that are never run, and why
@@ -129,7 +131,7 @@ class Engine:
         nothing: Any = None  # its memory is free before the next one takes as much
         assignment = replace(self.machine.assignment, ranks=min(self.workers, mesh.size("dp")))
         self.machine = replace(self.machine, mesh=mesh, assignment=assignment, reduction=nothing)
-        self.group = mesh.group("dp")
+        self.group, self.world = mesh.group("dp"), mesh.world
         self.machine.store.grid = mesh
         if isinstance(self.machine.optimizer, Shared):
             self.machine.optimizer.regroup(mesh)
@@ -196,7 +198,7 @@ class Engine:
         update = found.total, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
         if isinstance(m.optimizer, Shared) and not verdict.undone:
             m.optimizer.prepare(*update)
-        self.group.agree(f"step {step + 1} to be made by all")
+        self.world.agree(f"step {step + 1} to be made by all")
         self._note(f"the new weights of step {step + 1}", Work("new weights"))
         if verdict.undone:
             m.guard.roll_back(self)
@@ -232,7 +234,7 @@ class Engine:
         self.group.note(f"step {step + 1}, through with its micro-batches")
         total = self.machine.reduction.finish()
         losses, windows, targets, everybodys = self._exchange(step, load, flights, notes)
-        length, broken = norm(self.machine.store, total)
+        length, broken = norm(self.machine.store, total, self.across)
         batches = [flight.batch for flight in flights]
         return Attempt(
             step, left_out, total, losses, windows, targets, length / targets, broken, batches, notes, everybodys
@@ -350,14 +352,19 @@ class Engine:
         row[most : most + len(flights)] = [flight.batch.count for flight in flights]
         row[2 * most : 2 * most + len(flights)] = [flight.batch.digest for flight in flights]
         row[3 * most :] = notes
-        table = self.group.allgather_array(row, f"the losses of step {step + 1}")
+        everybodys = self.world.allgather_array(row, f"the losses of step {step + 1}")
+        table = everybodys[self.group.members]  # those who share a copy of the model all have its losses
         losses, windows, targets = dict[int, float](), dict[int, int](), 0.0
         for rank, indices in enumerate(load.ranks):
             for k, index in enumerate(indices):
                 losses[index] = float(table[rank, k])
                 windows[index] = int(table[rank, 2 * most + k])
                 targets += float(table[rank, most + k])
-        return losses, windows, int(targets), table[:, 3 * most :]
+        return losses, windows, int(targets), everybodys[:, 3 * most :]
+
+    def across(self, mine: np.ndarray) -> np.ndarray:
+        """Sums over what ranks hold of cut parameters, joined. Collective over tp. Shapes: (n,) -> (n,)."""
+        return joined_rows(self.machine.mesh.group("tp"), mine, "sums over cut parameters")
 
     def keep(self, step: int) -> None:
         """What the guard may roll back to: weights and moments after `step` steps."""
@@ -366,11 +373,12 @@ class Engine:
     def check_weights(self, step: int) -> None:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
         store = self.machine.store
-        for name, weights in store.named(store.data).items():
-            if not is_finite(weights):
-                raise agreed(
-                    NumericsError(
-                        f"weights of {name} are not finite after step {step}, which is not saved: "
-                        "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
-                    )
+        broken = [name for name, weights in store.named(store.data).items() if not is_finite(weights)]
+        everybodys = self.machine.mesh.group("tp").allgather(broken[:1], "a look at the weights")
+        if first := [name for some in everybodys for name in some]:
+            raise agreed(
+                NumericsError(
+                    f"weights of {first[0]} are not finite after step {step}, which is not saved: "
+                    "lower optim.learning_rate, raise optim.warmup_steps or set optim.clip"
                 )
+            )

@@ -253,9 +253,10 @@ def _alone(engine: "Engine", step: int, batch: Batch) -> _Found:
     store = engine.machine.store
     buffer = store.new_buffer()
     loss, count = engine.alone(step, batch, buffer), max(1, batch.count)
-    length, broken = norm(store, buffer)
+    length, broken = norm(store, buffer, engine.across)
     if broken is not None:  # by its name's place in the alphabet; said is the first of the model
-        broken = next(name for name, gradient in store.named(buffer).items() if not is_finite(gradient))
+        named = store.named(buffer).items()  # another rank's part of `broken` perhaps
+        broken = next((name for name, gradient in named if not is_finite(gradient)), broken)
     return _Found(batch.index, loss / count, length / count, broken)
 
 

@@ -5,6 +5,7 @@ weights, alike on all: ranks differ in what flipped, which is how it is found. W
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,30 +20,39 @@ def repaired(engine: Engine, step: int) -> tuple[str, ...]:
 
     Raises MlmError, agreed, where no majority says what is right.
     """
-    group, state = engine.group, engine.state()
-    if group.size == 1:
+    world, state, columns = engine.world, engine.state(), engine.machine.mesh.columns()
+    if engine.group.size == 1:
         return ()
     mine = np.array([digest(flat) for flat in state.values()], np.uint64)
-    everybodys = [tuple(row) for row in group.allgather_array(mine, f"hashes of the weights after step {step}")]
-    right, count = Counter(everybodys).most_common(1)[0]
-    if count == group.size:
-        return ()
-    if 2 * count <= group.size:
-        raise agreed(
-            MlmError(
-                f"ranks hold different weights or moments after step {step}, and no majority says which are right: "
-                "start again to go on from the last checkpoint, and test the memory of their nodes"
+    everybodys = [tuple(row) for row in world.allgather_array(mine, f"hashes of the weights after step {step}")]
+    said = []
+    for column in columns:
+        held = [everybodys[rank] for rank in column]
+        right, count = Counter(held).most_common(1)[0]
+        if 2 * count <= len(held):
+            raise agreed(
+                MlmError(
+                    f"ranks hold different weights or moments after step {step}, and no majority says which are right: "
+                    "start again to go on from the last checkpoint, and test the memory of their nodes"
+                )
             )
-        )
-    source = everybodys.index(right)
-    others = [rank for rank, held in enumerate(everybodys) if held != right]
-    wrong = [name for k, name in enumerate(state) if any(everybodys[rank][k] != right[k] for rank in others)]
+        others = [place for place, one in enumerate(held) if one != right]
+        wrong = [name for k, name in enumerate(state) if any(held[place][k] != right[k] for place in others)]
+        if wrong and world.rank in column:
+            _mend(engine, wrong, held.index(right), others)
+        if wrong:
+            who = ranges(sorted(world.name(column[place]) for place in others))
+            where = f"rank {who} held other {', '.join(wrong)} than {count} of {len(held)} ranks"
+            said.append(f"ALARM after step {step}: {where}, and has taken theirs: test the memory of its node")
+    return tuple(said)
+
+
+def _mend(engine: Engine, wrong: Sequence[str], source: int, others: Sequence[int]) -> None:
+    """Buffers of one rank of dp to others of it. Collective over dp."""
+    group, state = engine.group, engine.state()
     for name in wrong:
         host = to_host(state[name])
         group.spread(host, source, f"the {name} of rank {group.name(source)}")
         if group.rank in others:
             fill(state[name], host)
     engine.machine.store.refresh()
-    who = ranges(sorted(group.name(rank) for rank in others))
-    where = f"rank {who} held other {', '.join(wrong)} than {count} of {group.size} ranks"
-    return (f"ALARM after step {step}: {where}, and has taken theirs: test the memory of its node",)

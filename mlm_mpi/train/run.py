@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlm_mpi import config as configuration
 from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
+from mlm_mpi.comm.collectives import assembled
 from mlm_mpi.comm.company import Records
 from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.comm.mesh import At, Mesh, mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
@@ -22,6 +25,7 @@ from mlm_mpi.errors import ConfigError, DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
+from mlm_mpi.params.layout import Layout
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build, reduction
@@ -72,6 +76,11 @@ class Run:
                     f"comm.spares = {config.comm.spares} are of no use here: this job ends with a rank that dies; "
                     "start it by mlm-mpi run on an Open MPI 5 with ULFM (mlm-mpi doctor), or set comm.spares = 0"
                 )
+            if config.mesh.tp > 1 and group.recovers:
+                raise ConfigError(
+                    f"mesh.tp = {config.mesh.tp} cannot go on without a rank that dies, as this job shall: start it by "
+                    "mlm-mpi run, or without --with-ft ulfm"
+                )
             if group.rank == 0:
                 check(config.log)
             self.place = place_of(config, config.numerics.level, on_node)
@@ -83,7 +92,7 @@ class Run:
             check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
             self.config = findable(config)
         check_same(self.plugins, self.group)
-        self.mesh = Mesh(self.group)
+        self.mesh = mesh(self.group, config.mesh.tp)
         self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place)
         self.facts = fingerprint(
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
@@ -164,9 +173,9 @@ class Run:
     def regroup(self, group: Group) -> None:
         """Makes anew, for the ranks of a group, what hangs on one, but for what writes down. Collective over it."""
         self.group, self.mesh = group, Mesh(group)
-        config, plugins, mesh, place = self.config, self.plugins, self.mesh, self.place
+        config, plugins, new, place = self.config, self.plugins, self.mesh, self.place
         store = self.engine.machine.store
-        self.engine.regroup(mesh, lambda assignment: reduction(config, plugins, store, assignment, mesh, place))
+        self.engine.regroup(new, lambda assignment: reduction(config, plugins, store, assignment, new, place))
         if not self.engine.machine.reduction.stable:
             self.incomparable = f"a rank was lost, and comm.reduction = {config.comm.reduction}"
 
@@ -297,12 +306,20 @@ class Run:
 
     def _weights(self) -> str:
         """The hash of the weights, the same everywhere. Collective."""
-        weights = self.engine.machine.store.weights_sha256()
+        weights = self.engine.machine.store.weights_sha256(self._whole)
         everybody = self.group.allgather(weights, "hashes of the weights")
         self.group.note("its last words")
         if len(set(everybody)) > 1:
             raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
         return weights
+
+    def _whole(self, layout: Layout, mine: np.ndarray) -> np.ndarray:
+        """An array of which tp ranks hold parts. Collective over them."""
+        tp = self.mesh.group("tp")
+        if tp.size == 1 or "tp" not in layout.axes:
+            return mine
+        boxes = [layout.box(At(self.mesh, "tp", coord)) for coord in range(tp.size)]
+        return assembled(tp, mine, boxes, layout.shape, "the hash of the weights")
 
     def _say_hashes(self, facts: dict[str, Any], weights: str, incomparable: str | None) -> None:
         self._say(f"fingerprint {digest(facts)}  corpus {self.task.content}  run {self.folder.path}")

@@ -17,7 +17,7 @@ from mlm_mpi.train.task import Task
 # keys that may differ on resume without another run being meant
 _FREE = (
     "backend.", "checkpoint.", "comm.", "data.dir", "data.mixture", "data.prefetch", "eval.", "guard.", "log.",
-    "numerics.", "train.recompute", "train.schedule",
+    "mesh.", "numerics.", "train.recompute", "train.schedule",
 )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ def plan_rows(
 ) -> list[tuple[str, str]]:
     """(name, text) of each line; `step`: so many are done."""
     train, machine = config.train, engine.machine
-    ranks, costs, held = machine.mesh.size("dp"), machine.reduction.costs(), bytes_held(engine)
-    workers = machine.assignment.ranks
+    ranks, costs, held = machine.mesh.world.size, machine.reduction.costs(), bytes_held(engine)
+    copies, workers = machine.mesh.size("dp"), machine.assignment.ranks
+    what = "rank" if machine.mesh.is_plain else "group"
     parts = ", ".join(f"{name} {value / 2**20:,.1f}" for name, value in held.items())
     steps = f"steps {step + 1} to {train.steps}" if step < train.steps else f"all {train.steps} steps are made"
     samples = train.micro_batches * train.rows
@@ -41,11 +42,14 @@ def plan_rows(
         ("run", f"{steps}, {read} {task.tokens('train'):,} tokens"),
         *_mixture(mixture, drawn),
         *_warmups(train, task.row_tokens),
-        ("lanes", f"{train.lanes} over {workers} rank{'s' * (workers > 1)}, balance {machine.assignment.balance:.0%}"),
+        (
+            "lanes",
+            f"{train.lanes} over {workers} {what}{'s' * (workers > 1)}, balance {machine.assignment.balance:.0%}",
+        ),
         ("reduction", f"{reduction}, {costs['buffers']} lane buffers, {sent}"),
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
         *([("average", averaged)] if machine.average is not None else []),
-        *([("if a rank dies", _after_a_death(config, engine.group.recovers, ranks - workers))] if ranks > 1 else []),
+        *([("if a rank dies", _after_a_death(config, engine.world.recovers, copies - workers))] if ranks > 1 else []),
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
@@ -56,6 +60,8 @@ def _after_a_death(config: Config, recovers: bool, spares: int) -> str:
         ready = f"; {spares} spare{'s' * (spares > 1)} stand{'s' * (spares == 1)} ready" if spares else ""
         return f"the others go on, to the same bits{ready}"
     why = "not started by mlm-mpi run, or not on Open MPI 5 with ULFM" if config.comm.recover else "comm.recover is off"
+    if config.mesh.tp > 1:
+        why = "ranks share a copy of the model"
     return f"the job ends, and the same command goes on ({why})"
 
 
