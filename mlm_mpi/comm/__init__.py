@@ -17,6 +17,13 @@ class Axes:
         unit="copies",
         least=0,
     )
+    pp: int = key(
+        1,
+        says="A copy of the model is cut into so many stages of a pipeline, a rank or tp ranks each (on the CPU); "
+        "train.schedule says in which order they work. The bits are those of one stage.",
+        unit="stages",
+        least=1,
+    )
     tp: int = key(
         1,
         says="So many ranks share a copy of the model: each has some of its heads, features and tokens (gpt, llama; on "

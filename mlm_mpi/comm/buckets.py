@@ -25,7 +25,7 @@ from mlm_mpi.comm.tree import Node
 @dataclass(frozen=True)
 class Setup:
     """What a reduction is built from. `ranges`: the lanes [first, stop) of every rank; `segments`: of the flat buffer,
-    a block each."""
+    a block each; `size`: of that buffer, where more lies behind them that other ranks sum."""
 
     group: Group
     lanes: int
@@ -36,6 +36,12 @@ class Setup:
     overlap: bool
     place: Place | None = None
     transport: Transport | None = None
+    size: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Of the flat buffer."""
+        return self.size or self.segments[-1][1]
 
 
 class Reduction(Protocol):
@@ -102,7 +108,7 @@ class Bucketed(ABC):
         self.group, self.overlap, self.dtype = setup.group, setup.overlap, np.dtype(setup.dtype)
         self.xp = (setup.place or cpu()).xp
         self.transport = setup.transport or Direct()
-        self.size = setup.segments[-1][1]
+        self.size = setup.elements
         self.buckets = make_buckets(setup.segments, max(1, int(setup.bucket_bytes / self.dtype.itemsize)))
         self.exposed_s = 0.0
         self.first_start_s: float | None = None  # when the first bucket left: the trace proves the overlap

@@ -29,9 +29,14 @@ class Mesh:
             return self.cuts.get(axis) or Group()
         return self.world if axis == "dp" else Group()
 
-    def columns(self) -> list[range]:
-        """Ranks of the world that hold the same parts of the model, for each part."""
-        return [range(part, self.world.size, self.size("tp")) for part in range(self.size("tp"))]
+    def column(self, stage: int, part: int) -> list[int]:
+        """Ranks of the world that hold the same of a model, by their coordinate along dp."""
+        dp, tp = self.size("dp"), self.size("tp")
+        return [(stage * dp + copy) * tp + part for copy in range(dp)]
+
+    def columns(self) -> list[list[int]]:
+        """All of them."""
+        return [self.column(stage, part) for stage in range(self.size("pp")) for part in range(self.size("tp"))]
 
     @property
     def is_plain(self) -> bool:
@@ -59,10 +64,12 @@ class At:
         return self.number if axis == self.axis else self.mesh.coord(axis)
 
 
-def mesh(world: Group, tp: int = 1) -> Mesh:
-    """That of all ranks, `tp` of which share a copy of the model; it divides their number. Collective."""
-    if tp == 1:
+def mesh(world: Group, pp: int = 1, tp: int = 1) -> Mesh:
+    """That of all ranks, `pp` times `tp` of which share a copy of the model; it divides their number. Collective."""
+    if pp == tp == 1:
         return Mesh(world)
-    across, inside = divmod(world.rank, tp)
-    dp = world.split(inside, "the group of dp")
-    return Mesh(world, {"dp": dp, "tp": world.split(across, "the group of tp")})
+    dp = world.size // (pp * tp)
+    rest, part = divmod(world.rank, tp)
+    stage, copy = divmod(rest, dp)
+    places = {"pp": copy * tp + part, "dp": stage * tp + part, "tp": stage * dp + copy}
+    return Mesh(world, {axis: world.split(place, f"the group of {axis}") for axis, place in places.items()})

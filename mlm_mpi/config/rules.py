@@ -26,12 +26,7 @@ def check(config: Config, plugins: Plugins) -> None:
         "backend.graphs = false, or train.rows_warmup_steps and train.context_warmup_steps to 0",
     )
     _check_heeded(config, plugins)
-    tp = config.mesh.tp
-    _require(
-        tp == 1 or (backend.device == "cpu" and numerics.products == "float32"),
-        f'mesh.tp = {tp} needs backend.device = "cpu" and numerics.products = "float32", not "{backend.device}" and '
-        f'"{numerics.products}": set these, or mesh.tp = 1',
-    )
+    _check_mesh(config)
     if train.context_warmup_steps:
         train.check_context(config.model.context)
     guard = config.guard
@@ -53,6 +48,21 @@ def check(config: Config, plugins: Plugins) -> None:
     _require(
         optim.warmup_steps <= train.steps,
         f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {train.steps}: lower it",
+    )
+
+
+def _check_mesh(config: Config) -> None:
+    """What ranks that share a copy of the model cannot do yet."""
+    pp, tp, device, products = config.mesh.pp, config.mesh.tp, config.backend.device, config.numerics.products
+    _require(
+        (pp == 1 or device == "cpu") and (tp == 1 or (device == "cpu" and products == "float32")),
+        f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", and tp numerics.products = "float32", not '
+        f'"{device}" and "{products}": set these, or mesh.pp = 1 and mesh.tp = 1',
+    )
+    _require(
+        pp == 1 or config.comm.reduction in ("canonical", "naive"),
+        f'mesh.pp = {pp} needs comm.reduction = "canonical", not "{config.comm.reduction}", which adds all lanes of a '
+        "rank in one buffer: set it, or mesh.pp = 1",
     )
 
 
@@ -83,11 +93,12 @@ def shares(config: Config) -> int:
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """dp · tp is the number of ranks but for spares, and 1 <= dp <= J: a copy without a lane has nothing to do.
+    """pp · dp · tp is the number of ranks but for spares, and 1 <= dp <= J: a copy without a lane has nothing to do.
 
     Raises ConfigError.
     """
     lanes, spares, axes = config.train.lanes, config.comm.spares, config.mesh
+    each = axes.pp * axes.tp  # ranks that share a copy of the model
     _require(
         spares < ranks,
         f"comm.spares = {spares} leaves none of {ranks} ranks to work: start more ranks, or lower comm.spares",
@@ -98,23 +109,30 @@ def check_ranks(config: Config, ranks: int) -> None:
         'comm.reduction = "canonical", or comm.spares = 0',
     )
     _require(
-        not spares or axes.tp == 1,
-        f"comm.spares = {spares} hold the whole model, and mesh.tp = {axes.tp} gives each rank a part: set comm.spares "
-        "= 0, or mesh.tp = 1",
+        not spares or each == 1,
+        f"comm.spares = {spares} hold the whole model, and mesh.pp = {axes.pp}, mesh.tp = {axes.tp} give each rank a "
+        "part: set comm.spares = 0, or mesh.pp = 1 and mesh.tp = 1",
     )
-    copies, left = divmod(ranks - spares, axes.tp)
+    copies, left = divmod(ranks - spares, each)
     dp = axes.dp or max(1, copies)
+    spared = f", {spares} of them spares" if spares else ""
+    remedy = f"set mesh.dp = {copies}" if not left else f"start {dp * each} ranks, or set {_nearest(config, ranks)}"
     _require(
-        dp * axes.tp == ranks - spares,
-        f"mesh.dp = {dp} and mesh.tp = {axes.tp} need {dp * axes.tp} ranks, the launcher gave {ranks}"
-        f"{f', {spares} of them spares' if spares else ''}: "
-        + (f"set mesh.dp = {copies}" if not left else f"start {dp * axes.tp}, or set mesh.tp = {gcd(ranks, axes.tp)}"),
+        dp * each == ranks - spares,
+        f"mesh.pp = {axes.pp}, mesh.dp = {dp}, mesh.tp = {axes.tp} need {dp * each} ranks, the launcher gave "
+        f"{ranks}{spared}: {remedy}",
     )
     _require(
         dp <= lanes,
-        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes * axes.tp}: "
-        f"start {lanes * axes.tp} ranks, or set train.lanes to {dp} or more (it changes the bits)",
+        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes * each}: "
+        f"start {lanes * each} ranks, or set train.lanes to {dp} or more (it changes the bits)",
     )
+
+
+def _nearest(config: Config, ranks: int) -> str:
+    """A mesh near to the one asked for that fits so many ranks."""
+    tp = gcd(ranks, config.mesh.tp)
+    return f"mesh.pp = {gcd(ranks // tp, config.mesh.pp)} and mesh.tp = {tp}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,6 +1,6 @@
 """Parts one after another: a model, or the stage of a pipeline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlm_mpi.layers.base import Context, Flow, Part
@@ -9,8 +9,8 @@ from mlm_mpi.params.store import Parameter
 Ready = Callable[[int], None]
 
 
-def _nobody_waits(part: int) -> None:
-    pass
+def nobody_waits(part: int) -> None:
+    """No gradient leaves before all are final."""
 
 
 class Chain:
@@ -32,7 +32,7 @@ class Chain:
                 kept.append(saved)
         return x, kept
 
-    def backward(self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = _nobody_waits, down_to: int = 0) -> Flow:
+    def backward(self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = nobody_waits, down_to: int = 0) -> Flow:
         """Writes or adds every gradient of parts [down_to, …), the last first; empties `kept` as it goes.
 
         `ready(i)` is called as soon as those of part i are final.
@@ -41,6 +41,9 @@ class Chain:
             dy = self.parts[number].backward(dy, kept.pop(), ctx)
             ready(number)
         return dy
+
+    def settle(self, total: Mapping[Parameter, Any]) -> None:
+        """After a step's gradients have been summed over all lanes: what stages owe each other."""
 
 
 class Recomputed:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.registry import served
 from mlm_mpi.order import joined
@@ -62,23 +60,21 @@ def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:
     }
 
 
-Across = Callable[[np.ndarray], np.ndarray]  # (n,): what tp ranks have summed, joined in the order of the tree
+Across = Callable[[dict[str, float]], dict[str, float]]  # sums by name over what I hold -> over all of the model
 
 
-def _alone(mine: np.ndarray) -> np.ndarray:
+def _alone(mine: dict[str, float]) -> dict[str, float]:
     return mine
 
 
 def norm(store: FlatStore, gradient: Any, across: Across = _alone) -> tuple[float, str | None]:
-    """(‖gradient‖₂, name of the first parameter that is not finite or None). Collective over tp, by `across`.
+    """(‖gradient‖₂, name of the first parameter that is not finite or None). Collective over pp and tp, by `across`.
 
     float64, in (name, share, block) order: blocks of a share one after another, shares in a tree, names in order. A
     rank of a tensor-parallel mesh joins the shares it holds; one number a parameter is all it has to tell the others.
     """
-    sums = {name: joined(shares) for name, shares in sorted(share_norms(store, gradient).items())}
-    if across is not _alone:
-        cut = sorted(span.parameter.name for span in store.spans if "tp" in span.parameter.layout.axes)
-        sums |= dict(zip(cut, across(np.array([sums[name] for name in cut])).tolist(), strict=True))
+    mine = {name: joined(shares) for name, shares in share_norms(store, gradient).items() if name not in store.borrowed}
+    sums = dict(sorted(across(mine).items()))
     broken = next((name for name, value in sums.items() if not math.isfinite(value)), None)
     return math.sqrt(_in_order(list(sums.values()))), broken
 

@@ -6,6 +6,7 @@ a checkpoint part are slices of it. The layout depends on the model alone, never
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,8 +94,15 @@ class FlatStore:
     """
 
     def __init__(
-        self, blocks: Sequence[Sequence[Parameter]], grid: Grid, dtype: Any, place: Place | None = None
-    ) -> None:
+        self, blocks: Sequence[Sequence[Parameter]], grid: Grid, dtype: Any, place: Place | None = None,
+        model: Sequence[Parameter] | None = None, borrowed: Sequence[Parameter] = (),
+    ) -> None:  # fmt: skip
+        """`model`: all parameters in their order, where other ranks hold others of them; `borrowed`: what a segment of
+        its own, the last one, holds beside the blocks, and another stage of a pipeline saves and counts.
+        """
+        self.model = [p for block in blocks for p in block] if model is None else list(model)
+        self.borrowed = frozenset(p.name for p in borrowed)
+        blocks = [*blocks, borrowed] if borrowed else blocks
         self.place = place or cpu(dtype)
         self.xp, self.dtype, self.grid = self.place.xp, np.dtype(dtype), grid
         self.spans: list[Span] = []
@@ -109,11 +117,21 @@ class FlatStore:
                 offset += -(-size // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
             self.segments.append((begin, offset))
         self.size = offset
-        self.count = sum(span.stop - span.start for span in self.spans)
+        self.own = [span for span in self.spans if span.parameter.name not in self.borrowed]
         self.data = self.xp.zeros(offset, self.dtype)
         same = self.place.compute == self.dtype
         self.working = self.data if same else self.xp.zeros(offset, self.place.compute)
         self._bind(self.working)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Those of the whole model's arrays, plain data."""
+        return {parameter.name: list(parameter.layout.shape) for parameter in self.model}
+
+    @property
+    def count(self) -> int:
+        """Numbers in all of the model's parameters."""
+        return sum(math.prod(parameter.layout.shape) for parameter in self.model)
 
     def refresh(self) -> None:
         """Layers see what `data` holds now."""
@@ -174,15 +192,16 @@ class FlatStore:
         """name -> view into a flat buffer."""
         return {span.parameter.name: view for span, view in zip(self.spans, self.views(flat), strict=True)}
 
-    def weights_sha256(self, whole: Callable[[Layout, Any], Any] = lambda layout, mine: mine) -> str:
+    def weights_sha256(self, whole: Callable[[Parameter, Any], Any] = lambda parameter, mine: mine) -> str:
         """SHA-256 over sorted names, dtype, shape and little-endian values of the global arrays, without padding.
 
-        `whole`: of a layout and what I hold of an array in the CPU's memory, all of it.
+        `whole`: of a parameter and what I hold of it in the CPU's memory (None: nothing), all of it.
         """
         digest, named = hashlib.sha256(), self.named(self.data)
-        for span in sorted(self.spans, key=lambda span: span.parameter.name):
-            name, layout = span.parameter.name, span.parameter.layout
-            little = np.ascontiguousarray(whole(layout, to_host(named[name])), dtype=self.dtype.newbyteorder("<"))
-            digest.update(f"{name} {self.dtype.name} {little.shape}\n".encode())
+        for parameter in sorted(self.model, key=lambda parameter: parameter.name):
+            mine = named.get(parameter.name)
+            found = whole(parameter, None if mine is None else to_host(mine))
+            little = np.ascontiguousarray(found, dtype=self.dtype.newbyteorder("<"))
+            digest.update(f"{parameter.name} {self.dtype.name} {little.shape}\n".encode())
             digest.update(little.data.cast("B"))
         return digest.hexdigest()

@@ -13,7 +13,7 @@ from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.layers.base import Part
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.params.average import Average
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rates import learning_rate
 from mlm_mpi.train.assignment import Assignment
@@ -21,21 +21,28 @@ from mlm_mpi.train.audit import Audit
 from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.engine import Engine, Machine
 from mlm_mpi.train.guard import Guard
+from mlm_mpi.train.pipeline import Stage, cost_of, cut_parts
 
 
-def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place: Place) -> Engine:
-    """The engine of a run on this rank, its weights not yet drawn or read. Collective over dp."""
+def build(
+    config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place: Place, width: int = 0
+) -> Engine:  # fmt: skip
+    """The engine of a run on this rank, its weights not yet drawn or read. `parts`: of the whole model; between them
+    flow arrays (B, T, `width`), which a pipeline must know. Collective over dp.
+    """
     train, optim = config.train, config.optim
     if train.recompute:
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
-    chain = Chain(parts)
-    _check_cuts(chain, mesh)
-    store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place)
+    _check_cuts(parts, mesh)
+    chain, borrowed = _stage(parts, mesh, width, place)
+    model = [parameter for part in parts for parameter in part.parameters()]
+    store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place, model, borrowed)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
     instructions = plugins.find("schedules", train.schedule, "train.schedule").instructions
     for rank in range(assignment.ranks):
         micros = len(assignment.of_rank(rank))
-        schedules.check(instructions(0, 1, micros), micros, train.schedule)
+        stage, stages = mesh.coord("pp"), mesh.size("pp")
+        schedules.check(instructions(stage, stages, micros), micros, train.schedule)
     summed = reduction(config, plugins, store, assignment, mesh, place)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
@@ -59,10 +66,29 @@ def build(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh, place
     )  # fmt: skip
 
 
-def _check_cuts(chain: Chain, mesh: Mesh) -> None:
-    """Raises ConfigError, agreed, where tp does not divide the shares of a sum."""
-    tp = mesh.size("tp")
-    for parameter in (parameter for block in chain.parameter_blocks() for parameter in block):
+def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:
+    """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table)."""
+    pp = mesh.group("pp")
+    if pp.size == 1:
+        return Chain(parts), []
+    first, stop = cut_parts([cost_of(part) for part in parts], pp.size)[pp.rank]
+    shared = [parameter for parameter in parts[0].parameters() if parameter.tied]
+    table = shared[0] if shared else None
+    borrowed = shared if pp.rank == pp.size - 1 else []
+    return Stage(parts[first:stop], pp, width, place.compute, table), borrowed
+
+
+def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
+    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage would have no part."""
+    pp, tp = mesh.size("pp"), mesh.size("tp")
+    if pp > len(parts):
+        raise agreed(
+            ConfigError(
+                f"mesh.pp = {pp} needs as many parts, and the model has {len(parts)}: the embedding, {len(parts) - 2} "
+                f"blocks, the head: set mesh.pp = {len(parts)} or less"
+            )
+        )
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
         layout = parameter.layout
         if "tp" in layout.axes and layout.shares % tp:
             dim = layout.axes.index("tp")
@@ -82,9 +108,11 @@ def reduction(
     """That of a mesh's data-parallel ranks. Collective over them."""
     comm = config.comm
     group = mesh.group("dp").duplicate()  # tags of gradients must not meet other messages
+    segments = store.segments[:-1] if store.borrowed else store.segments
     setup = Setup(
-        group, config.train.lanes, [assignment.lanes_of(rank) for rank in range(group.size)], store.segments,
+        group, config.train.lanes, [assignment.lanes_of(rank) for rank in range(group.size)], segments,
         comm.bucket_mib * 2**20, config.train.dtype, comm.overlap, place, transport(place, group, comm.gpu_aware),
+        store.size,
     )  # fmt: skip
     made: Reduction = plugins.find("reductions", comm.reduction, "comm.reduction").build(setup)
     return made

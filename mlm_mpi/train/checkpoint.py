@@ -63,7 +63,7 @@ Check = Callable[[Path, Manifest], None]
 
 def boxes_of(store: FlatStore) -> dict[str, Box]:
     """What this rank saves of each parameter; parameters of which it saves nothing are left out."""
-    boxes = {span.parameter.name: span.parameter.layout.share(store.grid) for span in store.spans}
+    boxes = {span.parameter.name: span.parameter.layout.share(store.grid) for span in store.own}
     return {name: box for name, box in boxes.items() if math.prod(box.shape)}
 
 
@@ -307,7 +307,7 @@ class Saver:
     def _publish(self, step: int, parts: list[Part], about: dict[str, Any]) -> None:
         manifest = Manifest(
             format=FORMAT, step=step, dtype=self.store.dtype.name,
-            shapes={s.parameter.name: list(s.parameter.layout.shape) for s in self.store.spans},
+            shapes=self.store.shapes,
             buffers=list(self.buffers), parts=parts, tokenizer=hashlib.sha256(self.tokenizer).hexdigest(), **about,
         )  # fmt: skip
         hidden, final = self._hidden(step), self.folder / f"{PREFIX}{step:08}"
@@ -381,7 +381,7 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
     Works for any mesh of writers and any of readers, in the memory of a few chunks. What raises may have filled some.
     Raises DamagedCheckpoint naming the file, CheckpointError if the model is another one.
     """
-    shapes = {span.parameter.name: list(span.parameter.layout.shape) for span in store.spans}
+    shapes = store.shapes
     if shapes != manifest.shapes:
         raise CheckpointError(
             f"{checkpoint}: {_shape_difference(manifest.shapes, shapes)}: "

@@ -110,8 +110,8 @@ class _Flight:
 
     @property
     def loss(self) -> Any:
-        """A GPU's is not awaited here."""
-        return self.ctx.tally["loss"]
+        """A GPU's is not awaited here. 0 where another stage has the head."""
+        return self.ctx.tally.get("loss", 0.0)
 
 
 class Engine:
@@ -233,6 +233,7 @@ class Engine:
         flights = self._run(step, load, next_batch)
         self.group.note(f"step {step + 1}, through with its micro-batches")
         total = self.machine.reduction.finish()
+        self.machine.chain.settle(self.machine.store.by_parameter(total))
         losses, windows, targets, everybodys = self._exchange(step, load, flights, notes)
         length, broken = norm(self.machine.store, total, self.across)
         batches = [flight.batch for flight in flights]
@@ -257,14 +258,14 @@ class Engine:
         ctx = replace(self._context(step, batch), gradients=gradients, lane=lane or {}, closes=closes)
         flight = self._flown(ctx)
         self.machine.chain.backward((), flight.kept, flight.ctx)
-        return float(flight.loss)
+        return float(self.machine.mesh.group("pp").allgather(float(flight.loss), "the loss of one micro-batch")[-1])
 
     def _run(self, step: int, load: _Load, next_batch: NextBatch) -> list[_Flight]:
         """Forward and backward of my micro-batches; gradients leave in their order, whatever the schedule."""
         self.machine.reduction.begin()
         flights: list[_Flight] = []
         backwards = self._backwards(load, flights)
-        for instruction in self.machine.instructions(0, 1, len(load.mine)):
+        for instruction in self.machine.instructions(*self.stage, len(load.mine)):
             if isinstance(instruction, Forward):
                 flights.append(self._forward(step, load.mine[instruction.micro], next_batch))
             else:
@@ -353,7 +354,8 @@ class Engine:
         row[2 * most : 2 * most + len(flights)] = [flight.batch.digest for flight in flights]
         row[3 * most :] = notes
         everybodys = self.world.allgather_array(row, f"the losses of step {step + 1}")
-        table = everybodys[self.group.members]  # those who share a copy of the model all have its losses
+        mesh = self.machine.mesh  # of each copy the last stage has losses, and all its ranks of tp the same
+        table = everybodys[mesh.column(mesh.size("pp") - 1, mesh.coord("tp"))]
         losses, windows, targets = dict[int, float](), dict[int, int](), 0.0
         for rank, indices in enumerate(load.ranks):
             for k, index in enumerate(indices):
@@ -362,9 +364,19 @@ class Engine:
                 targets += float(table[rank, most + k])
         return losses, windows, int(targets), everybodys[:, 3 * most :]
 
-    def across(self, mine: np.ndarray) -> np.ndarray:
-        """Sums over what ranks hold of cut parameters, joined. Collective over tp. Shapes: (n,) -> (n,)."""
-        return joined_rows(self.machine.mesh.group("tp"), mine, "sums over cut parameters")
+    @property
+    def stage(self) -> tuple[int, int]:
+        """(which stage I am of a pipeline, of how many)."""
+        return self.machine.mesh.coord("pp"), self.machine.mesh.size("pp")
+
+    def across(self, mine: dict[str, float]) -> dict[str, float]:
+        """Sums over each parameter that I hold -> over all of the model's, whole. Collective over tp and pp."""
+        mesh, spans = self.machine.mesh, self.machine.store.own
+        cut = [span.parameter.name for span in spans if "tp" in span.parameter.layout.axes]
+        joined = joined_rows(mesh.group("tp"), np.array([mine[name] for name in cut]), "sums over cut parameters")
+        mine = mine | dict(zip(cut, joined.tolist(), strict=True))
+        every = mesh.group("pp").allgather(mine, "sums over the parameters of other stages")
+        return {name: value for some in every for name, value in some.items()}
 
     def keep(self, step: int) -> None:
         """What the guard may roll back to: weights and moments after `step` steps."""
@@ -374,7 +386,9 @@ class Engine:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
         store = self.machine.store
         broken = [name for name, weights in store.named(store.data).items() if not is_finite(weights)]
-        everybodys = self.machine.mesh.group("tp").allgather(broken[:1], "a look at the weights")
+        mesh, what = self.machine.mesh, "a look at the weights"
+        everybodys = [name for some in mesh.group("tp").allgather(broken[:1], what) for name in some]
+        everybodys = mesh.group("pp").allgather(everybodys, what)
         if first := [name for some in everybodys for name in some]:
             raise agreed(
                 NumericsError(

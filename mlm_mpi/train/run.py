@@ -25,7 +25,7 @@ from mlm_mpi.errors import ConfigError, DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
-from mlm_mpi.params.layout import Layout
+from mlm_mpi.params.store import Parameter
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build, reduction
@@ -76,10 +76,10 @@ class Run:
                     f"comm.spares = {config.comm.spares} are of no use here: this job ends with a rank that dies; "
                     "start it by mlm-mpi run on an Open MPI 5 with ULFM (mlm-mpi doctor), or set comm.spares = 0"
                 )
-            if config.mesh.tp > 1 and group.recovers:
+            if config.mesh.pp * config.mesh.tp > 1 and group.recovers:
                 raise ConfigError(
-                    f"mesh.tp = {config.mesh.tp} cannot go on without a rank that dies, as this job shall: start it by "
-                    "mlm-mpi run, or without --with-ft ulfm"
+                    f"mesh.pp = {config.mesh.pp}, mesh.tp = {config.mesh.tp}: where ranks share a copy of the model "
+                    "none can go on without a dead one, as this job shall: start it by mlm-mpi run, or not with ulfm"
                 )
             if group.rank == 0:
                 check(config.log)
@@ -92,8 +92,8 @@ class Run:
             check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
             self.config = findable(config)
         check_same(self.plugins, self.group)
-        self.mesh = mesh(self.group, config.mesh.tp)
-        self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place)
+        self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp)
+        self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place, self.task.width)
         self.facts = fingerprint(
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
         )
@@ -313,13 +313,19 @@ class Run:
             raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
         return weights
 
-    def _whole(self, layout: Layout, mine: np.ndarray) -> np.ndarray:
-        """An array of which tp ranks hold parts. Collective over them."""
-        tp = self.mesh.group("tp")
-        if tp.size == 1 or "tp" not in layout.axes:
+    def _whole(self, parameter: Parameter, mine: np.ndarray | None) -> np.ndarray:
+        """An array of which stages hold all or nothing, and tp ranks parts. Collective over pp and tp."""
+        pp, tp, layout = self.mesh.group("pp"), self.mesh.group("tp"), parameter.layout
+        if mine is not None and tp.size > 1 and "tp" in layout.axes:
+            boxes = [layout.box(At(self.mesh, "tp", coord)) for coord in range(tp.size)]
+            mine = assembled(tp, mine, boxes, layout.shape, "the hash of the weights")
+        if pp.size == 1:
+            assert mine is not None
             return mine
-        boxes = [layout.box(At(self.mesh, "tp", coord)) for coord in range(tp.size)]
-        return assembled(tp, mine, boxes, layout.shape, "the hash of the weights")
+        holders = pp.allgather(mine is not None, "who holds which parameter")
+        whole = np.empty(layout.shape, self.config.train.dtype) if mine is None else np.ascontiguousarray(mine)
+        pp.spread(whole.reshape(-1), holders.index(True), "the hash of the weights")
+        return whole
 
     def _say_hashes(self, facts: dict[str, Any], weights: str, incomparable: str | None) -> None:
         self._say(f"fingerprint {digest(facts)}  corpus {self.task.content}  run {self.folder.path}")

@@ -60,7 +60,7 @@ def _after_a_death(config: Config, recovers: bool, spares: int) -> str:
         ready = f"; {spares} spare{'s' * (spares > 1)} stand{'s' * (spares == 1)} ready" if spares else ""
         return f"the others go on, to the same bits{ready}"
     why = "not started by mlm-mpi run, or not on Open MPI 5 with ULFM" if config.comm.recover else "comm.recover is off"
-    if config.mesh.tp > 1:
+    if config.mesh.pp * config.mesh.tp > 1:
         why = "ranks share a copy of the model"
     return f"the job ends, and the same command goes on ({why})"
 

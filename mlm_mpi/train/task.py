@@ -14,6 +14,7 @@ class Task(Protocol):
 
     model: str  # the kind of the model, for the start table
     vocabulary: int
+    width: int  # of what flows between parts (B, T, width)
     row_tokens: int  # positions of a row, T
     tokenizer: bytes  # saved with every checkpoint, so that the model outlives its corpus
     content: str  # hash of the corpus' content, printed beside that of the weights

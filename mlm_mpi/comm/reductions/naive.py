@@ -24,7 +24,7 @@ class Naive:
 
     def __init__(self, setup: Setup) -> None:
         self.group, self.ranges, self.lanes = setup.group, setup.ranges, setup.lanes
-        xp, size = (setup.place or cpu()).xp, setup.segments[-1][1]
+        xp, size = (setup.place or cpu()).xp, setup.elements
         self.first, stop = self.ranges[self.group.rank]
         self.buffers = [xp.zeros(size, setup.dtype) for _ in range(self.first, stop)]
         self.total = xp.zeros(size, setup.dtype)

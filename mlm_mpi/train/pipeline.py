@@ -1,0 +1,101 @@
+"""A model cut into the stages of a pipeline: which parts a stage has, and a chain that talks to its neighbours.
+
+Each stage runs its instructions (`schedules/`) and knows of the others only what arrives: activations from the stage
+before, their gradients from the one behind. A table that embedding and head share lies on the first and on the last
+stage. The head's sum over a lane goes to the first stage, which adds the embedding's to it, and forms the sum over
+lanes; the last stage gets that, and makes the same update.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlm_mpi.comm.group import Group
+from mlm_mpi.layers.base import Context, Flow, Part
+from mlm_mpi.layers.chain import Chain, Ready, nobody_waits
+from mlm_mpi.params.store import Parameter
+
+_ACTIVATIONS, _GRADIENTS, _LANE, _TOTAL = 1, 2, 3, 4  # tags; what has one arrives in the order in which it was sent
+
+
+def cut_parts(costs: Sequence[float], stages: int) -> list[tuple[int, int]]:
+    """Parts [first, stop) of each stage, at least one, so that the dearest stage is as cheap as it can be."""
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    best: list[list[tuple[float, int]]] = [[(cost, 0) for cost in before]]  # dearest, and where the last begins
+    for _ in range(1, stages):
+        row = [(math.inf, 0)]
+        for stop in range(1, len(before)):
+            ways = ((max(best[-1][first][0] if first else math.inf, before[stop] - before[first]), first)
+                    for first in range(stop))  # fmt: skip
+            row.append(min(ways))
+        best.append(row)
+    cuts, stop = [], len(costs)
+    for row in reversed(best):
+        cuts.append((row[stop][1], stop))
+        stop = row[stop][1]
+    return cuts[::-1]
+
+
+def cost_of(part: Part) -> float:
+    """Weights that each token is multiplied by, which is what a part's time goes with: looking up costs nothing."""
+    table = getattr(part, "table", None)  # a head's, its own or the embedding's
+    weights = [p for p in part.parameters() if p.matrices is not None]
+    return float(sum(math.prod(p.layout.shape) for p in [*weights, *([] if table is None else [table])]))
+
+
+class Stage(Chain):
+    """A stage: what flows in comes from the one before it, and what flows out goes to the one behind."""
+
+    def __init__(self, parts: Sequence[Part], pp: Group, width: int, dtype: Any, table: Parameter | None) -> None:
+        """Between stages flow arrays (B, T, `width`). `table`: the one that first and last stage share, if any."""
+        super().__init__(parts)
+        self.pp, self.width, self.dtype = pp, width, dtype
+        self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
+        self.table = table if self.first or self.last else None
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
+        x = () if self.first else self._received(ctx, self.pp.rank - 1, _ACTIVATIONS, "activations")
+        y, kept = super().forward(x, ctx)
+        if not self.last:
+            self._send(y, self.pp.rank + 1, _ACTIVATIONS)
+        return y, kept
+
+    def backward(
+        self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = nobody_waits, down_to: int = 0
+    ) -> Flow:  # fmt: skip
+        dy = () if self.last else self._received(ctx, self.pp.rank + 1, _GRADIENTS, "gradients")
+        if self.table is not None and self.first and ctx.closes:  # where the embedding will add its own
+            self._receive(ctx.grad(self.table), self.pp.size - 1, _LANE, "the head's sum over a lane")
+        dx = super().backward(dy, kept, ctx, ready, down_to)
+        if self.table is not None and self.last and ctx.closes:
+            self.pp.mail.send(ctx.grad(self.table).copy(), 0, _LANE)
+        if not self.first:
+            self._send(dx, self.pp.rank - 1, _GRADIENTS)
+        return dx
+
+    def settle(self, total: Mapping[Parameter, Any]) -> None:
+        """The sum over all lanes of the shared table's gradient, from the first stage to the last."""
+        if self.table is None:
+            return
+        if self.first:
+            message = self.pp.mail.send(total[self.table], self.pp.size - 1, _TOTAL)
+            self.pp.wait(message, "the last stage to take the table's gradient")
+        else:
+            self._receive(total[self.table], 0, _TOTAL, "the gradient of the table")
+
+    def _send(self, flow: Flow, rank: int, tag: int) -> None:
+        for array in flow:
+            self.pp.mail.send(np.ascontiguousarray(array), rank, tag)
+
+    def _received(self, ctx: Context, rank: int, tag: int, what: str) -> Flow:
+        assert ctx.batch is not None
+        array = np.empty((*ctx.batch.inputs["ids"].shape, self.width), self.dtype)
+        self._receive(array, rank, tag, f"the {what} of micro-batch {ctx.micro_batch} from stage {rank}")
+        return (array,)
+
+    def _receive(self, array: Any, rank: int, tag: int, what: str) -> None:
+        self.pp.wait(self.pp.mail.receive(array, rank, tag), what)
