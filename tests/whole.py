@@ -70,7 +70,7 @@ def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None) -> Engi
     """What a run of this configuration trains with; its weights are zero."""
     plugins = Plugins()
     parts = language_model.parts(config, plugins, Sizes(vocabulary))
-    return build(config, plugins, parts, mesh or Mesh(), place_of(config))
+    return build(config, plugins, parts, mesh or Mesh(), place_of(config), config.model.width)
 
 
 class Listed:

@@ -45,7 +45,7 @@ class Group:
         self._mail = mail
         self.rank: int = comm.Get_rank() if comm is not None else 0
         self.size: int = comm.Get_size() if comm is not None else 1
-        self.timeout_s = timeout_s
+        self.timeout_s, self.waited_s = timeout_s, 0.0  # in all
         self.members = range(self.size) if members is None else members  # their ranks in the company
 
     @classmethod
@@ -144,6 +144,7 @@ class Group:
             waited = time.perf_counter() - start
             if ranks is None:
                 self.note(f"went on after {what}")
+                self.waited_s += waited
                 return waited
             if waited > self.timeout_s:
                 error, culprits = self._nobody_came(waited, what, ranks)

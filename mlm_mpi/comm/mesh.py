@@ -47,23 +47,6 @@ class Mesh:
         return " × ".join(f"{axis} {self.size(axis)}" for axis in AXES)
 
 
-@dataclass(frozen=True)
-class At:
-    """The grid as a rank sees it that differs from me along an axis."""
-
-    mesh: Mesh
-    axis: str
-    number: int
-
-    def size(self, axis: str | None) -> int:
-        """As that of the mesh."""
-        return self.mesh.size(axis)
-
-    def coord(self, axis: str | None) -> int:
-        """Its position along an axis."""
-        return self.number if axis == self.axis else self.mesh.coord(axis)
-
-
 def mesh(world: Group, pp: int = 1, tp: int = 1) -> Mesh:
     """That of all ranks, `pp` times `tp` of which share a copy of the model; it divides their number. Collective."""
     if pp == tp == 1:

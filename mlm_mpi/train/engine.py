@@ -140,7 +140,8 @@ class Engine:
 
     def _plan_lanes(self) -> None:
         self.load = self._load()
-        counted = ((self.group.name(rank), len(indices)) for rank, indices in enumerate(self.load.ranks))
+        firsts = self.machine.mesh.column(0, 0)  # a copy of the model is called by its first rank
+        counted = ((self.world.name(rank), len(held)) for rank, held in zip(firsts, self.load.ranks, strict=True))
         self.ranks = tuple((name, count) for name, count in counted if count)
         self.second_sums = self._second_sums()
 
@@ -189,6 +190,7 @@ class Engine:
         """One update. Collective over dp. Raises, before any update, NumericsError on every rank, and PeerLost where a
         rank has died: all that live make a step, or none does."""
         began, m = time.perf_counter(), self.machine
+        inside = self._waited_inside()
         ill = {index: why for (at, index), why in self.quarantine.items() if at == step}
         found, audited = self._checked(self.attempt(step, next_batch, notes, frozenset(ill)), next_batch)
         found, verdict = m.guard.judged(self, found)
@@ -212,9 +214,13 @@ class Engine:
         seconds = time.perf_counter() - began
         windows = tuple(found.windows.get(index, 0) for index in range(m.assignment.micro_batches))
         return StepResult(
-            found.loss, found.targets, found.norm, rate, seconds, m.reduction.exposed_s, found.notes, windows,
-            self.ranks, verdict,
+            found.loss, found.targets, found.norm, rate, seconds,
+            m.reduction.exposed_s + self._waited_inside() - inside, found.notes, windows, self.ranks, verdict,
         )  # fmt: skip
+
+    def _waited_inside(self) -> float:
+        """Seconds that I have waited for those who share a copy of the model with me."""
+        return sum(self.machine.mesh.group(axis).waited_s for axis in ("pp", "tp"))
 
     def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
         """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""

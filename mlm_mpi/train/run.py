@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlm_mpi import config as configuration
 from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
-from mlm_mpi.comm.collectives import assembled
 from mlm_mpi.comm.company import Records
 from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.mesh import At, Mesh, mesh
+from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
@@ -25,7 +22,6 @@ from mlm_mpi.errors import ConfigError, DataError, MlmError, PeerLost, agreed
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
-from mlm_mpi.params.store import Parameter
 from mlm_mpi.plug import Plugins, check_same
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.build import build, reduction
@@ -34,6 +30,7 @@ from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.evidence import Evidence
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
+from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.measure import measure
@@ -306,26 +303,12 @@ class Run:
 
     def _weights(self) -> str:
         """The hash of the weights, the same everywhere. Collective."""
-        weights = self.engine.machine.store.weights_sha256(self._whole)
+        weights = weights_sha256(self.engine.machine.store, self.mesh)
         everybody = self.group.allgather(weights, "hashes of the weights")
         self.group.note("its last words")
         if len(set(everybody)) > 1:
             raise agreed(MlmError(f"ranks ended with different weights: {everybody}: report this as a bug"))
         return weights
-
-    def _whole(self, parameter: Parameter, mine: np.ndarray | None) -> np.ndarray:
-        """An array of which stages hold all or nothing, and tp ranks parts. Collective over pp and tp."""
-        pp, tp, layout = self.mesh.group("pp"), self.mesh.group("tp"), parameter.layout
-        if mine is not None and tp.size > 1 and "tp" in layout.axes:
-            boxes = [layout.box(At(self.mesh, "tp", coord)) for coord in range(tp.size)]
-            mine = assembled(tp, mine, boxes, layout.shape, "the hash of the weights")
-        if pp.size == 1:
-            assert mine is not None
-            return mine
-        holders = pp.allgather(mine is not None, "who holds which parameter")
-        whole = np.empty(layout.shape, self.config.train.dtype) if mine is None else np.ascontiguousarray(mine)
-        pp.spread(whole.reshape(-1), holders.index(True), "the hash of the weights")
-        return whole
 
     def _say_hashes(self, facts: dict[str, Any], weights: str, incomparable: str | None) -> None:
         self._say(f"fingerprint {digest(facts)}  corpus {self.task.content}  run {self.folder.path}")

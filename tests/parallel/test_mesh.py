@@ -1,0 +1,226 @@
+"""One answer on every mesh: the same losses, norms and weights, bit for bit, however ranks share a model."""
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import batches, tiny_config
+from whole import engine_of
+
+from mlm_mpi.comm.collectives import joined, joined_rows, largest
+from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mailbox import Mailbox
+from mlm_mpi.comm.mesh import Mesh, mesh
+from mlm_mpi.errors import CommError, ConfigError
+from mlm_mpi.ops import linear, matmul
+from mlm_mpi.order import joined as tree
+from mlm_mpi.train import checkpoint
+from mlm_mpi.train.gathering import weights_sha256
+from mlm_mpi.train.replicas import repaired
+
+VOCABULARY, STEPS = 64, 2
+SIZES = ("model.layers=3", "model.width=32", "model.heads=8", "model.context=16", "train.micro_batches=8", "train.lanes=4")
+GPT = (*SIZES, "train.recompute=true", "train.schedule=gpipe")
+DECODER = (
+    *SIZES, "model.kind=llama", "model.qk_norm=true", "model.tied=true", "model.logit_cap=5", "model.feed_forward=64",
+    "optim.name=muon", "optim.average=0.5",
+)  # fmt: skip
+UNTIED = (*SIZES, "model.kind=llama", "model.embedding_norm=true", "model.key_value_heads=8", "train.lanes=8")
+
+
+def meshes(ranks: int) -> list[tuple[int, int]]:
+    """(pp, tp) that fit so many ranks and the model, most of what a pair of 2, 3, 4 or 8 can show."""
+    pairs = [(pp, tp) for pp in range(1, 6) for tp in (1, 2, 4, 8) if ranks % (pp * tp) == 0 and pp * tp > 1]
+    return pairs if ranks < 8 else [(2, 2), (1, 8), (4, 2)]
+
+
+@functools.cache
+def alone(words: tuple[str, ...]):
+    """What one rank makes of it: losses, norms, hash."""
+    return outcome(*trained(words, Mesh()))
+
+
+def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
+    config = tiny_config(*words, f"train.steps={STEPS}")
+    engine = engine_of(config, VOCABULARY, on)
+    engine.machine.store.initialise(config.train.seed)
+    source = batches(config, engine.plan(0, steps))
+    return engine, [engine.step(step, source) for step in range(steps)]
+
+
+def outcome(engine, results):
+    weights = weights_sha256(engine.machine.store, engine.machine.mesh)
+    return [(r.loss, r.gradient_norm, r.targets, r.windows, r.ranks[0][0]) for r in results], weights
+
+
+@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED], ids=["gpt", "decoder", "untied"])
+def test_every_mesh_has_the_bits_of_one_rank(group, words):
+    for pp, tp in meshes(group.size):
+        found = outcome(*trained(words, mesh(group, pp, tp)))
+        assert found == alone(words), f"pp {pp}, tp {tp}"
+
+
+def test_losses_in_float64_are_those_of_one_rank(group):
+    words = (*GPT, "train.dtype=float64")
+    for pp, tp in meshes(group.size)[:2]:
+        (found, _), (expected, _) = outcome(*trained(words, mesh(group, pp, tp))), alone(words)
+        np.testing.assert_allclose([one[:2] for one in found], [one[:2] for one in expected], rtol=1e-10)
+
+
+def test_a_rank_holds_and_multiplies_its_part_only(group, monkeypatch):
+    """Weights, moments and products: 1/tp of what tp cuts, nothing of other stages, no way round by doing all."""
+    counted = _count_products(monkeypatch)
+    whole, _ = trained(DECODER, Mesh(), steps=1)
+    all_products, sizes = counted.pop(), _sizes(whole)
+    for pp, tp in meshes(group.size):
+        on = mesh(group, pp, tp)
+        engine, _ = trained(DECODER, on, steps=1)
+        store = engine.machine.store
+        for span in store.spans:
+            cut = tp if "tp" in span.parameter.layout.axes else 1
+            assert (span.stop - span.start) * cut == sizes[span.parameter.name]
+        assert all(flat.size == store.size for flat in engine.state().values())
+        names = on.group("pp").allgather([span.parameter.name for span in store.own], "names")
+        assert sorted(name for some in names for name in some) == sorted(sizes), "each on one stage"
+        everybodys = group.allgather(counted.pop(), "products")
+        assert sum(everybodys) == pytest.approx(all_products, rel=1e-9), "each product once, on one rank"
+        assert max(everybodys) < 2.2 * all_products / group.size, "and on all ranks about as many"
+
+
+def test_a_rank_sends_what_the_plain_scheme_sends(group, monkeypatch):
+    """2 (R − 1) / R of an activation for each sum: two a block and way, one for the embedding, one for the head."""
+    sent = []
+    plain = Mailbox.send
+    monkeypatch.setattr(Mailbox, "send", lambda self, array, *to: sent.append(array.nbytes) or plain(self, array, *to))
+    for pp, tp in meshes(group.size):
+        if pp > 1:
+            continue
+        engine, (result,) = trained(DECODER, mesh(group, pp, tp), steps=1)
+        settings, tokens = engine.machine, 2 * 16
+        micros, activation = len(engine.load.mine), tokens * 32 * 4
+        gains = 3 * (2 * 4) * 4  # of queries and keys, with heads 4 wide: too few to matter in a model that is not tiny
+        sums = (4 * 3 + 2) * activation + gains
+        expected = micros * 2 * (tp - 1) / tp * sums + settings.reduction.costs()["sent_bytes"]
+        assert sum(sent) <= 1.05 * expected and result.targets
+        sent.clear()
+
+
+@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_factory):
+    """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
+    every = [(1, 1), *meshes(group.size)]
+    for (pp, tp), others in zip(every, [*every[1:], every[0]], strict=True):
+        engine, _ = trained(words, mesh(group, pp, tp), steps=1)
+        folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
+        saver = checkpoint.Saver(folder, engine.machine.store, engine.state(), b"{}", group, 1, background=False)
+        saver.begin(1)
+        about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
+        assert saver.publish(about) is None
+        config = tiny_config(*words, f"train.steps={STEPS}")
+        on = mesh(group, *others)
+        other = engine_of(config, VOCABULARY, on)
+        found = checkpoint.resume(folder, other.machine.store, other.state(), group, print)
+        assert found is not None and found[1].step == 1
+        other.step(1, batches(config, other.plan(1, STEPS)))
+        assert weights_sha256(other.machine.store, on) == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
+
+
+def test_replicas_of_a_part_are_compared_and_mended(group):
+    """A bit that flips on one rank of a part, with two more that hold it."""
+    for pp, tp in ((1, 2), (2, 1)):
+        if group.size != 3 * pp * tp:
+            continue
+        on = mesh(group, pp, tp)
+        engine, _ = trained(GPT, on, steps=1)
+        before = weights_sha256(engine.machine.store, on)
+        if group.rank == group.size - 1:
+            engine.machine.store.data[3] += 1.0
+        said = repaired(engine, 1)
+        assert len(said) == 1 and f"rank {group.size - 1} held other weights than 2 of 3" in said[0]
+        assert weights_sha256(engine.machine.store, on) == before
+
+
+def test_what_cannot_be_cut_is_refused_by_all(group):
+    if group.size not in (2, 4):
+        pytest.skip("two or four ranks say it")
+    for words, (pp, tp), text in (
+        (("model.heads=3", "model.width=24"), (1, 2), "does not divide the 1 shares of block0.attention.qkv.weight"),
+        (("model.layers=1",), (group.size, 1), "the model has 3"),
+    ):
+        if pp == 2:
+            continue
+        with pytest.raises(ConfigError, match=text):
+            engine_of(tiny_config(*words), VOCABULARY, mesh(group, pp, tp))
+
+
+def test_a_collective_and_its_adjoint(group):
+    """<F x, y> = <x, F* y>: what is joined on the way there is copied on the way back, and the other way round."""
+    random = np.random.default_rng(7)
+    x, y = random.standard_normal((2, group.size, 5, 7))  # a row for each rank
+    mine = x[group.rank].copy()
+    whole = joined(group, mine.copy(), "x")
+    assert (whole == tree(list(x))).all() if group.size > 1 else True
+    common = y[0]  # a joined array is one array: its gradient is the same on all ranks
+    there = float((whole * common).sum())
+    back = sum(float((row * common).sum()) for row in x)
+    assert there == pytest.approx(back, rel=1e-12)
+    copied = x[0]  # the other way: one array used by all, whose gradients are joined
+    there = sum(float((copied * gradient).sum()) for gradient in y)
+    back = float((copied * joined(group, y[group.rank].copy(), "y")).sum())
+    assert there == pytest.approx(back, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_numbers_are_joined_in_the_order_of_the_tree(group, count):
+    rows = np.random.default_rng(3).standard_normal((group.size, count)).astype("f4")
+    assert (joined_rows(group, rows[group.rank], "rows") == tree(list(rows))).all()
+    assert (joined(group, rows[group.rank].copy(), "an array") == tree(list(rows))).all()
+    assert (largest(group, rows[group.rank], "maxima") == rows.max(axis=0)).all()
+
+
+def test_a_peer_that_never_comes_is_an_error_of_its_own_words(group):
+    if group.size != 2:
+        pytest.skip("one waits, one does not come")
+    on = mesh(Group(group.comm, 2.0), 2, 1)
+    if group.rank == 0:
+        with pytest.raises(CommError, match="gradients of micro-batch"):
+            trained(GPT, on, steps=1)
+    group.with_timeout(60.0).barrier("the one that waited")
+
+
+def _sizes(engine) -> dict[str, int]:
+    return {span.parameter.name: span.stop - span.start for span in engine.machine.store.spans}
+
+
+class _Counted:
+    """Multiplications of products."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def pop(self) -> int:
+        number, self.number = self.number, 0
+        return number
+
+
+def _count_products(monkeypatch) -> _Counted:
+    counted = _Counted()
+
+    def counting(room, name, cost):
+        plain = getattr(room, name)
+
+        def run(*arguments, **named):
+            counted.number += cost(*arguments)
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(room, name, run)
+
+    rows_times_weight = lambda x, w, *more: x.shape[0] * w.size  # noqa: E731
+    for name in ("forward", "forward_gelu", "forward_relu2", "forward_swiglu", "backward_input"):
+        counting(linear, name, rows_times_weight)
+    counting(matmul, "add", lambda a, b, *more: a.size * b.shape[1])
+    return counted
