@@ -28,6 +28,7 @@ from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
 _SPIN_S = 0.002  # polls at full speed for this long, then sleeps between polls
 _NAP_S = 0.0002
 _COUNT = 1 << 28  # elements of a message: older MPIs count in 31 bits
+_TAGS = 32767  # at least, says MPI 4.1, section 9.1.2
 _LONG_S = 0.1  # after this a waiting rank also listens for ranks whose patience has ended
 
 
@@ -119,7 +120,9 @@ class Group:
         from mpi4py import MPI
 
         found = self.comm.Get_attr(MPI.TAG_UB)  # which a communicator that was split off does not know
-        return int(self.company.highest_tag if found is None and self.company is not None else found)
+        if found is None:
+            found = self.company.highest_tag if self.company is not None else _TAGS
+        return int(found)
 
     def reads_gpus(self) -> bool:
         """Whether the MPI library says that it sends from and receives into a GPU's memory."""

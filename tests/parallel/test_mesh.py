@@ -12,7 +12,6 @@ from tiny import batches, tiny_config
 from whole import engine_of
 
 from mlm_mpi.comm.collectives import joined, joined_rows, largest
-from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.errors import CommError, ConfigError
@@ -185,7 +184,7 @@ def test_numbers_are_joined_in_the_order_of_the_tree(group, count):
 def test_a_peer_that_never_comes_is_an_error_of_its_own_words(group):
     if group.size != 2:
         pytest.skip("one waits, one does not come")
-    on = mesh(Group(group.comm, 2.0), 2, 1)
+    on = mesh(group.with_timeout(2.0), 2, 1)
     if group.rank == 0:
         with pytest.raises(CommError, match="gradients of micro-batch"):
             trained(GPT, on, steps=1)
