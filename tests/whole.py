@@ -53,13 +53,18 @@ class Whole:
         self.head.forward(hidden, replace(ctx, training=False))
         return ctx.tally["loss"]
 
-    def loss_and_grad(self, ids, targets, mask, ctx, *ready, inputs=None):
-        """The summed loss; every gradient is written or added to `gradient`. `inputs`: of the batch, beside ids."""
+    def loss_and_grad(self, ids, targets, mask, ctx, *ready, inputs=None, halves=False):
+        """The summed loss; every gradient is written or added to `gradient`. `inputs`: of the batch, beside ids.
+        `halves`: one after the other."""
         batch, views = batch_of(ids, targets, mask), self.store.by_parameter(self.gradient)
         batch.inputs.update(inputs or {})
         ctx = replace(ctx, training=True, batch=batch, tally={}, gradients=views)
         _, kept = self.chain.forward((), ctx)
-        self.chain.backward((), kept, ctx, *ready)
+        if halves:
+            _, owed = self.chain.backward_input((), kept, replace(ctx, gradients=self.store.apart(), accumulate=False))
+            self.chain.backward_weight(owed, ctx, *ready)
+        else:
+            self.chain.backward((), kept, ctx, *ready)
         return ctx.tally["loss"]
 
     def logits(self, ids, cache=None):

@@ -1,7 +1,7 @@
 """What layers and parts are: parameters, a forward that returns what backward needs, and where it all happens."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ class Context:
     written over it, so that the first micro-batch of a lane needs no zeroed buffer. `tally`: takes the sums that the
     head forms, "loss" among them. `cache`: keys and values of earlier positions. `shares`: at most, of a sum over rows.
     `lane`: the second sums of tied parameters over the lane at hand, none where this micro-batch is all of it;
-    `closes`: it is the lane's last.
+    `closes`: it is the lane's last. `later`: takes what `owe` is given, in the input half of a backward (`Chain`).
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -39,6 +39,7 @@ class Context:
     shares: int = order.MOST
     lane: Mapping[Parameter, Array] = field(default_factory=dict)
     closes: bool = True
+    later: "list[Callable[[Context], None]] | None" = None
 
     @property
     def tp(self) -> Group:
@@ -48,6 +49,16 @@ class Context:
     def grad(self, parameter: Parameter) -> Array:
         """Where the gradient of a parameter belongs."""
         return self.gradients[parameter]
+
+    def owe(self, work: "Callable[[Context], None]") -> None:
+        """Does what no gradient of an input waits for: now, or in the weight half, with the context of that.
+
+        What uses `lane` has to be owed; any other gradient may be formed at once, and is then added in its turn.
+        """
+        if self.later is None:
+            work(self)
+        else:
+            self.later.append(work)
 
     def pieces(self, x: Array) -> int:
         """In so many pieces sums over the rows of an activation are formed. Shapes: x (B, T, …), or (N, …): one."""

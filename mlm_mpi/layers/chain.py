@@ -1,9 +1,11 @@
 """Parts one after another: a model, or the stage of a pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from mlm_mpi.layers.base import Context, Flow, Part
+from mlm_mpi.backend.arrays import deposit
+from mlm_mpi.layers.base import Array, Context, Flow, Part
 from mlm_mpi.params.store import Parameter
 
 Ready = Callable[[int], None]
@@ -11,6 +13,13 @@ Ready = Callable[[int], None]
 
 def nobody_waits(part: int) -> None:
     """No gradient leaves before all are final."""
+
+
+class Owed(NamedTuple):
+    """What the input half of a backward leaves to the weight half."""
+
+    formed: Mapping[Parameter, Array]  # gradients that came with those of inputs, each complete
+    later: list[list[Callable[[Context], None]]]  # what forms the others, by part, the last first
 
 
 class Chain:
@@ -44,6 +53,28 @@ class Chain:
 
     def settle(self, total: Mapping[Parameter, Any]) -> None:
         """After a step's gradients have been summed over all lanes: what stages owe each other."""
+
+    def backward_input(self, dy: Flow, kept: list[Any], ctx: Context) -> tuple[Flow, Owed]:
+        """The half of a backward that an earlier stage waits for; the other is owed. Empties `kept` as it goes.
+
+        `ctx.gradients` belong to no lane: `FlatStore.apart`. Products, half of the arithmetic, are owed, and keep their
+        operands; gains come with their input's gradient, and the head's table, whose logits nobody keeps. Source: Qi et
+        al., arXiv:2401.10241.
+        """
+        later: list[list[Callable[[Context], None]]] = []
+        for part in reversed(self.parts):
+            later.append([])
+            dy = part.backward(dy, kept.pop(), replace(ctx, later=later[-1]))
+        return dy, Owed(ctx.gradients, later)
+
+    def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:
+        """Writes or adds every gradient, with the bits of `backward`; empties what is owed as it goes."""
+        for parameter, gradient in owed.formed.items():
+            deposit(gradient, ctx.grad(parameter), ctx.accumulate)
+        for number in reversed(range(len(self.parts))):
+            for work in owed.later.pop(0):
+                work(ctx)
+            ready(number)
 
 
 class Recomputed:

@@ -71,11 +71,12 @@ class TokenEmbedding:
         return y
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
-        self._backward(dy[0], saved, ctx)
+        ctx.owe(lambda at: self._backward(dy[0], saved, at))
         return ()
 
     def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        """The gradient before norm and dropout. Adds to a tied table's, whatever `ctx.accumulate` says: after the head.
+        """All of it; returns the gradient before norm and dropout. Adds to a tied table's, whatever `ctx.accumulate`
+        says: after the head.
 
         In a lane of several micro-batches the sum of a tied table lies in `ctx.lane` until the last. It begins with -0,
         which changes nothing that is added to it, so that a lane of one needs none.
@@ -115,10 +116,10 @@ class Embedding(TokenEmbedding):
         y += self.positions.data[start : start + y.shape[1]]
         return y
 
-    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
-        dx, positions = self._backward(dy[0], saved, ctx), ctx.grad(self.positions)
+    def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        dx, positions = super()._backward(dy, saved, ctx), ctx.grad(self.positions)
         batch, length, _ = dx.shape
         linear.bias_gradient(dx.reshape(batch, -1), positions[:length].reshape(-1), ctx.accumulate)  # Σ over the batch
         if not ctx.accumulate:
             positions[length:] = 0.0
-        return ()
+        return dx

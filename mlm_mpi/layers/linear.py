@@ -95,7 +95,7 @@ class Linear:
         linear.backward_weight(flat(dy), flat(saved), dw, db, ctx.accumulate, ctx.pieces(dy))
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
-        self.backward_weight(dy, saved, ctx)
+        ctx.owe(lambda at: self.backward_weight(dy, saved, at))
         return self.backward_input(dy, ctx)
 
 
@@ -123,5 +123,5 @@ class ResidualLinear(Linear):
         """dx, or that of `pre` where x was gelu(pre); the residual's gradient is dy itself."""
         x, draw = saved
         dy = self.drop.backward(dy, draw, ctx)
-        self.backward_weight(dy, x, ctx)
+        ctx.owe(lambda at: self.backward_weight(dy, x, at))
         return self.backward_input(dy, ctx, pre)

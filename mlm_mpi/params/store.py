@@ -86,6 +86,18 @@ class Span:
     shape: tuple[int, ...]
 
 
+class Apart(dict[Parameter, Any]):
+    """Parameter -> an array of its own, made when it is asked for, with nothing written in it."""
+
+    def __init__(self, store: "FlatStore") -> None:
+        super().__init__()
+        self._store, self._shapes = store, {span.parameter: span.shape for span in store.spans}
+
+    def __missing__(self, parameter: Parameter) -> Any:
+        self[parameter] = self._store.xp.empty(self._shapes[parameter], self._store.dtype)
+        return self[parameter]
+
+
 class FlatStore:
     """The parameters of a list of blocks in one flat buffer, `data`.
 
@@ -167,6 +179,10 @@ class FlatStore:
     def by_parameter(self, flat: Any) -> dict[Parameter, Any]:
         """Parameter -> view into a flat buffer: where a context finds gradients."""
         return {span.parameter: view for span, view in zip(self.spans, self.views(flat), strict=True)}
+
+    def apart(self) -> "Apart":
+        """Where gradients go that are no lane's yet."""
+        return Apart(self)
 
     def fill(self, source: Source, flat: Any = None) -> None:
         """Reads every parameter's box of the global array into `flat`, by default `data`, a few rows at a time.

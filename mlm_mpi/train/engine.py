@@ -23,7 +23,7 @@ from mlm_mpi.comm.watch import Work
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
-from mlm_mpi.layers.chain import Chain, Ready
+from mlm_mpi.layers.chain import Chain, Owed, Ready
 from mlm_mpi.optim import Optimizer, Shared
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import clip_factor, norm
@@ -98,10 +98,11 @@ class _Load:
 
 @dataclass
 class _Flight:
-    """A micro-batch between its forward and its backward, and then what its head tallied."""
+    """A micro-batch between its forward and its backward, or its halves, and then what its head tallied."""
 
     ctx: Context
     kept: list[Any] = field(default_factory=list)
+    owed: Owed | None = None  # to the weight half
 
     @property
     def batch(self) -> Batch:
@@ -274,6 +275,8 @@ class Engine:
         for instruction in self.machine.instructions(*self.stage, len(load.mine)):
             if isinstance(instruction, Forward):
                 flights.append(self._forward(step, load.mine[instruction.micro], next_batch))
+            elif instruction.half == "input":
+                self._backward_input(flights[instruction.micro])
             else:
                 next(backwards)
         next(backwards, None)  # closes lanes of which everything is left out
@@ -338,7 +341,19 @@ class Engine:
                     reduction.close_lane(lane)
                 yield
 
+    def _backward_input(self, flight: _Flight) -> None:
+        """No lane need be open: what belongs to one is kept apart. A graph holds both halves, and runs as the other."""
+        if self.machine.captured is None:
+            self._note_micro_batch(flight.batch, "input half of the backward")
+            ctx = replace(flight.ctx, gradients=self.machine.store.apart())
+            _, flight.owed = self.machine.chain.backward_input((), flight.kept, ctx)
+
     def _backward(self, flight: _Flight, ctx: Context, ready: Ready | None = None) -> None:
+        if flight.owed is not None:
+            self._note_micro_batch(flight.batch, "weight half of the backward")
+            self.machine.chain.backward_weight(flight.owed, ctx, *(() if ready is None else (ready,)))
+            flight.owed = None
+            return
         self._note_micro_batch(flight.batch, "backward")
         captured = self.machine.captured
         if captured is not None and (ready is None or self.group.size == 1):

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.layers.base import Context, Flow, Part
-from mlm_mpi.layers.chain import Chain, Ready, nobody_waits
+from mlm_mpi.layers.chain import Chain, Owed, Ready, nobody_waits
 from mlm_mpi.params.store import Parameter
 
 _ACTIVATIONS, _GRADIENTS, _LANE, _TOTAL = 1, 2, 3, 4  # tags; what has one arrives in the order in which it was sent
@@ -67,15 +67,22 @@ class Stage(Chain):
     def backward(
         self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = nobody_waits, down_to: int = 0
     ) -> Flow:  # fmt: skip
-        dy = () if self.last else self._received(ctx, self.pp.rank + 1, _GRADIENTS, "gradients")
-        if self.table is not None and self.first and ctx.closes:  # where the embedding will add its own
-            self._receive(ctx.grad(self.table), self.pp.size - 1, _LANE, "the head's sum over a lane")
+        dy = self._dy(ctx)
+        self._take_table(ctx)
         dx = super().backward(dy, kept, ctx, ready, down_to)
-        if self.table is not None and self.last and ctx.closes:
-            self.pp.mail.send(ctx.grad(self.table).copy(), 0, _LANE)
-        if not self.first:
-            self._send(dx, self.pp.rank - 1, _GRADIENTS)
+        self._give_table(ctx)
+        self._give_dx(dx)
         return dx
+
+    def backward_input(self, dy: Flow, kept: list[Any], ctx: Context) -> tuple[Flow, Owed]:
+        dx, owed = super().backward_input(self._dy(ctx), kept, ctx)
+        self._give_dx(dx)
+        return dx, owed
+
+    def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:
+        self._take_table(ctx)
+        super().backward_weight(owed, ctx, ready)
+        self._give_table(ctx)
 
     def settle(self, total: Mapping[Parameter, Any]) -> None:
         """The sum over all lanes of the shared table's gradient, from the first stage to the last."""
@@ -86,6 +93,22 @@ class Stage(Chain):
             self.pp.wait(message, "the last stage to take the table's gradient")
         else:
             self._receive(total[self.table], 0, _TOTAL, "the gradient of the table")
+
+    def _dy(self, ctx: Context) -> Flow:
+        return () if self.last else self._received(ctx, self.pp.rank + 1, _GRADIENTS, "gradients")
+
+    def _give_dx(self, dx: Flow) -> None:
+        if not self.first:
+            self._send(dx, self.pp.rank - 1, _GRADIENTS)
+
+    def _take_table(self, ctx: Context) -> None:
+        """The head's sum over a lane, to which the embedding's will be added."""
+        if self.table is not None and self.first and ctx.closes:
+            self._receive(ctx.grad(self.table), self.pp.size - 1, _LANE, "the head's sum over a lane")
+
+    def _give_table(self, ctx: Context) -> None:
+        if self.table is not None and self.last and ctx.closes:
+            self.pp.mail.send(ctx.grad(self.table).copy(), 0, _LANE)
 
     def _send(self, flow: Flow, rank: int, tag: int) -> None:
         for array in flow:

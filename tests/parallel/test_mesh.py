@@ -22,7 +22,14 @@ from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.replicas import repaired
 
 VOCABULARY, STEPS = 64, 2
-SIZES = ("model.layers=3", "model.width=32", "model.heads=8", "model.context=16", "train.micro_batches=8", "train.lanes=4")
+SIZES = (
+    "model.layers=3",
+    "model.width=32",
+    "model.heads=8",
+    "model.context=16",
+    "train.micro_batches=8",
+    "train.lanes=4",
+)
 GPT = (*SIZES, "train.recompute=true", "train.schedule=gpipe")
 DECODER = (
     *SIZES, "model.kind=llama", "model.qk_norm=true", "model.tied=true", "model.logit_cap=5", "model.feed_forward=64",

@@ -20,12 +20,17 @@ def check_every_gradient(whole: Whole, ids, targets, mask) -> None:
 
 
 def check_bits(plain: Whole, recomputed: Whole, again: Whole, ids, targets, mask) -> None:
-    """Of float32 models: recomputing and repeating give the same bits, accumulating adds."""
+    """Of float32 models: recomputing, repeating, backwards in two halves give the same bits, accumulating adds."""
     wholes = plain, recomputed, again
     for whole in wholes:
         whole.gradient = poisoned(whole.store.size, dtype="f4")
         whole.loss_and_grad(ids, targets, mask, Context(training=True))
     views = [whole.store.views(whole.gradient) for whole in wholes]
     assert all(same_bits(a, b) and same_bits(a, c) for a, b, c in zip(*views, strict=True))
+    again.gradient = poisoned(again.store.size, dtype="f4")
+    for accumulate in (False, True):
+        again.loss_and_grad(ids, targets, mask, Context(training=True, accumulate=accumulate), halves=True)
+    views[2] = again.store.views(again.gradient)
     plain.loss_and_grad(ids, targets, mask, Context(training=True, accumulate=True))
+    assert all(same_bits(a, c) for a, _, c in zip(*views, strict=True))
     assert all(np.allclose(a, 2 * b, rtol=1e-4, atol=1e-5) for a, b, _ in zip(*views, strict=True))
