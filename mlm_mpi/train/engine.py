@@ -221,7 +221,7 @@ class Engine:
 
     def _waited_inside(self) -> float:
         """Seconds that I have waited for those who share a copy of the model with me."""
-        return sum(self.machine.mesh.group(axis).waited_s for axis in ("pp", "tp"))
+        return self.machine.mesh.group("pp").waited_s + self.machine.mesh.group("tp").waited_s
 
     def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
         """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""

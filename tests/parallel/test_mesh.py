@@ -30,18 +30,18 @@ SIZES = (
     "train.micro_batches=8",
     "train.lanes=4",
 )
-GPT = (*SIZES, "train.recompute=true", "train.schedule=gpipe")
+GPT = (*SIZES, "train.recompute=true", "train.schedule=one_f_one_b")
 DECODER = (
     *SIZES, "model.kind=llama", "model.qk_norm=true", "model.tied=true", "model.logit_cap=5", "model.feed_forward=64",
-    "optim.name=muon", "optim.average=0.5",
+    "optim.name=muon", "optim.average=0.5", "train.schedule=zero_bubble",
 )  # fmt: skip
-UNTIED = (*SIZES, "model.kind=llama", "model.embedding_norm=true", "model.key_value_heads=8", "train.lanes=8")
+UNTIED = (*SIZES, "model.kind=llama", "model.embedding_norm=true", "train.lanes=8", "train.schedule=gpipe")
 
 
 def meshes(ranks: int) -> list[tuple[int, int]]:
-    """(pp, tp) that fit so many ranks and the model, most of what a pair of 2, 3, 4 or 8 can show."""
-    pairs = [(pp, tp) for pp in range(1, 6) for tp in (1, 2, 4, 8) if ranks % (pp * tp) == 0 and pp * tp > 1]
-    return pairs if ranks < 8 else [(2, 2), (1, 8), (4, 2)]
+    """(pp, tp) that fit so many ranks and the model."""
+    some = {2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(2, 2), (1, 4), (2, 1)], 5: [(5, 1)], 8: [(2, 2), (1, 8)]}
+    return some.get(ranks, [])
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
 
 def test_losses_in_float64_are_those_of_one_rank(group):
     words = (*GPT, "train.dtype=float64")
-    for pp, tp in meshes(group.size)[:2]:
+    for pp, tp in meshes(group.size)[:1]:
         (found, _), (expected, _) = outcome(*trained(words, mesh(group, pp, tp))), alone(words)
         np.testing.assert_allclose([one[:2] for one in found], [one[:2] for one in expected], rtol=1e-10)
 
@@ -118,6 +118,8 @@ def test_a_rank_sends_what_the_plain_scheme_sends(group, monkeypatch):
 @pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
 def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_factory):
     """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
+    if group.size > 4:
+        pytest.skip("two, three and four ranks say it")
     every = [(1, 1), *meshes(group.size)]
     for (pp, tp), others in zip(every, [*every[1:], every[0]], strict=True):
         engine, _ = trained(words, mesh(group, pp, tp), steps=1)
