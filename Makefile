@@ -17,8 +17,9 @@ CORPUS ?= corpus
 CONFIG ?= jobs/configs/tiny.toml
 ARCH ?= sm_90a
 
-# tests of one process go to a worker for each core; programs start ranks of their own, which take the cores
+# tests of one process go to a worker for each core; programs start ranks of their own and wait for them, so two at a time
 SHARED_OUT := -n auto --dist worksteal
+PROGRAMS := -n 2 --dist worksteal
 
 # the words by which `distclean` knows what `train` has made
 PREPARE := prepare --builtin --out $(CORPUS)
@@ -74,7 +75,7 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 
 test: $(VENV)/.installed-test  ## the test suite: serial, whole programs, and inside mpiexec on 1, 2, 3, 4, 5, 7, 8 ranks
 	@$(BIN)/python -m pytest -q -m 'not slow' $(SHARED_OUT) tests/serial
-	@$(BIN)/python -m pytest -q -m 'not slow' tests/programs
+	@$(BIN)/python -m pytest -q -m 'not slow' $(PROGRAMS) tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec on % ranks
@@ -82,7 +83,7 @@ test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec o
 
 test-all: $(VENV)/.installed-test  ## also the slow tests
 	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(SHARED_OUT) tests/serial
-	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q tests/programs
+	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(PROGRAMS) tests/programs
 	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault against a real training (CHAOS="--trials 20": more)

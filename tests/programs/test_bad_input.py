@@ -176,22 +176,20 @@ def test_a_resume_with_a_change_that_makes_another_run(place, home, straight, wh
     assert contents(run) == before
 
 
-def test_a_corpus_of_another_tokenizer(place, home, straight, other):
+def test_a_corpus_of_another_tokenizer(place, home, straight, other, say):
     run = place.copy_of(home, "straight")
     before = contents(run)
     place.train("straight", None, f"data.dir={other}").refused(
         "trained on another tokenizer", "set data.dir to its own"
     )
-    place.program("evaluate", "straight", "--data", str(other)).refused(
-        "another tokenizer", "prepare it with --tokenizer"
-    )
+    say("evaluate", run, "--data", other).refused("another tokenizer", "prepare it with --tokenizer")
     assert contents(run) == before
 
 
 def test_a_run_folder_in_use(place):
     job = place.start(*place.words("run", None, "train.steps=4000", "eval.windows=16"))
     seen(job, "step    2/4000")
-    place.train("run", 3).refused("run is in use by a live run (pid ", "give another --run")
+    place.train("run", 2).refused("run is in use by a live run (pid ", "give another --run")
     job.terminate()  # a rank without a launcher saves and leaves too
     stopped = ended(job)
     assert stopped.said_weights and "stopped after step" in stopped.out
@@ -203,26 +201,26 @@ def test_a_run_folder_that_is_a_file(place):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
-def test_a_folder_that_is_no_run(place, command):
+def test_a_folder_that_is_no_run(place, say, command):
     place.program(command, "nowhere").refused("nowhere is no run folder", "give the --run folder of a training run")
     (place.folder / "empty").mkdir()
-    place.program(command, "empty").refused("empty is no run folder")
+    say(command, place.folder / "empty").refused("empty is no run folder")
 
 
 @pytest.mark.parametrize("words", [("--tokens", "0"), ("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "-2")])
-def test_generate_with_a_number_that_makes_no_sense(place, words):
-    place.program("generate", "nowhere", *words).refused(" ".join(words))
+def test_generate_with_a_number_that_makes_no_sense(say, words):
+    say("generate", "nowhere", *words).refused(" ".join(words))
 
 
 @ALSO_SEVERAL
-def test_a_learning_rate_that_breaks_the_loss(place, ranks):
+def test_a_learning_rate_that_breaks_the_loss(place, say, ranks):
     """Step 1 is sound, its update is not: step 2 stops before it changes anything, and step 1's checkpoint stands."""
     broken = place.train("run", ranks, "optim.learning_rate=1e20", "optim.warmup_steps=0", "checkpoint.every=1")
     broken.refused(
         "step 2, micro-batch 0: loss nan", "gradient of embed.tokens is not finite", "lower optim.learning_rate"
     )
     assert place.checkpoints("run") == ["step-00000001"]
-    assert place.program("evaluate", "run").code == 0
+    assert say("evaluate", place.folder / "run").code == 0
     assert len(place.losses("run")) == 1
 
 

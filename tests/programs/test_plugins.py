@@ -42,6 +42,8 @@ learning_rate = 1e-3
 reduction = "left"
 [checkpoint]
 every = 2
+[log]
+curve = false
 """
 
 

@@ -22,7 +22,7 @@ from mlm_mpi.train import checkpoint
     [
         pytest.param((), marks=pytest.mark.slow),
         ("checkpoint.every=2",),
-        ("checkpoint.every=2", "checkpoint.background=false"),
+        pytest.param(("checkpoint.every=2", "checkpoint.background=false"), marks=pytest.mark.slow),
     ],
 )
 def test_three_steps_and_three_steps_are_six(place, home, straight, settings):
@@ -137,12 +137,12 @@ DAMAGES = [flip_a_bit, truncate, delete, corrupt_manifest, empty_manifest, flip_
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(place, home, straight, damage):
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(place, home, straight, say, damage):
     run = place.copy_of(home, "straight")
     reason = damage(run / "checkpoints" / "step-00000006")
     leftover = run / "checkpoints" / ".writing-step-00000005"
     shutil.copytree(run / "checkpoints" / "step-00000004", leftover)
-    evaluated = place.program("evaluate", "straight", "--json")
+    evaluated = say("evaluate", run, "--json")
     assert json.loads(evaluated.out)["step"] == 4
     assert evaluated.err.startswith("ALARM checkpoint step-00000006 is damaged") and reason in evaluated.err
     again = place.train("straight", 2 if damage is flip_a_bit else None, "checkpoint.keep=3")
@@ -152,7 +152,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(place, home, stra
     assert place.losses("straight") == home.losses("straight")
     # the damaged one was replaced by a sound one
     assert place.checkpoints("straight") == ["step-00000002", "step-00000004", "step-00000006"]
-    assert place.program("evaluate", "straight", "--json").err == ""
+    assert say("evaluate", run, "--json").err == ""
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_sound_one(place, home, straight):

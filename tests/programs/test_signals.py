@@ -100,8 +100,11 @@ def before_step(rank, step):
 
 @pytest.mark.parametrize(
     ("how", "state"),
-    [("time.sleep(60)", ""), ("os.kill(os.getpid(), signal.SIGSTOP)", ", stopped")],
-    ids=["asleep", "stopped"],
+    [
+        pytest.param("time.sleep(60)", "", id="asleep"),
+        # the test below stops one too, where it is harder to tell
+        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", ", stopped", id="stopped", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_never_comes_is_named_after_the_time_allowed(place, how, state):
     """By one of the two that wait, with what it did last; the other does not blame anybody."""

@@ -66,6 +66,7 @@ def test_a_file_that_one_rank_cannot_import(runner):
     assert "rank 2 of 3 failed in" in done.err and "OSError: no such library" in done.err
 
 
+@pytest.mark.slow  # what `make test` does itself
 def test_a_folder_that_passes(runner):
     done = runner(ALL_PASS)
     assert done.code == 0, done.err
