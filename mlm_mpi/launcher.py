@@ -142,7 +142,7 @@ def _check_training(words: Sequence[str], ranks: int) -> bool:
     args = parser.parse(words)
     settings = training.settings(args, named(args.plugins))
     config.check_ranks(settings, ranks)
-    plain = settings.mesh.pp * settings.mesh.tp == 1 and settings.comm.reduction != "nccl"  # which has ranks of its own
+    plain = config.is_plain(settings) and settings.comm.reduction != "nccl"  # which has ranks of its own
     return settings.comm.recover and ranks > 1 and plain
 
 

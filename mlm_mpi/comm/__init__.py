@@ -31,6 +31,13 @@ class Axes:
         unit="ranks",
         least=1,
     )
+    zero: int = key(
+        0,
+        says="1: each copy's optimiser state is shared out among the ranks of dp, which update a range of the weights "
+        "each (ZeRO-1, on the CPU); 0: every rank holds all of it. The bits are the same.",
+        least=0,
+        most=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def check(config: Config, plugins: Plugins) -> None:
     )
 
 
+def is_plain(config: Config) -> bool:
+    """Whether every rank holds all of the model and of what its training needs, so that it can go on alone."""
+    return config.mesh.pp == config.mesh.tp == 1 and not config.mesh.zero
+
+
 def _check_mesh(config: Config) -> None:
     """What ranks that share a copy of the model cannot do yet."""
     pp, tp, device, products = config.mesh.pp, config.mesh.tp, config.backend.device, config.numerics.products
@@ -58,6 +63,10 @@ def _check_mesh(config: Config) -> None:
         (pp == 1 or device == "cpu") and (tp == 1 or (device == "cpu" and products == "float32")),
         f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", and tp numerics.products = "float32", not '
         f'"{device}" and "{products}": set these, or mesh.pp = 1 and mesh.tp = 1',
+    )
+    _require(
+        not config.mesh.zero or device == "cpu",
+        f'mesh.zero = {config.mesh.zero} needs backend.device = "cpu", not "{device}": set it, or mesh.zero = 0',
     )
     _require(
         pp == 1 or config.comm.reduction in ("canonical", "naive"),
@@ -109,9 +118,9 @@ def check_ranks(config: Config, ranks: int) -> None:
         'comm.reduction = "canonical", or comm.spares = 0',
     )
     _require(
-        not spares or each == 1,
-        f"comm.spares = {spares} hold the whole model, and mesh.pp = {axes.pp}, mesh.tp = {axes.tp} give each rank a "
-        "part: set comm.spares = 0, or mesh.pp = 1 and mesh.tp = 1",
+        not spares or is_plain(config),
+        f"comm.spares = {spares} hold all, and mesh.pp = {axes.pp}, mesh.tp = {axes.tp}, mesh.zero = {axes.zero} give "
+        "each rank a part: set comm.spares = 0, or pp and tp to 1 and zero to 0",
     )
     copies, left = divmod(ranks - spares, each)
     dp = axes.dp or max(1, copies)

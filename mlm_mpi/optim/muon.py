@@ -139,6 +139,9 @@ class _Matrix:
         return math.sqrt(max(1.0, self.update.size / (rows * rows)))
 
 
+WHOLE_MATRICES = True  # no range of weights that a rank owns may end inside one
+
+
 class Muon:
     """`moment1` is the momentum of matrices and AdamW's first moment of the rest; `moment2` AdamW's second, else zero.
 

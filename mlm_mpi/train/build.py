@@ -13,6 +13,7 @@ from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.layers.base import Part
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.params.average import Average
+from mlm_mpi.params.ownership import Owned, ranges
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rates import learning_rate
@@ -46,11 +47,14 @@ def build(
     summed = reduction(config, plugins, store, assignment, mesh, place)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
+    optimizer = plugins.find("optim", optim.name, "optim.name")
+    owned = _owned(store, mesh, getattr(optimizer, "WHOLE_MATRICES", False)) if config.mesh.zero else None
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
             mesh, place, chain, store,
-            plugins.find("optim", optim.name, "optim.name").build(optim, store, mesh),
+            # of its own range each rank updates all, and shares nothing out
+            optimizer.build(optim, store, mesh) if owned is None else optimizer.build(optim, owned, Mesh()),
             summed,
             assignment,
             instructions,
@@ -61,9 +65,14 @@ def build(
             optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
             Average(store, optim.average) if optim.average else None,
-            Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed),
+            Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed), owned,
         )
     )  # fmt: skip
+
+
+def _owned(store: FlatStore, mesh: Mesh, whole_matrices: bool) -> Owned:
+    dp = mesh.group("dp")
+    return Owned(store, ranges(store, dp.size, whole_matrices), dp.rank)
 
 
 def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:

@@ -35,6 +35,7 @@ from mlm_mpi.comm.group import Group
 from mlm_mpi.cut import Box
 from mlm_mpi.errors import CheckpointError, CommError, MlmError, agreed
 from mlm_mpi.files import publish, publishing, read_whole, sync_folder
+from mlm_mpi.params.ownership import Owned
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.train import part as part_file
 from mlm_mpi.train.manifest import (
@@ -61,20 +62,32 @@ Say = Callable[[str], None]
 Check = Callable[[Path, Manifest], None]
 
 
-def boxes_of(store: FlatStore) -> dict[str, Box]:
-    """What this rank saves of each parameter; parameters of which it saves nothing are left out."""
+def boxes_of(store: FlatStore, owned: Owned | None = None) -> dict[str, Box]:
+    """What this rank saves of each parameter; parameters of which it saves nothing are left out.
+
+    `owned`: of what it saves the rank alone holds moments.
+    """
+    if owned is not None:
+        return owned.boxes()
     boxes = {span.parameter.name: span.parameter.layout.share(store.grid) for span in store.own}
     return {name: box for name, box in boxes.items() if math.prod(box.shape)}
 
 
-def pieces_of(store: FlatStore, buffers: Buffers, boxes: dict[str, Box]) -> list[Piece]:
+def pieces_of(
+    store: FlatStore, buffers: Buffers, boxes: dict[str, Box], owned: Owned | None = None
+) -> list[Piece]:  # fmt: skip
     """Views of the given boxes of every buffer, one part's content."""
     held = {span.parameter.name: span.parameter.layout.box(store.grid) for span in store.spans}
-    named = {kind: store.named(flat) for kind, flat in buffers.items()}
+    named = {
+        kind: {name: (held[name], view) for name, view in store.named(flat).items()}
+        if owned is None or flat.size == store.size else owned.named(flat)
+        for kind, flat in buffers.items()
+    }  # fmt: skip
     return [
-        Piece(dataset(kind, name, 0), box, views[name][box.within(held[name])[0]])
+        Piece(dataset(kind, name, 0), box, view[box.within(around)[0]])
         for kind, views in named.items()
         for name, box in boxes.items()
+        for around, view in [views[name]]
     ]
 
 
@@ -160,12 +173,13 @@ class Saver:
 
     def __init__(
         self, folder: Path, store: FlatStore, buffers: Buffers, tokenizer: bytes, group: Group, keep: int,
-        background: bool,
+        background: bool, owned: Owned | None = None,
     ) -> None:  # fmt: skip
+        self.owned = owned
         self.folder, self.store, self.buffers, self.group = folder, store, buffers, group
         self.tokenizer, self.keep, self.background = tokenizer, keep, background
         self.save: _Save | None = None
-        self._boxes = boxes_of(store)
+        self._boxes = boxes_of(store, owned)
         elements = sum(math.prod(box.shape) for box in self._boxes.values())
         self._bytes = len(buffers) * elements * store.dtype.itemsize
         self._snapshot = Snapshot(self._bytes) if background else None
@@ -188,7 +202,7 @@ class Saver:
     def begin(self, step: int) -> None:
         """Takes a snapshot of what I save and starts to write it; all ranks begin the same save."""
         save = self.save = _Save(step)
-        pieces = pieces_of(self.store, self.buffers, self._boxes)
+        pieces = pieces_of(self.store, self.buffers, self._boxes, self.owned)
         if self._snapshot is None:
             self._write_part(save, pieces)
             return
@@ -375,7 +389,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buffers) -> None:
+def restore(
+    checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buffers, owned: Owned | None = None
+) -> None:  # fmt: skip
     """Fills this rank's boxes of flat buffers from whatever parts hold them, each verified before it is parsed.
 
     Works for any mesh of writers and any of readers, in the memory of a few chunks. What raises may have filled some.
@@ -397,7 +413,10 @@ def restore(checkpoint: Path, manifest: Manifest, store: FlatStore, buffers: Buf
         )
     with Reader(checkpoint, manifest) as reader:
         for kind, flat in buffers.items():
-            store.fill(reader.buffer(kind), flat)
+            if owned is None or flat.size == store.size:
+                store.fill(reader.buffer(kind), flat)
+            else:
+                owned.fill(reader.buffer(kind), flat)
 
 
 def check(checkpoint: Path, manifest: Manifest) -> None:
@@ -451,8 +470,9 @@ def _none_left(folder: Path, problems: Sequence[str]) -> str:
 
 
 def resume(
-    folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Say, check: Check = lambda path, manifest: None
-) -> tuple[Path, Manifest] | None:
+    folder: Path, store: FlatStore, buffers: Buffers, group: Group, say: Say,
+    check: Check = lambda path, manifest: None, owned: Owned | None = None,
+) -> tuple[Path, Manifest] | None:  # fmt: skip
     """Restores the newest sound checkpoint on all ranks; None if there is none at all. Collective.
 
     `check` may refuse a manifest before its parts are read. A damaged checkpoint is named and the one before
@@ -466,7 +486,7 @@ def resume(
             try:
                 manifest = read_manifest(folder / name)
                 check(folder / name, manifest)
-                restore(folder / name, manifest, store, buffers)
+                restore(folder / name, manifest, store, buffers, owned)
             except DamagedCheckpoint as error:
                 damage = str(error)
         found = [text for text in group.allgather(damage, f"damage of {name}") if text is not None]

@@ -27,6 +27,7 @@ from mlm_mpi.layers.chain import Chain, Owed, Ready
 from mlm_mpi.optim import Optimizer, Shared
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import clip_factor, norm
+from mlm_mpi.params.ownership import Owned
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
 from mlm_mpi.train.assignment import Assignment
@@ -57,6 +58,7 @@ class Machine:
     average: Average | None = None  # of weights: what is measured in their place
     guard: Guard = field(default_factory=Guard)  # against numbers that have gone wrong
     audit: Audit = field(default_factory=Audit)  # of ranks by each other
+    owned: Owned | None = None  # what this rank alone updates; None: every rank updates all
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class Engine:
         verdict = verdict.after(ill, tuple(skip(step, *one) for one in ill.items()) + audited)
         rate = m.learning_rate(step)
         self._note(f"the update of step {step + 1}", Work("update"))
-        update = found.total, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
+        mine = found.total if m.owned is None else m.owned.part(found.total)
+        update = mine, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
         if isinstance(m.optimizer, Shared) and not verdict.undone:
             m.optimizer.prepare(*update)
         self.world.agree(f"step {step + 1} to be made by all")
@@ -207,6 +210,7 @@ class Engine:
             m.guard.roll_back(self)
         else:
             m.optimizer.step(*update)
+            self._gather(step)
             if m.average is not None:
                 m.average.follow(step + 1)
             m.guard.follow(found)
@@ -218,6 +222,14 @@ class Engine:
             found.loss, found.targets, found.norm, rate, seconds,
             m.reduction.exposed_s + self._waited_inside() - inside, found.notes, windows, self.ranks, verdict,
         )  # fmt: skip
+
+    def _gather(self, step: int) -> None:
+        """Everybody's new weights to everybody, where each has its own."""
+        m = self.machine
+        if m.owned is not None:
+            counts = [stop - start for start, stop in m.owned.every]
+            self.group.gather_parts(m.store.data, counts, f"the new weights of step {step + 1}")
+            m.store.refresh()
 
     def _waited_inside(self) -> float:
         """Seconds that I have waited for those who share a copy of the model with me."""

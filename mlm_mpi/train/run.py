@@ -73,10 +73,10 @@ class Run:
                     f"comm.spares = {config.comm.spares} are of no use here: this job ends with a rank that dies; "
                     "start it by mlm-mpi run on an Open MPI 5 with ULFM (mlm-mpi doctor), or set comm.spares = 0"
                 )
-            if config.mesh.pp * config.mesh.tp > 1 and group.recovers:
+            if not configuration.is_plain(config) and group.recovers:
                 raise ConfigError(
-                    f"mesh.pp = {config.mesh.pp}, mesh.tp = {config.mesh.tp}: where ranks share a copy of the model "
-                    "none can go on without a dead one, as this job shall: start it by mlm-mpi run, or not with ulfm"
+                    "where ranks share a model or its moments (mesh.pp, mesh.tp, mesh.zero) none can go on without a "
+                    "dead one, as this job shall: start it by mlm-mpi run, or not with ulfm"
                 )
             if group.rank == 0:
                 check(config.log)
@@ -201,6 +201,7 @@ class Run:
         saver = checkpoint.Saver(
             self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
             saving.keep, saving.background and saving.every > 0,  # nothing goes on beside a save at the end
+            engine.machine.owned,
         )  # fmt: skip
         return Keeper(saver, engine.check_weights, self._about, lambda text: self.ledger.alarm(text))
 
@@ -220,6 +221,7 @@ class Run:
         found = checkpoint.resume(
             self.folder.checkpoints, store, state, self.group, self._say,
             lambda path, manifest: check_same_run(path, manifest, self.config, self.task, self.plugins, self._say),
+            self.engine.machine.owned,
         )  # fmt: skip
         return None if found is None else found[1]
 

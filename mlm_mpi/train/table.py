@@ -2,6 +2,7 @@
 
 from mlm_mpi.backend import registry
 from mlm_mpi.config import Config
+from mlm_mpi.config.rules import is_plain
 from mlm_mpi.data.mixture import Mixture
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.warmup import Ramp
@@ -60,8 +61,8 @@ def _after_a_death(config: Config, recovers: bool, spares: int) -> str:
         ready = f"; {spares} spare{'s' * (spares > 1)} stand{'s' * (spares == 1)} ready" if spares else ""
         return f"the others go on, to the same bits{ready}"
     why = "not started by mlm-mpi run, or not on Open MPI 5 with ULFM" if config.comm.recover else "comm.recover is off"
-    if config.mesh.pp * config.mesh.tp > 1:
-        why = "ranks share a copy of the model"
+    if not is_plain(config):
+        why = "each rank holds what no other does"
     return f"the job ends, and the same command goes on ({why})"
 
 

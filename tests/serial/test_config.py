@@ -211,7 +211,7 @@ NOT_NEGATIVE = [
     "model.key_value_heads", "model.head_width", "model.window", "model.full_every", "model.rotary_skip",
     "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction", "comm.stall_s",
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
-    "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp",
+    "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",
