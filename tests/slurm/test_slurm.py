@@ -14,6 +14,7 @@ setting of ProctrackType only; with cgroup, what most clusters have, and pgid Sl
 KillWait seconds after SIGTERM comes SIGKILL. `scontrol requeue` would revive a job that is being cancelled.
 """
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -25,6 +26,12 @@ ONE_WAY = pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
 EACH_WAY = pytest.mark.parametrize("slurm", ["linuxproc", pytest.param("pgid", marks=pytest.mark.slow)], indirect=True)
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+RANKS = "mlm_mpi train"  # in their command lines, and not in those of launchers and lookouts
+
+
+def running(node: str) -> str:
+    """Processes of ours on a node: ranks, lookouts, `mlm-mpi run`."""
+    return command(LAB, "exec", node, "bash", "-c", "pgrep -af 'mlm[_-]mpi' || true")
 
 
 @ONE_WAY
@@ -115,6 +122,44 @@ def test_a_lost_node_ends_the_job_which_goes_on_when_the_node_is_back(cluster: C
         assert "DUE TO NODE FAILURE" in job.text()
     finally:
         command(LAB, "boot", "node2")
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED")
+    assert job.weights() == undisturbed
+
+
+@ONE_WAY
+def test_a_rank_that_is_stopped_alone_on_its_node_is_killed_and_the_job_goes_on(cluster: Cluster, undisturbed: str):
+    """Nobody of its node waits for it, so its lookout looks at it."""
+    job = cluster.submit(*TWO_NODES)
+    job.steps_are_made()
+    assert "lookouts          2 nodes watch each other\n" in job.text()
+    command(LAB, "exec", "node2", "pkill", "-STOP", "-f", RANKS)
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED", restarts=0)
+    lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi")]
+    assert len(lines) == 1 and lines[0].startswith("mlm-mpi: rank 1 did last, "), lines
+    assert re.search(r"\(process \d+ on node2, stopped\): killed, and the others go on$", lines[0])
+    assert job.weights() == undisturbed
+
+
+@ONE_WAY
+def test_a_cut_link_ends_both_sides_and_the_job_goes_on_when_it_is_back(cluster: Cluster, undisturbed: str):
+    """Nobody resets a connection: without lookouts both sides would wait for comm.timeout_s, 60 s here."""
+    job = cluster.submit(*TWO_NODES, "checkpoint.every=20", "comm.timeout_s=100000")
+    job.steps_are_made(60)
+    command(LAB, "cut", "node2")
+    try:
+        for node in ("node1", "node2"):
+            job.wait(lambda node=node: not running(node))
+        lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi")]
+        assert len(lines) == 1, lines
+        heard = (
+            r"mlm-mpi: node2 is not heard for 1\d s: rank 1 \(process \d+ on node2, last seen 1\d s ago: .*\): its link"
+        )
+        assert re.match(heard, lines[0]), lines
+    finally:
+        command(LAB, "mend", "node2")
+    job.leaves("PENDING", restarts=1)
     job.wait(lambda: (job.run / "DONE").exists())
     job.leaves("COMPLETED")
     assert job.weights() == undisturbed
