@@ -22,7 +22,7 @@ _STRANGERS = 64  # connections that have not said who they are
 _STRANGER_S = 5.0
 _AGAIN_S = 6.0  # more than a stranger's time: one attempt at a time
 _ENDED = (errno.ECONNRESET, errno.EPIPE)  # the other side is there and has closed; any other error is silence
-_MOST_S = 0.5  # of my own time between two turns: I may have been suspended, or the whole machine
+MOST_S = 0.5  # of my own time between two turns: I may have been suspended, or the whole machine
 
 Address = tuple[str, int]
 
@@ -35,7 +35,7 @@ class Silence:
 
     def passed(self, since_s: float, heard: Collection[int], gone: Collection[int]) -> None:
         """`since_s` later: these have said something, and those have ended. Who has never spoken is not missed."""
-        known = {node: silent_s + min(since_s, _MOST_S) for node, silent_s in self._silent_s.items()}
+        known = {node: silent_s + min(since_s, MOST_S) for node, silent_s in self._silent_s.items()}
         self._silent_s = {node: s for node, s in (known | dict.fromkeys(heard, 0.0)).items() if node not in gone}
 
     def longer_than(self, limit_s: float) -> dict[int, float]:

@@ -5,8 +5,8 @@ is stopped or stalls, nobody looks: so each node has a lookout, a program withou
 a second lookouts tell each other the signs of their nodes (`comm.heartbeats`).
 
     a node where nobody waits, awaited by another    looks at its ranks as those do who wait, and kills who holds all up
-    a node of which nothing is heard                 its link is cut, or its machine stands still: MPI cannot go on
-                                                     without it (ULFM sees no death), so both sides end, to start again
+    a node of which nothing is heard, while a        its link is cut, or its machine stands still: MPI cannot go on
+    rank of mine waits and does not get on           without it (ULFM sees no death), so both sides end, to start again
 
 It acts alone, for a rank may be in a long piece of work. It dies with the rank that started it; where others of the
 node live on, the lowest of them starts another one.
@@ -28,7 +28,7 @@ from typing import Any
 
 from mlm_mpi import signs
 from mlm_mpi.comm.board import Board, Sign
-from mlm_mpi.comm.heartbeats import Address, Heartbeats, Silence
+from mlm_mpi.comm.heartbeats import MOST_S, Address, Heartbeats, Silence
 from mlm_mpi.comm.neighbours import LOOK_S, Neighbours, Records, Terms
 from mlm_mpi.errors import CommError
 
@@ -54,6 +54,25 @@ def is_awaited(here: Sequence[Sign], beats: Sequence[bytes]) -> bool:
     return not any(sign.is_here for sign in here) and any(message[:1] == _WAITS for message in beats)
 
 
+class Waits:
+    """Counts how long each rank of a node has waited for the same, in time in which this process ran."""
+
+    def __init__(self) -> None:
+        self._stood: dict[int, tuple[int, float]] = {}  # process -> its moves, and since when
+
+    def passed(self, since_s: float, here: Sequence[Sign]) -> None:
+        """`since_s` later these are the signs."""
+        before, self._stood = self._stood, {}
+        for sign in here:
+            moves, stood_s = before.get(sign.process, (-1, 0.0))
+            stands = sign.waits and not sign.stopped and moves == sign.moves
+            self._stood[sign.process] = sign.moves, stood_s + min(since_s, MOST_S) if stands else 0.0
+
+    def longest_s(self) -> float:
+        """Of all ranks."""
+        return max((stood_s for _, stood_s in self._stood.values()), default=0.0)
+
+
 def silence(beats: Mapping[int, bytes], silent_s: Mapping[int, float], names: Sequence[int]) -> str:
     """What is said of nodes that are not heard: by what they told last."""
     words = []
@@ -70,7 +89,7 @@ class Lookout:
 
     def __init__(self, near: Neighbours, hearts: Heartbeats) -> None:
         self._near, self._hearts = near, hearts
-        self._silence, self._beats = Silence(), dict[int, bytes]()
+        self._silence, self._waits, self._beats = Silence(), Waits(), dict[int, bytes]()
         self._turns, self._unconnected = 0, True
 
     def turn(self) -> None:
@@ -79,10 +98,12 @@ class Lookout:
         self._beats |= heard
         since_s, here = self._near.look(), self._near.signs()
         self._silence.passed(since_s, heard, self._hearts.gone)
+        self._waits.passed(since_s, here)
         if self._turns % _BEAT_LOOKS == 0:
             self._hearts.send(beat(here))
         self._turns += 1
-        if silent_s := self._silence.longer_than(_SILENT_S):
+        silent_s = self._silence.longer_than(_SILENT_S)
+        if silent_s and self._waits.longest_s() > _SILENT_S:  # else MPI gets on, perhaps by another network
             self._end_without(silent_s, here)
         awaiting = [self._beats[node] for node in self._silence.heard_within(_RECENT_S)]
         if self._near.terms.stall_s and is_awaited(here, awaiting):

@@ -16,7 +16,7 @@ from mlm_mpi import signs
 from mlm_mpi.comm import heartbeats, lookout
 from mlm_mpi.comm.board import Board, Sign
 from mlm_mpi.comm.heartbeats import Heartbeats, Silence
-from mlm_mpi.comm.lookout import Post, beat, is_awaited, silence
+from mlm_mpi.comm.lookout import Post, Waits, beat, is_awaited, silence
 from mlm_mpi.comm.neighbours import Neighbours, Terms
 from mlm_mpi.comm.processes import is_gone
 
@@ -62,6 +62,19 @@ def test_silence_counts_in_time_in_which_this_process_ran():
     quiet.passed(0.25, [], [2])
     assert quiet.known() == [1], "of a death MPI tells"
     assert 3 not in quiet.known(), "who has never spoken is not missed"
+
+
+def test_a_wait_counts_from_the_last_move():
+    waits = Waits()
+    for _ in range(11):
+        waits.passed(0.25, [sign(0)._replace(moves=3), sign(1, waits=True)])
+    assert waits.longest_s() == pytest.approx(2.5)
+    waits.passed(3600.0, [sign(0)._replace(moves=3), sign(1, waits=True)])
+    assert waits.longest_s() == pytest.approx(3.0), "I was suspended, and who knows who else"
+    waits.passed(0.25, [sign(0, waits=True)._replace(moves=3), sign(1, waits=True)._replace(moves=1)])
+    assert waits.longest_s() == pytest.approx(0.25), "rank 1 has got on"
+    waits.passed(0.25, [sign(0, waits=True, stopped=True), sign(1)])
+    assert waits.longest_s() == 0
 
 
 # ---- connections
@@ -250,7 +263,7 @@ def test_one_that_stalls_ends_a_job_that_does_not_recover_by_one_line_and_a_word
 
 def test_a_node_that_falls_silent_ends_mine(victim, manned):
     """Its other side is there, and says nothing any more."""
-    rank, process, other = manned(board_of(of(victim.pid)), True)
+    rank, process, other = manned(board_of(of(victim.pid)._replace(waits=True)), True)
     last = beat([sign(1, waits=True, host="node9")])
     heard = []
     until(lambda: heard.extend(other.turn().values()) or len(heard) >= 2, other, last)
