@@ -16,7 +16,7 @@ from mlm_mpi import signs
 from mlm_mpi.comm import heartbeats, lookout
 from mlm_mpi.comm.board import Board, Sign
 from mlm_mpi.comm.heartbeats import Heartbeats, Silence
-from mlm_mpi.comm.lookout import Post, Waits, beat, is_awaited, silence
+from mlm_mpi.comm.lookout import Lookout, Post, Waits, beat, is_awaited, silence
 from mlm_mpi.comm.neighbours import Neighbours, Terms
 from mlm_mpi.comm.processes import is_gone
 
@@ -75,6 +75,41 @@ def test_a_wait_counts_from_the_last_move():
     assert waits.longest_s() == pytest.approx(0.25), "rank 1 has got on"
     waits.passed(0.25, [sign(0, waits=True, stopped=True), sign(1)])
     assert waits.longest_s() == 0
+
+
+class Quiet:
+    """The connections of node 1 of three, of which node 2 is heard once, and node 0 always."""
+
+    node, gone = 1, frozenset()
+
+    def __init__(self):
+        self.beats = {2: beat([sign(1, host="node9")])}
+
+    def turn(self):
+        heard, self.beats = self.beats | {0: beat([sign(0, waits=True)])}, {}
+        return heard
+
+    def send(self, message):
+        pass
+
+
+@pytest.mark.parametrize(("waits", "ends"), [(True, True), (False, False)])
+def test_a_silent_node_ends_nothing_while_my_ranks_do_not_wait(monkeypatch, capfd, waits, ends):
+    """MPI may get on by another network. Who is not the lowest of those that hear each other speaks a little later."""
+    near = Neighbours(board_of(of(7, waits=waits)), Terms(3, [0, 1], True, 5.0))
+    killed, slept = [], []
+    monkeypatch.setattr(near, "look", lambda: 0.25)
+    monkeypatch.setattr(near, "kill", lambda signs, where: killed.extend(sign.process for sign in signs))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    watching, turns = Lookout(near, Quiet()), 0
+    try:
+        while turns < 100:
+            watching.turn()
+            turns += 1
+    except SystemExit:
+        assert turns * 0.25 == pytest.approx(lookout._SILENT_S, abs=0.5)
+    assert (killed, slept) == (([7], [1.0]) if ends else ([], []))
+    assert capfd.readouterr().err.count("mlm-mpi: node9 is not heard for 15 s: rank 1 ") == ends
 
 
 # ---- connections
@@ -225,8 +260,8 @@ def until(found, hearts, message):
         time.sleep(0.02)
 
 
-def of(process, **more):
-    return Sign(0, False, 0.0, "step 4, backward", process, "", False, **more)
+def of(process, waits=False, **more):
+    return Sign(0, waits, 0.0, "step 4, backward", process, "", False, **more)
 
 
 def test_a_stopped_rank_is_killed_while_another_node_waits_and_not_before(victim, manned):
@@ -263,7 +298,7 @@ def test_one_that_stalls_ends_a_job_that_does_not_recover_by_one_line_and_a_word
 
 def test_a_node_that_falls_silent_ends_mine(victim, manned):
     """Its other side is there, and says nothing any more."""
-    rank, process, other = manned(board_of(of(victim.pid)._replace(waits=True)), True)
+    rank, process, other = manned(board_of(of(victim.pid, waits=True)), True)
     last = beat([sign(1, waits=True, host="node9")])
     heard = []
     until(lambda: heard.extend(other.turn().values()) or len(heard) >= 2, other, last)
