@@ -248,7 +248,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     orders = json.loads(sys.stdin.buffer.read() or b"{}")
-    if orders.get("parent") != os.getppid():  # it has died before
+    if not orders:  # it died before it could give any
         return
     terms = Terms(*orders["terms"])
     terms = terms._replace(records=terms.records and Records(*map(Path, terms.records)))
@@ -256,7 +256,7 @@ def main() -> None:
     addresses = [tuple(address) if address else None for address in orders["addresses"]]
     hearts = Heartbeats(orders["node"], orders["token"], socket.socket(fileno=orders["listener"]), addresses)
     lookout = Lookout(near, hearts)
-    while True:
+    while os.getppid() == orders["parent"]:  # it may have died before the kernel was told
         lookout.turn()
         time.sleep(LOOK_S)
 

@@ -1,5 +1,6 @@
 """Lookouts: who is heard, who is believed, what is said of a silent node, and what a lookout does to its own."""
 
+import contextlib
 import json
 import os
 import re
@@ -232,7 +233,7 @@ def victim():
 @pytest.fixture
 def manned():
     """Starts a lookout for a board: (the process that has started it, its number, the other node that it talks to)."""
-    ranks = []
+    ranks, lookouts = [], []
 
     def start(board, recovers):
         mine = socket.create_server(("127.0.0.1", 0))
@@ -242,17 +243,20 @@ def manned():
             pass_fds=[board.descriptor], env=os.environ | {signs.VARIABLE: "x"},
         )  # fmt: skip
         ranks.append(rank)
-        return rank, int(rank.stdout.readline()), Heartbeats(1, TOKEN, mine, [None, None])
+        lookouts.append(int(rank.stdout.readline()))
+        return rank, lookouts[-1], Heartbeats(1, TOKEN, mine, [None, None])
 
     yield start
-    for rank in ranks:
+    for rank, process in zip(ranks, lookouts, strict=True):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)  # one that outlives its rank would hold its stderr
         rank.kill()
         rank.communicate()
 
 
-def until(found, hearts, message):
+def until(found, hearts, message, limit_s=60):
     """Speaks until something is so."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + limit_s
     while not found():
         assert time.monotonic() < end
         hearts.turn()
@@ -325,7 +329,7 @@ def test_a_lookout_dies_with_the_rank_that_has_started_it_and_by_no_signal_of_sl
     until(lambda: heard.extend(other.turn().values()) or len(heard) >= 4, other, b"-[]")
     assert is_there(process)
     rank.kill()
-    until(lambda: not is_there(process), other, b"-[]")
+    until(lambda: not is_there(process), other, b"-[]", 20)
     until(lambda: other.gone == {0}, other, b"-[]")
     assert rank.communicate()[1] == "" and victim.poll() is None
 
