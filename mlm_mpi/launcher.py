@@ -235,7 +235,8 @@ class _Job:
         self.cause: signal.Signals | None = None  # INT, TERM or HUP, once received
         self.again = False  # one more came
         self.lost = False  # a node; mpirun exits with 0 then
-        self.ends: dict[str, int] = {}  # what ranks that recover said (launch.tell_end) -> the first exit code
+        self.ends: dict[str, int] = {}  # what was said (signs "end") -> the first exit code
+        self.over_at = float("inf")  # when a job is to be gone that is over for all
         self.deadline = float("inf")
         self.repeat_at = float("inf")
         self.began: float | None = None  # while the ranks are awaited
@@ -289,13 +290,18 @@ class _Job:
         self.screen.write(2, echoes.feed(banners.feed(said.close()) + banners.close()) + echoes.close())
 
     def _hear_end(self, text: str) -> None:
-        """A rank has failed, which the others may survive, or the program has ended."""
+        """A rank has failed, which the others may survive, or the program has ended; or all is over: a lookout has
+        seen it, and ranks that cannot be reached would be waited for."""
         how, _, code = text.partition(" ")
-        if how in ("failed", "lost", "ended") and code.isdecimal():
+        if how in ("failed", "lost", "ended", "over") and code.isdecimal():
             self.ends.setdefault(how, int(code))
+        if how == "over":
+            self.over_at = min(self.over_at, time.monotonic() + _TERM_S)
 
     def _told(self, code: int, explained: bool) -> int:
         """The exit code of ranks that recover: mpiexec's is 0 when all have died, and that of one when others lived."""
+        if "over" in self.ends and self.cause is None:
+            return self.ends["over"]
         if not self.limits.recovers or self.cause is not None or self.worded_end:
             return code
         if "ended" in self.ends:
@@ -346,6 +352,9 @@ class _Job:
             now = time.monotonic()
             if now >= self.deadline:
                 return self._kill(process)
+            if now >= self.over_at:
+                self._end(process)
+                return 128 + signal.SIGKILL
             self._watch_start(process, now)
             if now >= self.repeat_at:
                 process.send_signal(signal.SIGUSR1)
@@ -430,11 +439,13 @@ class _Job:
 
     def _report_loss(self, what: str) -> None:
         self.lost = True
+        if "over" in self.ends:
+            return
         again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
         self.screen.say(f"lost {what}{again}")
 
     def _report_death(self, rank: int, number: int) -> None:
-        if self.cause is None:
+        if self.cause is None and "over" not in self.ends:  # else it has been said why
             hint = " (often the memory limit: see dmesg)" if number == signal.SIGKILL else ""
             again = "" if self.grace_s is None else "; start again to go on from the last checkpoint"
             self.screen.say(f"rank {rank} died by {_name(number)}{hint}{again}")

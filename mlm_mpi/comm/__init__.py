@@ -78,8 +78,8 @@ class Comm:
     stall_s: float = key(
         5.0,
         says="A rank that spends ten times as long on a piece of a step as ever, and no less than this (twice where it "
-        "sleeps), is shown to have stalled by ranks of its node, and killed (comm.recover) or the job ended; 0 leaves "
-        "all to comm.timeout_s.",
+        "sleeps), is shown to have stalled by ranks of its node, or by a process there that looks out for other nodes, "
+        "and killed (comm.recover) or the job ended; 0 leaves all to comm.timeout_s, a node that is cut off too.",
         unit="s",
         least=0,
     )

@@ -5,10 +5,9 @@ import os
 import struct
 import tempfile
 import time
+from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from mlm_mpi.comm.processes import is_stopped
 
@@ -58,13 +57,19 @@ class Sign(NamedTuple):
 class Board:
     """A slot for each rank of a node."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, descriptor: int, members: int, place: int = 0, has_processes: bool = True) -> None:
+        """`descriptor`: of the memory, for a process that is to have it too; `place`: the slot of this process."""
+        self.descriptor, self.members, self._place = descriptor, members, place
+        self.has_processes = has_processes  # else numbers of processes mean others to each: containers
+        self._memory = mmap.mmap(descriptor, members * _SLOT_BYTES)
+
+    @classmethod
+    def of_node(cls, node: Any) -> "Board":
         """Collective over `node`, an mpi4py communicator of ranks that share memory."""
-        self._place, self._members = node.Get_rank(), node.Get_size()
-        spaces = np.empty(self._members, np.int64)
-        node.Allgather(np.array([Path("/proc/self/ns/pid").stat().st_ino], np.int64), spaces)
-        self.has_processes = len({*spaces.tolist()}) == 1  # else numbers of processes mean others to each: containers
-        self._memory = _shared(node)
+        members = node.Get_size()
+        spaces = array("Q", [0] * members)
+        node.Allgather(array("Q", [Path("/proc/self/ns/pid").stat().st_ino]), spaces)
+        return cls(_shared(node, members * _SLOT_BYTES), members, node.Get_rank(), len({*spaces}) == 1)
 
     def show(self, generation: int, text: str, *more: Any) -> None:
         """Makes this my sign, with `more` as in `_HEAD`. Signs of other generations are not seen together."""
@@ -75,7 +80,7 @@ class Board:
 
     def signs(self, generation: int) -> list[Sign]:
         """Those that ranks of a generation have shown."""
-        signs = (self._read(place, generation) for place in range(self._members))
+        signs = (self._read(place, generation) for place in range(self.members))
         return [sign for sign in signs if sign is not None]
 
     def _read(self, place: int, wanted: int) -> Sign | None:
@@ -88,21 +93,19 @@ class Board:
         return Sign(rank, waits, age_s, text, process, os.uname().nodename, is_stopped(process), *more)
 
 
-def _shared(node: Any) -> mmap.mmap:
-    """Memory with a slot for each rank of a node. Its file has no name any more when this returns. Collective."""
-    size = node.Get_size() * _SLOT_BYTES
-    name = np.zeros(_NAME_BYTES, np.uint8)
+def _shared(node: Any, size: int) -> int:
+    """The descriptor of memory for a node. Its file has no name any more when this returns. Collective."""
+    name = bytearray(_NAME_BYTES)
     if node.Get_rank() == 0:
         root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         descriptor, path = tempfile.mkstemp(prefix="mlm-mpi-signs-", dir=root)
         os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
         os.close(descriptor)
         encoded = os.fsencode(path)
-        name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        name[: len(encoded)] = encoded
     node.Bcast(name, 0)
-    path = os.fsdecode(name.tobytes().rstrip(b"\0"))
-    with open(path, "r+b") as file:
-        board = mmap.mmap(file.fileno(), size)
+    path = os.fsdecode(bytes(name).rstrip(b"\0"))
+    board = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     node.Barrier()
     if node.Get_rank() == 0:
         Path(path).unlink()

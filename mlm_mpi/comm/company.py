@@ -3,40 +3,37 @@
 Each rank keeps a sign of what it is doing in memory that the ranks of its node share; it can be read even when its
 rank is stopped. Between nodes signs travel on request: the rank whose patience ends first calls the roll, and every
 rank that waits answers with the signs of its node. Whoever waits also looks at the others of its node four times a
-second, and finds who is stopped, has stalled (`comm.watch`) or is out of step long before its patience ends.
+second, and finds who is stopped, has stalled (`comm.watch`) or is out of step long before its patience ends. Where no
+rank of a node waits, its lookout does that for those of other nodes (`comm.lookout`).
 """
 
 import contextlib
 import copy
 import json
 import os
-import signal
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlm_mpi.comm import stacks
 from mlm_mpi.comm.board import Board, Sign
+from mlm_mpi.comm.lookout import Post
 from mlm_mpi.comm.mailbox import Mailbox
-from mlm_mpi.comm.processes import effort, is_gone
-from mlm_mpi.comm.watch import NO_WORK, Pace, Seen, Watch, Work, wait_kind
+from mlm_mpi.comm.neighbours import LOOK_S, Neighbours, Records, Terms
+from mlm_mpi.comm.processes import is_gone
+from mlm_mpi.comm.watch import NO_WORK, Pace, Work, wait_kind
 from mlm_mpi.errors import CommError, PeerLost, ranges
 
 _CALL, _ANSWER = 1, 2  # tags
 _ROLL_S = 1.0
 _RENEW_S = 0.1
 _TURN_S = 0.002  # the lowest of the ranks whose patience ends together calls; the others hear it before their turn
-_LOOK_S = 0.25
-_AT_WORK_S = 1.0  # who has noted something since has not stalled, and costs no look into /proc
 _LEAVE_S = 2.0  # until all have read that they wait in vain
 _GONE_LOOKS = 12  # of a death that MPI tells of, all know within a second even on a machine that is overloaded
-_LOOKS = 5  # one after another: a job that is suspended and continued as a whole shows a stopped rank once or twice
 
 
 class Absence(NamedTuple):
@@ -47,14 +44,6 @@ class Absence(NamedTuple):
     culprits: list[Sign]
 
 
-class Records(NamedTuple):
-    """Where to write down what was found: a folder for stacks; and `failed(step, micro-batch, text)`, once for each
-    rank that is killed at a micro-batch."""
-
-    folder: Path
-    failed: Callable[[int, int, str], None]
-
-
 class Company:
     """All ranks of the job, as seen by one of them."""
 
@@ -63,26 +52,24 @@ class Company:
         from mpi4py import MPI
 
         node = node or comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self._board = Board(node)
+        board = Board.of_node(node)
         node.Free()
-        self.recovers, self._generation = recovers, 0
         self.highest_tag: int = comm.Get_attr(MPI.TAG_UB)
-        self.names = list(range(comm.Get_size()))  # what each rank was called when the job began
         self.lost: list[str] = []  # who has died, and what it did last
-        self._moves, self._stacks, self._stall_s = 0, -1, 0.0
-        self._records: Records | None = None
-        self._begin(comm)
+        self.post = Post()
+        self._moves, self._stacks = 0, -1
+        self._begin(comm, Neighbours(board, Terms(0, list(range(comm.Get_size())), recovers)))
         self.meet(comm.Dup())
         self.note("the start of the job")
 
-    def _begin(self, comm: Any) -> None:
+    def _begin(self, comm: Any, near: Neighbours) -> None:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.near = near
         self.mailboxes: list[Mailbox] = []
         self._calls = 0
         self._heard: dict[int, float] = {}  # when which rank has called the roll
         self._gone = 0  # looks in a row found somebody gone
-        self._looked, self._stopped = 0.0, dict[int, int]()  # process -> so many looks in a row found it stopped
-        self._pace, self._watch = Pace(), Watch(self._stall_s)  # others than before: each has more to do
+        self._pace = Pace()  # others than before: each has more to do
         self._kind, self._noted = "", time.monotonic()
 
     def meet(self, comm: Any) -> None:
@@ -91,8 +78,23 @@ class Company:
 
     def watch(self, stall_s: float, records: Records) -> None:
         """From now on those who stall are found too (`comm.stall_s`; 0: not)."""
-        self._stall_s, self._records, self._watch = stall_s, records, Watch(stall_s)
+        self.near = Neighbours(self.near.board, self.near.terms._replace(stall_s=stall_s, records=records))
         self._stacks = stacks.register()
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the others can go on when one dies."""
+        return self.near.terms.recovers
+
+    @property
+    def names(self) -> list[int]:
+        """What each rank was called when the job began."""
+        return self.near.terms.names
+
+    @property
+    def watches_nodes(self) -> bool:
+        """Whether there are several, and somebody looks for those who stall: the same on all ranks."""
+        return self.near.terms.stall_s > 0 and len(self.here()) < self.size
 
     def mailbox(self, comm: Any) -> Mailbox:
         """That of a communicator between these ranks."""
@@ -104,15 +106,15 @@ class Company:
         """The company of those who live, on the communicator that MPI made of `before`. They have yet to `meet`."""
         made, living = copy.copy(self), comm.Get_group()
         alive = living.Translate_ranks(range(comm.Get_size()), before.Get_group())
-        made.names = [self.names[rank] for rank in alive]
+        names = [self.names[rank] for rank in alive]
         signs = {sign.rank: sign._replace(rank=self.names[sign.rank]) for sign in self.here()}
         dead = sorted({*range(self.size)} - {*alive})
         made.lost = self.lost + [
             signs[rank].last_seen if rank in signs else f"rank {self.names[rank]} of another node" for rank in dead
         ]
-        made._generation += 1
-        made._begin(comm)
-        made.note(f"recovery number {made._generation}")
+        terms = self.near.terms._replace(generation=self.near.terms.generation + 1, names=names)
+        made._begin(comm, Neighbours(self.near.board, terms))
+        made.note(f"recovery number {terms.generation}")
         return made
 
     def note(self, text: str, waits: bool = False, work: Work = NO_WORK) -> None:
@@ -128,14 +130,14 @@ class Company:
     def _show(self, gives_up: bool = False) -> None:
         """Renews my sign."""
         self._renewed = time.monotonic()
-        self._board.show(
-            self._generation, self._text, self.rank, os.getpid(), self._waits, self._moves,
+        self.near.board.show(
+            self.near.terms.generation, self._text, self.rank, os.getpid(), self._waits, self._moves,
             self._pace.longest_s(self._kind), self._work.step, self._work.micro, self._stacks, gives_up,
         )  # fmt: skip
 
     def here(self) -> list[Sign]:
         """The signs of the ranks of my node: not those of ranks that were lost before."""
-        return self._board.signs(self._generation)
+        return self.near.signs()
 
     def answer(self) -> None:
         """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
@@ -169,43 +171,20 @@ class Company:
 
         Raises CommError, on every rank, where all wait in vain, or for one who has left.
         """
-        now = time.monotonic()
-        since_s, self._looked = now - self._looked, now
-        signs = self.here()
+        since_s, signs = self.near.look(), self.here()
         self._leave_with_others(signs)
-        if not self._board.has_processes:
+        if not self.near.board.has_processes:
             return []
-        found = self._long_stopped(signs)
+        found = self.near.long_stopped(signs)
         self._end_if_left(signs)
-        if self._stall_s:
-            found += self._stalled(signs, since_s)
+        if self.near.terms.stall_s:
+            found += self.near.stalled(signs, since_s)
             self._end_if_in_vain(signs, since_s)
         return found if self._acts(signs) else []
-
-    def words(self, signs: Sequence[Sign]) -> str:
-        """What is said of ranks, which are called as when the job began."""
-        return "; ".join(str(sign._replace(rank=self.names[sign.rank])) for sign in signs)
-
-    def is_time(self) -> bool:
-        """Whether the last look is some time ago."""
-        return time.monotonic() - self._looked >= _LOOK_S
 
     def _acts(self, signs: Sequence[Sign]) -> bool:
         """Whether I am the lowest of those that wait on this node."""
         return not any(sign.is_here and sign.rank < self.rank for sign in signs)
-
-    def _long_stopped(self, signs: Sequence[Sign]) -> list[Sign]:
-        """Who was stopped each time I looked for a while. Not where the job would have to end: it may be continued."""
-        found = [sign for sign in signs if sign.stopped and self.recovers]
-        self._stopped = {sign.process: self._stopped.get(sign.process, 0) + 1 for sign in found}
-        return [sign for sign in found if self._stopped[sign.process] >= _LOOKS]
-
-    def _stalled(self, signs: Sequence[Sign], since_s: float) -> list[Sign]:
-        """Who is at steady work for many times as long as ever."""
-        slow = [sign for sign in signs if not sign.waits and sign.longest_s and sign.age_s > _AT_WORK_S]
-        seen = [Seen(sign.process, sign.moves, sign.longest_s, effort(sign.process)) for sign in slow]
-        late = self._watch.stalled(seen, since_s)
-        return [sign._replace(stalled=True) for sign in slow if sign.process in late]
 
     def _end_if_in_vain(self, signs: Sequence[Sign], since_s: float) -> None:
         """Raises CommError where all ranks wait, not for the same, and nothing moves."""
@@ -213,10 +192,10 @@ class Company:
             return
         if len({sign.text for sign in signs}) == 1:
             return
-        moves, brisk = [sign.moves for sign in signs], all(sign.age_s < _LOOK_S for sign in signs)
-        stands = self._watch.stands_still(moves, max(sign.longest_s for sign in signs), brisk, since_s)
+        moves, brisk = [sign.moves for sign in signs], all(sign.age_s < LOOK_S for sign in signs)
+        stands = self.near.watch.stands_still(moves, max(sign.longest_s for sign in signs), brisk, since_s)
         if stands and self._acts(signs):
-            where = self.stacks([])
+            where = self.near.stacks([])
             if [sign.moves for sign in self.here()] != moves:
                 return
             self._give_up()
@@ -230,7 +209,7 @@ class Company:
         if self._gone >= _GONE_LOOKS and self._acts([sign for sign in signs if sign not in gone]):
             self._give_up()
             how = "by an exit code or MPI_Abort, of which MPI tells nobody: start again to go on"
-            raise CommError(f"{self.words(gone)} has left {how}", self.rank)
+            raise CommError(f"{self.near.words(gone)} has left {how}", self.rank)
 
     def _leave_with_others(self, signs: Sequence[Sign]) -> None:
         """Raises CommError where a rank of my node gives up. If one after another did, each would be a death that the
@@ -246,44 +225,19 @@ class Company:
         while any(sign.waits and not sign.gives_up for sign in self.here()) and time.monotonic() < end:
             time.sleep(_TURN_S)
 
-    def stacks(self, culprits: Sequence[Sign]) -> str:
-        """Writes down the stacks of all ranks of my node; for a message, where they are and what culprits were in."""
-        if self._records is None or not self._board.has_processes:
-            return ""
-        signs = [sign for sign in self.here() if sign.stacks >= 0 and not sign.stopped]
-        found = stacks.of({sign.process: sign.stacks for sign in signs})
-        folder = self._records.folder
-        try:
-            folder.mkdir(exist_ok=True)
-            for sign in signs:
-                head = f"{datetime.now().astimezone().isoformat(' ', 'seconds')}  {sign}\n\n"
-                text = found.get(sign.process, "It did not answer.\n")
-                (folder / f"rank-{self.names[sign.rank]}.txt").write_text(head + text)
-            where = f"; the stacks of all: {folder}"
-        except OSError as error:
-            where = f"; {folder} takes no stacks: {error.strerror}"
-        inner = [stacks.innermost(found[sign.process]) for sign in culprits if sign.process in found]
-        return "".join(f"; it was in {text}" for text in inner) + where
-
     def put_down(self, culprits: Sequence[Sign], why: str, teller: int | None) -> bool:
         """Kills those of my node who do not come, so that the others can go on without them. Whether one of all
         culprits is still where it was seen."""
         mine = [sign for sign in culprits if sign.host == os.uname().nodename and sign.process != os.getpid()]
-        mine = mine if self._board.has_processes else []
+        mine = mine if self.near.board.has_processes else []
         where = self._witness([sign for sign in mine if not sign.stopped])
-        now = {sign.rank: sign.moves for sign in self.here()}
-        moved = [sign for sign in mine if now.get(sign.rank) != sign.moves]
-        self._stopped = {}
-        if len(moved) == len(culprits):
+        unmoved = self.near.unmoved(mine)
+        if len(mine) - len(unmoved) == len(culprits):
             return False
         if teller == self.rank:
             sys.stderr.write(f"mlm-mpi: {why}{where}: killed, and the others go on\n")
             sys.stderr.flush()
-        for sign in mine:
-            if sign not in moved:
-                self._write_down(sign, where)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(sign.process, signal.SIGKILL)
+        self.near.kill(unmoved, where)
         return True
 
     def _witness(self, culprits: Sequence[Sign]) -> str:
@@ -291,14 +245,9 @@ class Company:
         if not culprits:
             return ""
         if self._acts(self.here()):
-            return self.stacks(culprits)
+            return self.near.stacks(culprits)
         self._linger(_ROLL_S)
         return ""
-
-    def _write_down(self, sign: Sign, where: str) -> None:
-        """That a rank failed at a micro-batch; by the one that has gathered stacks, so once."""
-        if self._records is not None and where and sign.step >= 0:
-            self._records.failed(sign.step, sign.micro, f"it held up the others{where}")
 
     def _roll(self) -> dict[int, Sign]:
         """Calls all other ranks and gathers signs for a while."""

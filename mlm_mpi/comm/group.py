@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.comm.board import Sign
-from mlm_mpi.comm.company import Company, Records
+from mlm_mpi.comm.company import Company
+from mlm_mpi.comm.lookout import Post, listening, token
 from mlm_mpi.comm.mailbox import Mailbox, Message
+from mlm_mpi.comm.neighbours import Records
 from mlm_mpi.comm.watch import NO_WORK, Work
 from mlm_mpi.errors import CommError, MlmError, PeerLost, agreed, ranges
 
@@ -96,9 +98,31 @@ class Group:
             self.company.note(text, work=work)
 
     def watch(self, stall_s: float, records: Records) -> None:
-        """From now on whoever waits also looks for ranks of its node that stall (`comm.stall_s`)."""
+        """From now on whoever waits also looks for ranks of its node that stall (`comm.stall_s`). Collective."""
         if self.company is not None:
             self.company.watch(stall_s, records)
+            self.look_out()
+
+    def look_out(self) -> None:
+        """Begins to watch other nodes, if there are some, or anew without the dead (`comm.lookout`). Collective."""
+        company = self.company
+        if company is None:
+            return
+        company.post.close()
+        first = min(sign.rank for sign in company.here())  # all have shown a sign by now: a collective lies behind us
+        if not company.watches_nodes:
+            company.post = Post()
+            return
+        mine = listening() if first == self.rank and company.near.board.has_processes else None
+        try:
+            row = [first, mine and mine.getsockname()[:2], token() if self.rank == 0 else ""]
+            rows = self.allgather(row, "the addresses of lookouts")
+            nodes = sorted({first for first, _, _ in rows})
+            addresses = [rows[rank][1] for rank in nodes]
+            company.post = Post.taken(company.near, nodes.index(first), rows[0][2], addresses, mine)
+        finally:
+            if mine is not None:
+                mine.close()  # the lookout has its own
 
     def on_node(self) -> tuple[int, int]:
         """(my number among the ranks of my node, how many they are). Collective."""
@@ -164,16 +188,16 @@ class Group:
                 time.sleep(_NAP_S)
             if waited > _LONG_S and self.company is not None:
                 self.company.answer()
-                if self.company.is_time():
+                if self.company.near.is_time():
                     self._act_on(self.company.look())
 
     def _act_on(self, found: Sequence[Sign]) -> None:
         """Goes on without ranks that hold all up, or ends the job."""
         if not found or self.company is None:
             return
-        why = self.company.words(found)
+        why = self.company.near.words(found)
         if not self.recovers:
-            raise CommError(f"{why}{self.company.stacks(found)}: start again to go on", self.rank)
+            raise CommError(f"{why}{self.company.near.stacks(found)}: start again to go on", self.rank)
         self.company.put_down(found, why, self.rank)
 
     def _nobody_came(self, waited_s: float, what: str, awaited: Sequence[int]) -> tuple[CommError, list[Sign]]:

@@ -55,12 +55,13 @@ def _leave(group: Group, lost: PeerLost) -> None:
 
 
 def _meet(group: Group) -> None:
-    """A communicator for the roll."""
+    """A communicator for the roll, and lookouts that know who has died."""
     assert group.company is not None
     with group.mail.translated():
         comm, request = group.comm.Idup()
     group.wait(group.mail.begin(lambda: request, comm), "a communicator of those who live")
     group.company.meet(comm)
+    group.look_out()
 
 
 @contextmanager

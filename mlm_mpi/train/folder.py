@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mlm_mpi import config as configuration
+from mlm_mpi.comm.neighbours import Records
 from mlm_mpi.config import Config
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.files import HeldError, Lock, publish, read_whole
 
 _DONE_BYTES = 1 << 16
 _TAKE_OVER_S = 10.0
-_FAILURE_BYTES = 500  # of an error's text: the rank has said all of it
 _NOBODYS = re.compile(r"\..*|.+\.(log|out|err)", re.DOTALL)  # hidden, or of a job, which begins before its run
 
 
@@ -42,7 +42,7 @@ class RunFolder:
         self.ledger = path / "ledger.jsonl"
         self.curve = path / "loss.png"
         self.done = path / "DONE"
-        self.failed = path / "failures.jsonl"
+        self.records = Records(path / "stacks", path / "failures.jsonl")
         self._lock: Lock | None = None
 
     def acquire(self) -> None:
@@ -108,18 +108,12 @@ class RunFolder:
         publish(self.path / "config.toml", configuration.to_toml(config).encode())
         publish(self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode())
         self.done.unlink(missing_ok=True)
-        self.failed.unlink(missing_ok=True)
-
-    def confess(self, step: int, index: int, text: str) -> None:
-        """Notes that a rank failed at a micro-batch, and how. A disk that does not take it must not hide the error."""
-        line = json.dumps([step, index, text[:_FAILURE_BYTES]]) + "\n"
-        with contextlib.suppress(OSError), open(self.failed, "a", encoding="utf-8") as file:
-            file.write(line)
+        self.records.failures.unlink(missing_ok=True)
 
     def failures(self) -> list[tuple[int, int, str]]:
         """(step, micro-batch, what was said) of each rank that failed since this start."""
         try:
-            lines = read_whole(self.failed, _DONE_BYTES).splitlines()
+            lines = read_whole(self.records.failures, _DONE_BYTES).splitlines()
             return [(int(step), int(index), str(text)) for step, index, text in map(json.loads, lines)]
         except (OSError, ValueError):
             return []

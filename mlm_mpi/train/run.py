@@ -11,7 +11,6 @@ from typing import Any
 from mlm_mpi import config as configuration
 from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
-from mlm_mpi.comm.company import Records
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.config import Config
@@ -117,7 +116,7 @@ class Run:
             if self.group.rank == 0:
                 self.folder.acquire()
                 checkpoint.remove_unfinished(self.folder.checkpoints)
-        self.group.watch(self.config.comm.stall_s, Records(self.folder.path / "stacks", self.folder.confess))
+        self.group.watch(self.config.comm.stall_s, self.folder.records)
         manifest = self._resume()
         done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "a look at DONE")
         if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
@@ -150,7 +149,7 @@ class Run:
         """Before this rank leaves: at which work it failed, for those who may be given it next."""
         self.group.note("its last words after an error")
         if self.group.recovers:
-            self.folder.confess(*self.engine.at, text)
+            self.folder.records.failed(*self.engine.at, text)
 
     def _to_the_end(self, trainer: Trainer, place: Place) -> int:
         """Training and last words, again and again with the ranks that are left. Collective."""

@@ -1,6 +1,7 @@
 """What a start says of itself: the table before the first step."""
 
 from mlm_mpi.backend import registry
+from mlm_mpi.comm.company import Company
 from mlm_mpi.config import Config
 from mlm_mpi.config.rules import is_plain
 from mlm_mpi.data.mixture import Mixture
@@ -51,6 +52,7 @@ def plan_rows(
         ("memory of a rank", f"{sum(held.values()) / 2**20:,.1f} MiB without activations: {parts}"),
         *([("average", averaged)] if machine.average is not None else []),
         *([("if a rank dies", _after_a_death(config, engine.world.recovers, copies - workers))] if ranks > 1 else []),
+        *_lookouts(engine.group.company),
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
@@ -64,6 +66,14 @@ def _after_a_death(config: Config, recovers: bool, spares: int) -> str:
     if not is_plain(config):
         why = "each rank holds what no other does"
     return f"the job ends, and the same command goes on ({why})"
+
+
+def _lookouts(company: Company | None) -> list[tuple[str, str]]:
+    """Whether nodes watch each other, where there are several."""
+    if company is None or not company.watches_nodes:
+        return []
+    nodes = company.post.nodes
+    return [("lookouts", f"{nodes} nodes watch each other" if nodes else "none: nodes do not watch each other")]
 
 
 def _mixture(mixture: Mixture, drawn: int) -> list[tuple[str, str]]:

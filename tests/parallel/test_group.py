@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from mlm_mpi.comm.company import Company, Records
+from mlm_mpi.comm.company import Company
 from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.neighbours import Records
 from mlm_mpi.comm.watch import Work
 from mlm_mpi.errors import CommError, DataError, MlmError
 
@@ -111,7 +112,7 @@ def test_who_has_moved_meanwhile_is_not_killed(group, tmp_path):
     if group.size != 2:
         pytest.skip("on 2 ranks")
     company = Company(group.comm)
-    company.watch(1.0, Records(tmp_path / "stacks", lambda step, micro, text: pytest.fail("nobody has failed")))
+    company.watch(1.0, Records(tmp_path / "stacks", tmp_path / "failures"))
     company.note("step 1, micro-batch 2, backward", work=Work("backward", 0, 2))
     group.barrier("signs to be there")
     seen = [sign for sign in company.here() if sign.rank == 1]
@@ -123,6 +124,7 @@ def test_who_has_moved_meanwhile_is_not_killed(group, tmp_path):
         assert (seen[0].step, seen[0].micro) == (0, 2)
         assert not company.put_down(seen, "it seemed to have stalled", 0)
         assert "in barrier" in (tmp_path / "stacks" / "rank-1.txt").read_text()
+        assert not (tmp_path / "failures").exists(), "nobody has failed"
     group.barrier("both to be alive")
 
 

@@ -483,3 +483,46 @@ def test_a_rank_that_skips_a_collective_ends_the_job(place, recovers):
     assert re.match(waits + "; the stacks of all: run/stacks: report this as a bug\n", found.err), found.err
     assert found.err.count("\n") <= 2 and "Traceback" not in found.err
     assert len(list((place.folder / "run" / "stacks").iterdir())) == 3
+
+
+# each rank is alone on a node, which is this machine
+ALONE = """
+from mlm_mpi.comm.company import Company
+inner_company = Company.__init__
+
+def company(self, comm, node=None, recovers=False):
+    inner_company(self, comm, comm.Split(comm.Get_rank()), recovers)
+
+Company.__init__ = company
+"""
+
+STOPS = """
+import signal
+
+def before_step(rank, step):
+    if rank == 1 and step == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_rank_that_is_stopped_alone_on_its_node_is_killed_by_its_lookout(place, home, straight):
+    """And then the one that has become rank 1, by a new lookout."""
+    found = place.faulty(ALONE + STOPS, "run", 3, *EVERY_TWO, recovers=True)
+    undisturbed(place, home, straight, found)
+    killed = r"mlm-mpi: rank {} did last, .* \(process \d+ on \S+, stopped\): killed, and the others go on\n"
+    assert re.fullmatch(killed.format(1) + killed.format(2), found.err), found.err
+    assert re.search(r"lookouts +3 nodes watch each other", found.out)
+
+
+def test_a_rank_that_stalls_alone_on_its_node_is_shown_by_its_lookout(place, home, straight):
+    fault = ALONE + STALLS.format(how="spin", whose=OF_ONE)
+    found = place.faulty(fault, "run", 3, *EVERY_TWO, SHORTLY, recovers=True)
+    undisturbed(place, home, straight, found)
+    assert re.match(r"mlm-mpi: rank 1 did last, .*; it was in spin .*: killed, and the others go on\n", found.err)
+    assert [path.name for path in (place.folder / "run" / "stacks").iterdir()] == ["rank-1.txt"]
+
+
+def test_a_rank_that_stalls_alone_on_its_node_is_shown_where_the_job_cannot_go_on(place):
+    found = place.faulty(ALONE + STALLS.format(how="spin", whose=OF_ONE), "run", 2, SHORTLY)
+    assert found.code == 75 and found.err.count("\n") == 1, (found.code, found.err)
+    assert re.match(r"mlm-mpi: rank 1 did last, .* it was in spin .*: run/stacks: start again to go on\n", found.err)

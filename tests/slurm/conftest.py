@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
 
 from cluster import LAB, SETTINGS, TIMEOUT_S, Cluster
-from programs import make_text, prepare
+from programs import ended, make_text, prepare
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> str:
     """The hash of the weights after the training of all jobs, on one rank without Slurm."""
-    return Cluster(tmp_path_factory.mktemp("home"), corpus).train("straight", None, *SETTINGS).weights
+    home = Cluster(tmp_path_factory.mktemp("home"), corpus)
+    words = home.words("straight", None, *SETTINGS)
+    return ended(home.start(*words), 5 * TIMEOUT_S).weights  # 35 s alone on the machine, which may be busy
 
 
 @pytest.fixture(scope="session")

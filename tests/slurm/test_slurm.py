@@ -14,6 +14,7 @@ setting of ProctrackType only; with cgroup, what most clusters have, and pgid Sl
 KillWait seconds after SIGTERM comes SIGKILL. `scontrol requeue` would revive a job that is being cancelled.
 """
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -25,6 +26,16 @@ ONE_WAY = pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
 EACH_WAY = pytest.mark.parametrize("slurm", ["linuxproc", pytest.param("pgid", marks=pytest.mark.slow)], indirect=True)
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+RANKS = "mlm_mpi train"  # in their command lines, and not in those of launchers and lookouts
+
+NOT_HEARD = (
+    r"^mlm-mpi: node2 is not heard for \d+ s: rank 1 \(process \d+ on node2, last seen \d+ s ago: .*\): its link "
+)
+
+
+def running(node: str, what: str = "mlm[_-]mpi") -> str:
+    """Processes on a node: ours (ranks, lookouts, `mlm-mpi run`), or others."""
+    return command(LAB, "exec", node, "bash", "-c", f"pgrep -af {what} || true")
 
 
 @ONE_WAY
@@ -109,15 +120,52 @@ def test_a_lost_daemon_is_one_line_and_the_job_is_requeued(cluster: Cluster):
 
 @ONE_WAY
 def test_a_lost_node_ends_the_job_which_goes_on_when_the_node_is_back(cluster: Cluster, undisturbed: str):
-    """A power loss: nobody resets a connection, so Slurm is the first to know, and requeues the job by itself."""
+    """A power loss: nobody resets a connection, so the lookout of the other node is the first to know."""
     job = cluster.submit(*TWO_NODES, "checkpoint.every=20")
     job.steps_are_made(60)
     command(LAB, "crash", "node2")
     try:
         job.leaves("PENDING", restarts=1)
-        assert "DUE TO NODE FAILURE" in job.text()
+        assert re.search(NOT_HEARD, job.text(), re.MULTILINE), job.text()
+        job.requeued()
     finally:
         command(LAB, "boot", "node2")
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED")
+    assert job.weights() == undisturbed
+
+
+@ONE_WAY
+def test_a_rank_that_is_stopped_alone_on_its_node_is_killed_and_the_job_goes_on(cluster: Cluster, undisturbed: str):
+    """Nobody of its node waits for it, so its lookout looks at it."""
+    job = cluster.submit(*TWO_NODES)
+    job.steps_are_made()
+    assert "lookouts          2 nodes watch each other\n" in job.text()
+    command(LAB, "exec", "node2", "pkill", "-STOP", "-f", RANKS)
+    job.wait(lambda: (job.run / "DONE").exists())
+    job.leaves("COMPLETED", restarts=0)
+    lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi")]
+    assert len(lines) == 1 and lines[0].startswith("mlm-mpi: rank 1 did last, "), lines
+    assert re.search(r"\(process \d+ on node2, stopped\): killed, and the others go on$", lines[0])
+    assert job.weights() == undisturbed
+
+
+@ONE_WAY
+def test_a_cut_link_ends_both_sides_and_the_job_goes_on_when_it_is_back(cluster: Cluster, undisturbed: str):
+    """Nobody resets a connection: without lookouts both sides would wait for comm.timeout_s."""
+    job = cluster.submit(*TWO_NODES, "checkpoint.every=20", "comm.timeout_s=100000")
+    job.steps_are_made(60)
+    command(LAB, "cut", "node2")
+    try:
+        for node in ("node1", "node2"):
+            job.wait(lambda node=node: not running(node))
+        lines = [line for line in job.text().splitlines() if line.startswith("mlm-mpi")]
+        assert len(lines) == 1, lines
+        assert re.match(NOT_HEARD, lines[0]), lines
+    finally:
+        command(LAB, "mend", "node2")
+    job.leaves("PENDING", restarts=1)
+    assert not running("node2", "prted"), "mpirun's daemon is Slurm's to end"
     job.wait(lambda: (job.run / "DONE").exists())
     job.leaves("COMPLETED")
     assert job.weights() == undisturbed
