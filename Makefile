@@ -28,7 +28,8 @@ TRAIN := train $(CONFIG) --run $(RUN) --set data.dir=$(CORPUS)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-MPIEXEC := $(BIN)/mpiexec --oversubscribe --bind-to none --mca mpi_yield_when_idle 1
+# on one node by shared memory alone, as our launcher does: a start takes half as long
+MPIEXEC := $(BIN)/mpiexec --oversubscribe --bind-to none --mca mpi_yield_when_idle 1 --mca btl self,sm
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20

@@ -85,29 +85,31 @@ def test_digests_stand_in_manifest_and_fingerprint(home, whole):
     assert manifest.plugins == manifest.fingerprint["plugins"] == digests
 
 
-def test_evaluate_and_generate_take_the_files_too(home, whole):
+def test_evaluate_and_generate_take_the_files_too(home, whole, say):
     assert whole.code == 0, whole.err
-    one = json.loads(home.program("evaluate", "whole", "--plugins", "mine", "--json").out)
+    here = ("evaluate", home.folder / "whole", "--plugins", home.folder / "mine")
+    one = json.loads(say(*here, "--json").out)
     two = home.program("run", "-n", "2", "--", "evaluate", "whole", "--plugins", "mine", "--json")
     assert two.code == 0, two.err
     assert json.loads(two.out) == one and one["perplexity of hidden tokens"] > 1
-    assert "perplexity of hidden tokens" in home.program("evaluate", "whole", "--plugins", "mine").out
+    assert "perplexity of hidden tokens" in say(*here).out
     words = ("generate", "whole", "--plugins", "mine", "--prompt", "ab", "--tokens", "40", "--temperature", "0")
     assert home.program(*words).out.startswith("ab")
 
 
-def test_a_resume_without_the_files_or_with_others_is_one_line(home, whole):
+def test_a_resume_without_the_files_or_with_others_is_one_line(home, whole, say):
     first = home.program(*home.words("resumed", None, "--plugins", "mine"), "--max-steps", "2")
     assert first.code == 0, first.err
     home.train("resumed", None).refused('model.kind = "bag" is none of gpt')
-    home.program("evaluate", "resumed").refused('model.kind = "bag" is none of gpt')
+    resumed, other = home.folder / "resumed", home.folder / "other"
+    say("evaluate", resumed).refused('model.kind = "bag" is none of gpt')
     shutil.copytree(MINE, home.folder / "other")
     with (home.folder / "other" / "optim" / "signs.py").open("a") as file:
         file.write("# changed\n")
     home.train("resumed", 2, "--plugins", "other").refused("optim/signs.py", "give the folder that it was trained with")
-    assert home.program("evaluate", "resumed", "--plugins", "other").code == 0, "no optimiser is asked"
+    assert say("evaluate", resumed, "--plugins", other).code == 0, "no optimiser is asked"
     (home.folder / "other" / "models" / "bag.py").open("a").write("# changed\n")
-    home.program("evaluate", "resumed", "--plugins", "other").refused("models/bag.py")
+    say("evaluate", resumed, "--plugins", other).refused("models/bag.py")
     assert home.train("resumed", 2, "--plugins", "mine").weights == whole.weights
 
 

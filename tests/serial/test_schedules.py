@@ -269,8 +269,10 @@ def test_every_schedule_trains_the_same_bits(kind, alone):
     assert trained(kind) == alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [("one_f_one_b", 0), ("one_f_one_b", 2), ("zero_bubble", 0), ("zero_bubble", 2), ("zero_bubble", 3)],
+)
 def test_the_order_of_a_stage_of_four_trains_the_same_bits(kind, stage, alone):
     """Weight halves come in other lanes than the input halves just before: no lane is open for those."""
     order = PLUGINS.find("schedules", kind, "train.schedule").instructions
