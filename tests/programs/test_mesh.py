@@ -1,4 +1,4 @@
-"""Ranks that share a model: a death ends the run in one line, any mesh goes on from it; what does not fit is refused."""
+"""Ranks that share a model: a death ends the run, any mesh goes on from it; what does not fit is refused."""
 
 import time
 
