@@ -33,8 +33,8 @@ class Axes:
     )
     zero: int = key(
         0,
-        says="If 1, the ranks of dp share out the optimiser's state, and update a range of the weights each (ZeRO-1, on "
-        "the CPU); if 0, each holds and updates all. The bits are the same.",
+        says="If 1, the ranks of dp share out the optimiser's state, and update a range of the weights each (ZeRO-1, "
+        "on the CPU); if 0, each holds and updates all. The bits are the same.",
         least=0,
         most=1,
     )
