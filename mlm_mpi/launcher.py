@@ -295,8 +295,8 @@ class _Job:
         how, _, code = text.partition(" ")
         if how in ("failed", "lost", "ended", "over") and code.isdecimal():
             self.ends.setdefault(how, int(code))
-        if how == "over":
-            self.over_at = min(self.over_at, time.monotonic() + _TERM_S)
+            if how == "over":
+                self.over_at = min(self.over_at, time.monotonic() + _TERM_S)
 
     def _told(self, code: int, explained: bool) -> int:
         """The exit code of ranks that recover: mpiexec's is 0 when all have died, and that of one when others lived."""

@@ -527,3 +527,9 @@ def test_ranks_run_on_the_mpich_of_debian(tmp_path):
     command = [sys.executable, str(tmp_path / "driver.py"), "2", "None", "-c", program]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0, 1]", "")
+
+
+def test_a_job_that_is_over_ends_also_where_mpiexec_would_wait_for_ranks(start):
+    """As a lookout says it of a job whose other ranks cannot be reached."""
+    code, _, err = finish(start(r"os.write(2, b'mlm-mpi: it is over\n\x02mlm-mpi end over 75\n'); time.sleep(600)"))
+    assert (code, err) == (75, "mlm-mpi: it is over\n")
