@@ -85,6 +85,7 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
         ("data.mixture", bool(config.data.mixture), ("tasks",)),
         ("data.documents", config.data.documents != "joined", ("tasks", "models")),
         ("train.context_warmup_steps", config.train.context_warmup_steps > 0, ("tasks", "objectives")),
+        ("mesh.pp", config.mesh.pp > 1, ("models",)),
         ("mesh.tp", config.mesh.tp > 1, ("models",)),
     )
     for full, is_asked, rooms in asked:

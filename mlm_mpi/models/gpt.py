@@ -18,7 +18,7 @@ from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import LayerNorm
 from mlm_mpi.params.store import equal
 
-HEEDS = ("data.documents", "mesh.tp")  # attention sees the starts of documents; tp cuts heads
+HEEDS = ("data.documents", "mesh.pp", "mesh.tp")  # attention sees where documents start; tp cuts heads
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mlm_mpi.params.store import Parameter, equal
 
 _GATE_UNIT = 64  # a width of 8/3 · C is rounded up to a multiple of it: four vectors of 16, and 8 shares of 8
 
-HEEDS = ("data.documents", "mesh.tp")  # attention sees the starts of documents; tp cuts heads
+HEEDS = ("data.documents", "mesh.pp", "mesh.tp")  # attention sees where documents start; tp cuts heads
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class LanguageModel:
         tokenizer = self.corpora.tokenizer()
         self.eot = tokenizer.eot
         self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
-        self.width = config.model.width
+        self.width = getattr(config.model, "width", 0)  # a kind that heeds mesh.pp has it
         self.row_tokens, self.content = config.model.context, self.corpora.content[:12]
 
     def samples(self, split: str) -> Samples:

@@ -23,6 +23,8 @@ def check_memory(config: Config, task: Task, moments: int, place: Place, on_node
     `moments`: flat buffers of the optimiser. `on_node`: ranks that share the node. Raises ConfigError.
     """
     needed = least_bytes(config, task, moments)
+    each = config.mesh.pp * config.mesh.tp  # ranks that share a copy of the model, each at least so much of it
+    needed |= {name: needed[name] // each for name in ("parameters", "activations")}
     present, where, share = psutil.virtual_memory().total, f"this machine, with {on_node} rank(s),", on_node
     if place.on_gpu:
         present, where, share = place.xp.cuda.Device().mem_info[1], "its GPU", 1

@@ -37,6 +37,15 @@ DECODER = (
 )  # fmt: skip
 UNTIED = (*SIZES, "model.kind=llama", "model.embedding_norm=true", "train.lanes=8", "train.schedule=gpipe")
 
+LSTM = (
+    "model.kind=lstm",
+    "model.layers=2",
+    "model.width=16",
+    "train.micro_batches=4",
+    "train.lanes=2",
+    "train.schedule=zero_bubble",
+)
+
 
 def meshes(ranks: int) -> list[tuple[int, int]]:
     """(pp, tp) that fit so many ranks and the model."""
@@ -69,9 +78,11 @@ def outcome(engine, results):
     return [(r.loss, r.gradient_norm, r.targets, r.windows, r.ranks[0][0]) for r in results], weights
 
 
-@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED], ids=["gpt", "decoder", "untied"])
+@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED, LSTM], ids=["gpt", "decoder", "untied", "lstm"])
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
+        if words is LSTM and tp > 1:
+            continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(words), f"pp {pp}, tp {tp}"
 
@@ -147,6 +158,38 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         assert found is not None and found[1].step == 1
         other.step(1, batches(config, other.plan(1, STEPS)))
         assert weights_sha256(other.machine.store, on) == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
+
+
+def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
+    """A micro-batch whose gradient of one gain is not finite, wherever it runs: the same verdict, the same bits."""
+
+    def spoiled(on):
+        config = tiny_config(*GPT, f"train.steps={STEPS}")
+        engine = engine_of(config, VOCABULARY, on)
+        engine.machine.store.initialise(config.train.seed)
+        for part in engine.machine.chain.parts:
+            if any(parameter.name == "block0.norm2.gain" for parameter in part.parameters()):
+                _spoil(part, (1, 5))
+        source = batches(config, list(engine.plan(0, STEPS)))
+        results = [engine.step(step, source) for step in range(STEPS)]
+        return outcome(engine, results), results[1].verdict.skipped
+
+    expected = spoiled(Mesh())
+    assert list(expected[1]) == [5]
+    for pp, tp in meshes(group.size)[:2]:
+        assert spoiled(mesh(group, pp, tp)) == expected, f"pp {pp}, tp {tp}"
+
+
+def _spoil(part, where) -> None:
+    backward = part.backward
+
+    def run(dy, saved, ctx):
+        dx = backward(dy, saved, ctx)
+        if (ctx.step, ctx.micro_batch) == where:
+            ctx.grad(part.parameters()[0])[0] = np.nan
+        return dx
+
+    part.backward = run
 
 
 def test_replicas_of_a_part_are_compared_and_mended(group):
