@@ -34,8 +34,8 @@ NOT_HEARD = (
 
 
 def running(node: str, what: str = "mlm[_-]mpi") -> str:
-    """Processes on a node: ours (ranks, lookouts, `mlm-mpi run`), or others."""
-    return command(LAB, "exec", node, "bash", "-c", f"pgrep -af {what} || true")
+    """Processes on a node: ours (ranks, lookouts, `mlm-mpi run`), or others. A pattern that is not in its own words."""
+    return command(LAB, "exec", node, "bash", "-c", f"pgrep -af '{what}' || true")
 
 
 @ONE_WAY
@@ -165,7 +165,7 @@ def test_a_cut_link_ends_both_sides_and_the_job_goes_on_when_it_is_back(cluster:
     finally:
         command(LAB, "mend", "node2")
     job.leaves("PENDING", restarts=1)
-    assert not running("node2", "prted"), "mpirun's daemon is Slurm's to end"
+    assert not running("node2", "[p]rted"), "mpirun's daemon is Slurm's to end"
     job.wait(lambda: (job.run / "DONE").exists())
     job.leaves("COMPLETED")
     assert job.weights() == undisturbed
