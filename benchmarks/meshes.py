@@ -3,8 +3,8 @@
     python benchmarks/meshes.py --pairs 20 --record
 
 Idle time: stages whose forwards sleep 100 ms and whose two halves of a backward 100 ms each, so that two cores are
-enough for four stages; messages, waits and instructions are those of training. Theory: (P − 1)(F + B) for GPipe and 1F1B
-(Narayanan et al., arXiv:2104.04473), (P − 1)(F + B − 2W) for ZB-H1, B both halves (Qi et al., arXiv:2401.10241).
+enough for four stages; messages, waits and instructions are those of training. Theory: (P − 1)(F + B) for GPipe and
+1F1B (Narayanan et al., arXiv:2104.04473), (P − 1)(F + B − 2W) for ZB-H1, B both halves (Qi et al., arXiv:2401.10241).
 Meshes: two ranks, GPT-2 with 8 layers, C 384, T 64; runs take turns, and which of a pair is first alternates.
 """
 

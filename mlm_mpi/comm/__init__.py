@@ -31,6 +31,11 @@ class Axes:
         unit="ranks",
         least=1,
     )
+    sequence: bool = key(
+        False,
+        says="If true, ranks of tp hold a part of the positions each where no sum needs all: norms, residuals, dropout "
+        "(sequence parallelism). Less memory, as many bytes sent, the same bits.",
+    )
     zero: int = key(
         0,
         says="If 1, the ranks of dp share out the optimiser's state, and update a range of the weights each (ZeRO-1, "

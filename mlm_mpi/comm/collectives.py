@@ -2,6 +2,8 @@
 
     copied    x, the same on all ranks, is used by each        its adjoint: gradients of x are joined
     joined    parts of a sum, which all ranks get              its adjoint: the gradient of the sum is that of each part
+    gathered  positions, which all ranks get                   its adjoint: scattered
+    scattered parts of a sum, of which each has its positions  its adjoint: gathered
 
 A sum is joined in the order that `order.py` declares: ranks hold the shares of it in their order, equally many each, so
 that what a rank has summed is a subtree. Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, figure 3 (f and g).
@@ -49,6 +51,37 @@ def joined(group: Group, part: Any, what: str) -> Any:
     for rank in others:
         flat[slices[rank]] = sums_[rank]
     return part
+
+
+def gathered(group: Group, mine: Any, what: str) -> Any:
+    """All positions, of which each rank has equally many, in the order of ranks. Shapes: (B, T / R, C) -> (B, T, C)."""
+    if group.size == 1:
+        return mine
+    rows = group.allgather_array(np.ascontiguousarray(mine).reshape(-1), what).reshape(group.size, *mine.shape)
+    return rows.swapaxes(0, 1).reshape(mine.shape[0], -1, mine.shape[2])
+
+
+def scattered(group: Group, part: Any, what: str) -> Any:
+    """`joined`, of which each rank gets its positions: the adjoint of `gathered`. Shapes: (B, T, C) -> (B, T / R, C).
+
+    A rank sends (R − 1) / R of the array's bytes.
+    """
+    if group.size == 1:
+        return part
+    me, mail = group.rank, group.mail
+    length = part.shape[1] // group.size
+    others = [rank for rank in range(group.size) if rank != me]
+    slices = {rank: part[:, rank * length : (rank + 1) * length] for rank in range(group.size)}
+    leaves = {rank: np.empty((part.shape[0], length, part.shape[2]), part.dtype) for rank in others}
+    messages = [mail.receive(leaves[rank], rank, _PART) for rank in others]
+    messages += [mail.send(np.ascontiguousarray(slices[rank]), rank, _PART) for rank in others]
+    for message in messages:
+        group.wait(message, what)
+    leaves[me] = np.ascontiguousarray(slices[me])
+    total = np.empty_like(leaves[me])
+    flat = [leaves[rank].reshape(-1) for rank in range(group.size)]
+    sums.tree(flat, _merges(group.size), total.reshape(-1))
+    return total
 
 
 def joined_rows(group: Group, part: np.ndarray, what: str) -> np.ndarray:

@@ -10,10 +10,14 @@ AXES = ("pp", "dp", "tp")  # tp varies fastest: its ranks, which talk most, are 
 
 @dataclass(frozen=True)
 class Mesh:
-    """My place in the grid. `cuts`: the groups of axes along which the world is cut; all of it is dp where none is."""
+    """My place in the grid. `cuts`: the groups of axes along which the world is cut; all of it is dp where none is.
+
+    `sequence`: between the sums of a layer, ranks of tp hold some positions each, all of them otherwise.
+    """
 
     world: Group = field(default_factory=Group)
     cuts: Mapping[str, Group] = field(default_factory=dict)
+    sequence: bool = False
 
     def size(self, axis: str | None) -> int:
         """Extent of an axis; an uncut dim (None) counts 1."""
@@ -47,7 +51,7 @@ class Mesh:
         return " × ".join(f"{axis} {self.size(axis)}" for axis in AXES)
 
 
-def mesh(world: Group, pp: int = 1, tp: int = 1) -> Mesh:
+def mesh(world: Group, pp: int = 1, tp: int = 1, sequence: bool = False) -> Mesh:
     """That of all ranks, `pp` times `tp` of which share a copy of the model; it divides their number. Collective."""
     if pp == tp == 1:
         return Mesh(world)
@@ -55,4 +59,4 @@ def mesh(world: Group, pp: int = 1, tp: int = 1) -> Mesh:
     rest, part = divmod(world.rank, tp)
     stage, copy = divmod(rest, dp)
     places = {"pp": copy * tp + part, "dp": stage * tp + part, "tp": stage * dp + copy}
-    return Mesh(world, {axis: world.split(place, f"the group of {axis}") for axis, place in places.items()})
+    return Mesh(world, {axis: world.split(place, f"the group of {axis}") for axis, place in places.items()}, sequence)

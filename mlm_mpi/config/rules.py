@@ -2,6 +2,7 @@
 
 from math import gcd
 
+from mlm_mpi import order
 from mlm_mpi.config.sections import Config
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.plug import Plugins
@@ -64,6 +65,15 @@ def _check_mesh(config: Config) -> None:
         f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", and tp numerics.products = "float32", not '
         f'"{device}" and "{products}": set these, or mesh.pp = 1 and mesh.tp = 1',
     )
+    if config.mesh.sequence and tp > 1:
+        length = getattr(config.model, "context", 0)
+        parts = order.shares(length, int(config.numerics.shares))
+        _require(
+            parts % tp == 0 and not config.train.context_warmup_steps,
+            f"mesh.sequence cuts model.context = {length}, whose sums have {parts} shares, in mesh.tp = {tp} parts, "
+            "and no context that grows: make it a multiple of mesh.tp, set train.context_warmup_steps = 0, or "
+            "mesh.sequence = false",
+        )
     _require(
         not config.mesh.zero or device == "cpu",
         f'mesh.zero = {config.mesh.zero} needs backend.device = "cpu", not "{device}": set it, or mesh.zero = 0',

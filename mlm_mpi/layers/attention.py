@@ -72,7 +72,7 @@ class SelfAttention:
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
-        y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
+        y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, lse, draw, share, starts, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mlm_mpi import order
+from mlm_mpi.comm.collectives import gathered, joined, scattered
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
@@ -46,6 +47,19 @@ class Context:
         """The ranks that share this forward and backward with me."""
         return self.mesh.group("tp")
 
+    @property
+    def cuts_positions(self) -> bool:
+        """Whether I hold some positions only of what lies between the sums of tp ranks."""
+        return self.mesh.sequence and self.tp.size > 1
+
+    def entered(self, x: Array, what: str) -> Array:
+        """All positions of an activation, for a product over some features. Shapes: (B, t, C) -> (B, T, C)."""
+        return gathered(self.tp, x, what) if self.cuts_positions else x
+
+    def left(self, part: Array, what: str) -> Array:
+        """Σ over tp ranks of their parts, of my positions. Shapes: (B, T, C) -> (B, t, C); over `part` where t is T."""
+        return scattered(self.tp, part, what) if self.cuts_positions else joined(self.tp, part, what)
+
     def grad(self, parameter: Parameter) -> Array:
         """Where the gradient of a parameter belongs."""
         return self.gradients[parameter]
@@ -63,6 +77,10 @@ class Context:
     def pieces(self, x: Array) -> int:
         """In so many pieces sums over the rows of an activation are formed. Shapes: x (B, T, …), or (N, …): one."""
         return order.pieces(x.shape[0], x.shape[1], self.shares) if x.ndim > 2 else 1
+
+    def pieces_of_mine(self, x: Array) -> int:
+        """So many of one row's pieces lie in my positions of it. Shapes: x (B, t, …)."""
+        return order.shares(x.shape[1] * self.tp.size, self.shares) // self.tp.size
 
 
 class Layer(Protocol):

@@ -34,7 +34,7 @@ class FeedForward:
 
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]:
         """`residual` or None: what the result is added to."""
-        hidden, pre = self.up.forward_gelu(x)  # (B, T, F)
+        hidden, pre = self.up.forward_gelu(x, ctx)  # (B, T, F)
         y, s_down = self.down.join(hidden, residual, ctx)
         return y, (x, pre, s_down)
 
@@ -61,8 +61,9 @@ class ActivatedFeedForward:
 
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]:
         """`residual` or None: what the result is added to."""
-        pre = self.up.forward(x, ctx)[0].reshape(-1, *self.up.outputs)  # (N, 2, F), or (N, F)
-        hidden = self.activation.forward(pre).reshape(*x.shape[:2], -1)
+        up = self.up.forward(x, ctx)[0]  # (B, T, …), all positions
+        pre = up.reshape(-1, *self.up.outputs)  # (N, 2, F), or (N, F)
+        hidden = self.activation.forward(pre).reshape(*up.shape[:2], -1)
         y, s_down = self.down.join(hidden, residual, ctx)
         return y, (x, pre, s_down)
 
@@ -70,7 +71,7 @@ class ActivatedFeedForward:
         x, pre, s_down = saved
         dhidden = self.down.backward(dy, s_down, ctx)
         dpre = self.activation.backward(flat(dhidden), pre)
-        return self.up.backward(dpre.reshape(*dy.shape[:2], -1), x, ctx)
+        return self.up.backward(dpre.reshape(*dhidden.shape[:2], -1), x, ctx)
 
 
 class Block:

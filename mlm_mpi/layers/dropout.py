@@ -26,6 +26,15 @@ class Dropout:
             return None
         return dropout.Draw(self.rate, key_of(ctx.seed, "dropout", self.name), ctx.step, ctx.micro_batch)
 
+    def of_rows(self, ctx: Context, shape: tuple[int, ...]) -> dropout.Draw:
+        """The draw of my positions of an activation, (B, t, C) of (B, T, C)."""
+        draw = self.draw(ctx)
+        assert draw is not None, "dropout is off"
+        if not ctx.cuts_positions:
+            return draw
+        batch, length, width = shape
+        return draw.cut((batch, length * ctx.tp.size, width), (0, length * ctx.tp.rank, 0))
+
     def of_heads(self, ctx: Context, heads: int, length: int) -> dropout.Draw | None:
         """The draw of what this rank holds, `heads` of them, of attention's probabilities (B, H, T, T)."""
         draw, tp = self.draw(ctx), ctx.tp
@@ -35,7 +44,7 @@ class Dropout:
         return draw._replace(start=tp.rank * heads * one, strides=(tp.size * heads * one, one, length, 1))
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
-        draw = self.draw(ctx)
+        draw = self.of_rows(ctx, x.shape) if self.active(ctx) else None
         return (x if draw is None else dropout.forward(x, draw)), draw
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:

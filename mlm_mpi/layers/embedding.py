@@ -4,7 +4,6 @@ from typing import Any
 
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
-from mlm_mpi.comm.collectives import joined
 from mlm_mpi.layers.base import Context, Flow
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.norm import RMSNorm
@@ -59,7 +58,7 @@ class TokenEmbedding:
         here, local = self._mine(ids, ctx)
         y = embedding.forward(module_of(ids).where(here, local, 0), self.tokens.data)
         y[~here] = -0.0
-        return joined(ctx.tp, y, "the embedding of tokens")
+        return ctx.left(y, "the embedding of tokens")
 
     def _mine(self, ids: Any, ctx: Context) -> tuple[Any, Any]:
         """(which ids lie in my part of the table, and where there)."""
@@ -85,6 +84,7 @@ class TokenEmbedding:
         dx = self.drop.backward(dy, factors, ctx)
         if self.norm is not None:
             dx = self.norm.backward(dx, s_norm, ctx)
+        dx = ctx.entered(dx, "the gradient of the embedding")
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0
@@ -113,6 +113,8 @@ class Embedding(TokenEmbedding):
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         start = ctx.cache.length if ctx.cache is not None else 0
+        if ctx.cuts_positions:
+            start = ctx.tp.rank * y.shape[1]
         y += self.positions.data[start : start + y.shape[1]]
         return y
 

@@ -71,17 +71,17 @@ class GroupedAttention:
         """`residual` or None: what the result is added to."""
         units = self._units(self.qkv.forward(x, ctx)[0])
         start = ctx.cache.length if ctx.cache is not None else 0
-        cos, sin = self.positions.at(x, start, x.shape[1])
+        cos, sin = self.positions.at(x, start, units.shape[1])
         gain = None if self.gain is None else self.gain.data
         turned, inverse = rotary.forward(units[..., :-1, :], cos, sin, gain, self.epsilon or 0.0)  # (B, T, G, g + 1, D)
         q, k, v = *queries_and_key(turned), unit_of(units, -1)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
         draw = self.drop.of_heads(ctx, q.shape[1] * q.shape[2], k.shape[2])
-        starts = self.starts(x, ctx, start)
+        starts = self.starts(units, ctx, start)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)
-        y, s_project = self.project.join(o.reshape(*x.shape[:2], -1), residual, ctx)
+        y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, units, turned, inverse, o, lse, draw, starts, share, s_project)
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
@@ -93,20 +93,20 @@ class GroupedAttention:
             do, *queries_and_key(turned), unit_of(units, -1), o, lse, *queries_and_key(dturned), unit_of(dunits, -1),
             draw=draw, share=share, starts=starts,
         )  # fmt: skip
-        self._turn_back(dturned, units[..., :-1, :], inverse, x, ctx)
-        return self.qkv.backward(dunits.reshape(*dy.shape[:2], -1), x, ctx)
+        self._turn_back(dturned, units[..., :-1, :], inverse, ctx)
+        return self.qkv.backward(dunits.reshape(*units.shape[:2], -1), x, ctx)
 
-    def _turn_back(self, dturned: Any, units: Any, inverse: Any, x: Any, ctx: Context) -> None:
+    def _turn_back(self, dturned: Any, units: Any, inverse: Any, ctx: Context) -> None:
         """Gradients before normalisation and rotation, over those behind; the gains are those of all ranks' groups."""
         gain, dgain, accumulate = None, None, ctx.accumulate
         if self.gain is not None:
             gain, dgain = self.gain.data, ctx.grad(self.gain)
             if ctx.tp.size > 1:
-                dgain, accumulate = module_of(x).empty_like(dgain), False
-        cos, sin = self.positions.at(x, 0, x.shape[1])
+                dgain, accumulate = module_of(units).empty_like(dgain), False
+        cos, sin = self.positions.at(units, 0, units.shape[1])
         shares = self.qkv.shares_out // ctx.tp.size
         rotary.backward(
-            dturned, units, cos, sin, gain, inverse, dgain, accumulate, ctx.pieces(x), shares, out=dturned
+            dturned, units, cos, sin, gain, inverse, dgain, accumulate, ctx.pieces(units), shares, out=dturned
         )  # fmt: skip
         if self.gain is not None and ctx.tp.size > 1:
             deposit(joined(ctx.tp, dgain, f"the gains of {self.name}"), ctx.grad(self.gain), ctx.accumulate)
@@ -120,7 +120,7 @@ class GroupedAttention:
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")
         if not self.window:
             return starts
-        xp, (batch, length, _) = module_of(x), x.shape
+        xp, (batch, length) = module_of(x), x.shape[:2]
         first = xp.maximum(xp.arange(start, start + length, dtype=xp.int32) - (self.window - 1), 0)
         if starts is None:
             return xp.ascontiguousarray(xp.broadcast_to(first, (batch, length)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mlm_mpi.comm.collectives import joined, joined_rows, largest
+from mlm_mpi.comm.collectives import joined_rows, largest
 from mlm_mpi.layers.base import Array, Context, Flow, Trunk
 from mlm_mpi.layers.linear import flat
 from mlm_mpi.ops import crossentropy, matmul
@@ -27,21 +27,23 @@ class TokenHead:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x
         if not ctx.training:
-            n, _ = self.norm.forward(hidden, ctx)
+            n = ctx.entered(self.norm.forward(hidden, ctx)[0], "the head's inputs")
             loss = crossentropy.loss if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss
             ctx.tally["loss"] = loss(
-                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(hidden), self.cap
+                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(n), self.cap
             )
         return (), hidden
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         n, s_norm = self.norm.forward(saved, ctx)
+        n = ctx.entered(n, "the head's inputs")
         both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
         ctx.tally["loss"], dn = both(
             flat(n), self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate,
-            self.table.layout.shares, ctx.pieces(saved), self.cap,
+            self.table.layout.shares, ctx.pieces(n), self.cap,
         )  # fmt: skip
-        return (self.norm.backward(dn.reshape(saved.shape), s_norm, ctx),)
+        dn = ctx.left(dn.reshape(n.shape), "the gradient of the head's inputs")
+        return (self.norm.backward(dn, s_norm, ctx),)
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
         """Shapes: (B, T, C) -> (B, T, V)."""
@@ -79,7 +81,7 @@ class VocabularyParallel:
         self, x: Array, w: Array, targets: Array, mask: Array | None, dw: Array, accumulate: bool, shares: int,
         pieces: int, cap: float,
     ) -> tuple[Array, Array]:  # fmt: skip
-        """Shapes and result: those of `crossentropy.loss_and_grad`, w and dw (V / ranks, C)."""
+        """As `crossentropy.loss_and_grad`, w and dw (V / ranks, C); of dx my part of the sum over ranks."""
         losses, dx, parts = np.empty(x.shape[0]), np.empty_like(x), crossentropy.chunks(x, mask)
         several = len(parts) > 1
         whole = np.empty_like(dw) if accumulate and several else dw
@@ -89,7 +91,7 @@ class VocabularyParallel:
             matmul.add(gradient.T, x[part], whole, part.start > 0 or (accumulate and not several))
         if whole is not dw:
             dw += whole
-        return crossentropy.summed(losses, pieces), joined(self.tp, dx, "the gradient of the head's inputs")
+        return crossentropy.summed(losses, pieces), dx
 
     def _rows(
         self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, cap: float, gradient: bool

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from mlm_mpi import order
-from mlm_mpi.comm.collectives import joined
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.ops import dropout, linear, matmul
@@ -62,21 +61,27 @@ class Linear:
         return weight.reshape(weight.shape[0], -1), None if self.bias is None else self.bias.data.reshape(-1)
 
     def _map(self, x: Any, ctx: Context, residual: Any = None) -> Any:
-        added = None if residual is None else flat(residual)
         if self.cut == 0 and ctx.tp.size > 1:
-            y = self._sum(flat(x), ctx, added)
-        else:
-            y = linear.forward(flat(x), *self._matrices(), added, self.shares_in)
+            return self._sum(x, ctx, residual)
+        x = self._entered(x, ctx)
+        y = linear.forward(flat(x), *self._matrices(), None if residual is None else flat(residual), self.shares_in)
         return y.reshape(*x.shape[:-1], -1)
+
+    def _entered(self, x: Any, ctx: Context) -> Any:
+        """All positions of what comes in, where my outputs are a part."""
+        return ctx.entered(x, f"the inputs of {self.name}") if self.cut else x
 
     def _sum(self, x: Any, ctx: Context, residual: Any) -> Any:
         """Σ over ranks of what each has of x W, then bias and residual. Collective over tp."""
         weight, bias = self._matrices()
-        part = matmul.product(x, weight, self.shares_in // ctx.tp.size)
-        return linear.completed(joined(ctx.tp, part, f"the sum of {self.name}"), bias, residual)
+        part = matmul.product(flat(x), weight, self.shares_in // ctx.tp.size)
+        y = ctx.left(part.reshape(*x.shape[:-1], -1), f"the sum of {self.name}")
+        linear.completed(flat(y), bias, None if residual is None else flat(residual))
+        return y
 
-    def forward_gelu(self, x: Any) -> tuple[Any, Any]:
+    def forward_gelu(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         """(gelu(pre), pre) with pre what `forward` gives."""
+        x = self._entered(x, ctx)
         y, pre = linear.forward_gelu(flat(x), *self._matrices())
         return y.reshape(*x.shape[:-1], -1), pre.reshape(*x.shape[:-1], -1)
 
@@ -84,15 +89,15 @@ class Linear:
         weight, before = self._matrices()[0], None if pre is None else flat(pre)
         ranks = ctx.tp.size if self.cut else 1
         dx = linear.backward_input(flat(dy), weight, before, self.shares_out // ranks, self.segments)
-        if ranks > 1:
-            joined(ctx.tp, dx, f"the gradient of {self.name}'s inputs")
-        return dx.reshape(*dy.shape[:-1], -1)
+        dx = dx.reshape(*dy.shape[:-1], -1)
+        return ctx.left(dx, f"the gradient of {self.name}'s inputs") if ranks > 1 else dx
 
     def backward_weight(self, dy: Any, saved: Any, ctx: Context) -> None:
         dw = ctx.grad(self.weight)
         dw = dw.reshape(dw.shape[0], -1)
         db = None if self.bias is None else ctx.grad(self.bias).reshape(-1)
-        linear.backward_weight(flat(dy), flat(saved), dw, db, ctx.accumulate, ctx.pieces(dy))
+        x = flat(self._entered(saved, ctx))
+        linear.backward_weight(flat(dy), x, dw, db, ctx.accumulate, ctx.pieces(dy))
 
     def backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         ctx.owe(lambda at: self.backward_weight(dy, saved, at))
@@ -111,10 +116,11 @@ class ResidualLinear(Linear):
 
     def join(self, x: Any, residual: Any, ctx: Context) -> tuple[Any, Any]:
         """As `forward`, with what the result is added to (None: nothing)."""
-        draw = self.drop.draw(ctx)
-        if draw is None:
+        if not self.drop.active(ctx):
             return self._map(x, ctx, residual), (x, None)
-        return dropout.forward(self._map(x, ctx), draw, residual), (x, draw)
+        y = self._map(x, ctx)
+        draw = self.drop.of_rows(ctx, y.shape)
+        return dropout.forward(y, draw, residual), (x, draw)
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         return self.join(x, None, ctx)
@@ -122,6 +128,6 @@ class ResidualLinear(Linear):
     def backward(self, dy: Any, saved: Any, ctx: Context, pre: Any = None) -> Any:
         """dx, or that of `pre` where x was gelu(pre); the residual's gradient is dy itself."""
         x, draw = saved
-        dy = self.drop.backward(dy, draw, ctx)
+        dy = ctx.entered(self.drop.backward(dy, draw, ctx), f"the gradient of {self.name}'s sum")
         ctx.owe(lambda at: self.backward_weight(dy, x, at))
         return self.backward_input(dy, ctx, pre)

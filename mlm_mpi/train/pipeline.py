@@ -116,7 +116,9 @@ class Stage(Chain):
 
     def _received(self, ctx: Context, rank: int, tag: int, what: str) -> Flow:
         assert ctx.batch is not None
-        array = np.empty((*ctx.batch.inputs["ids"].shape, self.width), self.dtype)
+        batch, length = ctx.batch.inputs["ids"].shape
+        length //= ctx.tp.size if ctx.cuts_positions else 1
+        array = np.empty((batch, length, self.width), self.dtype)
         self._receive(array, rank, tag, f"the {what} of micro-batch {ctx.micro_batch} from stage {rank}")
         return (array,)
 

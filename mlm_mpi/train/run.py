@@ -88,7 +88,7 @@ class Run:
             check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
             self.config = findable(config)
         check_same(self.plugins, self.group)
-        self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp)
+        self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp, config.mesh.sequence)
         self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place, self.task.width)
         self.facts = fingerprint(
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import batches, tiny_config
 from whole import engine_of
 
-from mlm_mpi.comm.collectives import joined, joined_rows, largest
+from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, scattered
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.errors import CommError, ConfigError
@@ -85,6 +85,14 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+def test_positions_may_be_cut_too(group, words):
+    for pp, tp in meshes(group.size):
+        if tp > 1:
+            found = outcome(*trained(words, mesh(group, pp, tp, sequence=True)))
+            assert found == alone(words), f"pp {pp}, tp {tp}"
 
 
 def test_losses_in_float64_are_those_of_one_rank(group):
@@ -234,6 +242,20 @@ def test_a_collective_and_its_adjoint(group):
     copied = x[0]  # the other way: one array used by all, whose gradients are joined
     there = sum(float((copied * gradient).sum()) for gradient in y)
     back = float((copied * joined(group, y[group.rank].copy(), "y")).sum())
+    assert there == pytest.approx(back, rel=1e-12)
+
+
+def test_positions_are_gathered_and_scattered(group):
+    """The pair that sequence parallelism has in the place of an array and its sum: adjoint, in the tree's order."""
+    random = np.random.default_rng(11)
+    x, y = random.standard_normal((group.size, 2, 3, 5)), random.standard_normal((group.size, 2, 3 * group.size, 5))
+    whole = gathered(group, x[group.rank], "x")
+    assert (whole == np.concatenate(list(x), axis=1)).all()
+    mine = scattered(group, y[group.rank].copy(), "y")
+    here = slice(3 * group.rank, 3 * (group.rank + 1))
+    assert (mine == tree([part[:, here] for part in y])).all()
+    there = sum(float((whole * part).sum()) for part in y)
+    back = sum(group.allgather(float((x[group.rank] * mine).sum()), "products"))
     assert there == pytest.approx(back, rel=1e-12)
 
 

@@ -83,6 +83,7 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
     [
         (("mesh.tp=2", "model.kind=lstm"), 'model.kind = "lstm" does not heed mesh.tp'),
         (("mesh.tp=2", "numerics.products=bf16"), 'not "cpu" and "bf16"'),
+        (("mesh.tp=4", "mesh.sequence=true"), "mesh.sequence cuts model.context = 10, whose sums have 2 shares"),
         (("mesh.pp=2", "comm.reduction=allreduce"), 'mesh.pp = 2 needs comm.reduction = "canonical"'),
     ],
 )
