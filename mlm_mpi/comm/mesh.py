@@ -1,5 +1,6 @@
 """The mesh: a named grid of ranks. A rank is a coordinate; a collective runs over the group of an axis."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,23 @@ class Mesh:
 
     def __str__(self) -> str:
         return " × ".join(f"{axis} {self.size(axis)}" for axis in AXES)
+
+
+def placement(mesh: Mesh) -> str:
+    """Where the ranks that talk most lie, in words; "" where each has a whole model. Collective over the world."""
+    if mesh.is_plain:
+        return ""
+    hosts = mesh.world.allgather(os.uname().nodename, "the names of nodes")
+    dp, tp = mesh.size("dp"), mesh.size("tp")
+    count = len({*hosts})
+    if count == 1:
+        return "all ranks on one node"
+    groups = [hosts[first : first + tp] for first in range(0, len(hosts), tp)]
+    if wide := sum(len({*group}) > 1 for group in groups):
+        return f"{wide} of {len(groups)} groups of tp span nodes, of {count}: give a node whole groups (--map-by slot)"
+    copies = [{hosts[copy * tp + stage * dp * tp] for stage in range(mesh.size("pp"))} for copy in range(dp)]
+    inside = "stages of a copy too" if all(len(nodes) == 1 for nodes in copies) else "stages on several"
+    return f"{count} nodes, each group of tp on one, {inside}"
 
 
 def mesh(world: Group, pp: int = 1, tp: int = 1, sequence: bool = False) -> Mesh:

@@ -22,7 +22,7 @@ from mlm_mpi.train.audit import Audit
 from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.engine import Engine, Machine
 from mlm_mpi.train.guard import Guard
-from mlm_mpi.train.pipeline import Stage, cost_of, cut_parts
+from mlm_mpi.train.pipeline import Stage, cost_of, cut_parts, in_words
 
 
 def build(
@@ -80,11 +80,13 @@ def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Cha
     pp = mesh.group("pp")
     if pp.size == 1:
         return Chain(parts), []
-    first, stop = cut_parts([cost_of(part) for part in parts], pp.size)[pp.rank]
+    costs = [cost_of(part) for part in parts]
+    cuts = cut_parts(costs, pp.size)
+    first, stop = cuts[pp.rank]
     shared = [parameter for parameter in parts[0].parameters() if parameter.tied]
     table = shared[0] if shared else None
     borrowed = shared if pp.rank == pp.size - 1 else []
-    return Stage(parts[first:stop], pp, width, place.compute, table), borrowed
+    return Stage(parts[first:stop], pp, width, place.compute, table, in_words(cuts, costs)), borrowed
 
 
 def _check_cuts(parts: list[Part], mesh: Mesh) -> None:

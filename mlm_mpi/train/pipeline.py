@@ -47,12 +47,23 @@ def cost_of(part: Part) -> float:
     return float(sum(math.prod(p.layout.shape) for p in [*weights, *([] if table is None else [table])]))
 
 
+def in_words(cuts: Sequence[tuple[int, int]], costs: Sequence[float]) -> str:
+    """Parts of each stage, counted from the embedding, which is 0, and its part of all work."""
+    whole = sum(costs) or 1.0
+    return ", ".join(f"{first}–{stop - 1} ({sum(costs[first:stop]) / whole:.0%})" for first, stop in cuts)
+
+
 class Stage(Chain):
     """A stage: what flows in comes from the one before it, and what flows out goes to the one behind."""
 
-    def __init__(self, parts: Sequence[Part], pp: Group, width: int, dtype: Any, table: Parameter | None) -> None:
-        """Between stages flow arrays (B, T, `width`). `table`: the one that first and last stage share, if any."""
+    def __init__(
+        self, parts: Sequence[Part], pp: Group, width: int, dtype: Any, table: Parameter | None, cut: str = ""
+    ) -> None:  # fmt: skip
+        """Between stages flow arrays (B, T, `width`). `table`: the one that first and last stage share, if any. `cut`:
+        who has which parts, for people.
+        """
         super().__init__(parts)
+        self.cut = cut
         self.pp, self.width, self.dtype = pp, width, dtype
         self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
         self.table = table if self.first or self.last else None

@@ -12,7 +12,7 @@ from mlm_mpi import config as configuration
 from mlm_mpi.backend import registry
 from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.group import Group
-from mlm_mpi.comm.mesh import Mesh, mesh
+from mlm_mpi.comm.mesh import Mesh, mesh, placement
 from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
@@ -90,6 +90,7 @@ class Run:
         check_same(self.plugins, self.group)
         self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp, config.mesh.sequence)
         self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place, self.task.width)
+        self.placed = placement(self.mesh)
         self.facts = fingerprint(
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
         )
@@ -246,7 +247,7 @@ class Run:
             return Ledger([], Silent())
         self.folder.describe(self.config, self.facts, self.group.size)
         if not self.options.quiet:
-            rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts))
+            rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts), self.placed)
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")

@@ -10,13 +10,14 @@ from mlm_mpi.data.warmup import Ramp
 from mlm_mpi.train import Train
 from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.memory import bytes_held
+from mlm_mpi.train.pipeline import Stage
 from mlm_mpi.train.task import Task
 
 
 def plan_rows(
-    config: Config, task: Task, sampler: Sampler, engine: Engine, step: int, fingerprint: str
+    config: Config, task: Task, sampler: Sampler, engine: Engine, step: int, fingerprint: str, placed: str = ""
 ) -> list[tuple[str, str]]:
-    """(name, text) of each line; `step`: so many are done."""
+    """(name, text) of each line; `step`: so many are done; `placed`: where ranks lie that share a model."""
     train, machine = config.train, engine.machine
     ranks, costs, held = machine.mesh.world.size, machine.reduction.costs(), bytes_held(engine)
     copies, workers = machine.mesh.size("dp"), machine.assignment.ranks
@@ -39,6 +40,8 @@ def plan_rows(
     averaged = f"held-out text is measured with the moving average of weights, decay {config.optim.average:g}"
     return [
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
+        *([("placement", placed)] if placed else []),
+        *([("stages", f"parts {machine.chain.cut}")] if isinstance(machine.chain, Stage) else []),
         ("model", f"{task.model}: {size}"),
         ("step", f"{samples * task.row_tokens:,} tokens: {shape}"),
         ("run", f"{steps}, {read} {task.tokens('train'):,} tokens"),

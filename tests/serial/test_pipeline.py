@@ -8,10 +8,11 @@ import pytest
 from tiny import tiny_config
 from whole import engine_of
 
+from mlm_mpi.comm.mesh import Mesh, placement
 from mlm_mpi.config.rules import check_ranks
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.params.ownership import Owned, ranges
-from mlm_mpi.train.pipeline import cost_of, cut_parts
+from mlm_mpi.train.pipeline import cost_of, cut_parts, in_words
 
 
 @pytest.mark.parametrize("stages", range(1, 6))
@@ -59,6 +60,36 @@ def test_what_an_owner_has_are_views_of_the_store():
     owned = Owned(store, ranges(store, 3, False), 1)
     for name, (box, view) in owned.named(owned.data).items():
         assert (view == store.named(store.data)[name][box.slices]).all() and np.shares_memory(view, store.data)
+
+
+class Ranks:
+    """What `placement` asks of a group: hosts of the world, or an extent."""
+
+    def __init__(self, hosts):
+        self.hosts, self.size, self.rank = hosts, len(hosts), 0
+
+    def allgather(self, value, what):
+        return list(self.hosts)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "pp", "tp", "said"),
+    [
+        ("aaaa", 2, 2, "all ranks on one node"),
+        ("aabb", 2, 2, "2 nodes, each group of tp on one, stages on several"),
+        ("aabbaabb", 2, 2, "2 nodes, each group of tp on one, stages of a copy too"),
+        ("abab", 1, 2, "2 of 2 groups of tp span nodes, of 2: give a node whole groups (--map-by slot)"),
+        ("aaabbb", 1, 2, "1 of 3 groups of tp span nodes, of 2: give a node whole groups (--map-by slot)"),
+    ],
+)
+def test_where_ranks_lie_that_share_a_model(hosts, pp, tp, said):
+    sizes = {"pp": pp, "dp": len(hosts) // (pp * tp), "tp": tp}
+    assert placement(Mesh(Ranks(hosts), {axis: Ranks("x" * size) for axis, size in sizes.items()})) == said
+    assert placement(Mesh(Ranks(hosts))) == ""
+
+
+def test_stages_are_told_in_words():
+    assert in_words([(0, 2), (2, 3)], [0, 3, 1]) == "0–1 (75%), 2–2 (25%)"
 
 
 @pytest.mark.parametrize(
