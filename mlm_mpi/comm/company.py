@@ -139,6 +139,11 @@ class Company:
         """The signs of the ranks of my node: not those of ranks that were lost before."""
         return self.near.signs()
 
+    def all_here(self, text: str) -> bool:
+        """Whether all ranks that live do this, as far as I can know: a rank of another node may not."""
+        living = [sign for sign in self.here() if not (self.near.board.has_processes and is_gone(sign.process))]
+        return len(self.here()) == self.size and all(sign.text == text for sign in living)
+
     def answer(self) -> None:
         """Renews my sign and answers ranks that call the roll; whoever waits calls this now and then."""
         if time.monotonic() - self._renewed > _RENEW_S:

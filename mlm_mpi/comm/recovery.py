@@ -15,13 +15,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlm_mpi.comm.group import Group
+from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.errors import PeerLost
 
 _DRAIN_S = 10.0
+_LEAVING = "leaving a group in which a rank has died"
 _SHRINK_S = 30.0  # inside MPI, where nobody can speak; 10 ms are usual
 
 
@@ -44,14 +47,23 @@ def survivors(group: Group, lost: PeerLost) -> Group:
 def _leave(group: Group, lost: PeerLost) -> None:
     """The last that a rank does in a group with a dead rank."""
     assert group.company is not None, "only the ranks of a job are lost"
-    group.note("leaving a group in which a rank has died")
+    group.note(_LEAVING)
     for mailbox in group.company.mailboxes:
         mailbox.revoke()
     for mailbox in group.company.mailboxes:
-        if not mailbox.drain(_DRAIN_S):
-            _give_up(f"MPI has not let go of its messages within {_DRAIN_S:g} s")
+        _drain(mailbox, group)
     if not lost.agreed:
         group.agrees(False, "all who live to notice that a rank has died")
+
+
+def _drain(mailbox: Mailbox, group: Group) -> None:
+    """A message to a rank that lives and makes no call of MPI, in a long backward say, ends when that one makes one: so
+    patience begins anew while somebody has not come here. Ends this process where MPI keeps a message all the same."""
+    assert group.company is not None
+    end = time.monotonic() + group.timeout_s
+    while not mailbox.drain(_DRAIN_S):
+        if group.company.all_here(_LEAVING) or time.monotonic() > end:
+            _give_up(f"MPI has not let go of its messages within {_DRAIN_S:g} s of the last rank's coming")
 
 
 def _meet(group: Group) -> None:
