@@ -60,10 +60,11 @@ def _drain(mailbox: Mailbox, group: Group) -> None:
     """A message to a rank that lives and makes no call of MPI, in a long backward say, ends when that one makes one: so
     patience begins anew while somebody has not come here. Ends this process where MPI keeps a message all the same."""
     assert group.company is not None
-    end = time.monotonic() + group.timeout_s
+    end, all_came = time.monotonic() + group.timeout_s, False
     while not mailbox.drain(_DRAIN_S):
-        if group.company.all_here(_LEAVING) or time.monotonic() > end:
+        if all_came or time.monotonic() > end:
             _give_up(f"MPI has not let go of its messages within {_DRAIN_S:g} s of the last rank's coming")
+        all_came = group.company.all_here(_LEAVING)
 
 
 def _meet(group: Group) -> None:
