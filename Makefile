@@ -154,7 +154,7 @@ distclean: clean  ## also removes what `make train` made: environment, corpus an
 	only() { ! ls -A "$$1" 2>/dev/null | grep -qvE "^($$2)$$"; }; \
 	if made $(CORPUS)/prepared.json '$(PREPARE)' && only $(CORPUS) '(catalog|prepared|tokenizer.*)\.json|(train|heldout)-.*\.h5'; \
 	  then rm -rf $(CORPUS); fi; \
-	if made $(RUN)/environment.json '$(TRAIN)' && only $(RUN) '(config|environment|metrics|loss)\..*|DONE|checkpoints|tensorboard|wandb|run\.lock'; \
+	if made $(RUN)/environment.json '$(TRAIN)' && only $(RUN) '(config|environment|metrics|ledger|failures|loss)\..*|DONE|checkpoints|stacks|tensorboard|wandb|run\.lock'; \
 	  then rm -rf $(RUN); fi; \
 	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV) mlm_mpi/backend/_cpu*.so; fi; \
 	rmdir runs 2>/dev/null || true; \

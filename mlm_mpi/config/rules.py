@@ -62,8 +62,15 @@ def _check_mesh(config: Config) -> None:
     pp, tp, device, products = config.mesh.pp, config.mesh.tp, config.backend.device, config.numerics.products
     _require(
         (pp == 1 or device == "cpu") and (tp == 1 or (device == "cpu" and products == "float32")),
-        f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", and tp numerics.products = "float32", not '
-        f'"{device}" and "{products}": set these, or mesh.pp = 1 and mesh.tp = 1',
+        f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu" (it is "{device}"), and tp numerics.products = '
+        f'"float32" (it is "{products}"): set what differs, or mesh.pp = 1 and mesh.tp = 1',
+    )
+    most = int(config.numerics.shares)
+    fits = order.shares(order.MOST, min(tp, most))
+    _require(
+        tp <= most and order.MOST % tp == 0,
+        f"mesh.tp = {tp} must be a power of two, at most numerics.shares = {most} (of {order.MOST}): set mesh.tp = "
+        f"{fits}",
     )
     if config.mesh.sequence and tp > 1:
         length = getattr(config.model, "context", 0)
@@ -136,7 +143,9 @@ def check_ranks(config: Config, ranks: int) -> None:
     copies, left = divmod(ranks - spares, each)
     dp = axes.dp or max(1, copies)
     spared = f", {spares} of them spares" if spares else ""
-    remedy = f"set mesh.dp = {copies}" if not left else f"start {dp * each} ranks, or set {_nearest(config, ranks)}"
+    remedy = f"start {dp * each} ranks, or set {_nearest(config, ranks)}"
+    if not left and copies:
+        remedy = f"set mesh.dp = {copies}"
     _require(
         dp * each == ranks - spares,
         f"mesh.pp = {axes.pp}, mesh.dp = {dp}, mesh.tp = {axes.tp} need {dp * each} ranks, the launcher gave "
@@ -152,7 +161,8 @@ def check_ranks(config: Config, ranks: int) -> None:
 def _nearest(config: Config, ranks: int) -> str:
     """A mesh near to the one asked for that fits so many ranks."""
     tp = gcd(ranks, config.mesh.tp)
-    return f"mesh.pp = {gcd(ranks // tp, config.mesh.pp)} and mesh.tp = {tp}"
+    free = "mesh.dp = 0, " if config.mesh.dp else ""
+    return f"{free}mesh.pp = {gcd(ranks // tp, config.mesh.pp)} and mesh.tp = {tp}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -95,8 +95,8 @@ def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
     if pp > len(parts):
         raise agreed(
             ConfigError(
-                f"mesh.pp = {pp} needs as many parts, and the model has {len(parts)}: the embedding, {len(parts) - 2} "
-                f"blocks, the head: set mesh.pp = {len(parts)} or less"
+                f"mesh.pp = {pp} needs as many parts, and the model has {len(parts)} (embedding, head, blocks: "
+                f"{len(parts) - 2}): set mesh.pp = {len(parts)} or less"
             )
         )
     for parameter in (parameter for part in parts for parameter in part.parameters()):
@@ -106,9 +106,9 @@ def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
             units = layout.shape[dim] // (layout.units or (1,) * len(layout.shape))[dim]
             raise agreed(
                 ConfigError(
-                    f"mesh.tp = {tp} does not divide the {layout.shares} shares of {parameter.name}, which are as many "
-                    f"as a power of two divides its {units} (heads, features or tokens; at most numerics.shares): set "
-                    f"mesh.tp = {math.gcd(tp, layout.shares)}, or make them a multiple of {tp}"
+                    f"mesh.tp = {tp} does not divide the {units} heads, features or tokens of {parameter.name}: set "
+                    f"mesh.tp = {math.gcd(tp, layout.shares)}, or make them a multiple of {tp} (heads and feed_forward "
+                    "of [model], --vocab of prepare)"
                 )
             )
 

@@ -123,15 +123,20 @@ class Stage(Chain):
 
     def _send(self, flow: Flow, rank: int, tag: int) -> None:
         for array in flow:
-            self.pp.mail.send(np.ascontiguousarray(array), rank, tag)
+            self.pp.mail.send(_bytes(np.ascontiguousarray(array)), rank, tag)
 
     def _received(self, ctx: Context, rank: int, tag: int, what: str) -> Flow:
         assert ctx.batch is not None
         batch, length = ctx.batch.inputs["ids"].shape
         length //= ctx.tp.size if ctx.cuts_positions else 1
         array = np.empty((batch, length, self.width), self.dtype)
-        self._receive(array, rank, tag, f"the {what} of micro-batch {ctx.micro_batch} from stage {rank}")
+        self._receive(_bytes(array), rank, tag, f"the {what} of micro-batch {ctx.micro_batch} from stage {rank}")
         return (array,)
 
     def _receive(self, array: Any, rank: int, tag: int, what: str) -> None:
         self.pp.wait(self.pp.mail.receive(array, rank, tag), what)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """The memory of a contiguous array, whose type MPI need not know: bfloat16 say."""
+    return array.reshape(-1).view(np.uint8)

@@ -74,8 +74,8 @@ class Run:
                 )
             if not configuration.is_plain(config) and group.recovers:
                 raise ConfigError(
-                    "where ranks share a model or its moments (mesh.pp, mesh.tp, mesh.zero) none can go on without a "
-                    "dead one, as this job shall: start it by mlm-mpi run, or not with ulfm"
+                    "--with-ft ulfm lets ranks go on without one that dies, which they cannot where they share a model "
+                    "or its moments (mesh.pp, mesh.tp, mesh.zero): leave it out, or start by mlm-mpi run"
                 )
             if group.rank == 0:
                 check(config.log)

@@ -41,7 +41,11 @@ def plan_rows(
     return [
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
         *([("placement", placed)] if placed else []),
-        *([("stages", f"parts {machine.chain.cut}")] if isinstance(machine.chain, Stage) else []),
+        *(
+            [("stages", f"parts {machine.chain.cut}, {_schedule(train.schedule)}")]
+            if isinstance(machine.chain, Stage)
+            else []
+        ),
         ("model", f"{task.model}: {size}"),
         ("step", f"{samples * task.row_tokens:,} tokens: {shape}"),
         ("run", f"{steps}, {read} {task.tokens('train'):,} tokens"),
@@ -59,6 +63,11 @@ def plan_rows(
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
+
+
+def _schedule(name: str) -> str:
+    idle = "; one works at a time: one_f_one_b overlaps them" if name == "single" else ""
+    return f"train.schedule = {name}{idle}"
 
 
 def _after_a_death(config: Config, recovers: bool, spares: int) -> str:

@@ -219,7 +219,11 @@ def test_what_cannot_be_cut_is_refused_by_all(group):
     if group.size not in (2, 4):
         pytest.skip("two or four ranks say it")
     for words, (pp, tp), text in (
-        (("model.heads=3", "model.width=24"), (1, 2), "does not divide the 1 shares of block0.attention.qkv.weight"),
+        (
+            ("model.heads=3", "model.width=24"),
+            (1, 2),
+            "does not divide the 3 heads, features or tokens of block0.attention.qkv.weight",
+        ),
         (("model.layers=1",), (group.size, 1), "the model has 3"),
     ):
         if pp == 2:

@@ -26,8 +26,8 @@ def test_a_death_ends_a_pipeline_which_goes_on_as_another_mesh(place, home, stra
 def test_what_does_not_fit_is_one_line(place):
     """Before a rank starts where the launcher can know; of all ranks where the model has to be built."""
     place.train("run", 3, "mesh.tp=2").refused("need 2 ranks, the launcher gave 3")
-    place.train("run", 4, "mesh.pp=4").refused("mesh.pp = 4", "the model has 3: the embedding, 1 blocks, the head")
+    place.train("run", 4, "mesh.pp=4").refused("mesh.pp = 4", "the model has 3 (embedding, head, blocks: 1)")
     place.train("run", 2, "mesh.tp=2").refused(
-        "mesh.tp = 2 does not divide the 1 shares of embed.tokens", "set mesh.tp = 1"
+        "mesh.tp = 2 does not divide the 257 heads, features or tokens of embed.tokens", "set mesh.tp = 1"
     )
     assert not (place.folder / "run").exists()

@@ -97,6 +97,7 @@ def test_stages_are_told_in_words():
     [
         (("mesh.tp=2",), 3, "need 2 ranks, the launcher gave 3: start 2 ranks, or set mesh.pp = 1 and mesh.tp = 1"),
         (("mesh.pp=2", "mesh.tp=2"), 2, "need 4 ranks, the launcher gave 2: start 4 ranks, or set mesh.pp = 1 and"),
+        (("mesh.dp=2", "mesh.pp=2", "mesh.tp=2"), 2, "start 8 ranks, or set mesh.dp = 0, mesh.pp = 1 and mesh.tp = 2"),
         (("mesh.dp=3",), 2, "mesh.dp = 3, mesh.tp = 1 need 3 ranks, the launcher gave 2: set mesh.dp = 2"),
         (("mesh.tp=2",), 18, "train.lanes = 8 allows at most 16: start 16 ranks, or set train.lanes to 9"),
         (("mesh.tp=2", "comm.spares=1"), 3, "comm.spares = 1 hold all"),
@@ -113,7 +114,10 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
     ("words", "text"),
     [
         (("mesh.tp=2", "model.kind=lstm"), 'model.kind = "lstm" does not heed mesh.tp'),
-        (("mesh.tp=2", "numerics.products=bf16"), 'not "cpu" and "bf16"'),
+        (("mesh.tp=2", "numerics.products=bf16"), 'it is "bf16"'),
+        (("mesh.tp=3",), r"mesh.tp = 3 must be a power of two, at most numerics.shares = 8 \(of 8\): set mesh.tp = 2"),
+        (("mesh.tp=16",), "set mesh.tp = 8"),
+        (("mesh.tp=4", "numerics.shares=2"), "at most numerics.shares = 2"),
         (("mesh.tp=4", "mesh.sequence=true"), "mesh.sequence cuts model.context = 10, whose sums have 2 shares"),
         (("mesh.pp=2", "comm.reduction=allreduce"), 'mesh.pp = 2 needs comm.reduction = "canonical"'),
     ],
