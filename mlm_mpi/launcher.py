@@ -356,7 +356,7 @@ class _Job:
                 self._end(process)
                 return 128 + signal.SIGKILL
             self._watch_start(process, now)
-            if now >= self.repeat_at:
+            if now >= self.repeat_at and not self._may_break_the_start(now):
                 process.send_signal(signal.SIGUSR1)
                 self.repeat_at = now + _REPEAT_S
         self._kill_session(process.pid)
@@ -365,6 +365,12 @@ class _Job:
             self._say_end(f"mpiexec died by {_name(-code)}: the ranks were killed{stands}")
             return 128 - code
         return 128 + self.cause if self.cause and code == 0 else code
+
+    def _may_break_the_start(self, now: float) -> bool:
+        """Whether SIGUSR1 could kill what mpiexec is starting: its daemon on another node, seen under Slurm. Ranks of
+        which none is heard after a while are not heard at all.
+        """
+        return self.began is not None and (self.arrivals.seen > 0 or now - self.began < _WORD_S)
 
     def _is_starting(self) -> bool:
         """Ranks are on their way, and nothing is there to be saved."""

@@ -43,7 +43,7 @@ def test_the_time_limit_saves_and_the_requeued_job_goes_on(cluster: Cluster, und
     """Slurm looks at time limits every 30 s and warns 30 s too early: here when the job is two seconds old."""
     begun = (LAB_FOLDER / "slurmctld.pid").stat().st_mtime
     time.sleep((28 - (time.time() - begun)) % 30)
-    job = cluster.submit(*TWO_NODES, "--time=1", "--signal=B:USR1@29")
+    job = cluster.submit(*TWO_NODES, "--time=2", "--signal=B:USR1@89")
     job.steps_are_made(1)
     job.leaves("PENDING", restarts=1)
     job.requeued()
