@@ -32,24 +32,14 @@ def joined(group: Group, part: Any, what: str) -> Any:
     if group.size == 1:
         return part
     flat, me, mail = part.reshape(-1), group.rank, group.mail
-    slices = [slice(*cut(flat.size, group.size, rank)) for rank in range(group.size)]
-    others = [rank for rank in range(group.size) if rank != me]
-    length = slices[me].stop - slices[me].start
-    leaves = {rank: np.empty(length, flat.dtype) for rank in others}
-    sums_ = {rank: np.empty(slices[rank].stop - slices[rank].start, flat.dtype) for rank in others}
-    arriving = [mail.receive(leaves[rank], rank, _PART) for rank in others]
-    returning = [mail.receive(sums_[rank], rank, _SUM) for rank in others]
-    leaving = [mail.send(flat[slices[rank]], rank, _PART) for rank in others]
-    for message in arriving:
+    slices = [flat[slice(*cut(flat.size, group.size, rank))] for rank in range(group.size)]
+    total = _of_my_slice(group, slices, what)
+    messages = []
+    for rank in (rank for rank in range(group.size) if rank != me):
+        messages += [mail.receive(slices[rank], rank, _SUM), mail.send(total, rank, _SUM)]
+    for message in messages:
         group.wait(message, what)
-    leaves[me], total = flat[slices[me]], np.empty(length, flat.dtype)
-    sums.tree([leaves[rank] for rank in range(group.size)], _merges(group.size), total)
-    leaving += [mail.send(total, rank, _SUM) for rank in others]
-    for message in leaving + returning:
-        group.wait(message, what)
-    flat[slices[me]] = total
-    for rank in others:
-        flat[slices[rank]] = sums_[rank]
+    slices[me][...] = total
     return part
 
 
@@ -68,19 +58,21 @@ def scattered(group: Group, part: Any, what: str) -> Any:
     """
     if group.size == 1:
         return part
+    return _of_my_slice(group, [np.ascontiguousarray(mine) for mine in np.split(part, group.size, axis=1)], what)
+
+
+def _of_my_slice(group: Group, slices: Sequence[np.ndarray], what: str) -> np.ndarray:
+    """Σ over ranks of what each has of my slice, in the order of the tree. `slices`: of every rank, contiguous."""
     me, mail = group.rank, group.mail
-    length = part.shape[1] // group.size
-    others = [rank for rank in range(group.size) if rank != me]
-    slices = {rank: part[:, rank * length : (rank + 1) * length] for rank in range(group.size)}
-    leaves = {rank: np.empty((part.shape[0], length, part.shape[2]), part.dtype) for rank in others}
-    messages = [mail.receive(leaves[rank], rank, _PART) for rank in others]
-    messages += [mail.send(np.ascontiguousarray(slices[rank]), rank, _PART) for rank in others]
+    leaves = [np.empty_like(slices[me]) for _ in slices]
+    messages = []
+    for rank in (rank for rank in range(group.size) if rank != me):
+        messages += [mail.receive(leaves[rank], rank, _PART), mail.send(slices[rank], rank, _PART)]
     for message in messages:
         group.wait(message, what)
-    leaves[me] = np.ascontiguousarray(slices[me])
-    total = np.empty_like(leaves[me])
-    flat = [leaves[rank].reshape(-1) for rank in range(group.size)]
-    sums.tree(flat, _merges(group.size), total.reshape(-1))
+    leaves[me], total = slices[me], np.empty_like(slices[me])
+    leaf_nodes = [(rank, rank + 1) for rank in range(group.size)]
+    sums.tree([leaf.reshape(-1) for leaf in leaves], merges_of((0, group.size), leaf_nodes), total.reshape(-1))
     return total
 
 
@@ -102,7 +94,3 @@ def assembled(group: Group, mine: np.ndarray, boxes: Sequence[Box], shape: Seque
         assert row.size == math.prod(box.shape), "ranks of a mesh hold equal boxes"
         whole[box.slices] = row.reshape(box.shape)
     return whole
-
-
-def _merges(count: int) -> list[int]:
-    return merges_of((0, count), [(number, number + 1) for number in range(count)])

@@ -39,7 +39,7 @@ UNTIED = (*SIZES, "model.kind=llama", "model.embedding_norm=true", "train.lanes=
 
 LSTM = (
     "model.kind=lstm",
-    "model.layers=2",
+    "model.layers=3",
     "model.width=16",
     "train.micro_batches=4",
     "train.lanes=2",
