@@ -31,7 +31,8 @@ class Screen:
             return
         with self._lock:
             if descriptor in self._drawn_on:
-                self._erase()
+                if self._is_drawn:  # in one piece with what follows: a ^C typed between the two would stay
+                    self._is_drawn, data = False, _ERASE + data
                 self._inside_line = not data.endswith(b"\n")
             with contextlib.suppress(OSError):
                 _write(descriptor, data)
