@@ -71,6 +71,10 @@ class Box:
             raise ValueError(f"{self} is not inside {outer}")
         return tuple(slice(a - first, b - first) for (a, b), first in zip(self._ranges(), outer.starts, strict=True))
 
+    def rows(self, first: int, stop: int) -> "Box":
+        """Rows [first, stop) of it along dim 0, counted from its own first."""
+        return Box((self.starts[0] + first, *self.starts[1:]), (self.starts[0] + stop, *self.stops[1:]))
+
     def row_blocks(self, most: int) -> Iterator[tuple[slice, "Box"]]:
         """Blocks of at most `most` rows of dim 0: (which rows of an array that holds this box, their box)."""
         for start in range(self.starts[0], self.stops[0], most):

@@ -3,6 +3,7 @@
 `cupy` is imported in this package only, and only by a run that asks for a GPU.
 """
 
+import ctypes
 import mmap
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from mlm_mpi.errors import ConfigError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # NumPy's and CuPy's
 CUPY = "pip install 'cupy-cuda13x[ctk]' (cupy-cuda12x for a driver of CUDA 12)"  # how to get what a GPU needs
+_LIBC, _DONT_NEED = ctypes.CDLL(None), 4
 BLOCK_ELEMENTS = 1 << 15  # 128 KiB of float32: two or three work arrays of this size stay in a core's L2 cache
 
 
@@ -128,6 +130,14 @@ def new_pages(size_bytes: int) -> np.ndarray:
     except (OSError, ValueError, OverflowError):
         raise MemoryError(f"no {size_bytes} bytes of memory") from None
     return np.frombuffer(pages, np.uint8)[:size_bytes]
+
+
+def forget(array: np.ndarray) -> None:
+    """Gives whole pages of a contiguous array back to the kernel: what they held is lost. Others stay as they are."""
+    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _DONT_NEED)  # advice: it may do nothing
 
 
 def fill(target: Any, host: Any) -> None:

@@ -38,10 +38,11 @@ class Axes:
     )
     zero: int = key(
         0,
-        says="If 1, the ranks of dp share out the optimiser's state, and update a range of the weights each (ZeRO-1, "
-        "on the CPU); if 0, each holds and updates all. The bits are the same.",
+        says="The ranks of dp share this out (ZeRO, on the CPU): 0 nothing, 1 the optimiser's state, each updating a "
+        "range of the weights, 2 the sum of gradients too, 3 the weights too, which come when they are read. The bits "
+        "are the same.",
         least=0,
-        most=1,
+        most=3,
     )
 
 

@@ -25,7 +25,8 @@ from mlm_mpi.comm.tree import Node
 @dataclass(frozen=True)
 class Setup:
     """What a reduction is built from. `ranges`: the lanes [first, stop) of every rank; `segments`: of the flat buffer,
-    a block each; `size`: of that buffer, where more lies behind them that other ranks sum."""
+    a block each; `size`: of that buffer, where more lies behind them that other ranks sum; `owned`: [start, stop) of
+    the buffer that each rank needs the sum of, where not all need all."""
 
     group: Group
     lanes: int
@@ -37,6 +38,7 @@ class Setup:
     place: Place | None = None
     transport: Transport | None = None
     size: int = 0
+    owned: Sequence[Node] | None = None
 
     @property
     def elements(self) -> int:

@@ -22,11 +22,35 @@ class Owed(NamedTuple):
     later: list[list[Callable[[Context], None]]]  # what forms the others, by part, the last first
 
 
+class Weights:
+    """Where the weights are that a chain's parts read: here. Others may bring them when they are needed."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which nothing was done but wait for them."""
+        return 0.0
+
+    def expect(self, walks: Sequence[Sequence[int]]) -> None:
+        """`walks`: the parts that each rank of dp is about to run, one after another."""
+
+    def need(self, part: int) -> None:
+        """Returns when those of a part are here."""
+
+    def done(self, part: int) -> None:
+        """They are not read any more."""
+
+    def updated(self) -> None:
+        """Those that this rank updates have changed."""
+
+    def complete(self) -> None:
+        """Returns when nobody reads those that this rank updates."""
+
+
 class Chain:
     """The parts in the order of a forward."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = list(parts)
+        self.parts, self.weights = list(parts), Weights()
 
     def parameter_blocks(self) -> list[list[Parameter]]:
         """Parameters by part, in forward order: the segments of the flat store."""
@@ -35,8 +59,10 @@ class Chain:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
         """What leaves the last part, and what each backward needs; outside training nothing is kept."""
         kept = []
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
+            self.weights.need(number)
             x, saved = part.forward(x, ctx)
+            self.weights.done(number)
             if ctx.training:
                 kept.append(saved)
         return x, kept
@@ -47,12 +73,20 @@ class Chain:
         `ready(i)` is called as soon as those of part i are final.
         """
         for number in range(len(self.parts) - 1, down_to - 1, -1):
+            self.weights.need(number)
             dy = self.parts[number].backward(dy, kept.pop(), ctx)
+            self.weights.done(number)
             ready(number)
         return dy
 
-    def settle(self, total: Mapping[Parameter, Any]) -> None:
-        """After a step's gradients have been summed over all lanes: what stages owe each other."""
+    def walk(self, forwards: int, backwards: int = 0) -> list[int]:
+        """The parts that are run by so many forwards alone, or each with its backward behind it."""
+        forth = list(range(len(self.parts)))
+        return (forth + forth[::-1]) * backwards + forth * (forwards - backwards)
+
+    def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
+        """After a step's gradients have been summed over all lanes: what stages owe each other. `whole` completes a sum
+        of which ranks of dp have parts."""
 
     def backward_input(self, dy: Flow, kept: list[Any], ctx: Context) -> tuple[Flow, Owed]:
         """The half of a backward that an earlier stage waits for; the other is owed. Empties `kept` as it goes.
@@ -62,9 +96,11 @@ class Chain:
         al., arXiv:2401.10241.
         """
         later: list[list[Callable[[Context], None]]] = []
-        for part in reversed(self.parts):
+        for number in reversed(range(len(self.parts))):
             later.append([])
-            dy = part.backward(dy, kept.pop(), replace(ctx, later=later[-1]))
+            self.weights.need(number)
+            dy = self.parts[number].backward(dy, kept.pop(), replace(ctx, later=later[-1]))
+            self.weights.done(number)
         return dy, Owed(ctx.gradients, later)
 
     def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import row_blocks
 from mlm_mpi.exact import power
+from mlm_mpi.params.ownership import Owned
 from mlm_mpi.params.store import FlatStore
 
 
@@ -17,7 +18,7 @@ class Average:
     no part of it, after the first update it is that update's weights, and whoever reads it needs to know nothing else.
     """
 
-    def __init__(self, store: FlatStore, decay: float) -> None:
+    def __init__(self, store: FlatStore | Owned, decay: float) -> None:
         self.store, self.decay = store, decay
         self.flat = store.new_buffer()
 

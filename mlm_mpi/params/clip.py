@@ -1,13 +1,18 @@
 """The global gradient norm, the same bits on any mesh, and which parameter is not finite."""
 
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mlm_mpi.backend.arrays import module_of, to_host
 from mlm_mpi.backend.registry import served
 from mlm_mpi.order import joined
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.params.layout import Grid
+from mlm_mpi.params.store import FlatStore, Span
 
 BLOCK_ELEMENTS = 65_536
 LANES = 16  # of kernels/cpu/common.h
@@ -43,21 +48,70 @@ def norms_of(stack: Any) -> list[float]:
     return [math.sqrt(_in_order(sums[n * each : (n + 1) * each])) for n in range(len(stack))]
 
 
-def share_norms(store: FlatStore, gradient: Any) -> dict[str, list[float]]:
+class Held(NamedTuple):
+    """What a rank holds of a share of a parameter: whole blocks, or all to the end of it."""
+
+    name: str
+    share: int
+    values: Any  # (rows, columns), a view whose rows are contiguous
+
+    @property
+    def blocks(self) -> int:
+        return -(-int(self.values.size) // BLOCK_ELEMENTS)
+
+
+def shares_in(store: FlatStore, gradient: Any, start: int, stop: int) -> list[Held]:
+    """Shares in [start, stop) of a flat buffer, whose ends lie between rows, in their order."""
+    found = []
+    for span, view in zip(store.spans, store.views(gradient), strict=True):
+        row = (span.stop - span.start) // span.shape[0]
+        first, last = (min(max((edge - span.start) // row, 0), span.shape[0]) for edge in (start, stop))
+        if first < last:
+            held = span.parameter.layout.split_rows(view, store.grid, first, last)
+            found += [Held(span.parameter.name, number, values) for number, values in held]
+    return found
+
+
+def whole_block_rows(span: Span, grid: Grid) -> list[int]:
+    """Rows of a parameter at which a rank's range may begin: each share has whole blocks before them, or all."""
+    rows, layout = span.shape[0], span.parameter.layout
+    row, each, columns = (span.stop - span.start) // rows, rows, 1
+    if "tp" in layout.axes:
+        shares = layout.shares // grid.size("tp")
+        each, columns = (rows // shares, 1) if layout.axes[0] == "tp" else (rows, shares)
+    return [number for number in range(rows) if number % each * (row // columns) % BLOCK_ELEMENTS == 0]
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Ranks that have the sum of their own range of a gradient only: [start, stop) of each, which is mine, and what
+    brings together an array of which each holds so many numbers."""
+
+    every: Sequence[tuple[int, int]]
+    rank: int
+    gather: Callable[[np.ndarray, Sequence[int]], None]
+
+
+def share_norms(store: FlatStore, gradient: Any, owners: Owners | None = None) -> dict[str, list[float]]:
     """name -> Σ of squares of each share that this rank holds, the shares in their order. A GPU is awaited once.
 
     Inside a share float64 sums of BLOCK_ELEMENTS elements, in the share's own order, are added one after another: they
-    are those of a rank that holds no more than this share.
+    are those of a rank that holds no more than this share. Collective over `owners`, who have whole blocks each.
     """
-    views = zip(store.spans, store.views(gradient), strict=True)
-    split = {span.parameter.name: span.parameter.layout.split(view, store.grid) for span, view in views}
-    partials = {name: [squares(share, BLOCK_ELEMENTS) for share in shares] for name, shares in split.items()}
-    every = [partial for shares in partials.values() for partial in shares]
-    numbers = iter(to_host(module_of(every[0]).concatenate(every)).tolist())
-    return {
-        name: [_in_order([next(numbers) for _ in range(partial.size)]) for partial in shares]
-        for name, shares in partials.items()
-    }
+    every, me = ([(0, store.size)], 0) if owners is None else (owners.every, owners.rank)
+    held = [shares_in(store, gradient, *one) for one in every]
+    counts = [sum(one.blocks for one in some) for some in held]
+    numbers = np.zeros(sum(counts))
+    if mine := [squares(one.values, BLOCK_ELEMENTS) for one in held[me]]:
+        numbers[sum(counts[:me]) : sum(counts[: me + 1])] = to_host(module_of(mine[0]).concatenate(mine))
+    if owners is not None:
+        owners.gather(numbers, counts)
+    rest, sums = iter(numbers.tolist()), dict[str, dict[int, float]]()
+    for one in itertools.chain.from_iterable(held):
+        shares = sums.setdefault(one.name, {})
+        for _ in range(one.blocks):
+            shares[one.share] = shares.get(one.share, 0.0) + next(rest)
+    return {name: [shares[number] for number in sorted(shares)] for name, shares in sums.items()}
 
 
 Across = Callable[[dict[str, float]], dict[str, float]]  # sums by name over what I hold -> over all of the model
@@ -67,13 +121,17 @@ def _alone(mine: dict[str, float]) -> dict[str, float]:
     return mine
 
 
-def norm(store: FlatStore, gradient: Any, across: Across = _alone) -> tuple[float, str | None]:
-    """(‖gradient‖₂, name of the first parameter that is not finite or None). Collective over pp and tp, by `across`.
+def norm(
+    store: FlatStore, gradient: Any, across: Across = _alone, owners: Owners | None = None
+) -> tuple[float, str | None]:  # fmt: skip
+    """(‖gradient‖₂, name of the first parameter that is not finite or None). Collective over pp and tp, by `across`,
+    and over `owners`.
 
     float64, in (name, share, block) order: blocks of a share one after another, shares in a tree, names in order. A
     rank of a tensor-parallel mesh joins the shares it holds; one number a parameter is all it has to tell the others.
     """
-    mine = {name: joined(shares) for name, shares in share_norms(store, gradient).items() if name not in store.borrowed}
+    held = share_norms(store, gradient, owners)
+    mine = {name: joined(shares) for name, shares in held.items() if name not in store.borrowed}
     sums = dict(sorted(across(mine).items()))
     broken = next((name for name, value in sums.items() if not math.isfinite(value)), None)
     return math.sqrt(_in_order(list(sums.values()))), broken

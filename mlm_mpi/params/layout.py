@@ -78,3 +78,11 @@ class Layout:
             raise ValueError(f"{self.shares} shares cannot be cut in {ranks} equal parts")
         parts = mine.reshape(math.prod(mine.shape[:dim]), self.shares // ranks, -1)
         return [parts[:, number] for number in range(parts.shape[1])]
+
+    def split_rows(self, mine: Any, grid: Grid, first: int, last: int) -> list[tuple[int, Any]]:
+        """(number of a share, what rows [first, last) of my slice have of it), as `split` shapes it."""
+        if self.axes[:1] != ("tp",):
+            return list(enumerate(self.split(mine[first:last], grid)))
+        each = len(mine) * grid.size("tp") // self.shares
+        shares = range(first // each, -(-last // each))
+        return [(k, mine[max(first, k * each) : min(last, k * each + each)].reshape(1, -1)) for k in shares]

@@ -2,7 +2,8 @@
 
 Ranges lie one after another and end between rows of a parameter, so that a checkpoint can save them as boxes, and never
 inside a matrix that the optimiser sees as a whole. An update is made element by element or matrix by matrix: its bits
-do not depend on who makes it. Source: Rajbhandari et al., ZeRO, arXiv:1910.02054 (stage 1).
+do not depend on who makes it. Where a rank has the sum of its own gradients only, a range ends between blocks of the
+norm too (`params/clip.py`). Source: Rajbhandari et al., ZeRO, arXiv:1910.02054.
 """
 
 import bisect
@@ -13,17 +14,20 @@ from typing import Any
 from mlm_mpi.backend.arrays import fill
 from mlm_mpi.cut import Box, cut
 from mlm_mpi.errors import DataError
+from mlm_mpi.params.clip import whole_block_rows
 from mlm_mpi.params.sources import Source
 from mlm_mpi.params.store import FlatStore, Span
 
 
-def ranges(store: FlatStore, ranks: int, whole_matrices: bool) -> list[tuple[int, int]]:
+def ranges(store: FlatStore, ranks: int, whole_matrices: bool, whole_blocks: bool = False) -> list[tuple[int, int]]:
     """[start, stop) of each rank in the flat store, as equal as rows allow; some may be empty."""
     edges = [0]
     for span in store.spans:
         kept = whole_matrices and span.parameter.matrices is not None
         rows = 1 if kept else span.shape[0]
-        edges += [span.start + row * ((span.stop - span.start) // rows) for row in range(rows)]
+        row = (span.stop - span.start) // rows
+        cuts = range(rows) if not whole_blocks else whole_block_rows(span, store.grid) if not kept else (0,)
+        edges += [span.start + number * row for number in cuts]
     edges.append(store.size)
     cuts = [0]
     for rank in range(1, ranks):

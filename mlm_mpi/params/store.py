@@ -129,6 +129,7 @@ class FlatStore:
                 offset += -(-size // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
             self.segments.append((begin, offset))
         self.size = offset
+        self.kept = slice(0, offset)  # what of `data` is always here; the rest comes when it is read, train/sharing.py
         self.own = [span for span in self.spans if span.parameter.name not in self.borrowed]
         self.data = self.xp.zeros(offset, self.dtype)
         same = self.place.compute == self.dtype
@@ -148,7 +149,7 @@ class FlatStore:
     def refresh(self) -> None:
         """Layers see what `data` holds now."""
         if self.working is not self.data:
-            self.working[...] = self.data
+            self.working[self.kept] = self.data[self.kept]
 
     @contextmanager
     def showing(self, flat: Any) -> Iterator[None]:
@@ -157,7 +158,7 @@ class FlatStore:
             shown = flat
         else:
             shown = self.xp.zeros(self.size, self.place.compute)
-            shown[...] = flat
+            shown[self.kept] = flat[self.kept]
         try:
             self._bind(shown)
             yield
@@ -165,6 +166,7 @@ class FlatStore:
             self._bind(self.working)
 
     def _bind(self, flat: Any) -> None:
+        self.shown = flat  # what layers see
         for span, view in zip(self.spans, self.views(flat), strict=True):
             span.parameter.data = view
 
@@ -185,7 +187,8 @@ class FlatStore:
         return Apart(self)
 
     def fill(self, source: Source, flat: Any = None) -> None:
-        """Reads every parameter's box of the global array into `flat`, by default `data`, a few rows at a time.
+        """Reads every parameter's box of the global array, what is kept of it, into `flat`, by default `data`, a few
+        rows at a time.
 
         Raises DataError for an array that is missing or has another shape; MlmError of the source.
         """
@@ -194,10 +197,19 @@ class FlatStore:
             name, layout = span.parameter.name, span.parameter.layout
             if source.shape(name) != layout.shape:
                 raise DataError(f"{name} has the shape {source.shape(name)} there and {layout.shape} in this model")
-            for rows, box in layout.box(self.grid).row_blocks(max(1, _FILL_ELEMENTS // max(1, view[:1].size))):
-                fill(view[rows], source.read(name, box))
+            first, stop = self.rows(span)
+            mine = layout.box(self.grid).rows(first, stop)
+            for rows, box in mine.row_blocks(max(1, _FILL_ELEMENTS // max(1, view[:1].size))):
+                fill(view[first:stop][rows], source.read(name, box))
         if flat is self.data:
             self.refresh()
+
+    def rows(self, span: Span) -> tuple[int, int]:
+        """[first, stop) of a parameter's rows that are kept here."""
+        row = (span.stop - span.start) // span.shape[0]
+        edges = (min(max(edge, span.start), span.stop) for edge in (self.kept.start, self.kept.stop))
+        first, stop = ((edge - span.start) // row for edge in edges)
+        return first, stop
 
     def initialise(self, seed: int) -> None:
         """Draws initial values from a seed."""

@@ -1,6 +1,7 @@
 """A configuration -> an engine."""
 
 import math
+from functools import partial
 
 from mlm_mpi import schedules
 from mlm_mpi.backend.arrays import Place
@@ -11,8 +12,9 @@ from mlm_mpi.config import Config
 from mlm_mpi.config.rules import shares
 from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.layers.base import Part
-from mlm_mpi.layers.chain import Chain, Recomputed
+from mlm_mpi.layers.chain import Chain, Recomputed, Weights
 from mlm_mpi.params.average import Average
+from mlm_mpi.params.clip import Owners
 from mlm_mpi.params.ownership import Owned, ranges
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.plug import Plugins
@@ -23,6 +25,7 @@ from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.engine import Engine, Machine
 from mlm_mpi.train.guard import Guard
 from mlm_mpi.train.pipeline import Stage, cost_of, cut_parts, in_words
+from mlm_mpi.train.sharing import Gathered, Lent
 
 
 def build(
@@ -44,11 +47,12 @@ def build(
         micros = len(assignment.of_rank(rank))
         stage, stages = mesh.coord("pp"), mesh.size("pp")
         schedules.check(instructions(stage, stages, micros), micros, train.schedule)
-    summed = reduction(config, plugins, store, assignment, mesh, place)
+    optimizer = plugins.find("optim", optim.name, "optim.name")
+    owned = _owned(config, store, mesh, getattr(optimizer, "WHOLE_MATRICES", False))
+    summed = reduction(config, plugins, store, assignment, mesh, place, owned)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
-    optimizer = plugins.find("optim", optim.name, "optim.name")
-    owned = _owned(store, mesh, getattr(optimizer, "WHOLE_MATRICES", False)) if config.mesh.zero else None
+    chain.weights = _weights(config, chain, store, owned, mesh)
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
@@ -64,15 +68,38 @@ def build(
             ),
             optim.clip, train.seed, shares(config),
             Captured(chain, place) if config.backend.graphs else None,
-            Average(store, optim.average) if optim.average else None,
-            Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed), owned,
+            Average(owned or store, optim.average) if optim.average else None,
+            Guard(config.guard.policy, config.guard.spike), Audit(audits, train.seed),
+            owned, _owners(config, owned, mesh),
         )
     )  # fmt: skip
 
 
-def _owned(store: FlatStore, mesh: Mesh, whole_matrices: bool) -> Owned:
+def _owned(config: Config, store: FlatStore, mesh: Mesh, whole_matrices: bool) -> Owned | None:
+    """What of a store a rank updates alone, if the ranks of dp share that out."""
+    dp, level = mesh.group("dp"), config.mesh.zero
+    if not level:
+        return None
+    owned = Owned(store, ranges(store, dp.size, whole_matrices, whole_blocks=level > 1), dp.rank)
+    if level == 3:
+        store.kept = slice(owned.start, owned.stop)
+    return owned
+
+
+def _owners(config: Config, owned: Owned | None, mesh: Mesh) -> Owners | None:
+    """Who has the sum of a gradient, where a rank has a part of it."""
     dp = mesh.group("dp")
-    return Owned(store, ranges(store, dp.size, whole_matrices), dp.rank)
+    if owned is None or config.mesh.zero < 2 or dp.size == 1:
+        return None
+    return Owners(owned.every, dp.rank, partial(dp.gather_parts, what="parts of a gradient and its norm"))
+
+
+def _weights(config: Config, chain: Chain, store: FlatStore, owned: Owned | None, mesh: Mesh) -> Weights:
+    """How weights come to where they are read."""
+    if owned is None or mesh.size("dp") == 1:
+        return Weights()
+    kind = Lent if config.mesh.zero == 3 else Gathered
+    return kind(chain.parts, store, owned, mesh.group("dp").duplicate())  # tags must not meet
 
 
 def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:
@@ -114,8 +141,9 @@ def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
 
 
 def reduction(
-    config: Config, plugins: Plugins, store: FlatStore, assignment: Assignment, mesh: Mesh, place: Place
-) -> Reduction:
+    config: Config, plugins: Plugins, store: FlatStore, assignment: Assignment, mesh: Mesh, place: Place,
+    owned: Owned | None = None,
+) -> Reduction:  # fmt: skip
     """That of a mesh's data-parallel ranks. Collective over them."""
     comm = config.comm
     group = mesh.group("dp").duplicate()  # tags of gradients must not meet other messages
@@ -123,7 +151,7 @@ def reduction(
     setup = Setup(
         group, config.train.lanes, [assignment.lanes_of(rank) for rank in range(group.size)], segments,
         comm.bucket_mib * 2**20, config.train.dtype, comm.overlap, place, transport(place, group, comm.gpu_aware),
-        store.size,
+        store.size, owned.every if owned is not None and config.mesh.zero > 1 else None,
     )  # fmt: skip
     made: Reduction = plugins.find("reductions", comm.reduction, "comm.reduction").build(setup)
     return made

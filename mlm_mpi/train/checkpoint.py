@@ -417,6 +417,7 @@ def restore(
                 store.fill(reader.buffer(kind), flat)
             else:
                 owned.fill(reader.buffer(kind), flat)
+    store.refresh()
 
 
 def check(checkpoint: Path, manifest: Manifest) -> None:

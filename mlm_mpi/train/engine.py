@@ -26,13 +26,14 @@ from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain, Owed, Ready
 from mlm_mpi.optim import Optimizer, Shared
 from mlm_mpi.params.average import Average
-from mlm_mpi.params.clip import clip_factor, norm
+from mlm_mpi.params.clip import Owners, clip_factor, norm
 from mlm_mpi.params.ownership import Owned
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.schedules import Forward, Instruction
 from mlm_mpi.train.assignment import Assignment
 from mlm_mpi.train.audit import Audit, Drawn
 from mlm_mpi.train.captured import Captured
+from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.guard import Attempt, Guard, Verdict, is_finite, skip
 
 NextBatch = Callable[[], Batch]
@@ -59,6 +60,7 @@ class Machine:
     guard: Guard = field(default_factory=Guard)  # against numbers that have gone wrong
     audit: Audit = field(default_factory=Audit)  # of ranks by each other
     owned: Owned | None = None  # what this rank alone updates; None: every rank updates all
+    owners: Owners | None = None  # who has the sum of a gradient; None: every rank has all of it
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ class _Flight:
         return self.ctx.tally.get("loss", 0.0)
 
 
+def _way(instruction: Instruction) -> int:
+    """How an instruction goes through the parts whose weights it reads: 1 forth, -1 back, 0 it reads none."""
+    return 1 if isinstance(instruction, Forward) else 0 if instruction.half == "weight" else -1
+
+
 class Engine:
     """Runs steps. They are counted from 0 here, as randomness and schedules are, and from 1 in whatever is printed."""
 
@@ -148,8 +155,11 @@ class Engine:
         self.ranks = tuple((name, count) for name, count in counted if count)
         self.second_sums = self._second_sums()
 
-    def _load(self, left_out: frozenset[int] = frozenset()) -> _Load:
+    def load_of(self, left_out: frozenset[int]) -> _Load:
         """All micro-batches of a step but for some."""
+        return self._load(left_out) if left_out else self.load
+
+    def _load(self, left_out: frozenset[int] = frozenset()) -> _Load:
         assignment, ranks = self.machine.assignment, range(self.group.size)
         lanes = [assignment.micro_batches_of(lane) for lane in range(*assignment.lanes_of(self.group.rank))]
         return _Load(
@@ -168,12 +178,21 @@ class Engine:
         """Everything a step changes, as flat buffers by name."""
         m = self.machine
         averaged = {} if m.average is None else m.average.state()
-        return {"weights": m.store.data, **m.optimizer.state(), **averaged}
+        m.chain.weights.complete()
+        kept = m.store.data[m.store.kept]
+        return {"weights": kept, **m.optimizer.state(), **averaged}
 
     def measured(self) -> AbstractContextManager[None]:
-        """Inside of it layers see the weights that are measured: their average, where there is one."""
+        """Inside of it layers see the weights that are measured: their average, where there is one. Collective."""
         m = self.machine
-        return nullcontext() if m.average is None else m.store.showing(m.average.flat)
+        if m.average is None or m.owned is None:
+            return nullcontext() if m.average is None else m.store.showing(m.average.flat)
+        flat = m.store.new_buffer()
+        m.owned.part(flat)[...] = m.average.flat
+        if m.store.kept == slice(0, m.store.size):
+            counts = [stop - start for start, stop in m.owned.every]
+            self.group.gather_parts(flat, counts, "the average of the weights")
+        return m.store.showing(flat)
 
     def plan(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, micro-batch) pairs this rank runs in steps [first, stop), one after another."""
@@ -200,6 +219,7 @@ class Engine:
         verdict = verdict.after(ill, tuple(skip(step, *one) for one in ill.items()) + audited)
         rate = m.learning_rate(step)
         self._note(f"the update of step {step + 1}", Work("update"))
+        m.chain.weights.complete()
         mine = found.total if m.owned is None else m.owned.part(found.total)
         update = mine, rate, clip_factor(m.clip, found.norm) / found.targets, step + 1
         if isinstance(m.optimizer, Shared) and not verdict.undone:
@@ -210,7 +230,7 @@ class Engine:
             m.guard.roll_back(self)
         else:
             m.optimizer.step(*update)
-            self._gather(step)
+            m.chain.weights.updated()
             if m.average is not None:
                 m.average.follow(step + 1)
             m.guard.follow(found)
@@ -223,17 +243,10 @@ class Engine:
             m.reduction.exposed_s + self._waited_inside() - inside, found.notes, windows, self.ranks, verdict,
         )  # fmt: skip
 
-    def _gather(self, step: int) -> None:
-        """Everybody's new weights to everybody, where each has its own."""
-        m = self.machine
-        if m.owned is not None:
-            counts = [stop - start for start, stop in m.owned.every]
-            self.group.gather_parts(m.store.data, counts, f"the new weights of step {step + 1}")
-            m.store.refresh()
-
     def _waited_inside(self) -> float:
-        """Seconds that I have waited for those who share a copy of the model with me."""
-        return self.machine.mesh.group("pp").waited_s + self.machine.mesh.group("tp").waited_s
+        """Seconds that I have waited for those who share a copy of the model with me, or its weights."""
+        m = self.machine
+        return m.mesh.group("pp").waited_s + m.mesh.group("tp").waited_s + m.chain.weights.waited_s
 
     def _checked(self, found: Attempt, next_batch: NextBatch) -> tuple[Attempt, tuple[str, ...]]:
         """An attempt that the audit has passed, and what is to be said of it. Collective in a step that is audited."""
@@ -248,22 +261,42 @@ class Engine:
         self, step: int, next_batch: NextBatch, notes: tuple[float, ...] = (), left_out: frozenset[int] = frozenset()
     ) -> Attempt:
         """The gradient of a step, but for micro-batches left out; changes no weight. Collective over dp."""
-        load = self._load(left_out) if left_out else self.load
+        load = self.load_of(left_out)
+        self.machine.chain.weights.expect([self._walk(len(held)) for held in load.ranks])
         flights = self._run(step, load, next_batch)
         self.group.note(f"step {step + 1}, through with its micro-batches")
         total = self.machine.reduction.finish()
-        self.machine.chain.settle(self.machine.store.by_parameter(total))
+        self.machine.chain.settle(self.machine.store.by_parameter(total), self._made_whole)
         losses, windows, targets, everybodys = self._exchange(step, load, flights, notes)
-        length, broken = norm(self.machine.store, total, self.across)
+        length, broken = norm(self.machine.store, total, self.across, self.machine.owners)
         batches = [flight.batch for flight in flights]
         return Attempt(
             step, left_out, total, losses, windows, targets, length / targets, broken, batches, notes, everybodys
         )
 
+    def _walk(self, micros: int) -> list[int]:
+        """The parts that a rank with so many micro-batches runs, one after another."""
+        there = range(len(self.machine.chain.parts))
+        every = self.machine.instructions(*self.stage, micros)
+        return [part for one in every if (way := _way(one)) for part in there[::way]]
+
+    def _made_whole(self, parameter: Parameter, total: Any) -> None:
+        """A parameter's gradient, of whose sum each rank of dp may have a part."""
+        m = self.machine
+        if m.owners is not None:
+            span = next(span for span in m.store.spans if span.parameter is parameter)
+            held = [[min(max(edge, span.start), span.stop) for edge in one] for one in m.owners.every]
+            m.owners.gather(total.reshape(-1), [stop - start for start, stop in held])
+
     def again(self, found: Attempt, left_out: frozenset[int] = frozenset()) -> Attempt:
         """Another attempt at the same step, but for more micro-batches left out. Collective over dp."""
         batches = iter([batch for batch in found.batches if batch.index not in left_out])
         return self.attempt(found.step, batches.__next__, found.mine, found.left_out | left_out)
+
+    def expect_alone(self, counts: list[int]) -> None:
+        """Says how many micro-batches each rank of dp is about to run by itself. Collective over dp."""
+        chain = self.machine.chain
+        chain.weights.expect([chain.walk(count, count) for count in counts])
 
     def alone(
         self, step: int, batch: Batch, buffer: Any, lane: Mapping[Parameter, Any] | None = None, closes: bool = True
@@ -411,16 +444,25 @@ class Engine:
         every = mesh.group("pp").allgather(mine, "sums over the parameters of other stages")
         return {name: value for some in every for name, value in some.items()}
 
+    def weights_sha256(self) -> str:
+        """The hash of the weights, which is that of any other mesh. Collective over it."""
+        self.machine.chain.weights.complete()
+        return weights_sha256(self.machine.store, self.machine.mesh)
+
     def keep(self, step: int) -> None:
         """What the guard may roll back to: weights and moments after `step` steps."""
         self.machine.guard.keep(step, self.state())
 
     def check_weights(self, step: int) -> None:
         """Raises NumericsError, on every rank alike, if an update has made a weight that no checkpoint may hold."""
-        store = self.machine.store
-        broken = [name for name, weights in store.named(store.data).items() if not is_finite(weights)]
-        mesh, what = self.machine.mesh, "a look at the weights"
+        m, mesh, what = self.machine, self.machine.mesh, "a look at the weights"
+        named = m.store.named(m.store.data)
+        if m.owned is not None:
+            named = {name: weights for name, (_, weights) in m.owned.named(m.owned.data).items()}
+        broken = [name for name, weights in named.items() if not is_finite(weights)]
         everybodys = [name for some in mesh.group("tp").allgather(broken[:1], what) for name in some]
+        if m.owned is not None:
+            everybodys = [name for some in self.group.allgather(everybodys, what) for name in some]
         everybodys = mesh.group("pp").allgather(everybodys, what)
         if first := [name for some in everybodys for name in some]:
             raise agreed(

@@ -27,13 +27,18 @@ class _Neighbour:
 
 
 def weights_sha256(store: FlatStore, mesh: Mesh) -> str:
-    """The hash of the global weights, which is that of any other mesh. Collective over pp and tp."""
+    """The hash of the global weights, which is that of any other mesh. Collective over the mesh."""
     return store.weights_sha256(functools.partial(_whole, store, mesh))
 
 
 def _whole(store: FlatStore, mesh: Mesh, parameter: Parameter, mine: np.ndarray | None) -> np.ndarray:
-    """An array of which stages hold all or nothing, and tp ranks parts. Collective over pp and tp."""
+    """An array of which stages hold all or nothing, tp ranks parts, and dp ranks perhaps rows. Collective over all."""
     pp, tp, layout = mesh.group("pp"), mesh.group("tp"), parameter.layout
+    if mine is not None and store.kept != slice(0, store.size):
+        span = next(span for span in store.spans if span.parameter is parameter)
+        mine, (first, stop) = mine.copy(), store.rows(span)
+        counts = mesh.group("dp").allgather((stop - first) * (mine.size // len(mine)), _WHAT)
+        mesh.group("dp").gather_parts(mine.reshape(-1), counts, _WHAT)
     if mine is not None and tp.size > 1 and "tp" in layout.axes:
         boxes = [layout.box(_Neighbour(mesh, number)) for number in range(tp.size)]
         mine = assembled(tp, mine, boxes, layout.shape, _WHAT)

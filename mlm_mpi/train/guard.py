@@ -196,7 +196,9 @@ class Guard:
         group = engine.group
         owner = next(rank for rank, held in enumerate(engine.load.ranks) if index in held)
         batch = shared(engine, next((batch for batch in found.batches if batch.index == index), None))
-        mine = group.rank == (owner + 1) % group.size
+        another = (owner + 1) % group.size
+        mine = group.rank == another
+        engine.expect_alone([int(rank == another) for rank in range(group.size)])
         told = group.allgather(_alone(engine, found.step, batch) if mine else None, "what another rank computes of it")
         one = _Found(*next(some for some in told if some is not None))
         others = [other for other in alone if other.micro_batch != index]
@@ -244,6 +246,7 @@ def skip(step: int, index: int, why: str) -> str:
 
 def _each_alone(engine: "Engine", found: Attempt) -> list[_Found]:
     """Every micro-batch of an attempt by itself. Collective."""
+    engine.expect_alone([len(held) for held in engine.load_of(found.left_out).ranks])
     mine = [_alone(engine, found.step, batch) for batch in found.batches]
     everybodys = engine.group.allgather(mine, "what is wrong with which micro-batch")
     return sorted(_Found(*one) for some in everybodys for one in some)

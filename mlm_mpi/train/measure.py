@@ -52,6 +52,7 @@ def measure(
     count, group = -(-total // rows), mesh.group("dp")
     rounds = -(-count // group.size)
     mine = np.zeros((rounds, 2))
+    chain.weights.expect([chain.walk(len(range(rank, count, group.size))) for rank in range(group.size)])
     for k in range(rounds):
         number = k * group.size + group.rank
         if number < count:

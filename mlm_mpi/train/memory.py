@@ -54,7 +54,7 @@ def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
 def bytes_held(engine: Engine) -> dict[str, int]:
     """Bytes of a rank by what holds them, activations left out."""
     store = engine.machine.store
-    held = {"weights": store.data.nbytes, "gradients": engine.machine.reduction.costs()["held_bytes"]}
+    held = {"weights": store.data[store.kept].nbytes, "gradients": engine.machine.reduction.costs()["held_bytes"]}
     if store.working is not store.data:
         held["weights in bf16"] = store.working.nbytes
     if engine.second_sums:

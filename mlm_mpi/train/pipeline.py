@@ -7,7 +7,7 @@ lanes; the last stage gets that, and makes the same update.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,11 +95,12 @@ class Stage(Chain):
         super().backward_weight(owed, ctx, ready)
         self._give_table(ctx)
 
-    def settle(self, total: Mapping[Parameter, Any]) -> None:
+    def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
         """The sum over all lanes of the shared table's gradient, from the first stage to the last."""
         if self.table is None:
             return
         if self.first:
+            whole(self.table, total[self.table])
             message = self.pp.mail.send(total[self.table], self.pp.size - 1, _TOTAL)
             self.pp.wait(message, "the last stage to take the table's gradient")
         else:

@@ -29,7 +29,6 @@ from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.evidence import Evidence
 from mlm_mpi.train.fingerprint import differences, digest, fingerprint, unforeseen
 from mlm_mpi.train.folder import RunFolder, findable
-from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.measure import measure
@@ -305,7 +304,7 @@ class Run:
 
     def _weights(self) -> str:
         """The hash of the weights, the same everywhere. Collective."""
-        weights = weights_sha256(self.engine.machine.store, self.mesh)
+        weights = self.engine.weights_sha256()
         everybody = self.group.allgather(weights, "hashes of the weights")
         self.group.note("its last words")
         if len(set(everybody)) > 1:

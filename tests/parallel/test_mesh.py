@@ -16,9 +16,9 @@ from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.ops import linear, matmul
+from mlm_mpi.params import clip
 from mlm_mpi.order import joined as tree
 from mlm_mpi.train import checkpoint
-from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.replicas import repaired
 
 VOCABULARY, STEPS = 64, 2
@@ -74,7 +74,7 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
 
 
 def outcome(engine, results):
-    weights = weights_sha256(engine.machine.store, engine.machine.mesh)
+    weights = engine.weights_sha256()
     return [(r.loss, r.gradient_norm, r.targets, r.windows, r.ranks[0][0]) for r in results], weights
 
 
@@ -93,6 +93,20 @@ def test_positions_may_be_cut_too(group, words):
         if tp > 1:
             found = outcome(*trained(words, mesh(group, pp, tp, sequence=True)))
             assert found == alone(words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, monkeypatch):
+    monkeypatch.setattr(clip, "BLOCK_ELEMENTS", 64)  # of a norm: ranges end inside of parameters too
+    expected = outcome(*trained((*words, "train.seed=64"), Mesh()))
+    for pp, tp in [(1, 1), *meshes(group.size)]:
+        on = mesh(group, pp, tp)
+        if on.size("dp") > 4:  # lanes
+            continue
+        engine, results = trained((*words, "train.seed=64", f"mesh.zero={level}"), on)
+        assert outcome(engine, results) == expected, f"pp {pp}, tp {tp}"
+        assert (engine.machine.owners is not None) == (level > 1 and on.size("dp") > 1)
 
 
 def test_losses_in_float64_are_those_of_one_rank(group):
@@ -165,7 +179,7 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         found = checkpoint.resume(folder, other.machine.store, other.state(), group, print, owned=other.machine.owned)
         assert found is not None and found[1].step == 1
         other.step(1, batches(config, other.plan(1, STEPS)))
-        assert weights_sha256(other.machine.store, on) == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
+        assert other.weights_sha256() == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
 
 
 def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
@@ -207,12 +221,12 @@ def test_replicas_of_a_part_are_compared_and_mended(group):
             continue
         on = mesh(group, pp, tp)
         engine, _ = trained(GPT, on, steps=1)
-        before = weights_sha256(engine.machine.store, on)
+        before = engine.weights_sha256()
         if group.rank == group.size - 1:
             engine.machine.store.data[3] += 1.0
         said = repaired(engine, 1)
         assert len(said) == 1 and f"rank {group.size - 1} held other weights than 2 of 3" in said[0]
-        assert weights_sha256(engine.machine.store, on) == before
+        assert engine.weights_sha256() == before
 
 
 def test_what_cannot_be_cut_is_refused_by_all(group):

@@ -1,7 +1,8 @@
 """The sum in one order for any number of ranks, and so the same bits.
 
 Lane sums are the leaves of a binary tree over the lane number. A rank sends only its maximal complete subtrees; the
-owner of a slice finishes the tree for it and returns the sum. It is `naive` with less to send and to hold.
+owner of a slice finishes the tree for it and returns the sum. It is `naive` with less to send and to hold. Where each
+rank needs the sum of a range of its own only, that is the slice, and nothing returns.
 """
 
 from typing import Any
@@ -30,6 +31,7 @@ class Canonical(Bucketed):
         super().__init__(setup)
         group, lanes, ranges = setup.group, setup.lanes, setup.ranges
         self.first, self.stop = ranges[group.rank]
+        self.owned = setup.owned if group.size > 1 else None
         self.plans, self.node_buffers, count = plan_lanes(lanes, self.first, self.stop)
         self.buffers = [self.xp.zeros(self.size, self.dtype) for _ in range(count)]
         self.nodes = [maximal_nodes((0, lanes), a, b) for a, b in ranges]
@@ -53,12 +55,17 @@ class Canonical(Bucketed):
     def costs(self) -> dict[str, int]:
         """Flat lane buffers, bytes held in all, bytes this rank sends per step."""
         item, others = self.dtype.itemsize, self.group.size - 1
-        mine = self._owned_elements()
-        held = len(self.buffers) * self.size + (self.size if others else 0) + len(self.scratch) * mine
-        sent = len(self.nodes[self.group.rank]) * (self.size - mine) + others * mine
+        mine, whole = self._owned_elements(), self.owned is None  # pages of the sum that nobody writes are not there
+        held = len(self.buffers) * self.size + (self.size if whole else mine) * (others > 0) + len(self.scratch) * mine
+        sent = len(self.nodes[self.group.rank]) * (self.size - mine) + others * mine * whole
         return {"buffers": len(self.buffers), "held_bytes": held * item, "sent_bytes": sent * item if others else 0}
 
     def _part(self, bucket: Bucket, rank: int) -> slice:
+        """What a rank finishes of a bucket, perhaps nothing."""
+        if self.owned is not None:
+            start, stop = self.owned[rank]
+            start = min(max(start, bucket.start), bucket.stop)
+            return slice(start, max(start, min(stop, bucket.stop)))
         a, b = cut(bucket.stop - bucket.start, self.group.size, rank)
         return slice(bucket.start + a, bucket.start + b)
 
@@ -76,10 +83,10 @@ class Canonical(Bucketed):
         for bucket in self.buckets:
             mine = self._part(bucket, self.group.rank)
             length = mine.stop - mine.start
-            for (rank, k), scratch in self.scratch.items():
+            for (rank, k), scratch in self.scratch.items() if length else ():
                 view = scratch[offset : offset + length]
                 bucket.partials.append(self.group.mail.receive(view, rank, self._tag(bucket, k)))
-            for rank in self._others():
+            for rank in self._others() if self.owned is None else ():
                 view = self.sum[self._part(bucket, rank)]
                 bucket.sums.append(self.group.mail.receive(view, rank, self._tag(bucket, self.tags)))
             offset += length
@@ -129,7 +136,7 @@ class Canonical(Bucketed):
         pending = bucket.partials + bucket.sums + bucket.sends
         if pending or bucket.summed is not None:
             return [message.peer for message in pending if message.peer is not None]
-        part = slice(bucket.start, bucket.stop)
+        part = slice(bucket.start, bucket.stop) if self.owned is None else self._part(bucket, self.group.rank)
         self.transport.arrive(self.sum[part], self.total[part])
         bucket.done = True
         return None
@@ -138,7 +145,7 @@ class Canonical(Bucketed):
         bucket.sent = True
         for rank in self._others():
             part = self._part(bucket, rank)
-            for k, mirror in enumerate(self.mine):
+            for k, mirror in enumerate(self.mine if part.start < part.stop else ()):
                 bucket.sends.append(self.group.mail.send(mirror[part], rank, self._tag(bucket, k)))
 
     def _combine(self, bucket: Bucket) -> None:
@@ -162,10 +169,10 @@ class Canonical(Bucketed):
         """Returns the sum of my part to everybody."""
         bucket.summed = None
         part, tag = self._part(bucket, self.group.rank), self._tag(bucket, self.tags)
-        for rank in self._others():
+        for rank in self._others() if self.owned is None else ():
             bucket.sends.append(self.group.mail.send(self.sum[part], rank, tag))
 
     def finish(self) -> Any:
-        """The sum over all lanes, the same bits everywhere. Collective."""
+        """The sum over all lanes, the same bits everywhere; of my own range where each has one. Collective."""
         self._finish()
         return self.total
