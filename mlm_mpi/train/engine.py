@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi import order
-from mlm_mpi.backend.arrays import Place
+from mlm_mpi.backend.arrays import Place, forget
 from mlm_mpi.comm.buckets import Reduction
 from mlm_mpi.comm.collectives import joined_rows
 from mlm_mpi.comm.mesh import Mesh
@@ -188,6 +188,7 @@ class Engine:
         if m.average is None or m.owned is None:
             return nullcontext() if m.average is None else m.store.showing(m.average.flat)
         flat = m.store.new_buffer()
+        forget(flat)  # of its pages, others' weights need none yet
         m.owned.part(flat)[...] = m.average.flat
         if m.store.kept == slice(0, m.store.size):
             counts = [stop - start for start, stop in m.owned.every]

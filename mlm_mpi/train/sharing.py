@@ -131,6 +131,7 @@ class Lent(_Shared):
         self._visits: deque[_Visit] = deque()
         self._coming: list[Message] = []  # for the first visit that has not begun
         self._begun = False
+        self.forget(slice(0, store.size))  # an allocator may have given pages that were there
 
     def expect(self, walks: Sequence[Sequence[int]]) -> None:
         """Says which parts each rank will run, one after another. All ranks say the same; each then runs its own."""

@@ -1,6 +1,8 @@
 """One answer on every mesh: the same losses, norms and weights, bit for bit, however ranks share a model."""
 
+import ctypes
 import functools
+import mmap
 import sys
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.ops import linear, matmul
-from mlm_mpi.params import clip
 from mlm_mpi.order import joined as tree
+from mlm_mpi.params import clip
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.replicas import repaired
+from mlm_mpi.train.sharing import Lent
 
 VOCABULARY, STEPS = 64, 2
 SIZES = (
@@ -107,6 +110,9 @@ def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, 
         engine, results = trained((*words, "train.seed=64", f"mesh.zero={level}"), on)
         assert outcome(engine, results) == expected, f"pp {pp}, tp {tp}"
         assert (engine.machine.owners is not None) == (level > 1 and on.size("dp") > 1)
+        if words is GPT and level > 1 and group.size == 3 and on.is_plain:
+            begins = {span.start for span in engine.machine.store.spans}
+            assert {start for start, _ in engine.machine.owned.every} - begins, "a range begins inside of a parameter"
 
 
 def test_losses_in_float64_are_those_of_one_rank(group):
@@ -164,8 +170,8 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
     if group.size > 4:
         pytest.skip("two, three and four ranks say it")
     every = [(1, 1), *meshes(group.size)]
-    for (pp, tp), others in zip(every, [*every[1:], every[0]], strict=True):
-        engine, _ = trained(words, mesh(group, pp, tp), steps=1)
+    for level, ((pp, tp), others) in enumerate(zip(every, [*every[1:], every[0]], strict=True)):
+        engine, _ = trained((*words, f"mesh.zero={3 - level % 4}"), mesh(group, pp, tp), steps=1)
         folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
         saver = checkpoint.Saver(
             folder, engine.machine.store, engine.state(), b"{}", group, 1, False, engine.machine.owned
@@ -173,7 +179,7 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         saver.begin(1)
         about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
         assert saver.publish(about) is None
-        config = tiny_config(*words, f"train.steps={STEPS}")
+        config = tiny_config(*words, f"train.steps={STEPS}", f"mesh.zero={level % 4}")
         on = mesh(group, *others)
         other = engine_of(config, VOCABULARY, on)
         found = checkpoint.resume(folder, other.machine.store, other.state(), group, print, owned=other.machine.owned)
@@ -186,7 +192,7 @@ def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     """A micro-batch whose gradient of one gain is not finite, wherever it runs: the same verdict, the same bits."""
 
     def spoiled(on):
-        config = tiny_config(*GPT, f"train.steps={STEPS}")
+        config = tiny_config(*GPT, f"train.steps={STEPS}", f"mesh.zero={3 if group.size in (2, 3) else 0}")
         engine = engine_of(config, VOCABULARY, on)
         engine.machine.store.initialise(config.train.seed)
         for part in engine.machine.chain.parts:
@@ -198,8 +204,34 @@ def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
 
     expected = spoiled(Mesh())
     assert list(expected[1]) == [5]
-    for pp, tp in meshes(group.size)[:2]:
+    for pp, tp in meshes(group.size)[:3:2] or meshes(group.size)[:2]:
         assert spoiled(mesh(group, pp, tp)) == expected, f"pp {pp}, tp {tp}"
+
+
+def test_between_parts_a_rank_holds_its_own_weights_only(group, monkeypatch):
+    """ZeRO-3: pages that are there of what layers see, when a part begins and after a step."""
+    if group.size not in (2, 3):
+        pytest.skip("two and three ranks say it")
+    words = (*GPT, "model.width=128", "mesh.zero=3", "eval.rows=2")
+    there, plain = [], Lent.need
+    monkeypatch.setattr(Lent, "need", lambda self, part: plain(self, part) or there.append(_resident(self.store.shown)))
+    engine, _ = trained(words, Mesh(group), steps=1)
+    m = engine.machine
+    parts = sorted(stop - start for start, stop in m.store.segments)[-2:]
+    pages = 4096 * 2 * len(m.store.segments)  # of which others' weights have a part
+    assert len(there) > 10 and max(there) <= m.owned.data.nbytes + 4 * sum(parts) + pages
+    assert m.owned.data.nbytes - pages < _resident(m.store.shown) <= m.owned.data.nbytes + pages
+    assert sum(group.allgather(m.owned.size, "sizes")) == m.store.size
+    assert engine.state()["weights"].size == m.owned.size < 0.6 * m.store.size
+
+
+def _resident(array) -> int:
+    """Bytes of an array in pages that are in memory."""
+    first = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    count = -(-(array.ctypes.data + array.nbytes - first) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * count)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(count * mmap.PAGESIZE), found) == 0
+    return sum(one & 1 for one in found) * mmap.PAGESIZE
 
 
 def _spoil(part, where) -> None:

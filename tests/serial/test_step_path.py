@@ -32,6 +32,7 @@ SUMS = {
 ALLOWED = {
     ("comm/reductions/canonical.py", "Canonical._combine", "sum"): "whole numbers",
     ("comm/reductions/canonical.py", "Canonical._owned_elements", "sum"): "whole numbers",
+    ("params/clip.py", "share_norms", "sum"): "whole numbers",
     ("data/objectives/causal.py", "Windows.batch", "mask.sum"): "whole numbers",
     ("data/mixture.py", "Joined.__init__", "np.cumsum"): "whole numbers",
     ("data/mixture.py", "Joined.__len__", "sum"): "whole numbers",

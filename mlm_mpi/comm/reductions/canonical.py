@@ -8,6 +8,7 @@ rank needs the sum of a range of its own only, that is the slice, and nothing re
 from typing import Any
 
 from mlm_mpi.backend import sums
+from mlm_mpi.backend.arrays import forget
 from mlm_mpi.comm.buckets import Bucket, Bucketed, Reduction, Setup, unfinished
 from mlm_mpi.comm.tree import LanePlan, maximal_nodes, merges_of, plan_lanes
 from mlm_mpi.cut import cut
@@ -43,6 +44,8 @@ class Canonical(Bucketed):
                 f"MPI library tells {group.highest_tag():,} apart: raise comm.bucket_mib"
             )
         self.total = self.buffers[0] if group.size == 1 else self.xp.zeros(self.size, self.dtype)
+        if self.owned is not None:
+            forget(self.total)
         if group.size > 1:
             self.sum = self.transport.mirror(self.total)
             self.mine = [self.transport.mirror(self.buffers[number]) for number in self.node_buffers]
