@@ -63,9 +63,22 @@ def meshes(ranks: int) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def alone(words: tuple[str, ...]):
-    """What one rank makes of it: losses, norms, hash."""
-    return outcome(*trained(words, Mesh()))
+def known():
+    """What one rank makes of something, by what it is."""
+    return {}
+
+
+def alone(group, words, make=None):
+    """What one rank makes of it: losses, norms, hash. Rank 0 does: where ranks share cores all of them take as often
+    as long."""
+    if (words, make) not in known():
+        found = (make or made)(words, Mesh()) if group.rank == 0 else None
+        known()[words, make] = group.broadcast(found, "what one rank makes of it")
+    return known()[words, make]
+
+
+def made(words, on):
+    return outcome(*trained(words, on))
 
 
 def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
@@ -78,7 +91,7 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
 
 def outcome(engine, results):
     weights = engine.weights_sha256()
-    return [(r.loss, r.gradient_norm, r.targets, r.windows, r.ranks[0][0]) for r in results], weights
+    return [[[r.loss, r.gradient_norm, r.targets, list(r.windows), r.ranks[0][0]] for r in results], weights]
 
 
 @pytest.mark.parametrize("words", [GPT, DECODER, UNTIED, LSTM], ids=["gpt", "decoder", "untied", "lstm"])
@@ -87,22 +100,23 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
         if words is LSTM and tp > 1:
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
-        assert found == alone(words), f"pp {pp}, tp {tp}"
+        assert found == alone(group, words), f"pp {pp}, tp {tp}"
 
 
 @pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
 def test_positions_may_be_cut_too(group, words):
-    for pp, tp in meshes(group.size):
+    for pp, tp in meshes(group.size)[group.size // 8 :]:  # of 8 ranks those that cut most
         if tp > 1:
             found = outcome(*trained(words, mesh(group, pp, tp, sequence=True)))
-            assert found == alone(words), f"pp {pp}, tp {tp}"
+            assert found == alone(group, words), f"pp {pp}, tp {tp}"
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+@pytest.mark.parametrize(("words", "level"), [(GPT, 2), (DECODER, 3)], ids=["gpt", "decoder"])
 def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, monkeypatch):
+    if group.size > 4:
+        pytest.skip("two, three and four ranks say it")
     monkeypatch.setattr(clip, "BLOCK_ELEMENTS", 64)  # of a norm: ranges end inside of parameters too
-    expected = outcome(*trained((*words, "train.seed=64"), Mesh()))
+    expected = alone(group, (*words, "train.seed=64"))
     for pp, tp in [(1, 1), *meshes(group.size)]:
         on = mesh(group, pp, tp)
         if on.size("dp") > 4:  # lanes
@@ -118,7 +132,7 @@ def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, 
 def test_losses_in_float64_are_those_of_one_rank(group):
     words = (*GPT, "train.dtype=float64")
     for pp, tp in meshes(group.size)[:1]:
-        (found, _), (expected, _) = outcome(*trained(words, mesh(group, pp, tp))), alone(words)
+        (found, _), (expected, _) = made(words, mesh(group, pp, tp)), alone(group, words)
         np.testing.assert_allclose([one[:2] for one in found], [one[:2] for one in expected], rtol=1e-10)
 
 
@@ -167,8 +181,8 @@ def test_a_rank_sends_what_the_plain_scheme_sends(group, monkeypatch):
 @pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
 def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_factory):
     """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
-    if group.size > 4:
-        pytest.skip("two, three and four ranks say it")
+    if group.size > (4 if words is GPT else 3):
+        pytest.skip("two and three ranks say it, and four for one model")
     every = [(1, 1), *meshes(group.size)]
     for level, ((pp, tp), others) in enumerate(zip(every, [*every[1:], every[0]], strict=True)):
         engine, _ = trained((*words, f"mesh.zero={3 - level % 4}"), mesh(group, pp, tp), steps=1)
@@ -185,27 +199,31 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         found = checkpoint.resume(folder, other.machine.store, other.state(), group, print, owned=other.machine.owned)
         assert found is not None and found[1].step == 1
         other.step(1, batches(config, other.plan(1, STEPS)))
-        assert other.weights_sha256() == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
+        assert other.weights_sha256() == alone(group, words)[1], f"from pp {pp}, tp {tp} to {others}"
 
 
 def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     """A micro-batch whose gradient of one gain is not finite, wherever it runs: the same verdict, the same bits."""
 
-    def spoiled(on):
-        config = tiny_config(*GPT, f"train.steps={STEPS}", f"mesh.zero={3 if group.size in (2, 3) else 0}")
-        engine = engine_of(config, VOCABULARY, on)
-        engine.machine.store.initialise(config.train.seed)
-        for part in engine.machine.chain.parts:
-            if any(parameter.name == "block0.norm2.gain" for parameter in part.parameters()):
-                _spoil(part, (1, 5))
-        source = batches(config, list(engine.plan(0, STEPS)))
-        results = [engine.step(step, source) for step in range(STEPS)]
-        return outcome(engine, results), results[1].verdict.skipped
-
-    expected = spoiled(Mesh())
-    assert list(expected[1]) == [5]
+    if group.size > 4:
+        pytest.skip("two, three and four ranks say it")
+    expected = alone(group, GPT, spoiled)
+    assert expected[2] == [5]
     for pp, tp in meshes(group.size)[:3:2] or meshes(group.size)[:2]:
-        assert spoiled(mesh(group, pp, tp)) == expected, f"pp {pp}, tp {tp}"
+        found = spoiled((*GPT, f"mesh.zero={3 if group.size in (2, 3) else 0}"), mesh(group, pp, tp))
+        assert found == expected, f"pp {pp}, tp {tp}"
+
+
+def spoiled(words, on):
+    config = tiny_config(*words, f"train.steps={STEPS}")
+    engine = engine_of(config, VOCABULARY, on)
+    engine.machine.store.initialise(config.train.seed)
+    for part in engine.machine.chain.parts:
+        if any(parameter.name == "block0.norm2.gain" for parameter in part.parameters()):
+            _spoil(part, (1, 5))
+    source = batches(config, list(engine.plan(0, STEPS)))
+    results = [engine.step(step, source) for step in range(STEPS)]
+    return [*outcome(engine, results), list(results[1].verdict.skipped)]
 
 
 def test_between_parts_a_rank_holds_its_own_weights_only(group, monkeypatch):
