@@ -28,6 +28,11 @@ class Chain:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
 
+    @property
+    def chunks(self) -> Sequence["Chain"]:
+        """What a schedule's chunks are of it, in forward order: it is one."""
+        return [self]
+
     def parameter_blocks(self) -> list[list[Parameter]]:
         """Parameters by part, in forward order: the segments of the flat store."""
         return [part.parameters() for part in self.parts]

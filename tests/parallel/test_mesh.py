@@ -46,6 +46,11 @@ LSTM = (
     "train.schedule=zero_bubble",
 )
 
+# several chunks a stage; with four layers there are six parts
+CHUNKS = ("model.layers=4", "train.schedule=interleaved", "mesh.chunks=2", "mesh.pp=2")
+CHUNKED = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 1), (2, 2)]}  # (pp, tp) by ranks
+ODD = (*GPT, "train.micro_batches=9", "train.lanes=3")  # groups of 2 do not end where lanes do
+
 
 def meshes(ranks: int) -> list[tuple[int, int]]:
     """(pp, tp) that fit so many ranks and the model."""
@@ -85,6 +90,18 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.parametrize("words", [GPT, ODD, DECODER, UNTIED], ids=["gpt", "odd", "decoder", "untied"])
+def test_stages_of_several_chunks_have_the_bits_of_one_rank(group, words):
+    """Two lanes are open at once, for different chunks; buckets that lie in both leave when both are final."""
+    for pp, tp in CHUNKED.get(group.size, []):
+        engine, results = trained((*words, *CHUNKS), mesh(group, pp, tp))
+        assert [chunk.number for chunk in engine.chunks] == [0, 1]
+        assert outcome(engine, results) == alone((*words, "model.layers=4")), f"pp {pp}, tp {tp}"
+    if group.size == 2 and words is ODD:
+        found = outcome(*trained((*words, *CHUNKS, "mesh.chunks=3", "comm.reduction=naive"), mesh(group, 2, 1)))
+        assert found == alone((*words, "model.layers=4"))
 
 
 @pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
@@ -149,9 +166,11 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
     """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
     if group.size > 4:
         pytest.skip("two, three and four ranks say it")
-    every = [(1, 1), *meshes(group.size)]
-    for (pp, tp), others in zip(every, [*every[1:], every[0]], strict=True):
-        engine, _ = trained(words, mesh(group, pp, tp), steps=1)
+    words = (*words, "model.layers=4")
+    chunked = [(sizes, CHUNKS) for sizes in CHUNKED.get(group.size, [])[-1:]]
+    every = [((1, 1), ()), *chunked, *((sizes, ()) for sizes in meshes(group.size))]
+    for (sizes, more), (others, other_more) in zip(every, [*every[1:], every[0]], strict=True):
+        engine, _ = trained((*words, *more), mesh(group, *sizes), steps=1)
         folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
         saver = checkpoint.Saver(
             folder, engine.machine.store, engine.state(), b"{}", group, 1, False, engine.machine.owned
@@ -159,20 +178,22 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         saver.begin(1)
         about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
         assert saver.publish(about) is None
-        config = tiny_config(*words, f"train.steps={STEPS}")
+        config = tiny_config(*words, *other_more, f"train.steps={STEPS}")
         on = mesh(group, *others)
         other = engine_of(config, VOCABULARY, on)
         found = checkpoint.resume(folder, other.machine.store, other.state(), group, print, owned=other.machine.owned)
         assert found is not None and found[1].step == 1
         other.step(1, batches(config, other.plan(1, STEPS)))
-        assert weights_sha256(other.machine.store, on) == alone(words)[1], f"from pp {pp}, tp {tp} to {others}"
+        assert weights_sha256(other.machine.store, on) == alone(words)[1], (
+            f"from {sizes} {more} to {others} {other_more}"
+        )
 
 
 def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     """A micro-batch whose gradient of one gain is not finite, wherever it runs: the same verdict, the same bits."""
 
-    def spoiled(on):
-        config = tiny_config(*GPT, f"train.steps={STEPS}")
+    def spoiled(on, *words):
+        config = tiny_config(*GPT, *words, f"train.steps={STEPS}")
         engine = engine_of(config, VOCABULARY, on)
         engine.machine.store.initialise(config.train.seed)
         for part in engine.machine.chain.parts:
@@ -186,6 +207,10 @@ def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     assert list(expected[1]) == [5]
     for pp, tp in meshes(group.size)[:2]:
         assert spoiled(mesh(group, pp, tp)) == expected, f"pp {pp}, tp {tp}"
+    if group.size == 2:
+        assert spoiled(mesh(group, 2, 1), *CHUNKS, "model.layers=3") == expected, (
+            "and no group of micro-batches is whole"
+        )
 
 
 def _spoil(part, where) -> None:
@@ -225,8 +250,13 @@ def test_what_cannot_be_cut_is_refused_by_all(group):
             "does not divide the 3 heads, features or tokens of block0.attention.qkv.weight",
         ),
         (("model.layers=1",), (group.size, 1), "the model has 3"),
+        (
+            (*CHUNKS, "model.layers=1"),
+            (2, 1),
+            "mesh.chunks = 2 of mesh.pp = 2 stages need 4 parts, and .*: set .* = 1 or",
+        ),
     ):
-        if pp == 2:
+        if pp == 2 and "mesh.chunks=2" not in words:
             continue
         with pytest.raises(ConfigError, match=text):
             engine_of(tiny_config(*words), VOCABULARY, mesh(group, pp, tp))
