@@ -24,6 +24,13 @@ class Axes:
         unit="stages",
         least=1,
     )
+    chunks: int = key(
+        1,
+        says="A stage holds so many pieces of the model, with those of other stages between them; train.schedule = "
+        "interleaved then stands still for as much less of a step, and sends as many times the messages.",
+        unit="pieces",
+        least=1,
+    )
     tp: int = key(
         1,
         says="So many ranks share a copy of the model: each has some of its heads, features and tokens (gpt, llama; on "

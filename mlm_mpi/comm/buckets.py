@@ -3,7 +3,9 @@
 A step is J lanes; a rank runs a contiguous range of them. Per lane the engine asks `open_lane` for a flat buffer, lets
 its micro-batches accumulate there, and says `close_lane`. In the last micro-batch of its last lane the backward calls
 `block_ready` as blocks become final, and buckets leave while the rest of the backward still runs. `finish` waits for
-what is left and returns the sum. Where the buffers lie in a GPU's memory a `Transport` brings slices to MPI and back.
+what is left and returns the sum. Where a stage holds several chunks of the model each goes through the lanes by itself,
+in a slice of every buffer that is its alone: it closes that slice, and which lanes others have open is all one. Where
+the buffers lie in a GPU's memory a `Transport` brings slices to MPI and back.
 """
 
 import itertools
@@ -20,6 +22,8 @@ from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mailbox import Message
 from mlm_mpi.comm.transport import Direct, Ready, Transport
 from mlm_mpi.comm.tree import Node
+
+ALL = slice(None)  # of a flat buffer
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Reduction(Protocol):
 
     def begin(self) -> None: ...
     def open_lane(self, lane: int) -> tuple[Any, bool]: ...
-    def close_lane(self, lane: int) -> None: ...
+    def close_lane(self, lane: int, part: slice = ALL) -> None: ...
     def block_ready(self, block: int) -> None: ...
     def finish(self) -> Any: ...
     def costs(self) -> dict[str, int]: ...
@@ -111,6 +115,7 @@ class Bucketed(ABC):
         self.xp = (setup.place or cpu()).xp
         self.transport = setup.transport or Direct()
         self.size = setup.elements
+        self.blocks, self.final = len(setup.segments), set[int]()
         self.buckets = make_buckets(setup.segments, max(1, int(setup.bucket_bytes / self.dtype.itemsize)))
         self.exposed_s = 0.0
         self.first_start_s: float | None = None  # when the first bucket left: the trace proves the overlap
@@ -118,15 +123,18 @@ class Bucketed(ABC):
     def begin(self) -> None:
         """Forgets the last step."""
         self.first_start_s = None
+        self.final.clear()
         for bucket in self.buckets:
             bucket.started = bucket.sent = bucket.combined = bucket.done = False
             bucket.sends, bucket.partials, bucket.sums, bucket.summed = [], [], [], None
 
     def block_ready(self, block: int) -> None:
-        """Gradients of this block are final on this rank; starts the buckets they complete."""
+        """Gradients of this block are final on this rank; starts the buckets that with all behind them are complete."""
+        self.final.add(block)
         if self.overlap:
+            open_still = max(set(range(self.blocks)) - self.final, default=-1)
             for bucket in self.buckets:
-                if bucket.block >= block and not bucket.started:
+                if bucket.block > open_still and not bucket.started:
                     self._start_timed(bucket)
             self.poll()
 
@@ -192,7 +200,7 @@ class OneBuffer(Bucketed):
         fresh, self.opened = not self.opened, True
         return self.buffer, fresh
 
-    def close_lane(self, lane: int) -> None:
+    def close_lane(self, lane: int, part: slice = ALL) -> None:
         """Nothing to do: lanes share the buffer."""
 
     def finish(self) -> Any:

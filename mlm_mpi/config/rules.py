@@ -59,6 +59,11 @@ def is_plain(config: Config) -> bool:
 
 def _check_mesh(config: Config) -> None:
     """What ranks that share a copy of the model cannot do yet."""
+    _require(
+        config.mesh.chunks == 1 or config.mesh.pp > 1,
+        f"mesh.chunks = {config.mesh.chunks} are pieces that each of several stages holds, and mesh.pp = 1 makes one: "
+        "set mesh.pp = 2 or more, or mesh.chunks = 1",
+    )
     pp, tp, device, products = config.mesh.pp, config.mesh.tp, config.backend.device, config.numerics.products
     _require(
         (pp == 1 or device == "cpu") and (tp == 1 or (device == "cpu" and products == "float32")),
@@ -97,12 +102,14 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
     kinds = {
         "tasks": ("task.kind", config.task.kind), "models": ("model.kind", config.model.kind),
         "objectives": ("task.objective", getattr(config.task, "objective", "")),
+        "schedules": ("train.schedule", config.train.schedule),
     }  # fmt: skip
     asked = (
         ("data.mixture", bool(config.data.mixture), ("tasks",)),
         ("data.documents", config.data.documents != "joined", ("tasks", "models")),
         ("train.context_warmup_steps", config.train.context_warmup_steps > 0, ("tasks", "objectives")),
         ("mesh.pp", config.mesh.pp > 1, ("models",)),
+        ("mesh.chunks", config.mesh.chunks > 1, ("schedules",)),
         ("mesh.tp", config.mesh.tp > 1, ("models",)),
     )
     for full, is_asked, rooms in asked:

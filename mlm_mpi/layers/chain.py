@@ -50,7 +50,17 @@ class Chain:
     """The parts in the order of a forward."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts, self.weights = list(parts), Weights()
+        self.parts = list(parts)
+        self.weights, self._first = Weights(), 0
+
+    def bring(self, weights: Weights, first: int = 0) -> None:
+        """From now on these are its parts' weights, and its first part is known to them by that number."""
+        self.weights, self._first = weights, first
+
+    @property
+    def chunks(self) -> Sequence["Chain"]:
+        """What a schedule's chunks are of it, in forward order: it is one."""
+        return [self]
 
     def parameter_blocks(self) -> list[list[Parameter]]:
         """Parameters by part, in forward order: the segments of the flat store."""
@@ -60,9 +70,9 @@ class Chain:
         """What leaves the last part, and what each backward needs; outside training nothing is kept."""
         kept = []
         for number, part in enumerate(self.parts):
-            self.weights.need(number)
+            self.weights.need(self._first + number)
             x, saved = part.forward(x, ctx)
-            self.weights.done(number)
+            self.weights.done(self._first + number)
             if ctx.training:
                 kept.append(saved)
         return x, kept
@@ -73,9 +83,9 @@ class Chain:
         `ready(i)` is called as soon as those of part i are final.
         """
         for number in range(len(self.parts) - 1, down_to - 1, -1):
-            self.weights.need(number)
+            self.weights.need(self._first + number)
             dy = self.parts[number].backward(dy, kept.pop(), ctx)
-            self.weights.done(number)
+            self.weights.done(self._first + number)
             ready(number)
         return dy
 
@@ -98,9 +108,9 @@ class Chain:
         later: list[list[Callable[[Context], None]]] = []
         for number in reversed(range(len(self.parts))):
             later.append([])
-            self.weights.need(number)
+            self.weights.need(self._first + number)
             dy = self.parts[number].backward(dy, kept.pop(), replace(ctx, later=later[-1]))
-            self.weights.done(number)
+            self.weights.done(self._first + number)
         return dy, Owed(ctx.gradients, later)
 
     def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:

@@ -1,9 +1,9 @@
 """In which order a stage of a pipeline runs the forwards and backwards of its micro-batches: `train.schedule`.
 
-A file has `instructions(stage, stages, micros)`, and `chunks=1` as the last where it can cut a stage's share of the
-model into several: a pure generator without MPI. Whatever the order, the forwards, input halves and weight halves of a
-chunk must each come in the order of micro-batches, for that alone keeps the sum of gradients the same. Messages follow
-from instructions (`messages`), so no schedule can forget one.
+A file has `instructions(stage, stages, micros)`, and `chunks=1` as the last, with `mesh.chunks` in HEEDS, where it can
+cut a stage's share of the model into several: a pure generator without MPI. Whatever the order, the forwards, input
+halves and weight halves of a chunk must each come in the order of micro-batches, for that alone keeps the sum of
+gradients the same. Messages follow from instructions (`messages`), so no schedule can forget one.
 """
 
 from collections import Counter

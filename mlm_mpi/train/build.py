@@ -24,7 +24,7 @@ from mlm_mpi.train.audit import Audit
 from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.engine import Engine, Machine
 from mlm_mpi.train.guard import Guard
-from mlm_mpi.train.pipeline import Stage, cost_of, cut_parts, in_words
+from mlm_mpi.train.pipeline import Slice, Stage, cost_of, cut_parts, in_words
 from mlm_mpi.train.sharing import Gathered, Lent
 
 
@@ -37,22 +37,25 @@ def build(
     train, optim = config.train, config.optim
     if train.recompute:
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
-    _check_cuts(parts, mesh)
-    chain, borrowed = _stage(parts, mesh, width, place)
+    chunks = config.mesh.chunks
+    _check_cuts(parts, mesh, chunks)
+    chain, borrowed = _stage(parts, mesh, chunks, width, place)
     model = [parameter for part in parts for parameter in part.parameters()]
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place, model, borrowed)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
     instructions = plugins.find("schedules", train.schedule, "train.schedule").instructions
+    if chunks > 1:
+        instructions = partial(instructions, chunks=chunks)
     for rank in range(assignment.ranks):
         micros = len(assignment.of_rank(rank))
         stage, stages = mesh.coord("pp"), mesh.size("pp")
-        schedules.check(instructions(stage, stages, micros), micros, train.schedule)
+        schedules.check(instructions(stage, stages, micros), micros, train.schedule, chunks)
     optimizer = plugins.find("optim", optim.name, "optim.name")
     owned = _owned(config, store, mesh, getattr(optimizer, "WHOLE_MATRICES", False))
     summed = reduction(config, plugins, store, assignment, mesh, place, owned)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
-    chain.weights = _weights(config, chain, store, owned, mesh)
+    chain.bring(_weights(config, chain, store, owned, mesh))
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
         Machine(
@@ -102,28 +105,42 @@ def _weights(config: Config, chain: Chain, store: FlatStore, owned: Owned | None
     return kind(chain.parts, store, owned, mesh.group("dp").duplicate())  # tags must not meet
 
 
-def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:
+def _stage(
+    parts: list[Part], mesh: Mesh, chunks: int, width: int, place: Place
+) -> tuple[Chain, list[Parameter]]:  # fmt: skip
     """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table)."""
     pp = mesh.group("pp")
     if pp.size == 1:
         return Chain(parts), []
     costs = [cost_of(part) for part in parts]
-    cuts = cut_parts(costs, pp.size)
-    first, stop = cuts[pp.rank]
+    cuts = cut_parts(costs, pp.size * chunks)
     shared = [parameter for parameter in parts[0].parameters() if parameter.tied]
     table = shared[0] if shared else None
     borrowed = shared if pp.rank == pp.size - 1 else []
-    return Stage(parts[first:stop], pp, width, place.compute, table, in_words(cuts, costs)), borrowed
+    mine = [
+        Slice(parts[first:stop], number, len(cuts), pp, width, place.compute, table)
+        for number, (first, stop) in enumerate(cuts)
+        if number % pp.size == pp.rank
+    ]
+    return Stage(mine, in_words(cuts, costs, pp.size)), borrowed
 
 
-def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
-    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage would have no part."""
+def _check_cuts(parts: list[Part], mesh: Mesh, chunks: int) -> None:
+    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage or chunk had no part."""
     pp, tp = mesh.size("pp"), mesh.size("tp")
     if pp > len(parts):
         raise agreed(
             ConfigError(
                 f"mesh.pp = {pp} needs as many parts, and the model has {len(parts)} (embedding, head, blocks: "
                 f"{len(parts) - 2}): set mesh.pp = {len(parts)} or less"
+            )
+        )
+    if pp * chunks > len(parts):
+        raise agreed(
+            ConfigError(
+                f"mesh.chunks = {chunks} of mesh.pp = {pp} stages need {pp * chunks} parts, and the model has "
+                f"{len(parts)} (embedding, head, blocks: {len(parts) - 2}): set mesh.chunks = {len(parts) // pp} or "
+                "less"
             )
         )
     for parameter in (parameter for part in parts for parameter in part.parameters()):

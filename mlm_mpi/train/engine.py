@@ -23,7 +23,7 @@ from mlm_mpi.comm.watch import Work
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import NumericsError, agreed
 from mlm_mpi.layers.base import Context
-from mlm_mpi.layers.chain import Chain, Owed, Ready
+from mlm_mpi.layers.chain import Chain, Owed, Ready, nobody_waits
 from mlm_mpi.optim import Optimizer, Shared
 from mlm_mpi.params.average import Average
 from mlm_mpi.params.clip import Owners, clip_factor, norm
@@ -105,8 +105,8 @@ class _Flight:
     """A micro-batch between its forward and its backward, or its halves, and then what its head tallied."""
 
     ctx: Context
-    kept: list[Any] = field(default_factory=list)
-    owed: Owed | None = None  # to the weight half
+    kept: dict[int, list[Any]] = field(default_factory=dict)  # by chunk
+    owed: dict[int, Owed] = field(default_factory=dict)  # to weight halves, by chunk
 
     @property
     def batch(self) -> Batch:
@@ -117,6 +117,17 @@ class _Flight:
     def loss(self) -> Any:
         """A GPU's is not awaited here. 0 where another stage has the head."""
         return self.ctx.tally.get("loss", 0.0)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What a rank holds of the model in one piece, and what is its alone: so each goes through lanes by itself."""
+
+    number: int
+    chain: Chain
+    block: int  # of the store, its first
+    part: slice  # of every flat buffer
+    second_sums: dict[Parameter, Any]
 
 
 def _way(instruction: Instruction) -> int:
@@ -154,6 +165,16 @@ class Engine:
         counted = ((self.world.name(rank), len(held)) for rank, held in zip(firsts, self.load.ranks, strict=True))
         self.ranks = tuple((name, count) for name, count in counted if count)
         self.second_sums = self._second_sums()
+        self.chunks = list(self._chunks())
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        block = 0
+        for number, chain in enumerate(self.machine.chain.chunks):
+            mine = self.machine.store.segments[block : block + len(chain.parts)]
+            held = {parameter for part in chain.parts for parameter in part.parameters()}
+            seconds = {parameter: second for parameter, second in self.second_sums.items() if parameter in held}
+            yield _Chunk(number, chain, block, slice(mine[0][0], mine[-1][1]), seconds)
+            block += len(mine)
 
     def load_of(self, left_out: frozenset[int]) -> _Load:
         """All micro-batches of a step but for some."""
@@ -277,9 +298,9 @@ class Engine:
 
     def _walk(self, micros: int) -> list[int]:
         """The parts that a rank with so many micro-batches runs, one after another."""
-        there = range(len(self.machine.chain.parts))
+        chunks = [range(chunk.block, chunk.block + len(chunk.chain.parts)) for chunk in self.chunks]
         every = self.machine.instructions(*self.stage, micros)
-        return [part for one in every if (way := _way(one)) for part in there[::way]]
+        return [part for one in every if (way := _way(one)) for part in chunks[one.chunk][::way]]
 
     def _made_whole(self, parameter: Parameter, total: Any) -> None:
         """A parameter's gradient, of whose sum each rank of dp may have a part."""
@@ -309,34 +330,40 @@ class Engine:
         self.group.note(f"step {step + 1}, micro-batch {batch.index} by itself")
         gradients = self.machine.store.by_parameter(buffer)
         ctx = replace(self._context(step, batch), gradients=gradients, lane=lane or {}, closes=closes)
-        flight = self._flown(ctx)
-        self.machine.chain.backward((), flight.kept, flight.ctx)
+        flight = _Flight(self._there(ctx))
+        _, kept = self.machine.chain.forward((), flight.ctx)
+        self.machine.chain.backward((), kept, flight.ctx)
         return float(self.machine.mesh.group("pp").allgather(float(flight.loss), "the loss of one micro-batch")[-1])
 
     def _run(self, step: int, load: _Load, next_batch: NextBatch) -> list[_Flight]:
         """Forward and backward of my micro-batches; gradients leave in their order, whatever the schedule."""
         self.machine.reduction.begin()
         flights: list[_Flight] = []
-        backwards = self._backwards(load, flights)
+        backwards = [self._backwards(load, flights, chunk) for chunk in self.chunks]
         for instruction in self.machine.instructions(*self.stage, len(load.mine)):
+            micro, chunk = instruction.micro, self.chunks[instruction.chunk]
             if isinstance(instruction, Forward):
-                flights.append(self._forward(step, load.mine[instruction.micro], next_batch))
+                if micro == len(flights):
+                    flights.append(self._begun(step, load.mine[micro], next_batch))
+                self._forward(flights[micro], chunk)
             elif instruction.half == "input":
-                self._backward_input(flights[instruction.micro])
+                self._backward_input(flights[micro], chunk)
             else:
-                next(backwards)
-        next(backwards, None)  # closes lanes of which everything is left out
+                next(backwards[chunk.number])
+        for rest in backwards:
+            next(rest, None)  # closes lanes of which everything is left out
         return flights
 
-    def _forward(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
+    def _begun(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
         self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
-        batch = next_batch()
-        self._note_micro_batch(batch, "forward")
-        ctx = self._context(step, batch)
-        if self.machine.captured is not None:  # a graph holds both ways
-            return _Flight(ctx)
-        return self._flown(ctx)
+        ctx = self._context(step, next_batch())
+        return _Flight(ctx if self.machine.captured is not None else self._there(ctx))
+
+    def _forward(self, flight: _Flight, chunk: _Chunk) -> None:
+        self._note_micro_batch(flight.batch, "forward")
+        if self.machine.captured is None:  # a graph holds both ways
+            _, flight.kept[chunk.number] = chunk.chain.forward((), flight.ctx)
 
     def _context(self, step: int, batch: Batch) -> Context:
         m = self.machine
@@ -351,16 +378,15 @@ class Engine:
         """Steady work, but on a GPU: there kernels are launched, which says nothing of how long they take."""
         self.group.note(text, work._replace(kind="") if self.machine.place.on_gpu else work)
 
-    def _flown(self, ctx: Context) -> _Flight:
+    def _there(self, ctx: Context) -> Context:
+        """With its batch where the rank computes."""
         assert ctx.batch is not None
-        ctx = replace(ctx, batch=ctx.batch.map(self.machine.place.put))
-        _, kept = self.machine.chain.forward((), ctx)
-        return _Flight(ctx, kept)
+        return replace(ctx, batch=ctx.batch.map(self.machine.place.put))
 
-    def _backwards(self, load: _Load, flights: list[_Flight]) -> Iterator[None]:
-        """The backward of one micro-batch after the other. A lane opens before its first, and closes after its last.
+    def _backwards(self, load: _Load, flights: list[_Flight], chunk: _Chunk) -> Iterator[None]:
+        """A chunk's backward of one micro-batch after the other. A lane opens before its first, closes after its last.
 
-        A lane without any holds −0, which an addition leaves alone.
+        A lane without any holds −0, which an addition leaves alone. Chunks may have different lanes open.
         """
         reduction, audit, number = self.machine.reduction, self.machine.audit, 0
         drawn = self._drawn(self.at[0])
@@ -369,46 +395,52 @@ class Engine:
             buffer, fresh = reduction.open_lane(lane)
             if not members:
                 if fresh:
-                    buffer[...] = -0.0
-                reduction.close_lane(lane)
+                    buffer[chunk.part] = -0.0
+                reduction.close_lane(lane, chunk.part)
             gradients = self.machine.store.by_parameter(buffer)
-            for second in self.second_sums.values():
+            for second in chunk.second_sums.values():
                 second[...] = -0.0  # which addition leaves alone, where 0 would turn -0 into 0
             for index in members:
                 flight, closes = flights[number], index == members[-1]
                 ctx = replace(
-                    flight.ctx, gradients=gradients, accumulate=not fresh, lane=self.second_sums, closes=closes
+                    flight.ctx, gradients=gradients, accumulate=not fresh, lane=chunk.second_sums, closes=closes
                 )
-                self._backward(flight, ctx, reduction.block_ready if closes and lane == stop - 1 else None)
+                self._backward(flight, chunk, ctx, leaves=closes and lane == stop - 1)
                 if drawn is not None and index == drawn.micro_batch:
                     audit.witness = {index: audit.testimony(buffer, self.second_sums)}
                 number, fresh = number + 1, False
                 if closes:
-                    reduction.close_lane(lane)
+                    reduction.close_lane(lane, chunk.part)
                 yield
 
-    def _backward_input(self, flight: _Flight) -> None:
+    def _backward_input(self, flight: _Flight, chunk: _Chunk) -> None:
         """No lane need be open: what belongs to one is kept apart. A graph holds both halves, and runs as the other."""
         if self.machine.captured is None:
             self._note_micro_batch(flight.batch, "input half of the backward")
             ctx = replace(flight.ctx, gradients=self.machine.store.apart())
-            _, flight.owed = self.machine.chain.backward_input((), flight.kept, ctx)
+            kept = flight.kept.pop(chunk.number)
+            _, flight.owed[chunk.number] = chunk.chain.backward_input((), kept, ctx)
 
-    def _backward(self, flight: _Flight, ctx: Context, ready: Ready | None = None) -> None:
-        if flight.owed is not None:
+    def _backward(self, flight: _Flight, chunk: _Chunk, ctx: Context, leaves: bool) -> None:
+        """`leaves`: gradients are final, block by block."""
+        ready = self._leaving(chunk) if leaves else nobody_waits
+        owed = flight.owed.pop(chunk.number, None)
+        if owed is not None:
             self._note_micro_batch(flight.batch, "weight half of the backward")
-            self.machine.chain.backward_weight(flight.owed, ctx, *(() if ready is None else (ready,)))
-            flight.owed = None
+            chunk.chain.backward_weight(owed, ctx, ready)
             return
         self._note_micro_batch(flight.batch, "backward")
         captured = self.machine.captured
-        if captured is not None and (ready is None or self.group.size == 1):
+        if captured is not None and (not leaves or self.group.size == 1):
             captured.forward_backward(ctx)
             return
         if captured is not None:  # buckets leave while this backward runs, which no graph can do
-            flight.kept = self._flown(ctx).kept
-            ctx = replace(ctx, batch=flight.batch.map(self.machine.place.put))
-        self.machine.chain.backward((), flight.kept, ctx, *(() if ready is None else (ready,)))
+            ctx = self._there(ctx)
+            _, flight.kept[chunk.number] = chunk.chain.forward((), ctx)
+        chunk.chain.backward((), flight.kept.pop(chunk.number), ctx, ready)
+
+    def _leaving(self, chunk: _Chunk) -> Ready:
+        return lambda part: self.machine.reduction.block_ready(chunk.block + part)
 
     def _exchange(
         self, step: int, load: _Load, flights: list[_Flight], notes: tuple[float, ...]

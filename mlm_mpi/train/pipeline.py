@@ -1,9 +1,10 @@
-"""A model cut into the stages of a pipeline: which parts a stage has, and a chain that talks to its neighbours.
+"""A model cut into the stages of a pipeline: which parts a stage has, and chains that talk to their neighbours.
 
-Each stage runs its instructions (`schedules/`) and knows of the others only what arrives: activations from the stage
-before, their gradients from the one behind. A table that embedding and head share lies on the first and on the last
-stage. The head's sum over a lane goes to the first stage, which adds the embedding's to it, and forms the sum over
-lanes; the last stage gets that, and makes the same update.
+Each stage has a slice of the model, or several, with others' between them. It runs its instructions (`schedules/`) and
+knows of the others only what arrives: activations from the slice before, their gradients from the one behind. A table
+that embedding and head share lies on the first and on the last stage. The head's sum over a lane goes to the first
+stage, which adds the embedding's to it, and forms the sum over lanes; the last stage gets that, and makes the same
+update.
 """
 
 import math
@@ -14,14 +15,17 @@ import numpy as np
 
 from mlm_mpi.comm.group import Group
 from mlm_mpi.layers.base import Context, Flow, Part
-from mlm_mpi.layers.chain import Chain, Owed, Ready, nobody_waits
+from mlm_mpi.layers.chain import Chain, Owed, Ready, Weights, nobody_waits
 from mlm_mpi.params.store import Parameter
 
-_ACTIVATIONS, _GRADIENTS, _LANE, _TOTAL = 1, 2, 3, 4  # tags; what has one arrives in the order in which it was sent
+# A tag is one of these, and of the slice that a flow goes to. What has one arrives in the order in which it was sent,
+# which is that of micro-batches.
+_LANE, _TOTAL, _ACTIVATIONS, _GRADIENTS = range(4)
+_KINDS = 4
 
 
 def cut_parts(costs: Sequence[float], stages: int) -> list[tuple[int, int]]:
-    """Parts [first, stop) of each stage, at least one, so that the dearest stage is as cheap as it can be."""
+    """Parts [first, stop) of each stage, or slice of one, at least one, the dearest as cheap as it can be."""
     before = [0.0]
     for cost in costs:
         before.append(before[-1] + cost)
@@ -47,32 +51,38 @@ def cost_of(part: Part) -> float:
     return float(sum(math.prod(p.layout.shape) for p in [*weights, *([] if table is None else [table])]))
 
 
-def in_words(cuts: Sequence[tuple[int, int]], costs: Sequence[float]) -> str:
-    """Parts of each stage, counted from the embedding, which is 0, and its part of all work."""
-    whole = sum(costs) or 1.0
-    return ", ".join(f"{first}–{stop - 1} ({sum(costs[first:stop]) / whole:.0%})" for first, stop in cuts)
+def in_words(cuts: Sequence[tuple[int, int]], costs: Sequence[float], stages: int) -> str:
+    """Parts of each stage, by chunks, counted from the embedding, which is 0, and its part of all work."""
+    whole, words = sum(costs) or 1.0, []
+    for stage in range(stages):
+        mine = cuts[stage::stages]
+        work = sum(sum(costs[first:stop]) for first, stop in mine)
+        words.append(" and ".join(f"{first}–{stop - 1}" for first, stop in mine) + f" ({work / whole:.0%})")
+    return ", ".join(words)
 
 
-class Stage(Chain):
-    """A stage: what flows in comes from the one before it, and what flows out goes to the one behind."""
+class Slice(Chain):
+    """A contiguous range of the model: what flows in comes from the slice before it, what flows out goes to the next.
+
+    Of P stages slice v is stage v mod P's, its chunk v // P: its neighbours are on the stages before and behind, which
+    the first and the last one are to each other. Source: Narayanan et al., arXiv:2104.04473, section 2.2.
+    """
 
     def __init__(
-        self, parts: Sequence[Part], pp: Group, width: int, dtype: Any, table: Parameter | None, cut: str = ""
+        self, parts: Sequence[Part], number: int, slices: int, pp: Group, width: int, dtype: Any,
+        table: Parameter | None,
     ) -> None:  # fmt: skip
-        """Between stages flow arrays (B, T, `width`). `table`: the one that first and last stage share, if any. `cut`:
-        who has which parts, for people.
-        """
+        """Between slices flow arrays (B, T, `width`). `table`: the one that first and last slice share, if any."""
         super().__init__(parts)
-        self.cut = cut
-        self.pp, self.width, self.dtype = pp, width, dtype
-        self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
+        self.number, self.pp, self.width, self.dtype = number, pp, width, dtype
+        self.first, self.last = number == 0, number == slices - 1
         self.table = table if self.first or self.last else None
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
-        x = () if self.first else self._received(ctx, self.pp.rank - 1, _ACTIVATIONS, "activations")
+        x = () if self.first else self._received(ctx, self.number - 1, _ACTIVATIONS, "activations")
         y, kept = super().forward(x, ctx)
         if not self.last:
-            self._send(y, self.pp.rank + 1, _ACTIVATIONS)
+            self._send(y, self.number + 1, _ACTIVATIONS)
         return y, kept
 
     def backward(
@@ -96,7 +106,7 @@ class Stage(Chain):
         self._give_table(ctx)
 
     def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
-        """The sum over all lanes of the shared table's gradient, from the first stage to the last."""
+        """The sum over all lanes of the shared table's gradient, from the first slice to the last."""
         if self.table is None:
             return
         if self.first:
@@ -107,11 +117,11 @@ class Stage(Chain):
             self._receive(total[self.table], 0, _TOTAL, "the gradient of the table")
 
     def _dy(self, ctx: Context) -> Flow:
-        return () if self.last else self._received(ctx, self.pp.rank + 1, _GRADIENTS, "gradients")
+        return () if self.last else self._received(ctx, self.number + 1, _GRADIENTS, "gradients")
 
     def _give_dx(self, dx: Flow) -> None:
         if not self.first:
-            self._send(dx, self.pp.rank - 1, _GRADIENTS)
+            self._send(dx, self.number - 1, _GRADIENTS)
 
     def _take_table(self, ctx: Context) -> None:
         """The head's sum over a lane, to which the embedding's will be added."""
@@ -122,20 +132,68 @@ class Stage(Chain):
         if self.table is not None and self.last and ctx.closes:
             self.pp.mail.send(ctx.grad(self.table).copy(), 0, _LANE)
 
-    def _send(self, flow: Flow, rank: int, tag: int) -> None:
+    def _send(self, flow: Flow, to: int, tag: int) -> None:
         for array in flow:
-            self.pp.mail.send(_bytes(np.ascontiguousarray(array)), rank, tag)
+            self.pp.mail.send(_bytes(np.ascontiguousarray(array)), to % self.pp.size, _KINDS * to + tag)
 
-    def _received(self, ctx: Context, rank: int, tag: int, what: str) -> Flow:
+    def _received(self, ctx: Context, source: int, tag: int, what: str) -> Flow:
         assert ctx.batch is not None
         batch, length = ctx.batch.inputs["ids"].shape
         length //= ctx.tp.size if ctx.cuts_positions else 1
-        array = np.empty((batch, length, self.width), self.dtype)
-        self._receive(_bytes(array), rank, tag, f"the {what} of micro-batch {ctx.micro_batch} from stage {rank}")
+        array, stage = np.empty((batch, length, self.width), self.dtype), source % self.pp.size
+        what = f"the {what} of micro-batch {ctx.micro_batch} from stage {stage}"
+        self._receive(_bytes(array), stage, _KINDS * self.number + tag, what)
         return (array,)
 
     def _receive(self, array: Any, rank: int, tag: int, what: str) -> None:
         self.pp.wait(self.pp.mail.receive(array, rank, tag), what)
+
+
+class Stage(Chain):
+    """What a rank holds of a pipeline: chunks, which are slices of the model, with others' between them.
+
+    It goes through them at once, as an evaluation does; a schedule takes them one by one, and only them in halves.
+    """
+
+    def __init__(self, chunks: Sequence[Slice], cut: str = "") -> None:
+        """`cut`: who has which parts, for people."""
+        super().__init__([part for chunk in chunks for part in chunk.parts])
+        self._chunks, self.cut = list(chunks), cut
+
+    @property
+    def chunks(self) -> Sequence[Chain]:
+        return self._chunks
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
+        kept = []
+        for chunk in self._chunks:
+            x, some = chunk.forward((), ctx)
+            kept += some
+        return x, kept
+
+    def backward(
+        self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = nobody_waits, down_to: int = 0
+    ) -> Flow:  # fmt: skip
+        before = len(self.parts)
+        for chunk in reversed(self._chunks):
+            before -= len(chunk.parts)
+            dy = chunk.backward((), kept, ctx, _later(ready, before), max(0, down_to - before))
+        return dy
+
+    def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
+        for chunk in self._chunks:
+            chunk.settle(total, whole)
+
+    def bring(self, weights: Weights, first: int = 0) -> None:
+        super().bring(weights, first)
+        for chunk in self._chunks:
+            chunk.bring(weights, first)
+            first += len(chunk.parts)
+
+
+def _later(ready: Ready, before: int) -> Ready:
+    """For a chunk, what `ready` is for a stage that has so many parts before it."""
+    return lambda part: ready(before + part)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

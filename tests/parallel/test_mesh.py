@@ -49,6 +49,11 @@ LSTM = (
     "train.schedule=zero_bubble",
 )
 
+# several chunks a stage; with four layers there are six parts
+CHUNKS = ("model.layers=4", "train.schedule=interleaved", "mesh.chunks=2", "mesh.pp=2")
+CHUNKED = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 1), (2, 2)]}  # (pp, tp) by ranks
+ODD = (*GPT, "train.micro_batches=9", "train.lanes=3")  # groups of 2 do not end where lanes do
+
 
 def meshes(ranks: int) -> list[tuple[int, int]]:
     """(pp, tp) that fit so many ranks and the model."""
@@ -101,6 +106,19 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(group, words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.parametrize("words", [GPT, ODD, DECODER, UNTIED], ids=["gpt", "odd", "decoder", "untied"])
+def test_stages_of_several_chunks_have_the_bits_of_one_rank(group, words):
+    """Two lanes are open at once, for different chunks; buckets that lie in both leave when both are final."""
+    for pp, tp in CHUNKED.get(group.size, []):
+        engine, results = trained((*words, *CHUNKS), mesh(group, pp, tp))
+        reduction = engine.machine.reduction
+        assert len(engine.chunks) == 2 and reduction.final == set(range(reduction.blocks)), "each leaves when it can"
+        assert outcome(engine, results) == alone(group, (*words, "model.layers=4")), f"pp {pp}, tp {tp}"
+    if group.size == 2 and words is ODD:
+        found = outcome(*trained((*words, *CHUNKS, "mesh.chunks=3", "comm.reduction=naive"), mesh(group, 2, 1)))
+        assert found == alone(group, (*words, "model.layers=4"))
 
 
 @pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
@@ -183,9 +201,11 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
     """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
     if group.size > (4 if words is GPT else 3):
         pytest.skip("two and three ranks say it, and four for one model")
-    every = [(1, 1), *meshes(group.size)]
-    for level, ((pp, tp), others) in enumerate(zip(every, [*every[1:], every[0]], strict=True)):
-        engine, _ = trained((*words, f"mesh.zero={3 - level % 4}"), mesh(group, pp, tp), steps=1)
+    words = (*words, "model.layers=4")
+    chunked = [(sizes, CHUNKS) for sizes in CHUNKED.get(group.size, [])[-1:]]
+    every = [((1, 1), ()), *chunked, *((sizes, ()) for sizes in meshes(group.size))]
+    for level, ((sizes, more), (others, other_more)) in enumerate(zip(every, [*every[1:], every[0]], strict=True)):
+        engine, _ = trained((*words, *more, f"mesh.zero={3 - level % 4}"), mesh(group, *sizes), steps=1)
         folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
         saver = checkpoint.Saver(
             folder, engine.machine.store, engine.state(), b"{}", group, 1, False, engine.machine.owned
@@ -193,13 +213,13 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         saver.begin(1)
         about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
         assert saver.publish(about) is None
-        config = tiny_config(*words, f"train.steps={STEPS}", f"mesh.zero={level % 4}")
+        config = tiny_config(*words, *other_more, f"train.steps={STEPS}", f"mesh.zero={level % 4}")
         on = mesh(group, *others)
         other = engine_of(config, VOCABULARY, on)
         found = checkpoint.resume(folder, other.machine.store, other.state(), group, print, owned=other.machine.owned)
         assert found is not None and found[1].step == 1
         other.step(1, batches(config, other.plan(1, STEPS)))
-        assert other.weights_sha256() == alone(group, words)[1], f"from pp {pp}, tp {tp} to {others}"
+        assert other.weights_sha256() == alone(group, words)[1], f"from {sizes} {more} to {others} {other_more}"
 
 
 def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
@@ -212,6 +232,9 @@ def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     for pp, tp in meshes(group.size)[:3:2] or meshes(group.size)[:2]:
         found = spoiled((*GPT, f"mesh.zero={3 if group.size in (2, 3) else 0}"), mesh(group, pp, tp))
         assert found == expected, f"pp {pp}, tp {tp}"
+    if group.size == 2:
+        found = spoiled((*GPT, *CHUNKS, "model.layers=3"), mesh(group, 2, 1))
+        assert found == expected, "and no group of micro-batches is whole"
 
 
 def spoiled(words, on):
@@ -289,8 +312,13 @@ def test_what_cannot_be_cut_is_refused_by_all(group):
             "does not divide the 3 heads, features or tokens of block0.attention.qkv.weight",
         ),
         (("model.layers=1",), (group.size, 1), "the model has 3"),
+        (
+            (*CHUNKS, "model.layers=1"),
+            (2, 1),
+            "mesh.chunks = 2 of mesh.pp = 2 stages need 4 parts, and .*: set .* = 1 or",
+        ),
     ):
-        if pp == 2:
+        if pp == 2 and "mesh.chunks=2" not in words:
             continue
         with pytest.raises(ConfigError, match=text):
             engine_of(tiny_config(*words), VOCABULARY, mesh(group, pp, tp))

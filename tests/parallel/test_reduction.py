@@ -51,6 +51,28 @@ def test_canonical_sum_is_the_tree(group, lanes, overlap, segments):
         assert np.array_equal(total, tree(values, 0, lanes))
 
 
+@pytest.mark.parametrize("lanes", [1, 3, 4, 8, 11])
+@pytest.mark.parametrize("build", [canonical.build, naive.build], ids=["canonical", "naive"])
+def test_chunks_go_through_lanes_by_themselves(group, lanes, build):
+    """One is through before the next begins, in any order of chunks; a bucket lies in two of them."""
+    if group.size > lanes:
+        pytest.skip("more ranks than lanes is refused at the start")
+    segments = SEGMENTS[1]
+    reduction, (first, stop) = build(setup_of(group, lanes, segments)), cut(lanes, group.size, group.rank)
+    for step, order in enumerate([(2, 1, 0), (0, 2, 1), (1, 0, 2)]):
+        values = np.random.default_rng([lanes, step]).standard_normal((lanes, 5000)).astype("f4")
+        reduction.begin()
+        for block in order:
+            part = slice(*segments[block])
+            for lane in range(first, stop):
+                buffer, _ = reduction.open_lane(lane)
+                buffer[part] = values[lane, part]
+                if lane == stop - 1:
+                    reduction.block_ready(block)
+                reduction.close_lane(lane, part)
+        assert np.array_equal(reduction.finish(), tree(values, 0, lanes))
+
+
 @pytest.mark.parametrize("lanes", [1, 3, 8])
 def test_naive_is_the_definition(group, lanes):
     if group.size > lanes:

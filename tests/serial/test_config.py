@@ -202,7 +202,7 @@ NOT_ZERO = [
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
-    "train.first_context", "mesh.pp", "mesh.tp",
+    "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",

@@ -89,7 +89,9 @@ def test_where_ranks_lie_that_share_a_model(hosts, pp, tp, said):
 
 
 def test_stages_are_told_in_words():
-    assert in_words([(0, 2), (2, 3)], [0, 3, 1]) == "0–1 (75%), 2–2 (25%)"
+    assert in_words([(0, 2), (2, 3)], [0, 3, 1], 2) == "0–1 (75%), 2–2 (25%)"
+    cuts = [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert in_words(cuts, [0, 2, 3, 4, 1], 2) == "0–1 and 3–3 (60%), 2–2 and 4–4 (40%)"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,15 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
         (("mesh.tp=4", "numerics.shares=2"), "at most numerics.shares = 2"),
         (("mesh.tp=4", "mesh.sequence=true"), "mesh.sequence cuts model.context = 10, whose sums have 2 shares"),
         (("mesh.pp=2", "comm.reduction=allreduce"), 'mesh.pp = 2 needs comm.reduction = "canonical"'),
+        (("mesh.pp=2", "mesh.chunks=2"), 'train.schedule = "single" does not heed mesh.chunks: take that out'),
+        (
+            ("mesh.pp=2", "mesh.chunks=2", "train.schedule=zero_bubble"),
+            'train.schedule = "zero_bubble" does not heed mesh.chunks',
+        ),
+        (
+            ("mesh.chunks=2", "train.schedule=interleaved"),
+            r"mesh.chunks = 2 .* mesh.pp = 1 makes one: set mesh.pp = 2 or more, or mesh.chunks = 1",
+        ),
     ],
 )
 def test_what_a_mesh_cannot_do_is_refused_at_once(words, text):

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlm_mpi.backend import sums
 from mlm_mpi.backend.arrays import forget
-from mlm_mpi.comm.buckets import Bucket, Bucketed, Reduction, Setup, unfinished
+from mlm_mpi.comm.buckets import ALL, Bucket, Bucketed, Reduction, Setup, unfinished
 from mlm_mpi.comm.tree import LanePlan, maximal_nodes, merges_of, plan_lanes
 from mlm_mpi.cut import cut
 from mlm_mpi.errors import ConfigError
@@ -101,10 +101,10 @@ class Canonical(Bucketed):
         """(buffer to accumulate in, True: its first micro-batch writes over what it holds)."""
         return self.buffers[self.plans[lane - self.first].buffer], True
 
-    def close_lane(self, lane: int) -> None:
+    def close_lane(self, lane: int, part: slice = ALL) -> None:
         """Adds up the subtrees this lane completes; those of the last lane are added bucket by bucket."""
         if lane < self.stop - 1:
-            self._merge(self.plans[lane - self.first], slice(0, self.size))
+            self._merge(self.plans[lane - self.first], part)
 
     def _merge(self, plan: LanePlan, part: slice) -> None:
         """Each sum that a lane completes takes in the one before: a tree that leans to the right, in one pass."""

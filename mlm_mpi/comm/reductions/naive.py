@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.backend.arrays import cpu, fill, to_host
-from mlm_mpi.comm.buckets import Reduction, Setup
+from mlm_mpi.comm.buckets import ALL, Reduction, Setup
 from mlm_mpi.comm.transport import Direct
 from mlm_mpi.comm.tree import Node, middle
 
@@ -36,7 +36,7 @@ class Naive:
     def open_lane(self, lane: int) -> tuple[Any, bool]:
         return self.buffers[lane - self.first], True
 
-    def close_lane(self, lane: int) -> None:
+    def close_lane(self, lane: int, part: slice = ALL) -> None:
         """The lane's buffer is its sum."""
 
     def block_ready(self, block: int) -> None:
