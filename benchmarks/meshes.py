@@ -3,8 +3,9 @@
     python benchmarks/meshes.py --pairs 20 --record          # also against PyTorch's tensor parallelism, if it is there
 
 Idle time: stages whose forwards sleep 100 ms and whose two halves of a backward 100 ms each, so that two cores are
-enough for four stages; messages, waits and instructions are those of training. Theory: (P − 1)(F + B) for GPipe and
-1F1B (Narayanan et al., arXiv:2104.04473), (P − 1)(F + B − 2W) for ZB-H1, B both halves (Qi et al., arXiv:2401.10241).
+enough for four stages; the first and the last share a table, and each micro-batch is a lane, which is training at its
+worst. Messages, waits and instructions are those of training. Theory: (P − 1)(F + B) for GPipe and 1F1B (Narayanan et
+al., arXiv:2104.04473), (P − 1)(F + B − 2W) for ZB-H1, B both halves (Qi et al., arXiv:2401.10241).
 Meshes: two ranks, the reference size of `step.py`, the same tokens a step for all. All engines live in one job, and
 take turns by the step; which of a pair is first alternates.
 """
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def settings(*more: str) -> config.Config:
 
 
 class Sleeping:
-    """A part that sleeps where others calculate."""
+    """A part that sleeps where others calculate. `table`: what the first and the last one share."""
 
-    def __init__(self, last: bool) -> None:
-        self.last = last
+    def __init__(self, last: bool, table: Any) -> None:
+        self.last, self.table = last, table
 
     def parameters(self) -> list[Any]:
         return []
@@ -67,6 +68,8 @@ class Sleeping:
     def backward(self, dy: Any, saved: Any, ctx: Any) -> Any:
         ctx.owe(lambda at: time.sleep(SLEEP_S))
         time.sleep(SLEEP_S)
+        if self.last:
+            ctx.grad(self.table)[...] = 0.0
         return (np.zeros((1, 1, 1), np.float32),)
 
 
@@ -76,11 +79,15 @@ def sleep() -> None:
     from mlm_mpi.comm.mesh import mesh
     from mlm_mpi.data.batch import Batch
     from mlm_mpi.layers.base import Context
-    from mlm_mpi.train.pipeline import Stage
+    from mlm_mpi.params.layout import Layout
+    from mlm_mpi.params.store import Parameter
+    from mlm_mpi.train.pipeline import Slice
 
     group = launch.start()
     pp = mesh(group, STAGES).group("pp")
-    stage = Stage([Sleeping(pp.rank == STAGES - 1)], pp, 1, np.float32, None)
+    table = Parameter("table", Layout((1, 1)), 0.0, tied=True)
+    part = Sleeping(pp.rank == STAGES - 1, table)
+    stage = Slice([part], pp.rank, STAGES, pp, 1, np.float32, table)
     ids = {"ids": np.zeros((1, 1), np.int32)}
     for schedule in [*SCHEDULES] * 3:
         instructions = Plugins().find("schedules", schedule, "").instructions
@@ -88,14 +95,15 @@ def sleep() -> None:
         began, flights = time.perf_counter(), list[Any]()
         for what in instructions(pp.rank, STAGES, MICROS):
             if not hasattr(what, "half"):
-                ctx = Context(training=True, batch=Batch(0, what.micro, ids, {}, 1))
+                buffer = {table: np.zeros((1, 1), np.float32)}
+                ctx = Context(training=True, batch=Batch(0, what.micro, ids, {}, 1), gradients=buffer)
                 flights.append([ctx, stage.forward((), ctx)[1], None])
                 continue
             ctx, kept, owed = flights[what.micro]
             if what.half == "both":
                 stage.backward((), kept, ctx)
             elif what.half == "input":
-                flights[what.micro][2] = stage.backward_input((), kept, replace(ctx, gradients={}))[1]
+                flights[what.micro][2] = stage.backward_input((), kept, ctx)[1]
             else:
                 stage.backward_weight(owed, ctx)
         group.barrier("the end of a step")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 RANKS = 2
@@ -62,7 +62,7 @@ class GPT(nn.Module):
         return self.output(self.norm(x))
 
 
-def cut(model: GPT) -> GPT:
+def shared_out(model: GPT) -> GPT:
     """Over all ranks."""
     mesh = init_device_mesh("cpu", (RANKS,))
     columns, rows = ColwiseParallel, RowwiseParallel
@@ -95,8 +95,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rank = join()
     torch.manual_seed(0)
-    model = cut(GPT(SimpleNamespace(**job["model"]), job["vocabulary"]))
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    model = shared_out(GPT(SimpleNamespace(**job["model"]), job["vocabulary"]))
+    parameters = list(model.parameters())
+    mine = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters]
+    adamw = torch.optim.AdamW(mine, lr=1e-4, fused=True)  # which takes no mixture of DTensors and others
     shape = job["rows"], job["model"]["context"] + 1
 
     def step() -> float:
@@ -107,9 +109,18 @@ def main() -> None:
                 loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
                 (loss / job["micro_batches"]).backward()
             total += float(loss.detach().full_tensor() if hasattr(loss, "full_tensor") else loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), job["clip"], foreach=False)
+        squares = torch.zeros(2)  # of what is cut, and of what both ranks hold
+        for p, local in zip(parameters, mine, strict=True):
+            cut = isinstance(p, DTensor)
+            local.grad = p.grad.redistribute(placements=p.placements).to_local() if cut else p.grad
+            squares[int(not cut)] += local.grad.square().sum()
+        dist.all_reduce(cut_sum := squares[:1].clone())
+        length = float((cut_sum + squares[1:]).sqrt())
+        if length > job["clip"]:
+            torch._foreach_mul_([local.grad for local in mine], job["clip"] / length)
         adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        for p, local in zip(parameters, mine, strict=True):
+            p.grad = local.grad = None
         return total
 
     def say(value: dict[str, Any]) -> None:

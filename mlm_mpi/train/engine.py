@@ -95,6 +95,11 @@ class _Load:
         return [index for lane in self.lanes for index in lane]
 
     @cached_property
+    def closing(self) -> frozenset[int]:
+        """The last of each lane of mine."""
+        return frozenset(lane[-1] for lane in self.lanes if lane)
+
+    @cached_property
     def most(self) -> int:
         """As many as a rank has at most."""
         return max(map(len, self.ranks))
@@ -344,7 +349,7 @@ class Engine:
             micro, chunk = instruction.micro, self.chunks[instruction.chunk]
             if isinstance(instruction, Forward):
                 if micro == len(flights):
-                    flights.append(self._begun(step, load.mine[micro], next_batch))
+                    flights.append(self._begun(step, load.mine[micro], load.closing, next_batch))
                 self._forward(flights[micro], chunk)
             elif instruction.half == "input":
                 self._backward_input(flights[micro], chunk)
@@ -354,10 +359,10 @@ class Engine:
             next(rest, None)  # closes lanes of which everything is left out
         return flights
 
-    def _begun(self, step: int, index: int, next_batch: NextBatch) -> _Flight:
+    def _begun(self, step: int, index: int, closing: frozenset[int], next_batch: NextBatch) -> _Flight:
         self.at = step, index
         self.group.note(f"step {step + 1}, waiting for the tokens of micro-batch {index}")
-        ctx = self._context(step, next_batch())
+        ctx = replace(self._context(step, next_batch()), closes=index in closing)
         return _Flight(ctx if self.machine.captured is not None else self._there(ctx))
 
     def _forward(self, flight: _Flight, chunk: _Chunk) -> None:
@@ -401,10 +406,8 @@ class Engine:
             for second in chunk.second_sums.values():
                 second[...] = -0.0  # which addition leaves alone, where 0 would turn -0 into 0
             for index in members:
-                flight, closes = flights[number], index == members[-1]
-                ctx = replace(
-                    flight.ctx, gradients=gradients, accumulate=not fresh, lane=chunk.second_sums, closes=closes
-                )
+                flight, closes = flights[number], index in load.closing
+                ctx = replace(flight.ctx, gradients=gradients, accumulate=not fresh, lane=chunk.second_sums)
                 self._backward(flight, chunk, ctx, leaves=closes and lane == stop - 1)
                 if drawn is not None and index == drawn.micro_batch:
                     audit.witness = {index: audit.testimony(buffer, self.second_sums)}

@@ -77,6 +77,7 @@ class Slice(Chain):
         self.number, self.pp, self.width, self.dtype = number, pp, width, dtype
         self.first, self.last = number == 0, number == slices - 1
         self.table = table if self.first or self.last else None
+        self._head_sum: Any = None  # over a lane, where input halves form the table's gradient
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
         x = () if self.first else self._received(ctx, self.number - 1, _ACTIVATIONS, "activations")
@@ -98,12 +99,25 @@ class Slice(Chain):
     def backward_input(self, dy: Flow, kept: list[Any], ctx: Context) -> tuple[Flow, Owed]:
         dx, owed = super().backward_input(self._dy(ctx), kept, ctx)
         self._give_dx(dx)
-        return dx, owed
+        return dx, owed if self.table is None or not self.last else self._without_table(owed, self.table, ctx)
+
+    def _without_table(self, owed: Owed, table: Parameter, ctx: Context) -> Owed:
+        """The head's gradient comes with that of its input. Its sum over a lane does not wait for weight halves, which
+        the first stage makes P − 1 micro-batches sooner than the last one."""
+        formed = dict(owed.formed)
+        gradient = formed.pop(table)
+        if self._head_sum is None:
+            self._head_sum = gradient
+        else:
+            self._head_sum += gradient
+        if ctx.closes:
+            self.pp.mail.send(self._head_sum, 0, _LANE)
+            self._head_sum = None
+        return owed._replace(formed=formed)
 
     def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:
         self._take_table(ctx)
         super().backward_weight(owed, ctx, ready)
-        self._give_table(ctx)
 
     def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
         """The sum over all lanes of the shared table's gradient, from the first slice to the last."""
