@@ -159,6 +159,7 @@ def test_another_rank_dies_in_the_recovery(place, home, straight):
     assert "2 of 4 ranks go on after step 3" in found.out
 
 
+@pytest.mark.slow  # chaos has it too
 def test_when_all_die_the_job_ends_and_the_next_start_goes_on(place, home, straight):
     begin = time.monotonic()
     killed = place.faulty(DIES.format(point="step", step=5, victims=[0, 1, 2]), "run", 3, *EVERY_TWO, recovers=True)
@@ -414,7 +415,7 @@ OF_ONE = 'os.environ["OMPI_COMM_WORLD_RANK"] == "1"'
 SHORTLY = "comm.stall_s=1"
 
 
-@pytest.mark.parametrize("how", ["spin", "hold"])
+@pytest.mark.parametrize("how", [pytest.param("spin", marks=pytest.mark.slow), "hold"])
 def test_a_rank_that_stalls_is_shown_with_its_stack_and_killed(place, home, straight, how):
     """Busy or asleep: not by comm.timeout_s, whose words are others."""
     found = place.faulty(STALLS.format(how=how, whose=OF_ONE), "run", 3, *EVERY_TWO, SHORTLY, recovers=True)
@@ -449,6 +450,7 @@ def test_a_rank_that_stalls_is_shown_where_the_job_cannot_go_on(place):
     assert re.match(r"mlm-mpi: rank 1 did last, .* it was in spin .*: run/stacks: start again to go on\n", found.err)
 
 
+@pytest.mark.slow
 def test_nobody_watches_where_the_time_is_zero(place):
     """Then comm.timeout_s is what there is, as for everything that takes a time of its own."""
     fault = STALLS.format(how="spin", whose=OF_ONE)
@@ -522,6 +524,7 @@ def test_a_rank_that_stalls_alone_on_its_node_is_shown_by_its_lookout(place, hom
     assert [path.name for path in (place.folder / "run" / "stacks").iterdir()] == ["rank-1.txt"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_alone_on_its_node_is_shown_where_the_job_cannot_go_on(place):
     found = place.faulty(ALONE + STALLS.format(how="spin", whose=OF_ONE), "run", 2, SHORTLY)
     assert found.code == 75 and found.err.count("\n") == 1, (found.code, found.err)

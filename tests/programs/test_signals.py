@@ -22,6 +22,7 @@ def stopped_after(text: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_each_signal_in_turn_and_the_last_bits_are_those_of_an_undisturbed_run(place, home, undisturbed):
     """SIGINT on 2 ranks, SIGTERM on 3, SIGUSR1 on 1, the rest on 2: each saves at an agreed step and leaves."""
     done = 0

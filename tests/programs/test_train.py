@@ -11,7 +11,7 @@ from programs import EVERY_TWO, make_text, prepare
 from mlm_mpi.backend.cpu import library
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3)), 4])
 def test_the_weights_and_losses_are_those_of_one_rank(place, home, straight, ranks):
     run = place.train("run", ranks)
     assert run.weights == straight.weights

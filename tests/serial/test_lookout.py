@@ -300,6 +300,7 @@ def test_one_that_stalls_ends_a_job_that_does_not_recover_by_one_line_and_a_word
     assert word == "\x02mlm-mpi end over 75"
 
 
+@pytest.mark.slow  # it waits; test-slurm cuts a link
 def test_a_node_that_falls_silent_ends_mine(victim, manned):
     """Its other side is there, and says nothing any more."""
     rank, process, other = manned(board_of(of(victim.pid, waits=True)), True)
