@@ -34,8 +34,8 @@ def build(
     train, optim = config.train, config.optim
     if train.recompute:
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
-    _check_cuts(parts, mesh)
-    chain, borrowed = _stage(parts, mesh, width, place)
+    check_cuts(parts, mesh)
+    chain, borrowed = stage_of(parts, mesh, width, place)
     model = [parameter for part in parts for parameter in part.parameters()]
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place, model, borrowed)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
@@ -75,8 +75,11 @@ def _owned(store: FlatStore, mesh: Mesh, whole_matrices: bool) -> Owned:
     return Owned(store, ranges(store, dp.size, whole_matrices), dp.rank)
 
 
-def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:
-    """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table)."""
+def stage_of(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Chain, list[Parameter]]:
+    """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table).
+
+    `width`: as in `build`. Where pp is 1 the stage is all of the model.
+    """
     pp = mesh.group("pp")
     if pp.size == 1:
         return Chain(parts), []
@@ -89,8 +92,11 @@ def _stage(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[Cha
     return Stage(parts[first:stop], pp, width, place.compute, table, in_words(cuts, costs)), borrowed
 
 
-def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
-    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage would have no part."""
+def check_cuts(parts: list[Part], mesh: Mesh, trained: bool = False) -> None:
+    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage would have no part.
+
+    `trained`: the model is what it is.
+    """
     pp, tp = mesh.size("pp"), mesh.size("tp")
     if pp > len(parts):
         raise agreed(
@@ -104,11 +110,11 @@ def _check_cuts(parts: list[Part], mesh: Mesh) -> None:
         if "tp" in layout.axes and layout.shares % tp:
             dim = layout.axes.index("tp")
             units = layout.shape[dim] // (layout.units or (1,) * len(layout.shape))[dim]
+            change = f", or make them a multiple of {tp} (heads and feed_forward of [model], --vocab of prepare)"
             raise agreed(
                 ConfigError(
                     f"mesh.tp = {tp} does not divide the {units} heads, features or tokens of {parameter.name}: set "
-                    f"mesh.tp = {math.gcd(tp, layout.shares)}, or make them a multiple of {tp} (heads and feed_forward "
-                    "of [model], --vocab of prepare)"
+                    f"mesh.tp = {math.gcd(tp, layout.shares)}{'' if trained else change}"
                 )
             )
 
