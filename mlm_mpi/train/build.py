@@ -48,6 +48,8 @@ def build(
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
     optimizer = plugins.find("optim", optim.name, "optim.name")
+    if getattr(optimizer, "WHOLE_MATRICES", False):
+        _check_matrices(optim.name, model, mesh)
     owned = _owned(store, mesh, getattr(optimizer, "WHOLE_MATRICES", False)) if config.mesh.zero else None
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(
@@ -90,6 +92,21 @@ def stage_of(parts: list[Part], mesh: Mesh, width: int, place: Place) -> tuple[C
     table = shared[0] if shared else None
     borrowed = shared if pp.rank == pp.size - 1 else []
     return Stage(parts[first:stop], pp, width, place.compute, table, in_words(cuts, costs)), borrowed
+
+
+def _check_matrices(name: str, model: list[Parameter], mesh: Mesh) -> None:
+    """Raises ConfigError, agreed, where tp goes through a matrix that an optimiser updates as one."""
+    tp = mesh.size("tp")
+    for parameter in model if tp > 1 else ():
+        cut = [dim for dim, axis in enumerate(parameter.layout.axes) if axis == "tp"]
+        between = [dim for dim, _ in parameter.matrices or ()]
+        if parameter.matrices is not None and not {*cut} <= {*between}:
+            raise agreed(
+                ConfigError(
+                    f'optim.name = "{name}" updates whole matrices, and mesh.tp = {tp} cuts those of {parameter.name}: '
+                    'set optim.name = "adamw", or mesh.tp = 1'
+                )
+            )
 
 
 def check_cuts(parts: list[Part], mesh: Mesh, trained: bool = False) -> None:

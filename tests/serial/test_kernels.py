@@ -399,6 +399,22 @@ def _recurrent_backward(gates: int, starts: bool, shares: int = 1) -> Callable[[
     return make
 
 
+def _opened(rows: int, gates: int, width: int) -> np.ndarray:
+    """Gates behind their functions: between 0 and 1, or -1 and 1."""
+    opened = np.tanh(_f(rows, gates, width))
+    opened[:, [0, 1] if gates == 3 else [0, 1, 3]] *= 0.4
+    opened[:, [0, 1] if gates == 3 else [0, 1, 3]] += 0.5
+    return opened
+
+
+def _lstm_step_backward(size: tuple[int, int]) -> Case:
+    return (_f(*size), _f(*size), _f(*size), _f(*size), _opened(size[0], 4, size[1]), _f(*size)), (4, 5)
+
+
+def _gru_step_backward(size: tuple[int, int]) -> Case:
+    return (_f(*size), _f(*size), _opened(size[0], 3, size[1]), _f(*size), _f(*size)), (2, 3, 4)
+
+
 # name -> makers of arguments; relative tolerance of the case in units of float32's epsilon, of the largest element
 CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     "matmul.add": (
@@ -480,6 +496,10 @@ CASES: dict[str, tuple[list[Callable[[tuple[int, int]], Case]], float]] = {
     "lstm.backward": ([_recurrent_backward(4, False), _recurrent_backward(4, True, 8)], 16),
     "gru.forward": ([_recurrent(3, *two) for two in itertools.product((False, True), repeat=2)], 16),
     "gru.backward": ([_recurrent_backward(3, False), _recurrent_backward(3, True, 8)], 16),
+    "lstm.step": ([lambda s: ((_f(s[0], 4, s[1]), _f(s[0], 4, s[1]), _f(*s)), (0,))], 16),
+    "lstm.step_backward": ([_lstm_step_backward], 16),
+    "gru.step": ([lambda s: ((_f(s[0], 3, s[1]), _f(s[0], 3, s[1]), _f(s[1]), _f(*s)), (0,))], 16),
+    "gru.step_backward": ([_gru_step_backward], 16),
     "embedding.forward": ([lambda s: ((RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), ())], 0),
     "embedding.backward": (
         [lambda s: ((_f(*s), RANDOM.integers(0, 9, s[0]).astype("i4"), _f(9, s[1])), (2,))],
