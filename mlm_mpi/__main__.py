@@ -28,7 +28,7 @@ COMMANDS = {
         True,
         "held-out loss and bits per character of a run (also under mpiexec)",
     ),
-    "generate": ("mlm_mpi.commands.generate", False, "continue a prompt with a trained run"),
+    "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
     "chaos": (
         "mlm_mpi.commands.chaos",

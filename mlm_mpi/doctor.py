@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,13 +24,14 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from mlm_mpi import __version__, mpiexec
+from mlm_mpi import __version__, mpiexec, order
 from mlm_mpi.errors import LaunchError, ranges
 from mlm_mpi.monitor.progress import console, on_terminal
 
 _MIB = 2**20
 _GIB = 2**30
 _PROBE_TIMEOUT_S = 30
+_SYSTEM = Path("/sys/devices/system")
 
 _PROBE = """
 import ctypes, json
@@ -230,6 +232,7 @@ def _machine() -> Iterator[Finding]:
     )
     value = f"{total} ({physical} physical), {mine} usable: {ranges(sorted(os.sched_getaffinity(0)))}"
     yield Finding("machine", "cores", value, bound if mine == 1 < total else "")
+    yield Finding("machine", "placement", _placement())
     memory = psutil.virtual_memory()
     short = f"{_size(memory.available)} of memory left: end other programs, or choose a smaller model"
     yield Finding(
@@ -242,6 +245,48 @@ def _machine() -> Iterator[Finding]:
     low = f"{_size(free)} free in {Path.cwd()}: checkpoints need room; use another folder"
     yield Finding("machine", "disk here", f"{_size(free)} free", low if free < 2 * _GIB else "")
     yield _shared_memory()
+
+
+def _placement() -> str:
+    """Which ranks of tp, that exchange all they compute, would lie near each other, as far as this machine says."""
+    mine = os.sched_getaffinity(0)
+    nodes = [cores & mine for path in sorted(_SYSTEM.glob("node/node*/cpulist")) if (cores := _listed(path)) & mine]
+    sockets = {_text(_SYSTEM / f"cpu/cpu{core}/topology/physical_package_id") for core in mine} - {""}
+    known = [f"{len(sockets)} socket{'s' * (len(sockets) > 1)}"] if sockets else []
+    least = min(map(len, nodes), default=len(mine))
+    if nodes:
+        known.append(
+            f"{len(nodes)} NUMA node{'s' * (len(nodes) > 1)} of {ranges(sorted({*map(len, nodes)}))} usable cores"
+        )
+    where = "one of them" if len(nodes) > 1 else "it" if nodes else "the machine"
+    text = (
+        f"{', '.join(known) or 'sockets and NUMA nodes not known'}: mesh.tp up to {_tp_within(least)} stays in {where}"
+    )
+    here, ranks = _ranks_on_this_node(), _ranks_of_the_job()
+    if ranks > here > 1:  # one: no launcher has said how many
+        text += f"; {here} of {ranks} ranks are on this node: mesh.tp up to {math.gcd(here, order.MOST)} stays on it"
+    return text
+
+
+def _tp_within(cores: int) -> int:
+    """The largest tp that has a core for each rank."""
+    return min(order.MOST, 1 << (max(1, cores).bit_length() - 1))
+
+
+def _listed(path: Path) -> set[int]:
+    """The numbers in "0-3,8"; none where the file cannot be read."""
+    found: set[int] = set()
+    for run in filter(None, _text(path).split(",")):
+        first, _, last = run.partition("-")
+        found |= {*range(int(first), int(last or first) + 1)}
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _shared_memory() -> Finding:
@@ -319,6 +364,13 @@ def _without_kernels(lacks: str) -> str:
 
 def _ranks_on_this_node() -> int:
     for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 1
+
+
+def _ranks_of_the_job() -> int:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 1

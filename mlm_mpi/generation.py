@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu, to_host, wide
+from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import KeyValueCache
@@ -57,33 +58,48 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
     return int(order[min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)])
 
 
-def logits(chain: Chain, ids: Array, cache: KeyValueCache | None = None) -> Array:
-    """Shapes: ids (B, T) -> (B, T, V); with a cache, T new positions after those it holds."""
-    ctx = Context(batch=Batch(0, 0, {"ids": ids}, {}, 0), cache=cache)
-    (hidden,), _ = Chain(chain.parts[:-1]).forward((), ctx)
-    found = chain.parts[-1].logits(hidden, ctx)  # type: ignore[attr-defined]  # a head of tokens
+def logits(chain: Chain, ids: Array, cache: KeyValueCache | None = None, mesh: Mesh | None = None) -> Array | None:
+    """Shapes: ids (B, T) -> (B, T, V); with a cache, T new positions after those it holds.
+
+    Where ranks of a mesh share the model, this one's part of it: (B, T, V / tp) of the last stage, None of the others.
+    Collective over pp and tp.
+    """
+    mesh = mesh or Mesh()
+    ctx = Context(mesh, batch=Batch(0, 0, {"ids": ids}, {}, 0), cache=cache)
+    last = mesh.coord("pp") == mesh.size("pp") - 1
+    (hidden,), _ = (chain.without_last_part() if last else chain).forward((), ctx)
+    found = chain.parts[-1].logits(hidden, ctx) if last else None  # type: ignore[attr-defined]  # a head of tokens
     if cache is not None:
         cache.advance(ids.shape[1])
     return found
 
 
+def _next(found: Array | None, sampling: Sampling, number: int, mesh: Mesh) -> int:
+    """The token that follows the last position of logits, the same on all ranks that share the model. Collective."""
+    token = -1
+    if found is not None:
+        mine = to_host(wide(found[0, -1]))
+        token = choose(mesh.group("tp").allgather_array(mine, "the logits").reshape(-1), sampling, number)
+    return int(mesh.group("pp").allgather_array(np.array([token]), "the next token")[-1, 0])
+
+
 def continue_prompt(
     chain: Chain, context: int, prompt: Sequence[int], sampling: Sampling, cached: bool = True,
-    place: Place | None = None,
+    place: Place | None = None, mesh: Mesh | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Endless continuation of a prompt of at least one token.
+
+    `mesh`: of the ranks that share the model, all of which draw the same tokens; a rank keeps keys and values of its
+    own layers and heads. Each token is collective over them.
 
     When the context is full, the newest half of it is read again and generation goes on from there.
     `cached=False` reads the whole window for every token: the reference for the cache.
     """
-    place, held = place or cpu(), list(prompt)[-context:]
+    place, mesh, held = place or cpu(), mesh or Mesh(), list(prompt)[-context:]
     cache, unread, number = KeyValueCache(context), list(held), 0
     while True:
-        if cached:
-            found = logits(chain, place.put(np.array([unread], np.int32)), cache)[0, -1]
-        else:
-            found = logits(chain, place.put(np.array([held], np.int32)))[0, -1]
-        token = choose(to_host(wide(found)), sampling, number)
+        ids = place.put(np.array([unread if cached else held], np.int32))
+        token = _next(logits(chain, ids, cache if cached else None, mesh), sampling, number, mesh)
         yield token
         number += 1
         held, unread = [*held, token], [token]

@@ -19,6 +19,16 @@ INLINE void gru_cell(
     }
 }
 
+#ifndef ELEMENT
+/* One time step by itself, of units whose products somebody else has: gates and sums (batch, 3, n), bias (n), the others
+ * (batch, n). */
+void EXPORT(gru_step)(
+    size batch, size n, float *gates, const float *sums, const float *bias, const float *before, float *m, float *h) {
+    for (size b = 0; b < batch; b++)
+        gru_cell(n, gates + 3 * b * n, sums + 3 * b * n, bias, before + b * n, m + b * n, h + b * n);
+}
+#endif
+
 /* pre (batch, length, 3, width) becomes the gates; m and h (batch, length, width). h0 may be absent: zeros. */
 void EXPORT(gru_forward)(
     const struct recurrence *r, const element *bias, const element *h0, element *pre, element *h, element *m,
@@ -60,6 +70,16 @@ INLINE void gru_cell_backward(
         store_some(carried + k, some, dh * z);
     }
 }
+
+#ifndef ELEMENT
+/* gates and row (batch, 3, n), the others (batch, n). */
+void EXPORT(gru_step_backward)(
+    size batch, size n, const float *dy, const float *before, float *gates, float *m, float *row, float *carried) {
+    for (size b = 0; b < batch; b++)
+        gru_cell_backward(
+            n, dy + b * n, before + b * n, gates + 3 * b * n, m + b * n, row + 3 * b * n, carried + b * n);
+}
+#endif
 
 /* gates (batch, length, 3, width) and m, as forward left them, become the gradients of pre and of m. The state before
  * is zeros. */

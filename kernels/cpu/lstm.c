@@ -16,6 +16,16 @@ INLINE void lstm_cell(size n, element *gates, const float *sums, const float *be
     }
 }
 
+#ifndef ELEMENT
+/* One time step by itself, of units whose products somebody else has: gates and sums (batch, 4, n), the others
+ * (batch, n). */
+void EXPORT(lstm_step)(
+    size batch, size n, float *gates, const float *sums, const float *before, float *c, float *h) {
+    for (size b = 0; b < batch; b++)
+        lstm_cell(n, gates + 4 * b * n, sums + 4 * b * n, before + b * n, c + b * n, h + b * n);
+}
+#endif
+
 /* pre (batch, length, 4, width) becomes the gates; h and c (batch, length, width). h0 and c0 may be absent: zeros. */
 void EXPORT(lstm_forward)(
     const struct recurrence *r, const element *h0, const element *c0, element *pre, element *h, element *c,
@@ -54,6 +64,17 @@ INLINE void lstm_cell_backward(
         store_some(dc_row + k, some, dc * f);
     }
 }
+
+#ifndef ELEMENT
+/* gates (batch, 4, n), the others (batch, n). */
+void EXPORT(lstm_step_backward)(
+    size batch, size n, const float *dy, const float *sums, const float *before, const float *c, float *gates,
+    float *dc) {
+    for (size b = 0; b < batch; b++)
+        lstm_cell_backward(
+            n, dy + b * n, sums + b * n, before + b * n, c + b * n, gates + 4 * b * n, dc + b * n);
+}
+#endif
 
 /* gates (batch, length, 4, width), as forward left them, become the gradient of pre. The state before is zeros. */
 void EXPORT(lstm_backward)(

@@ -52,6 +52,8 @@ struct product {
     const element *bias;
 };
 
+INLINE int is_row(const struct product *p) { return IS_FLOAT && p->m == 1; }
+
 INLINE int has_floats(const struct plane *p) { return IS_FLOAT || p->floats; }
 
 INLINE void *at(const struct plane *p, size row, size column) {
@@ -413,6 +415,7 @@ static size packed_floats(const struct product *p) {
 
 /* Floats of work space. */
 static size product_work(const struct product *p) {
+    if (is_row(p)) return 16 + round_up(p->k, PANEL) + DEPTH * PANEL;
     const size planes = waiting_planes(p);
     return 16 + packed_floats(p) + planes * least(p->m, herd(p->n)) * waiting_row(p->n);
 }
@@ -466,7 +469,79 @@ INLINE void multiply_rows(const struct product *p, float *work) {
     }
 }
 
+/* ---- one row --------------------------------------------------------------------------------------------------- */
+
+/* Columns [j, j + some) of c where it is one row, in the same order of additions. `row`: a, in the order of steps. b is
+ * read where it lies, `vectors` vectors of a step at once; or, where `panel` is given, two of what is packed there. */
+INLINE void columns_of_row(
+    const struct product *p, const float *row, size j, size some, const int vectors, float *panel) {
+    const size share = p->k / p->shares, stride = panel ? PANEL : p->b.row;
+    vf held[HALVINGS + 1][8], start[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) {
+        const size left = most(0, some - v * W);
+        start[v] = splat(0);
+        if (p->bias) start[v] += load_some(p->bias + j + v * W, left, 0);
+        if (p->base.x) start[v] += load_some((const float *)at(&p->base, 0, j + v * W), left, 0);
+    }
+    int holds = 0;
+    for (size g = 0; g < p->shares; g++) {
+        for (size done = 0, steps; done < share; done += steps) {
+            steps = least(DEPTH, share - done);
+            const size first = g * share + done;
+            vf sum[8];
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sum[v] = splat(0);
+            for (size at = 0, run; at < steps; at += run) {
+                run = least(steps - at, run_from(p, first + at));
+                const element *from = operand(&p->b, place(p, first + at), j);
+                if (panel) pack_strips(run, some, from, p->b.row, p->b.column, PANEL, run, panel);
+                const float *b = panel ? panel : (const float *)from, *x = row + first + at;
+                for (size i = 0; i < run; i++, b += stride) {
+#pragma GCC unroll 8
+                    for (int v = 0; v < vectors; v++) {
+                        const size left = panel ? W : some - v * W;
+                        sum[v] = FMA(spread(x + i), load_some(b + v * W, left, 0), sum[v]);
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) {
+                if (p->complete)
+                    held[holds][v] = done ? held[holds][v] + sum[v] : sum[v];
+                else
+                    start[v] = start[v] + sum[v];
+            }
+        }
+        holds++;
+        for (size n = g + 1; !(n & 1); n >>= 1, holds--)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) held[holds - 2][v] = held[holds - 2][v] + held[holds - 1][v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        if (v * W < some)
+            store_some((float *)at(&p->c, 0, j + v * W), some - v * W, p->complete ? start[v] + held[0][v] : start[v]);
+}
+
+/* No panel of b is used twice: where columns lie side by side none is packed. */
+static void product_of_row(const struct product *p, float *work) {
+    float *row = align_line(work), *panel = row + round_up(p->k, PANEL);
+    for (size step = 0; step < p->k; step++) row[step] = number(*operand(&p->a, 0, place(p, step)));
+    size j = 0;
+    if (p->b.column != 1) {
+        for (; j < p->n; j += PANEL) columns_of_row(p, row, j, least(PANEL, p->n - j), 2, panel);
+        return;
+    }
+    for (; j + 8 * W <= p->n; j += 8 * W) columns_of_row(p, row, j, 8 * W, 8, 0);
+    for (; j < p->n; j += W) columns_of_row(p, row, j, least(W, p->n - j), 1, 0);
+}
+
 INLINE void product(const struct product *p, float *work) {
+    if (is_row(p)) {
+        product_of_row(p, work);
+        return;
+    }
     const size rows = waiting_planes(p) ? herd(p->n) : p->m;
     for (size i = 0; i < p->m; i += rows) {
         struct product part = *p;

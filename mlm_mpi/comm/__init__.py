@@ -33,8 +33,8 @@ class Axes:
     )
     tp: int = key(
         1,
-        says="So many ranks share a copy of the model: each has some of its heads, features and tokens (gpt, llama; on "
-        "the CPU). The bits are those of one rank.",
+        says="So many ranks share a copy of the model: each has some of its heads, features and tokens (on the "
+        "CPU). The bits are those of one rank.",
         unit="ranks",
         least=1,
     )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlm_mpi.comm.group import Group
 
@@ -42,6 +42,11 @@ class Mesh:
     def columns(self) -> list[list[int]]:
         """All of them."""
         return [self.column(stage, part) for stage in range(self.size("pp")) for part in range(self.size("tp"))]
+
+    def with_timeout(self, timeout_s: float) -> "Mesh":
+        """The same grid, whose waits last as long."""
+        cuts = {axis: group.with_timeout(timeout_s) for axis, group in self.cuts.items()}
+        return replace(self, world=self.world.with_timeout(timeout_s), cuts=cuts)
 
     @property
     def is_plain(self) -> bool:

@@ -3,8 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from mlm_mpi.commands import sharing
 from mlm_mpi.errors import DataError, agreed
-from mlm_mpi.plug import named
+from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.comm.group import Group
@@ -16,7 +17,8 @@ _TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from else
 _EXAMPLES = """examples:
   mlm-mpi evaluate runs/one --baselines
   mlm-mpi evaluate runs/one --data corpora/other --json
-  mlm-mpi run -n 4 -- evaluate runs/one          # the same figures, sooner"""
+  mlm-mpi run -n 4 -- evaluate runs/one          # the same figures, sooner
+  mlm-mpi run -n 4 -- evaluate runs/one --tp 2   # of a model that is too large for one rank"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +30,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
+    sharing.configure(parser)
 
 
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
     from mlm_mpi.train.trained import load, note, open_corpora
 
-    say, on_node = note if group.rank == 0 else _silent, group.on_node()
-    with group.together("loading the model"):
-        trained = load(args.run, named(args.plugins), args.device, say, on_node)
+    mesh, on_node, plugins = sharing.mesh_of(args, group, copies=True), group.on_node(), Plugins()
+    with group.together("the plug-ins"):
+        plugins = named(args.plugins)
+    trained = load(args.run, plugins, args.device, None, on_node, mesh)
+    say = note if group.rank == 0 else _silent
+    with group.together("opening the data"):
         corpora = open_corpora(trained, args.data, say)
         if args.baselines and len(corpora.catalogs) > 1:
             raise DataError("--baselines are of one corpus, the model was trained on several: give one by --data DIR")
         task = trained.task_over(corpora)
-    numbers, own = _measured(trained, task, group.with_timeout(trained.config.comm.timeout_s))
+    numbers, own = _measured(trained, task)
     if group.rank == 0:
         _tell(args, trained, task, numbers | own, list(own))
     return 0
@@ -51,20 +57,19 @@ def _silent(text: str) -> None:
     """Rank 0 speaks for all."""
 
 
-def _measured(trained: "Trained", task: "Task", group: "Group") -> tuple[dict[str, Any], dict[str, Any]]:
+def _measured(trained: "Trained", task: "Task") -> tuple[dict[str, Any], dict[str, Any]]:
     """Every target of the held-out split: what all tasks have, and what this one says of it."""
-    from mlm_mpi.comm.mesh import Mesh
     from mlm_mpi.monitor.live import Live, Plain, live
     from mlm_mpi.train.measure import measure
 
     rows = min(trained.config.eval.rows, max(1, _TOKENS_AT_ONCE // task.row_tokens))
-    bar: Live = live("held-out") if group.rank == 0 else Plain()
+    bar: Live = live("held-out") if trained.mesh.world.rank == 0 else Plain()
 
     def tell(done: int, total: int) -> None:
         bar.update(done, total, f"{done:,} of {total:,} micro-batches")
 
     try:
-        sums = measure(trained.chain, task.samples("heldout"), rows, 0, Mesh(group), trained.place, tell)
+        sums = measure(trained.chain, task.samples("heldout"), rows, 0, trained.mesh, trained.place, tell)
     finally:
         bar.close()
     if sums is None:

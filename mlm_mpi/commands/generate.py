@@ -1,16 +1,22 @@
-"""`mlm-mpi generate RUN --prompt TEXT`: streams a continuation to the terminal. Needs no MPI."""
+"""`mlm-mpi generate RUN --prompt TEXT`: streams a continuation to the terminal. Alone it needs no MPI."""
 
 import argparse
 import itertools
 import sys
+from typing import TYPE_CHECKING
 
+from mlm_mpi.commands import sharing
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.plug import named
+from mlm_mpi.plug import Plugins, named
+
+if TYPE_CHECKING:  # --help and completion need no NumPy
+    from mlm_mpi.comm.group import Group
 
 _EXAMPLES = """examples:
   mlm-mpi generate runs/one --prompt "Return a list of"
   mlm-mpi generate runs/one --prompt "Return a list of" --temperature 0           # always the same text
-  mlm-mpi generate runs/one/checkpoints/step-00000300 --top-p 0.95 --seed 2"""
+  mlm-mpi generate runs/one/checkpoints/step-00000300 --top-p 0.95 --seed 2
+  mlm-mpi run -n 2 -- generate runs/one --tp 2 --prompt "Return a list of"        # a model that two ranks share"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,32 +35,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
+    sharing.configure(parser)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the command."""
+def main(args: argparse.Namespace, group: "Group") -> int:
+    """Runs the command. Collective."""
     from mlm_mpi.data.tokenizer import StreamDecoder  # here, not above: --help and completion need no NumPy
     from mlm_mpi.generation import Sampling, continue_prompt
     from mlm_mpi.train.trained import load, note
 
-    if not 1 <= args.tokens <= sys.maxsize:
-        raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    trained = load(args.run, named(args.plugins), args.device)
-    if trained.averaged:
+    mesh, sampling, plugins = sharing.mesh_of(args, group, copies=False), Sampling(), Plugins()
+    with group.together("the arguments"):
+        if not 1 <= args.tokens <= sys.maxsize:
+            raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        plugins = named(args.plugins)
+    trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    if trained.averaged and group.rank == 0:
         note(f"note: checkpoint of step {trained.step}, moving average of its weights")
     end = trained.tokenizer.eot
     text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
-    sys.stdout.write(text)
+    say = sys.stdout.write if group.rank == 0 else len  # rank 0 speaks for all
+    say(text)
+    context, place = trained.config.model.context, trained.place
     for token in itertools.islice(
-        continue_prompt(trained.chain, trained.config.model.context, prompt, sampling, place=trained.place),
-        args.tokens,
+        continue_prompt(trained.chain, context, prompt, sampling, place=place, mesh=trained.mesh), args.tokens
     ):
         if token == end:
             break
-        sys.stdout.write(decoder.push(token))
+        say(decoder.push(token))
         sys.stdout.flush()
-    print(decoder.flush())
+    say(decoder.flush() + "\n")
     return 0

@@ -26,8 +26,7 @@ def check(config: Config, plugins: Plugins) -> None:
         "backend.graphs replays micro-batches of one shape, and in a warm-up of rows or context they grow: set "
         "backend.graphs = false, or train.rows_warmup_steps and train.context_warmup_steps to 0",
     )
-    _check_heeded(config, plugins)
-    _check_mesh(config)
+    check_sharing(config, plugins)
     if train.context_warmup_steps:
         train.check_context(config.model.context)
     guard = config.guard
@@ -55,6 +54,12 @@ def check(config: Config, plugins: Plugins) -> None:
 def is_plain(config: Config) -> bool:
     """Whether every rank holds all of the model and of what its training needs, so that it can go on alone."""
     return config.mesh.pp == config.mesh.tp == 1 and not config.mesh.zero
+
+
+def check_sharing(config: Config, plugins: Plugins) -> None:
+    """Raises ConfigError where a kind does not heed what is asked of it, or ranks cannot share a model as mesh says."""
+    _check_heeded(config, plugins)
+    _check_mesh(config)
 
 
 def _check_mesh(config: Config) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mlm_mpi import order
+from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.comm.collectives import gathered, joined, scattered
 from mlm_mpi.comm.group import Group
 from mlm_mpi.comm.mesh import Mesh
@@ -55,6 +56,13 @@ class Context:
     def entered(self, x: Array, what: str) -> Array:
         """All positions of an activation, for a product over some features. Shapes: (B, t, C) -> (B, T, C)."""
         return gathered(self.tp, x, what) if self.cuts_positions else x
+
+    def positions(self, x: Array) -> Array:
+        """Those of an activation that are mine, in one piece: (B, T, C) -> (B, t, C)."""
+        if not self.cuts_positions:
+            return x
+        length = x.shape[1] // self.tp.size
+        return module_of(x).ascontiguousarray(x[:, self.tp.rank * length : (self.tp.rank + 1) * length])
 
     def left(self, part: Array, what: str) -> Array:
         """Σ over tp ranks of their parts, of my positions. Shapes: (B, T, C) -> (B, t, C); over `part` where t is T."""

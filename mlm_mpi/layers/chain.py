@@ -1,5 +1,6 @@
 """Parts one after another: a model, or the stage of a pipeline."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -61,6 +62,12 @@ class Chain:
     def chunks(self) -> Sequence["Chain"]:
         """What a schedule's chunks are of it, in forward order: it is one."""
         return [self]
+
+    def without_last_part(self) -> "Chain":
+        """The same weights: what flows into the last part."""
+        other = copy.copy(self)
+        other.parts = self.parts[:-1]
+        return other
 
     def parameter_blocks(self) -> list[list[Parameter]]:
         """Parameters by part, in forward order: the segments of the flat store."""

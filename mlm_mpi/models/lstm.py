@@ -19,7 +19,7 @@ from mlm_mpi.layers.norm import RMSNorm
 from mlm_mpi.layers.recurrent import GRU, LSTM, Identity, RecurrentBlock
 from mlm_mpi.params.store import Parameter
 
-HEEDS = ("data.documents", "mesh.pp")  # the state is zero where a document starts
+HEEDS = ("data.documents", "mesh.pp", "mesh.tp")  # the state is zero where a document starts
 
 
 @dataclass(frozen=True)

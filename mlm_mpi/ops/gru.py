@@ -33,14 +33,29 @@ def forward(pre: Any, u: Any, bias: Any, starts: Any = None, h0: Any = None) -> 
     state = xp.zeros((batch, width), dtype) if h0 is None else wide(h0)
     for t in range(length):
         state = carried(state, starts, t)
-        p, products = wide(pre[:, t]), (state @ matrix).reshape(batch, 3, width)
-        r, z = (_sigmoid(xp, p[:, gate] + products[:, gate]) for gate in (0, 1))
-        product = products[:, 2] + wide(bias)
-        n = xp.tanh(p[:, 2] + r * product)
-        state = n + z * (state - n)
-        h[:, t], m[:, t] = state, product
-        for gate, value in enumerate((r, z, n)):
-            pre[:, t, gate] = value
+        products = (state @ matrix).reshape(batch, 3, width)
+        gates, state, product = _opened(wide(pre[:, t]), products, wide(bias), state)
+        h[:, t], m[:, t], pre[:, t] = state, product, gates
+    return h, m
+
+
+def _opened(p: Any, products: Any, bias: Any, state: Any) -> tuple[Any, Any, Any]:
+    """(gates (B, 3, C), h, m) from what gates are given, h' u and h'."""
+    xp = module_of(p)
+    r, z = (_sigmoid(xp, p[:, gate] + products[:, gate]) for gate in (0, 1))
+    m = products[:, 2] + bias
+    n = xp.tanh(p[:, 2] + r * m)
+    return xp.stack([r, z, n], axis=1), n + z * (state - n), m
+
+
+@served
+def step(pre: Any, products: Any, bias: Any, h0: Any) -> tuple[Any, Any]:
+    """(h, m) of one position, of units whose `products`, h' u, are there; `pre` becomes the gates.
+
+    With the bits of `forward` for those units. Float32 at least. Shapes: pre and products (B, 3, C), bias (C,), h0
+    (B, C) -> (B, C) twice.
+    """
+    pre[...], h, m = _opened(pre, products, bias, h0)
     return h, m
 
 
@@ -58,13 +73,29 @@ def backward(dy: Any, gates: Any, h: Any, m: Any, u: Any, starts: Any = None, sh
     turned = wide(u).reshape(width, -1).T
     dh = xp.zeros((batch, width), wide(dy[:0]).dtype)
     for t in range(length - 1, -1, -1):
-        r, z, n = (wide(gates[:, t, gate]).copy() for gate in range(3))
-        dh = wide(dy[:, t]) + dh
-        dn = dh * (1.0 - z) * (1.0 - n * n)
-        dr = dn * wide(m[:, t]) * (r * (1.0 - r))
-        dz = dh * (before(h, starts, t) - n) * (z * (1.0 - z))
-        for gate, value in enumerate((dr, dz, dn)):
-            gates[:, t, gate] = value
-        m[:, t] = dn * r
-        given = xp.stack([dr, dz, dn * r], axis=1).reshape(batch, -1)
-        dh = carried(dh * z + matmul.summed(given, turned, shares, 3), starts, t)
+        opened = wide(gates[:, t]).copy()
+        gates[:, t], given, past = _closed(wide(dy[:, t]) + dh, before(h, starts, t), opened, wide(m[:, t]))
+        m[:, t] = given[:, 2]
+        dh = carried(past + matmul.summed(given.reshape(batch, -1), turned, shares, 3), starts, t)
+
+
+def _closed(dh: Any, h0: Any, gates: Any, m: Any) -> tuple[Any, Any, Any]:
+    """(gradient of pre (B, 3, C), that of h' u (B, 3, C), that of h' that goes past the product)."""
+    xp = module_of(dh)
+    r, z, n = (gates[:, gate] for gate in range(3))
+    dn = dh * (1.0 - z) * (1.0 - n * n)
+    dr = dn * m * (r * (1.0 - r))
+    dz = dh * (h0 - n) * (z * (1.0 - z))
+    return xp.stack([dr, dz, dn], axis=1), xp.stack([dr, dz, dn * r], axis=1), dh * z
+
+
+@served
+def step_backward(dy: Any, h0: Any, gates: Any, m: Any, carry: Any) -> Any:
+    """`gates` and m, as `step` left them, become the gradients of pre and of m; returns that of h' u.
+
+    `carry`: the gradient of h that comes from later steps, which becomes that of h0, without what comes through h' u.
+    Shapes: gates (B, 3, C), the others (B, C) -> (B, 3, C).
+    """
+    gates[...], given, carry[...] = _closed(dy + carry, h0, gates, m)
+    m[...] = given[:, 2]
+    return given

@@ -36,14 +36,28 @@ def forward(pre: Any, u: Any, starts: Any = None, h0: Any = None, c0: Any = None
     state, cell = (xp.zeros((batch, width), dtype) if x is None else wide(x) for x in (h0, c0))
     for t in range(length):
         state, cell = (carried(x, starts, t) for x in (state, cell))
-        p = wide(pre[:, t]) + (state @ matrix).reshape(batch, 4, width)
-        i, f, o = (_sigmoid(xp, p[:, gate]) for gate in (0, 1, 3))
-        g = xp.tanh(p[:, 2])
-        cell = f * cell + i * g
-        state = o * xp.tanh(cell)
-        h[:, t], c[:, t] = state, cell
-        for gate, value in enumerate((i, f, g, o)):
-            pre[:, t, gate] = value
+        gates, state, cell = _opened(wide(pre[:, t]) + (state @ matrix).reshape(batch, 4, width), cell)
+        h[:, t], c[:, t], pre[:, t] = state, cell, gates
+    return h, c
+
+
+def _opened(p: Any, cell: Any) -> tuple[Any, Any, Any]:
+    """(gates (B, 4, C), h, c) from what gates are given and the c before."""
+    xp = module_of(p)
+    i, f, o = (_sigmoid(xp, p[:, gate]) for gate in (0, 1, 3))
+    g = xp.tanh(p[:, 2])
+    cell = f * cell + i * g
+    return xp.stack([i, f, g, o], axis=1), o * xp.tanh(cell), cell
+
+
+@served
+def step(pre: Any, products: Any, c0: Any) -> tuple[Any, Any]:
+    """(h, c) of one position, of units whose `products`, h u, are there; `pre` becomes the gates.
+
+    With the bits of `forward` for those units: what ranks do that have some each. Float32 at least. Shapes: pre and
+    products (B, 4, C), c0 (B, C) -> (B, C) twice.
+    """
+    pre[...], h, c = _opened(pre + products, c0)
     return h, c
 
 
@@ -61,19 +75,27 @@ def backward(dy: Any, gates: Any, c: Any, u: Any, starts: Any = None, shares: in
     turned = wide(u).reshape(width, -1).T
     dh, dc = (xp.zeros((batch, width), wide(dy[:0]).dtype) for _ in range(2))
     for t in range(length - 1, -1, -1):
-        i, f, g, o = (wide(gates[:, t, gate]).copy() for gate in range(4))
-        squashed = xp.tanh(wide(c[:, t]))
-        dh = wide(dy[:, t]) + dh
-        dc = dh * o * (1.0 - squashed * squashed) + dc
-        dp = xp.stack(
-            [
-                dc * g * (i * (1.0 - i)),
-                dc * before(c, starts, t) * (f * (1.0 - f)),
-                dc * i * (1.0 - g * g),
-                dh * squashed * (o * (1.0 - o)),
-            ],
-            axis=1,
-        )
+        opened = wide(gates[:, t]).copy()
+        dp, dc = _closed(wide(dy[:, t]) + dh, before(c, starts, t), wide(c[:, t]), opened, dc)
         gates[:, t] = dp
         dh = carried(matmul.summed(dp.reshape(batch, -1), turned, shares, 4), starts, t)
-        dc = carried(dc * f, starts, t)
+        dc = carried(dc, starts, t)
+
+
+def _closed(dh: Any, c0: Any, c: Any, gates: Any, dc: Any) -> tuple[Any, Any]:
+    """(gradient of what the gates were given (B, 4, C), dc of the step before); c0 is the c before."""
+    xp = module_of(dh)
+    i, f, g, o = (gates[:, gate] for gate in range(4))
+    squashed = xp.tanh(c)
+    dc = dh * o * (1.0 - squashed * squashed) + dc
+    dp = [dc * g * (i * (1.0 - i)), dc * c0 * (f * (1.0 - f)), dc * i * (1.0 - g * g), dh * squashed * (o * (1.0 - o))]
+    return xp.stack(dp, axis=1), dc * f
+
+
+@served
+def step_backward(dy: Any, sums: Any, c0: Any, c: Any, gates: Any, dc: Any) -> None:
+    """`gates`, as `step` left them, become the gradient of what was given to them, and dc that of c0.
+
+    `sums`: these units' part of the next step's dp uᵀ. Shapes: gates (B, 4, C), the others (B, C).
+    """
+    gates[...], dc[...] = _closed(dy + sums, c0, c, gates, dc)

@@ -38,8 +38,8 @@ def build(
     if train.recompute:
         parts = [parts[0], *map(Recomputed, parts[1:-1]), parts[-1]]
     chunks = config.mesh.chunks
-    _check_cuts(parts, mesh, chunks)
-    chain, borrowed = _stage(parts, mesh, chunks, width, place)
+    check_cuts(parts, mesh, chunks)
+    chain, borrowed = stage_of(parts, mesh, width, place, chunks)
     model = [parameter for part in parts for parameter in part.parameters()]
     store = FlatStore(chain.parameter_blocks(), mesh, train.dtype, place, model, borrowed)
     assignment = Assignment(train.micro_batches, train.lanes, mesh.size("dp") - config.comm.spares)
@@ -51,7 +51,10 @@ def build(
         stage, stages = mesh.coord("pp"), mesh.size("pp")
         schedules.check(instructions(stage, stages, micros), micros, train.schedule, chunks)
     optimizer = plugins.find("optim", optim.name, "optim.name")
-    owned = _owned(config, store, mesh, getattr(optimizer, "WHOLE_MATRICES", False))
+    whole_matrices = getattr(optimizer, "WHOLE_MATRICES", False)
+    if whole_matrices:
+        _check_matrices(optim.name, model, mesh)
+    owned = _owned(config, store, mesh, whole_matrices)
     summed = reduction(config, plugins, store, assignment, mesh, place, owned)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
     audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
@@ -105,10 +108,13 @@ def _weights(config: Config, chain: Chain, store: FlatStore, owned: Owned | None
     return kind(chain.parts, store, owned, mesh.group("dp").duplicate())  # tags must not meet
 
 
-def _stage(
-    parts: list[Part], mesh: Mesh, chunks: int, width: int, place: Place
+def stage_of(
+    parts: list[Part], mesh: Mesh, width: int, place: Place, chunks: int = 1
 ) -> tuple[Chain, list[Parameter]]:  # fmt: skip
-    """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table)."""
+    """(the parts of my stage, what it holds of another stage's parameters: the head its embedding's table).
+
+    `width`: as in `build`. Where pp is 1 the stage is all of the model.
+    """
     pp = mesh.group("pp")
     if pp.size == 1:
         return Chain(parts), []
@@ -125,8 +131,26 @@ def _stage(
     return Stage(mine, in_words(cuts, costs, pp.size)), borrowed
 
 
-def _check_cuts(parts: list[Part], mesh: Mesh, chunks: int) -> None:
-    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage or chunk had no part."""
+def _check_matrices(name: str, model: list[Parameter], mesh: Mesh) -> None:
+    """Raises ConfigError, agreed, where tp goes through a matrix that an optimiser updates as one."""
+    tp = mesh.size("tp")
+    for parameter in model if tp > 1 else ():
+        cut = [dim for dim, axis in enumerate(parameter.layout.axes) if axis == "tp"]
+        between = [dim for dim, _ in parameter.matrices or ()]
+        if parameter.matrices is not None and not {*cut} <= {*between}:
+            raise agreed(
+                ConfigError(
+                    f'optim.name = "{name}" updates whole matrices, and mesh.tp = {tp} cuts those of {parameter.name}: '
+                    'set optim.name = "adamw", or mesh.tp = 1'
+                )
+            )
+
+
+def check_cuts(parts: list[Part], mesh: Mesh, chunks: int = 1, trained: bool = False) -> None:
+    """Raises ConfigError, agreed, where tp does not divide the shares of a sum, or a stage or chunk had no part.
+
+    `trained`: the model is what it is.
+    """
     pp, tp = mesh.size("pp"), mesh.size("tp")
     if pp > len(parts):
         raise agreed(
@@ -148,11 +172,11 @@ def _check_cuts(parts: list[Part], mesh: Mesh, chunks: int) -> None:
         if "tp" in layout.axes and layout.shares % tp:
             dim = layout.axes.index("tp")
             units = layout.shape[dim] // (layout.units or (1,) * len(layout.shape))[dim]
+            change = f", or make them a multiple of {tp} (heads and feed_forward of [model], --vocab of prepare)"
             raise agreed(
                 ConfigError(
                     f"mesh.tp = {tp} does not divide the {units} heads, features or tokens of {parameter.name}: set "
-                    f"mesh.tp = {math.gcd(tp, layout.shares)}, or make them a multiple of {tp} (heads and feed_forward "
-                    "of [model], --vocab of prepare)"
+                    f"mesh.tp = {math.gcd(tp, layout.shares)}{'' if trained else change}"
                 )
             )
 

@@ -443,21 +443,39 @@ def newest_manifest(folder: Path) -> Manifest | None:
     return None
 
 
-def newest_sound(folder: Path, load: Callable[[Path, Manifest], T], say: Say) -> T:
-    """What `load` makes of the newest checkpoint it can restore; for a process alone.
+def newest_sound(
+    folder: Path, load: Callable[[Path, Manifest], T], say: Say, group: Group | None = None
+) -> T:  # fmt: skip
+    """What `load`, which sends nothing, makes of the newest checkpoint that all ranks can restore. Collective.
 
-    A damaged one is named and the one before is tried. Raises CheckpointError if there is none.
+    A damaged one is named and the one before is tried: each rank may have read other files of it. Raises
+    CheckpointError if there is none.
     """
-    problems: list[str] = []
-    for path in published(folder):
-        try:
-            return load(path, read_manifest(path))
-        except DamagedCheckpoint as error:
-            if not path.exists():  # a live run has replaced it meanwhile
-                return newest_sound(folder, load, say)
-            problems.append(str(error))
-            say(_passed_over(path.name, str(error)))
-    raise CheckpointError(_none_left(folder, problems))
+    group, problems = group or Group(), list[str]()
+    for name in _names_for_all(folder, group):
+        path, damage, found = folder / name, None, list[T]()
+        with group.together(f"checkpoint {name}"):
+            try:
+                found.append(load(path, read_manifest(path)))
+            except DamagedCheckpoint as error:
+                damage = str(error)
+        damaged = [text for text in group.allgather(damage, f"damage of {name}") if text is not None]
+        if not damaged:
+            return found[0]
+        if group.broadcast(not path.exists(), f"another look at {name}"):  # a live run has replaced it meanwhile
+            return newest_sound(folder, load, say, group)
+        problems.append(damaged[0])
+        say(_passed_over(name, damaged[0]))
+    raise agreed(CheckpointError(_none_left(folder, problems)))
+
+
+def _names_for_all(folder: Path, group: Group) -> list[str]:
+    """Of the checkpoints that rank 0 sees, the newest first. Collective."""
+    seen: list[Path] = []
+    with group.together("a look at the checkpoints"):
+        seen = published(folder)
+    names: list[str] = group.broadcast([path.name for path in seen], "checkpoints")
+    return names
 
 
 def _passed_over(name: str, damage: str) -> str:

@@ -26,6 +26,8 @@ class Sums(NamedTuple):
         return self.loss / self.targets
 
 
+_AHEAD = 16  # micro-batches whose activations may lie in the memory of a stage that is faster than the one behind it
+
 Tell = Callable[[int, int], None]
 
 
@@ -50,7 +52,7 @@ def measure(
         return None
     rows = min(rows, total)  # rows that nothing fills would cost as much as the others
     count, group = -(-total // rows), mesh.group("dp")
-    rounds = -(-count // group.size)
+    rounds, stages = -(-count // group.size), mesh.group("pp")
     mine = np.zeros((rounds, 2))
     chain.weights.expect([chain.walk(len(range(rank, count, group.size))) for rank in range(group.size)])
     for k in range(rounds):
@@ -61,8 +63,10 @@ def measure(
             ctx = Context(mesh, batch=batch.map(place.put))
             chain.forward((), ctx)
             mine[k] = float(ctx.tally.get("loss", 0.0)), batch.count
+        if k % _AHEAD == _AHEAD - 1:
+            stages.barrier("the other stages")
         tell(k + 1, rounds)
-    mine = mesh.group("pp").allgather_array(mine, "the last stage")[-1]  # which has the head
+    mine = stages.allgather_array(mine, "the last stage")[-1]  # which has the head
     table = group.allgather_array(mine, "held-out losses")  # (R, rounds, 2)
     ordered = table.swapaxes(0, 1).reshape(-1, 2)[:count]
     loss, targets = 0.0, 0.0

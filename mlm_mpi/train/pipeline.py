@@ -7,6 +7,7 @@ stage, which adds the embedding's to it, and forms the sum over lanes; the last 
 update.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -172,11 +173,18 @@ class Stage(Chain):
     def __init__(self, chunks: Sequence[Slice], cut: str = "") -> None:
         """`cut`: who has which parts, for people."""
         super().__init__([part for chunk in chunks for part in chunk.parts])
-        self._chunks, self.cut = list(chunks), cut
+        self._chunks: list[Chain] = list(chunks)
+        self.cut = cut
 
     @property
     def chunks(self) -> Sequence[Chain]:
         return self._chunks
+
+    def without_last_part(self) -> Chain:
+        other = copy.copy(self)
+        *first, last = self._chunks
+        other.parts, other._chunks = self.parts[:-1], [*first, last.without_last_part()]
+        return other
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
         kept = []

@@ -1,5 +1,6 @@
-"""A trained model read from its run folder, on one process: settings, tokenizer and weights of a sound checkpoint."""
+"""A trained model, or this rank's part of it, read from its run folder: settings, tokenizer, weights."""
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,18 +10,20 @@ from mlm_mpi import config as configuration
 from mlm_mpi.backend import Device
 from mlm_mpi.backend.arrays import Place
 from mlm_mpi.backend.choice import place_of
+from mlm_mpi.comm import Axes
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
-from mlm_mpi.config.rules import shares
+from mlm_mpi.config.rules import check_sharing, shares
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.corpora import Corpora
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
-from mlm_mpi.layers.base import Sizes
+from mlm_mpi.layers.base import Part, Sizes
 from mlm_mpi.layers.chain import Chain
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
 from mlm_mpi.train import checkpoint
+from mlm_mpi.train.build import check_cuts, stage_of
 from mlm_mpi.train.checkpoint import Manifest, Say
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.folder import checkpoints_of, is_checkpoint
@@ -30,7 +33,10 @@ from mlm_mpi.train.task import Task
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights of a sound checkpoint, on one process; all of it from that checkpoint's folder."""
+    """A model with the weights of a sound checkpoint; all of it from that checkpoint's folder.
+
+    `chain` and its weights are those of this rank of `mesh`, all of them where no axis cuts the model.
+    """
 
     checkpoint: Path
     manifest: Manifest
@@ -39,6 +45,7 @@ class Trained:
     chain: Chain
     place: Place
     plugins: Plugins
+    mesh: Mesh
 
     @property
     def averaged(self) -> bool:
@@ -61,20 +68,29 @@ class Trained:
 
 def load(
     run: str | Path, plugins: Plugins, device: Device | None = None, say: Say | None = None,
-    on_node: tuple[int, int] = (0, 1),
+    on_node: tuple[int, int] = (0, 1), mesh: Mesh | None = None,
 ) -> Trained:  # fmt: skip
     """The newest sound checkpoint of a run folder, or the one that `run` itself is. Settings are the sealed ones.
 
-    `device`: "cpu" or "gpu", by default where it was trained. `say` takes notes, by default stderr: a damaged
-    checkpoint, the one before which is tried, and a config.toml that differs. Raises ConfigError, CheckpointError.
+    `device`: "cpu" or "gpu", by default where it was trained. `say` takes notes, by default rank 0's on stderr: a
+    damaged checkpoint, the one before which is tried, and a config.toml that differs. `on_node`: as in `place_of`.
+    `mesh`: of the ranks that share the model, each of which reads its part of it; by default there is one. Collective
+    over its world. Raises ConfigError, CheckpointError.
     """
-    folder, say = Path(named(run, "RUN")), say or note
-    if is_checkpoint(folder):
-        return _restored(folder, checkpoint.read_manifest(folder), plugins, device, on_node)
+    mesh = mesh or Mesh()
+    group, say = mesh.world, say or (note if mesh.world.rank == 0 else _unheard)
+    one = group.broadcast(is_checkpoint(Path(run)), "a look at RUN")
+    with group.together("the run folder"):
+        folder = Path(named(run, "RUN"))
+        folder = folder if one else checkpoints_of(folder)
+    if one:
+        with group.together("loading the model"):
+            return _restored(folder, checkpoint.read_manifest(folder), plugins, device, on_node, mesh)
     trained = checkpoint.newest_sound(
-        checkpoints_of(folder), lambda path, manifest: _restored(path, manifest, plugins, device, on_node), say
+        folder, lambda path, manifest: _restored(path, manifest, plugins, device, on_node, mesh), say, group
     )
-    _compare_settings(folder / "config.toml", trained, plugins, say)
+    with group.together("a look at config.toml"):
+        _compare_settings(folder.parent / "config.toml", trained, plugins, say)
     return trained
 
 
@@ -90,8 +106,12 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _unheard(text: str) -> None:
+    """Rank 0 speaks for all."""
+
+
 def _restored(
-    path: Path, manifest: Manifest, plugins: Plugins, device: Device | None, on_node: tuple[int, int]
+    path: Path, manifest: Manifest, plugins: Plugins, device: Device | None, on_node: tuple[int, int], mesh: Mesh
 ) -> Trained:
     config = _runnable(_settings(path, manifest, plugins), device)
     place = place_of(config, on_node=on_node)
@@ -101,14 +121,19 @@ def _restored(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {manifest.vocabulary}: "
             "not saved by mlm-mpi; give another"
         )
-    chain = _chain(path, manifest, config, plugins)
+    parts = _parts(path, manifest, config, plugins)
+    mesh = mesh.with_timeout(config.comm.timeout_s)
+    if not mesh.is_plain:
+        _check_shared(config, plugins, parts, mesh)
+    chain, borrowed = stage_of(parts, mesh, getattr(config.model, "width", 0), place)
+    model = [parameter for part in parts for parameter in part.parameters()]
     check_plugins(path, manifest.plugins, plugins.used, ("models", "tasks", "objectives"))
     try:
-        store = FlatStore(chain.parameter_blocks(), Mesh(), config.train.dtype, place)
+        store = FlatStore(chain.parameter_blocks(), mesh, config.train.dtype, place, model, borrowed)
     except MemoryError:
         raise CheckpointError(f"{path}: its weights do not fit into the memory that is free here") from None
     checkpoint.restore(path, manifest, store, {"average" if config.optim.average else "weights": store.data})
-    return Trained(path, manifest, config, tokenizer, chain, place, plugins)
+    return Trained(path, manifest, config, tokenizer, chain, place, plugins, mesh)
 
 
 def _settings(path: Path, manifest: Manifest, plugins: Plugins) -> Config:
@@ -121,15 +146,25 @@ def _settings(path: Path, manifest: Manifest, plugins: Plugins) -> Config:
         raise ConfigError(f"{error}{other}") from None
 
 
-def _chain(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> Chain:
+def _check_shared(config: Config, plugins: Plugins, parts: list[Part], mesh: Mesh) -> None:
+    """Raises ConfigError where ranks cannot share this model so: what training says of [mesh], of the options here."""
+    axes = Axes(pp=mesh.size("pp"), tp=mesh.size("tp"))
+    try:
+        check_sharing(replace(config, mesh=axes, comm=replace(config.comm, reduction="canonical")), plugins)
+        check_cuts(parts, mesh, trained=True)
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"mesh\.([pt]p)( =)?", r"--\1", str(error))) from None
+
+
+def _parts(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> list[Part]:
     """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
     task = plugins.find("tasks", config.task.kind, "task.kind")
     sizes = Sizes(manifest.vocabulary, shares(config))
     if task.least(config, plugins, sizes, 1).parts <= len(manifest.shapes):  # more might have no end
-        chain = Chain(task.parts(config, plugins, sizes))
-        shapes = {p.name: list(p.layout.shape) for block in chain.parameter_blocks() for p in block}
+        parts: list[Part] = task.parts(config, plugins, sizes)
+        shapes = {p.name: list(p.layout.shape) for part in parts for p in part.parameters()}
         if shapes == manifest.shapes:
-            return chain
+            return parts
     raise CheckpointError(f"{path}: its parameters are not those of its settings: not saved by mlm-mpi; give another")
 
 

@@ -1,7 +1,9 @@
 """One answer on every mesh: the same losses, norms and weights, bit for bit, however ranks share a model."""
 
+import argparse
 import ctypes
 import functools
+import itertools
 import mmap
 import sys
 from pathlib import Path
@@ -16,7 +18,10 @@ from whole import engine_of
 from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, scattered
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
+from mlm_mpi.commands.sharing import mesh_of
 from mlm_mpi.errors import CommError, ConfigError
+from mlm_mpi.generation import Sampling, continue_prompt, logits
+from mlm_mpi.layers.attention import KeyValueCache
 from mlm_mpi.ops import linear, matmul
 from mlm_mpi.order import joined as tree
 from mlm_mpi.params import clip
@@ -47,6 +52,17 @@ LSTM = (
     "train.micro_batches=4",
     "train.lanes=2",
     "train.schedule=zero_bubble",
+)
+GRU = (  # states of more than a chain of additions, documents that begin inside a row
+    "model.kind=gru",
+    "model.layers=1",
+    "model.width=400",
+    "model.context=16",
+    "data.documents=separate",
+    "model.tied=false",
+    "train.micro_batches=4",
+    "train.lanes=2",
+    "train.recompute=true",
 )
 
 # several chunks a stage; with four layers there are six parts
@@ -91,7 +107,21 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
     engine = engine_of(config, VOCABULARY, on)
     engine.machine.store.initialise(config.train.seed)
     source = batches(config, engine.plan(0, steps))
+    if config.data.documents == "separate":
+        source = with_documents(source)
     return engine, [engine.step(step, source) for step in range(steps)]
+
+
+def with_documents(source):
+    """Micro-batches whose rows hold documents of five tokens."""
+
+    def next_batch():
+        batch = source()
+        rows, length = batch.inputs["ids"].shape
+        batch.inputs["starts"] = np.tile((np.arange(length) // 5 * 5).astype(np.int32), (rows, 1))
+        return batch
+
+    return next_batch
 
 
 def outcome(engine, results):
@@ -99,10 +129,10 @@ def outcome(engine, results):
     return [[[r.loss, r.gradient_norm, r.targets, list(r.windows), r.ranks[0][0]] for r in results], weights]
 
 
-@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED, LSTM], ids=["gpt", "decoder", "untied", "lstm"])
+@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED, LSTM, GRU], ids=["gpt", "decoder", "untied", "lstm", "gru"])
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
-        if words is LSTM and tp > 1:
+        if words is GRU and group.size != 2:  # it is wide
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(group, words), f"pp {pp}, tp {tp}"
@@ -121,7 +151,38 @@ def test_stages_of_several_chunks_have_the_bits_of_one_rank(group, words):
         assert found == alone(group, (*words, "model.layers=4"))
 
 
-@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+@pytest.mark.parametrize("words", [GPT, DECODER, LSTM], ids=["gpt", "decoder", "lstm"])
+def test_ranks_that_share_a_model_draw_the_tokens_of_one(group, words):
+    """To the last bit of every logit, past the end of the context; all caches together are as large as that of one."""
+    if group.size > 4:
+        pytest.skip("two, three and four ranks say it")
+    expected = alone(group, words, continued)
+    for pp, tp in meshes(group.size):
+        if pp * tp == group.size:
+            found = continued(words, mesh(group, pp, tp))
+            assert found == expected, f"pp {pp}, tp {tp}"
+
+
+def continued(words: tuple[str, ...], on: Mesh):
+    """What follows a prompt, with and without a cache, and the bits of the logits of two more positions."""
+    config = tiny_config(*words)
+    engine = engine_of(config, VOCABULARY, on)
+    engine.machine.store.initialise(config.train.seed)
+    chain, draw = engine.machine.chain, Sampling(temperature=1.0, seed=7)
+    texts = [
+        list(itertools.islice(continue_prompt(chain, 16, [1, 2, 3], draw, cached, mesh=on), count))
+        for cached, count in ((True, 16), (False, 2))
+    ]
+    cache, rows = KeyValueCache(16), []
+    for ids in ([[1, 2, 3]], [[4]]):
+        mine = logits(chain, np.array(ids, np.int32), cache, on)
+        part = b"" if mine is None else on.group("tp").allgather_array(mine[0, -1], "logits").tobytes()
+        rows.append(on.group("pp").allgather(part.hex(), "the last stage's")[-1])
+    kept = sum(keys.size + values.size for keys, values in cache._held.values())
+    return [texts, rows, sum(on.world.allgather(kept, "sizes of caches"))]
+
+
+@pytest.mark.parametrize("words", [GPT, DECODER, GRU], ids=["gpt", "decoder", "gru"])
 def test_positions_may_be_cut_too(group, words):
     for pp, tp in meshes(group.size)[group.size // 8 :]:  # of 8 ranks those that cut most
         if tp > 1:
@@ -222,6 +283,27 @@ def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_fac
         assert other.weights_sha256() == alone(group, words)[1], f"from {sizes} {more} to {others} {other_more}"
 
 
+def test_all_ranks_read_the_same_checkpoint(group, tmp_path_factory):
+    """One that is damaged where a single rank reads it is passed over by all."""
+    if group.size != 2:
+        pytest.skip("one rank finds it sound, one does not")
+    folder = Path(group.broadcast(str(tmp_path_factory.mktemp("checkpoints")), "a folder"))
+    engine, _ = trained(GPT, Mesh(group), steps=1)
+    saver = checkpoint.Saver(folder, engine.machine.store, engine.state(), b"{}", group, 2, False)
+    for step in (1, 2):
+        saver.begin(step)
+        assert saver.publish({"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}) is None
+    said = []
+
+    def load(path, manifest):
+        if manifest.step == 2 and group.rank == group.size - 1:
+            raise checkpoint.DamagedCheckpoint("a flipped bit")
+        return manifest.step
+
+    assert checkpoint.newest_sound(folder, load, said.append, group) == 1
+    assert len(said) == 1 and "step-00000002 is damaged (a flipped bit)" in said[0]
+
+
 def test_what_is_wrong_twice_is_skipped_on_any_mesh(group):
     """A micro-batch whose gradient of one gain is not finite, wherever it runs: the same verdict, the same bits."""
 
@@ -317,11 +399,23 @@ def test_what_cannot_be_cut_is_refused_by_all(group):
             (2, 1),
             "mesh.chunks = 2 of mesh.pp = 2 stages need 4 parts, and .*: set .* = 1 or",
         ),
+        (("model.kind=lstm", "optim.name=muon"), (1, 2), "whole matrices, and mesh.tp = 2 cuts those of layer0.cell"),
     ):
         if pp == 2 and "mesh.chunks=2" not in words:
             continue
         with pytest.raises(ConfigError, match=text):
             engine_of(tiny_config(*words), VOCABULARY, mesh(group, pp, tp))
+
+
+def test_a_command_refuses_ranks_that_it_has_no_use_for(group):
+    asked = argparse.Namespace(pp=1, tp=group.size + 1)
+    with pytest.raises(ConfigError, match=f"--tp {group.size + 1} need a multiple of {group.size + 1} ranks, the "):
+        mesh_of(asked, group, copies=True)
+    asked.tp = 1
+    assert mesh_of(asked, group, copies=True).size("dp") == group.size
+    if group.size > 1:
+        with pytest.raises(ConfigError, match=f"need 1 rank, the launcher gave {group.size}: start it without"):
+            mesh_of(asked, group, copies=False)
 
 
 def test_a_collective_and_its_adjoint(group):

@@ -81,6 +81,21 @@ def test_generate_repeats_by_seed_and_needs_no_mpi(home, straight, say, without_
     assert say(*here, "--top-k", "1").out == greedy.out
 
 
+def test_ranks_that_share_a_model_say_what_one_says(home, straight, say):
+    """Its tokens, 257, have no factor that tp could be: stages do."""
+    run = home.folder / "straight"
+    two = ("run", "-n", "2", "--")
+    text = ("generate", "straight", "--prompt", "abc ", "--tokens", "20", "--seed", "5")
+    assert home.program(*two, *text, "--pp", "2") == Ended(0, say(text[0], run, *text[2:]).out, "")
+    assert home.program(*two, "evaluate", "straight", "--json", "--pp", "2") == say("evaluate", run, "--json")
+    home.program(*two, "evaluate", "straight", "--tp", "2").refused(
+        "--tp 2 does not divide the 257 heads, features or tokens of embed.tokens: set --tp 1"
+    )
+    say("generate", run, "--tp", 4).refused("need 4 ranks, the launcher gave 1: start 4 (mlm-mpi run -n 4 -- …), or")
+    say("evaluate", run, "--pp", 2).refused("need a multiple of 2 ranks, the launcher gave 1: start 2 (mlm-mpi run")
+    say("evaluate", run, "--tp", 0).refused("--tp 0 must be at least 1")
+
+
 def test_generate_takes_any_bytes_and_a_reader_that_leaves(home, straight):
     done = home.program("generate", "straight", "--prompt", os.fsdecode(b"ab\xff"), "--tokens", "3")
     assert (done.code, done.err) == (0, "")

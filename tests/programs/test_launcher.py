@@ -398,7 +398,7 @@ def test_the_command_line(monkeypatch, tmp_path):
         (train, 3, None, "", Limits(5.0, 9.0, True, True)),
         ([*train[:4], "prepare"], 3, None, "", Limits(None, 300.0, True)),
         ([*train[:4], "evaluate"], 3, None, "", Limits(None, 300.0, True)),
-        ([*train[:4], "generate"], 3, None, "", Limits(None, 300.0, False)),
+        ([*train[:4], "generate"], 3, None, "", Limits(None, 300.0, True)),
     ]
     with pytest.raises(LaunchError, match="nothing to run"):
         launcher.main(parsed("-n", "2"))

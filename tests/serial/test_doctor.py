@@ -110,6 +110,24 @@ def test_one_core_is_a_warning(monkeypatch, no_probe):
     assert "--bind-to none" in found.warning
 
 
+def test_where_ranks_that_share_a_layer_would_lie(monkeypatch, tmp_path):
+    """What /sys says of the cores that this process may use, and the launcher of ranks on other nodes."""
+    monkeypatch.setattr(doctor, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 6, 8})
+    assert doctor._placement() == "sockets and NUMA nodes not known: mesh.tp up to 8 stays in the machine"
+    for node, cores in enumerate(("0-3", "4-7\n", "8,9", "10-11")):
+        (tmp_path / f"node/node{node}").mkdir(parents=True)
+        (tmp_path / f"node/node{node}/cpulist").write_text(cores)
+    for core in range(12):
+        (tmp_path / f"cpu/cpu{core}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu/cpu{core}/topology/physical_package_id").write_text(f"{core // 8}\n")
+    said = "2 sockets, 3 NUMA nodes of 1, 3-4 usable cores: mesh.tp up to 1 stays in one of them"
+    assert doctor._placement() == said
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "6")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "12")
+    assert doctor._placement() == f"{said}; 6 of 12 ranks are on this node: mesh.tp up to 2 stays on it"
+
+
 def test_whether_bf16_products_are_possible(monkeypatch, no_probe):
     monkeypatch.setattr(library, "runs", lambda level: level == "avx512bf16")
     assert only("ops", "bf16 products").value == "possible (avx512bf16)"

@@ -115,7 +115,6 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("mesh.tp=2", "model.kind=lstm"), 'model.kind = "lstm" does not heed mesh.tp'),
         (("mesh.tp=2", "numerics.products=bf16"), 'it is "bf16"'),
         (("mesh.tp=3",), r"mesh.tp = 3 must be a power of two, at most numerics.shares = 8 \(of 8\): set mesh.tp = 2"),
         (("mesh.tp=16",), "set mesh.tp = 8"),

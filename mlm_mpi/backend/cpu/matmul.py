@@ -13,7 +13,8 @@ from mlm_mpi.backend.registry import Table
 KERNELS = Table()
 
 LEAST_ROWS = 96  # a band of kernels/cpu/product.h: every thread packs the right factor for itself
-ONE_ROW = "one row: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
+ONE_ROW = "one row of bf16: NumPy's gemv reads b without packing it"  # up to 3 × as fast (LOG.md, 2026-11-23)
+_LEAST_COLUMNS = 1024  # of a single row, for a thread
 
 _Product = ctypes.c_int64 * 24  # struct product of kernels/cpu/product.h, flat
 
@@ -27,14 +28,22 @@ def _plane(x: np.ndarray | None) -> tuple[int, ...]:
 def _multiply(
     lib: Any, a: Any, b: Any, c: Any, base: Any = None, bias: Any = None, shares: int = 1, segments: int = 1
 ) -> None:  # fmt: skip
-    """c = bias + base + a b, its rows shared out among threads: which one computes a row does not enter its bits."""
+    """c = bias + base + a b, its rows shared out among threads, or the columns of its only one: which one computes an
+    element does not enter its bits."""
     order = shares, segments, int(shares > 1 or base is c), 0
-    parts = max(1, min(lib.threads, a.shape[0] // LEAST_ROWS))
-    edges = [a.shape[0] * part // parts for part in range(parts + 1)]
+    one = a.shape[0] == 1
+    extent, least = (c.shape[1], _LEAST_COLUMNS) if one else (a.shape[0], LEAST_ROWS)
+    parts = max(1, min(lib.threads, extent // least))
+    edges = [extent * part // parts for part in range(parts + 1)]
 
     def multiply(first: int, stop: int) -> None:
-        rows = slice(first, stop)
-        _multiply_rows(lib, a[rows], b, c[rows], None if base is None else base[rows], bias, order)
+        some = slice(first, stop)
+        part = (slice(None), some) if one else (some, slice(None))
+        added = None if base is None else base[part]
+        if one:
+            _multiply_rows(lib, a, b[:, some], c[part], added, None if bias is None else bias[some], order)
+        else:
+            _multiply_rows(lib, a[some], b, c[part], added, bias, order)
 
     if parts == 1:
         _multiply_rows(lib, a, b, c, base, bias, order)
@@ -85,8 +94,8 @@ def rowwise(x: Any) -> str:
 
 
 def chained(a: Any, b: Any) -> str:
-    """A product a b exists, and is not one of a single row."""
-    return ONE_ROW if a.shape[0] == 1 else shaped(b.shape[:1], a[0])
+    """A product a b exists, and is not one of a single row of bf16."""
+    return ONE_ROW if a.shape[0] == 1 and a.dtype == BFLOAT16 else shaped(b.shape[:1], a[0])
 
 
 def _fit_matmul(

@@ -61,6 +61,15 @@ def _like_states(pre: Any) -> Any:
     return np.empty((*pre.shape[:2], pre.shape[3]), pre.dtype)
 
 
+def _fit_step(gates: Any, count: int, wide: tuple[Any, ...], *rows: Any) -> str:
+    """Those of one step: `gates` and what is as `wide` (B, count, C), `rows` (B, C)."""
+    if reason := dense(gates, *wide, *rows):
+        return reason
+    if gates.ndim != 3 or gates.size == 0 or gates.shape[1] != count:
+        return "shapes differ"
+    return shaped(gates.shape, *wide) or shaped((gates.shape[0], gates.shape[2]), *rows)
+
+
 # ---- lstm
 
 
@@ -81,6 +90,21 @@ def _lstm_forward(lib: Any, pre: Any, u: Any, starts: Any = None, h0: Any = None
 )
 def _lstm_backward(lib: Any, dy: Any, gates: Any, c: Any, u: Any, starts: Any = None, shares: int = 1) -> None:
     _launch(lib, "lstm_backward", u, starts, shares, (), dy, gates, c)
+
+
+@KERNELS.kernel("lstm.step", lambda pre, products, c0: _fit_step(pre, 4, (products,), c0))
+def _lstm_step(lib: Any, pre: Any, products: Any, c0: Any) -> tuple[Any, Any]:
+    h, c = np.empty_like(c0), np.empty_like(c0)
+    lib.lstm_step(*c0.shape, *map(at, (pre, products, c0, c, h)))
+    return h, c
+
+
+@KERNELS.kernel(
+    "lstm.step_backward",
+    lambda dy, sums, before, c, gates, dc: _fit_step(gates, 4, (), dy, sums, before, c, dc),
+)
+def _lstm_step_backward(lib: Any, dy: Any, sums: Any, before: Any, c: Any, gates: Any, dc: Any) -> None:
+    lib.lstm_step_backward(*dc.shape, *map(at, (dy, sums, before, c, gates, dc)))
 
 
 # ---- gru
@@ -105,3 +129,23 @@ def _gru_forward(lib: Any, pre: Any, u: Any, bias: Any, starts: Any = None, h0: 
 )
 def _gru_backward(lib: Any, dy: Any, gates: Any, h: Any, m: Any, u: Any, starts: Any = None, shares: int = 1) -> None:
     _launch(lib, "gru_backward", u, starts, shares, (), dy, gates, h, m)
+
+
+@KERNELS.kernel(
+    "gru.step",
+    lambda pre, products, bias, h0: _fit_step(pre, 3, (products,), h0) or dense(bias) or shaped(h0.shape[1:], bias),
+)
+def _gru_step(lib: Any, pre: Any, products: Any, bias: Any, h0: Any) -> tuple[Any, Any]:
+    h, m = np.empty_like(h0), np.empty_like(h0)
+    lib.gru_step(*h0.shape, *map(at, (pre, products, bias, h0, m, h)))
+    return h, m
+
+
+@KERNELS.kernel(
+    "gru.step_backward",
+    lambda dy, before, gates, m, carry: _fit_step(gates, 3, (), dy, before, m, carry),
+)
+def _gru_step_backward(lib: Any, dy: Any, before: Any, gates: Any, m: Any, carry: Any) -> Any:
+    row = np.empty_like(gates)
+    lib.gru_step_backward(*carry.shape, *map(at, (dy, before, gates, m, row, carry)))
+    return row
