@@ -3,9 +3,11 @@ positions so that every pair of values meets on some mesh.
 
     python benchmarks/mesh_hashes.py --record          # GPT-2 and the decoder: 8 layers, C 384, V 8192, T 64, M = J = 8
     python benchmarks/mesh_hashes.py --small           # narrow, in a minute or two
+    python benchmarks/mesh_hashes.py --float64         # losses and norms of five steps in float64, to 1e-10
 
 A job of R ranks goes through the meshes of R ranks, one after another: draws weights, makes two steps, says the hash.
-What it has to be, one rank says. Exit code 1 where one differs.
+What it has to be, one rank says. In float64 references compute, whose sums a mesh may order otherwise. Exit code 1
+where one differs.
 """
 
 import itertools
@@ -21,14 +23,15 @@ from harness import Report, arguments
 from mlm_mpi import config
 from mlm_mpi.plug import Plugins
 
-STEPS, VOCABULARY, RANKS = 2, 8192, 8
+VOCABULARY, RANKS = 8192, 8
+STEPS, STEPS_IN_FLOAT64, CLOSE = 2, 5, 1e-10
 MODELS = {
     "gpt": ("model.kind=gpt", "model.dropout=0.1", "optim.name=adamw"),
     "decoder": ("model.kind=llama", "model.tied=true", "model.qk_norm=true", "optim.name=muon", "optim.average=0.9"),
 }
 SIZE = (
     "model.layers=8", "model.width=384", "model.heads=8", "model.feed_forward=1536", "model.context=64",
-    "train.rows=1", "train.micro_batches=8", "train.lanes=8", "numerics.threads=1", f"train.steps={STEPS}",
+    "train.rows=1", "train.micro_batches=8", "train.lanes=8", "numerics.threads=1", f"train.steps={STEPS_IN_FLOAT64}",
     "optim.warmup_steps=1", "guard.audit_every=0",
 )  # fmt: skip
 SMALL = ("model.width=64", "model.feed_forward=128", "model.context=16")
@@ -85,13 +88,20 @@ def cases() -> list[Case]:
     return found
 
 
+def named() -> list[Case]:
+    """The meshes that are compared in float64."""
+    every = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+    schedule = {1: "single", 2: "one_f_one_b", 4: "zero_bubble"}
+    return [Case(pp, dp, tp, schedule[pp], 1, 0, False, False) for pp, dp, tp in every]
+
+
 def _pairs(way: tuple[Any, ...]) -> frozenset[Any]:
     return frozenset(itertools.combinations(enumerate(way), 2))
 
 
-def settings(model: str, small: bool, case: Case | None) -> config.Config:
-    words = [*MODELS[model], *SIZE, *(SMALL if small else ()), *(() if case is None else case.settings)]
-    return config.load(None, words)
+def settings(job: dict[str, Any], case: Case) -> config.Config:
+    words = [*MODELS[job["model"]], *SIZE, *(SMALL if job["small"] else ()), *case.settings]
+    return config.load(None, [*words, *(["train.dtype=float64"] if job["float64"] else [])])
 
 
 def work(job: dict[str, Any]) -> None:
@@ -108,7 +118,7 @@ def work(job: dict[str, Any]) -> None:
     choice.keep_freed_memory()
     group = launch.start()
     for number, row in job["cases"]:
-        c, plugins = settings(job["model"], job["small"], Case(*row)), Plugins()
+        c, plugins = settings(job, Case(*row)), Plugins()
         place = choice.place_of(c, c.numerics.level)
         parts = language_model.parts(c, plugins, Sizes(VOCABULARY, rules.shares(c)))
         engine = build(c, plugins, parts, mesh(group, c.mesh.pp, c.mesh.tp, c.mesh.sequence), place, c.model.width)
@@ -119,10 +129,11 @@ def work(job: dict[str, Any]) -> None:
             ids, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
             return Batch(step, index, {"ids": ids}, {"ids": targets}, targets.size)
 
-        made = (batch(*pair) for pair in engine.plan(0, STEPS))
-        for step in range(STEPS):
-            result = engine.step(step, made.__next__)
-        said = [number, engine.weights_sha256(), result.loss, result.gradient_norm]
+        steps = STEPS_IN_FLOAT64 if job["float64"] else STEPS
+        made = (batch(*pair) for pair in engine.plan(0, steps))
+        results = [engine.step(step, made.__next__) for step in range(steps)]
+        numbers = [number for result in results for number in (result.loss, result.gradient_norm)]
+        said = [number, engine.weights_sha256(), numbers]
         if group.rank == 0:
             print(json.dumps(said), flush=True)
         del engine
@@ -139,31 +150,42 @@ def start(job: dict[str, Any], ranks: int) -> dict[int, list[Any]]:
     return {number: rest for number, *rest in lines}
 
 
+def agree(one: list[Any], other: list[Any], float64: bool) -> bool:
+    """Hash, losses and norms; in float64 the numbers to 1e-10."""
+    if not float64:
+        return one == other
+    return all(abs(a - b) <= CLOSE * abs(b) for a, b in zip(one[1], other[1], strict=True))
+
+
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--small", action="store_true", help="C 64, T 16")
+    parser.add_argument("--float64", action="store_true", help="losses and norms of five steps, to 1e-10")
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
     args = parser.parse_args()
     if args.worker:
         work(json.loads(args.worker))
         return 0
-    report, every, wrong = Report("mesh-hashes", "One hash on every mesh", args), cases(), 0
+    theme = "mesh-float64" if args.float64 else "mesh-hashes"
+    report, every, wrong = Report(theme, "One hash on every mesh", args), named() if args.float64 else cases(), 0
     for model in args.model or MODELS:
-        job = {"model": model, "small": args.small}
+        job = {"model": model, "small": args.small, "float64": args.float64}
         found: dict[int, list[Any]] = {}
         for ranks in range(1, RANKS + 1):
             mine = [(number, case) for number, case in enumerate(every) if case.pp * case.dp * case.tp == ranks]
-            found |= start(job | {"cases": mine}, ranks)
-            print(f"{model}: {ranks} ranks, {len(mine)} cases", file=sys.stderr, flush=True)
+            if mine:
+                found |= start(job | {"cases": mine}, ranks)
+                print(f"{model}: {ranks} ranks, {len(mine)} cases", file=sys.stderr, flush=True)
         plain = found[0]
-        wrong += sum(one != plain for one in found.values())
+        same = {number: agree(one, plain, args.float64) for number, one in found.items()}
+        wrong += list(same.values()).count(False)
         report.say(f"## {model}: {' '.join(MODELS[model])}")
-        report.say(f"One rank: weights sha256 `{plain[0]}`, loss {plain[1]!r}, gradient norm {plain[2]!r}.")
-        report.say(f"{sum(one == plain for one in found.values())} of {len(found)} meshes have the same three.")
+        report.say(f"One rank: weights sha256 `{plain[0]}`, losses and norms {', '.join(map(repr, plain[1]))}.")
+        report.say(f"{list(same.values()).count(True)} of {len(found)} meshes have the same.")
         report.say()
         report.head("pp", "dp", "tp", "schedule", "chunks", "ZeRO", "recompute", "positions cut", "the same")
         for number, case in enumerate(every):
-            report.row(*case, "yes" if found[number] == plain else f"NO: {found[number]}")
+            report.row(*case, "yes" if same[number] else f"NO: {found[number]}")
         report.say()
     report.save()
     return int(wrong > 0)

@@ -64,6 +64,8 @@ def shares_in(store: FlatStore, gradient: Any, start: int, stop: int) -> list[He
     """Shares in [start, stop) of a flat buffer, whose ends lie between rows, in their order."""
     found = []
     for span, view in zip(store.spans, store.views(gradient), strict=True):
+        if span.start == span.stop:
+            continue
         row = (span.stop - span.start) // span.shape[0]
         first, last = (min(max((edge - span.start) // row, 0), span.shape[0]) for edge in (start, stop))
         if first < last:
@@ -75,7 +77,7 @@ def shares_in(store: FlatStore, gradient: Any, start: int, stop: int) -> list[He
 def whole_block_rows(span: Span, grid: Grid) -> list[int]:
     """Rows of a parameter at which a rank's range may begin: each share has whole blocks before them, or all."""
     rows, layout = span.shape[0], span.parameter.layout
-    row, each, columns = (span.stop - span.start) // rows, rows, 1
+    row, each, columns = (span.stop - span.start) // max(1, rows), rows, 1
     if "tp" in layout.axes:
         shares = layout.shares // grid.size("tp")
         each, columns = (rows // shares, 1) if layout.axes[0] == "tp" else (rows, shares)

@@ -25,7 +25,7 @@ def ranges(store: FlatStore, ranks: int, whole_matrices: bool, whole_blocks: boo
     for span in store.spans:
         kept = whole_matrices and span.parameter.matrices is not None
         rows = 1 if kept else span.shape[0]
-        row = (span.stop - span.start) // rows
+        row = (span.stop - span.start) // max(1, rows)
         cuts = range(rows) if not whole_blocks else whole_block_rows(span, store.grid) if not kept else (0,)
         edges += [span.start + number * row for number in cuts]
     edges.append(store.size)

@@ -206,6 +206,8 @@ class FlatStore:
 
     def rows(self, span: Span) -> tuple[int, int]:
         """[first, stop) of a parameter's rows that are kept here."""
+        if self.kept == slice(0, self.size) or span.start == span.stop:
+            return 0, span.shape[0]
         row = (span.stop - span.start) // span.shape[0]
         edges = (min(max(edge, span.start), span.stop) for edge in (self.kept.start, self.kept.stop))
         first, stop = ((edge - span.start) // row for edge in edges)

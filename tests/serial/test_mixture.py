@@ -22,6 +22,7 @@ from mlm_mpi.data.objectives import causal
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.data.warmup import Ramp
 from mlm_mpi.errors import ConfigError, DataError
+from mlm_mpi.layers.chain import Chain
 from mlm_mpi.rng import key_of, permute
 from mlm_mpi.train.measure import measure
 
@@ -123,8 +124,11 @@ def test_short_rows_and_padding_are_masked():
     assert batch.targets["mask"].sum(axis=1).tolist() == [3, 4, 0, 0]
 
 
-class Counting:
+class Counting(Chain):
     """A chain whose loss is the number of targets times the corpus' first token."""
+
+    def __init__(self):
+        super().__init__([])
 
     def forward(self, x, ctx):
         batch: Batch = ctx.batch
