@@ -57,7 +57,8 @@ def build(
     owned = _owned(config, store, mesh, whole_matrices)
     summed = reduction(config, plugins, store, assignment, mesh, place, owned)
     # a buffer may take in all lanes of a rank; and ranks that share a model compute a gradient together
-    audits = config.guard.audit_every if summed.stable and mesh.is_plain else 0
+    alone = mesh.is_plain and config.mesh.zero < 3
+    audits = config.guard.audit_every if summed.stable and alone else 0
     chain.bring(_weights(config, chain, store, owned, mesh))
     rate = plugins.find("rates", optim.schedule, "optim.schedule").rate
     return Engine(

@@ -200,7 +200,7 @@ def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, 
         on = mesh(group, pp, tp)
         if on.size("dp") > 4:  # lanes
             continue
-        engine, results = trained((*words, "train.seed=64", f"mesh.zero={level}"), on)
+        engine, results = trained((*words, "train.seed=64", f"mesh.zero={level}", "guard.audit_every=1"), on)
         assert outcome(engine, results) == expected, f"pp {pp}, tp {tp}"
         assert (engine.machine.owners is not None) == (level > 1 and on.size("dp") > 1)
         if words is GPT and level > 1 and group.size == 3 and on.is_plain:

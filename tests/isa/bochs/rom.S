@@ -2,8 +2,8 @@
  * 64-bit mode with AVX-512 enabled, and calls the program. Memory's first GiB is seen at address 0 and again at 64 GiB,
  * where the arena is. */
 #define ROM 0xF0000
-#define PROGRAM_IN_ROM 0xFFF80000
-#define PROGRAM_BYTES 0x70000
+#define PROGRAM_IN_ROM 0xFFF00000
+#define PROGRAM_BYTES 0xF0000
 #define TOP_TABLE 0x1000 /* 512 GiB an entry */
 #define GIGABYTES 0x2000 /* 1 GiB an entry */
 #define PROGRAM 0x100000
