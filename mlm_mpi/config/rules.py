@@ -71,9 +71,13 @@ def _check_mesh(config: Config) -> None:
     )
     pp, tp, device, products = config.mesh.pp, config.mesh.tp, config.backend.device, config.numerics.products
     _require(
-        (pp == 1 or device == "cpu") and (tp == 1 or (device == "cpu" and products == "float32")),
-        f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu" (it is "{device}"), and tp numerics.products = '
-        f'"float32" (it is "{products}"): set what differs, or mesh.pp = 1 and mesh.tp = 1',
+        pp * tp == 1 or device == "cpu",
+        f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", not "{device}": set it, or mesh.pp = 1 and '
+        "mesh.tp = 1",
+    )
+    _require(
+        tp == 1 or products == "float32",
+        f'mesh.tp = {tp} needs numerics.products = "float32", not "{products}": set it, or mesh.tp = 1',
     )
     most = int(config.numerics.shares)
     fits = order.shares(order.MOST, min(tp, most))
@@ -117,12 +121,14 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
         ("mesh.chunks", config.mesh.chunks > 1, ("schedules",)),
         ("mesh.tp", config.mesh.tp > 1, ("models",)),
     )
+    remedies = {"mesh.chunks": 'set train.schedule = "interleaved", or mesh.chunks = 1'}
     for full, is_asked, rooms in asked:
+        remedy = remedies.get(full, "take that out, or give a kind whose file names it in HEEDS")
         for room in rooms if is_asked else ():
             key, kind = kinds[room]
             _require(
                 bool(kind) and full in getattr(plugins.find(room, kind, key), "HEEDS", ()),
-                f'{key} = "{kind}" does not heed {full}: take that out, or give a kind whose file names it in HEEDS',
+                f'{key} = "{kind}" does not heed {full}: {remedy}',
             )
 
 

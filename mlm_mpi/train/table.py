@@ -36,10 +36,11 @@ def plan_rows(
     if config.numerics.products == "bf16":
         size += ", activations in bf16"
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"
+    shared_out = f", ZeRO-{config.mesh.zero}" if config.mesh.zero else ""
     shape = f"{train.micro_batches} micro-batches of {train.rows} × {task.row_tokens}"
     averaged = f"held-out text is measured with the moving average of weights, decay {config.optim.average:g}"
     return [
-        ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}"),
+        ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}{shared_out}"),
         *([("placement", placed)] if placed else []),
         *(
             [("stages", f"parts {machine.chain.cut}, {_schedule(train.schedule)}")]

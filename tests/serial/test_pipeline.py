@@ -115,13 +115,16 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("mesh.tp=2", "numerics.products=bf16"), 'it is "bf16"'),
+        (("mesh.tp=2", "numerics.products=bf16"), 'not "bf16"'),
         (("mesh.tp=3",), r"mesh.tp = 3 must be a power of two, at most numerics.shares = 8 \(of 8\): set mesh.tp = 2"),
         (("mesh.tp=16",), "set mesh.tp = 8"),
         (("mesh.tp=4", "numerics.shares=2"), "at most numerics.shares = 2"),
         (("mesh.tp=4", "mesh.sequence=true"), "mesh.sequence cuts model.context = 10, whose sums have 2 shares"),
         (("mesh.pp=2", "comm.reduction=allreduce"), 'mesh.pp = 2 needs comm.reduction = "canonical"'),
-        (("mesh.pp=2", "mesh.chunks=2"), 'train.schedule = "single" does not heed mesh.chunks: take that out'),
+        (
+            ("mesh.pp=2", "mesh.chunks=2"),
+            'train.schedule = "single" does not heed mesh.chunks: set train.schedule = "interleaved"',
+        ),
         (
             ("mesh.pp=2", "mesh.chunks=2", "train.schedule=zero_bubble"),
             'train.schedule = "zero_bubble" does not heed mesh.chunks',
