@@ -26,6 +26,7 @@ def check(config: Config, plugins: Plugins) -> None:
         "backend.graphs replays micro-batches of one shape, and in a warm-up of rows or context they grow: set "
         "backend.graphs = false, or train.rows_warmup_steps and train.context_warmup_steps to 0",
     )
+    _check_readable(config, plugins)
     check_sharing(config, plugins)
     if train.context_warmup_steps:
         train.check_context(config.model.context)
@@ -130,6 +131,30 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
                 bool(kind) and full in getattr(plugins.find(room, kind, key), "HEEDS", ()),
                 f'{key} = "{kind}" does not heed {full}: {remedy}',
             )
+
+
+def _check_readable(config: Config, plugins: Plugins) -> None:
+    """A model reads what the batches of a task are made of, and does not see what it has to tell."""
+    model = plugins.find("models", config.model.kind, "model.kind")
+    task = plugins.find("tasks", config.task.kind, "task.kind")
+    needs = tuple(getattr(task, "NEEDS", ()))
+    lacks = [need for need in needs if need not in getattr(model, "HEEDS", ())]
+    remedy = "set model.kind to one that does, such as bert, or another task.kind"
+    _require(
+        not lacks,
+        f'model.kind = "{config.model.kind}" does not read {" and ".join(lacks)}, which task.kind = '
+        f'"{config.task.kind}" gives it: {remedy}',
+    )
+    _require(
+        not getattr(model, "BOTH_WAYS", False) or getattr(task, "BOTH_WAYS", False),
+        f'model.kind = "{config.model.kind}" sees the tokens that task.kind = "{config.task.kind}" predicts: set '
+        'task.kind = "masked_language_model", or another model.kind',
+    )
+    _require(
+        not (config.backend.graphs and needs),
+        f'backend.graphs replays micro-batches of one shape, and those of task.kind = "{config.task.kind}" differ: '
+        "set backend.graphs = false",
+    )
 
 
 def shares(config: Config) -> int:

@@ -13,6 +13,8 @@ class Batch:
     its samples (sampler.py), where a loader made it.
     Shapes of a language model: ids (B, T) int32, starts (B, T) int32 where documents are separate (documents.py);
     targets ids (B, T) int32, mask (B, T) bool where some do not count.
+    `texts`: where each of several texts ends that lie one behind the other in row 0, the only one, so that no text is
+    padded; what lies behind the last is filled up. () where a row is a text.
     """
 
     step: int
@@ -21,12 +23,17 @@ class Batch:
     targets: dict[str, Any]
     count: int
     digest: int = 0
+    texts: tuple[int, ...] = ()
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """The same with every array changed, for example brought to a GPU."""
         inputs = {name: change(array) for name, array in self.inputs.items()}
         targets = {name: change(array) for name, array in self.targets.items()}
         return replace(self, inputs=inputs, targets=targets)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """[start, stop) of each text of row 0; [] where rows are texts."""
+        return list(zip((0, *self.texts), self.texts, strict=False))
 
     def arrays(self) -> list[Any]:
         """All arrays, in a fixed order."""

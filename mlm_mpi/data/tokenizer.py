@@ -135,6 +135,13 @@ class Tokenizer:
         name = "" if number in self._special else self._names.get(number, "")
         return b"".join(_BYTE_OF.get(symbol, symbol.encode()) for symbol in name)
 
+    def token_text(self, number: int) -> str:
+        """What a token stands for inside a text, "" for special and unknown ids; parts of a character are U+FFFD."""
+        if self.is_byte_level:
+            return self.token_bytes(number).decode(errors="replace")
+        name = "" if number in self._special else self._names.get(number, "")
+        return name.replace("\u2581", " ").removeprefix("##")  # a space of SentencePiece; WordPiece's inner tokens
+
 
 def _growth(steps: Any) -> float:
     """How much longer the Replace and Prepend steps in a tokenizer's JSON can make a text, at most."""

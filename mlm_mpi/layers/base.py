@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from mlm_mpi import order
@@ -64,6 +64,10 @@ class Context:
         length = x.shape[1] // self.tp.size
         return module_of(x).ascontiguousarray(x[:, self.tp.rank * length : (self.tp.rank + 1) * length])
 
+    def uncut(self) -> "Context":
+        """The same for arrays of which each tp rank has all rows."""
+        return replace(self, mesh=replace(self.mesh, sequence=False)) if self.cuts_positions else self
+
     def left(self, part: Array, what: str) -> Array:
         """Σ over tp ranks of their parts, of my positions. Shapes: (B, T, C) -> (B, t, C); over `part` where t is T."""
         return scattered(self.tp, part, what) if self.cuts_positions else joined(self.tp, part, what)
@@ -122,6 +126,7 @@ class Sizes(NamedTuple):
 
     vocabulary: int
     shares: int = order.MOST
+    labels: int = 0  # of a task that has some
 
 
 class Least(NamedTuple):

@@ -98,3 +98,30 @@ class Block:
         s_norm1, s_mixer, s_norm2, s_mlp = saved
         d = self.norm2.backward(self.mlp.backward(dy[0], s_mlp, ctx), s_norm2, ctx, add=dy[0])
         return (self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d),)
+
+
+class PostNormBlock:
+    """norm1(x + mixer(x)), then norm2 of that and mlp of it. Shapes: (B, T, C) -> (B, T, C).
+
+    Source: Vaswani et al., arXiv:1706.03762; BERT's (Devlin et al., arXiv:1810.04805).
+    """
+
+    def __init__(self, mixer: Branch, norm1: Norm, mlp: Branch, norm2: Norm) -> None:
+        self.mixer, self.norm1, self.mlp, self.norm2 = mixer, norm1, mlp, norm2
+
+    def parameters(self) -> list[Parameter]:
+        parts = (self.mixer, self.norm1, self.mlp, self.norm2)
+        return [p for part in parts for p in part.parameters()]
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        a, s_mixer = self.mixer.forward(x[0], ctx, residual=x[0])
+        middle, s_norm1 = self.norm1.forward(a, ctx)
+        b, s_mlp = self.mlp.forward(middle, ctx, residual=middle)
+        y, s_norm2 = self.norm2.forward(b, ctx)
+        return (y,), (s_mixer, s_norm1, s_mlp, s_norm2)
+
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        s_mixer, s_norm1, s_mlp, s_norm2 = saved
+        db = self.norm2.backward(dy[0], s_norm2, ctx)
+        da = self.norm1.backward(self.mlp.backward(db, s_mlp, ctx) + db, s_norm1, ctx)
+        return (self.mixer.backward(da, s_mixer, ctx) + da,)

@@ -4,9 +4,11 @@ from typing import Any
 
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.layers.base import Context, Flow
 from mlm_mpi.layers.dropout import Dropout
-from mlm_mpi.layers.norm import RMSNorm
+from mlm_mpi.layers.linear import flat
+from mlm_mpi.layers.norm import LayerNorm, RMSNorm
 from mlm_mpi.ops import embedding, linear
 from mlm_mpi.params.layout import Layout
 from mlm_mpi.params.store import Parameter
@@ -32,7 +34,7 @@ class TokenEmbedding:
 
     def __init__(
         self, name: str, vocabulary: int, width: int, std: float, dropout: float, tied: bool = True,
-        shares: int = order.MOST, norm: RMSNorm | None = None,
+        shares: int = order.MOST, norm: RMSNorm | LayerNorm | None = None,
     ) -> None:  # fmt: skip
         """`norm`: of what is looked up; None: there is none."""
         self.tokens = token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
@@ -69,6 +71,10 @@ class TokenEmbedding:
         """What the model adds for positions: nothing. Shapes: (B, T, C) -> the same, may be y itself."""
         return y
 
+    def _shown(self, rows: Any, ids: Any, ctx: Context) -> tuple[Any, Any]:
+        """Gradients and ids of the positions where rows of the table were taken: all. Shapes: (N, C), (N,)."""
+        return rows, ids
+
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         ctx.owe(lambda at: self._backward(dy[0], saved, at))
         return ()
@@ -88,7 +94,7 @@ class TokenEmbedding:
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0
-        rows, ids = dx.reshape(-1, dx.shape[2]), ids.reshape(-1)
+        rows, ids = self._shown(flat(dx), ids.reshape(-1), ctx)
         if ctx.tp.size > 1:
             here, local = self._mine(ids, ctx)
             rows, ids = rows[here], local[here]
@@ -125,3 +131,68 @@ class Embedding(TokenEmbedding):
         if not ctx.accumulate:
             positions[length:] = 0.0
         return dx
+
+
+class EncoderEmbedding(TokenEmbedding):
+    """Tokens, positions and segments, normalised. Shapes: the batch's ids (B, T) -> (B, T, C).
+
+    The batch may also have, each (B, T): `segments` int32, by default 0; `places` int32, each position's in its text,
+    by default its number in the row; `hidden` bool: there a vector of its own stands in the token's place, which is the
+    row of BERT's [MASK], so that any tokenizer will do.
+    Source: Devlin et al., arXiv:1810.04805.
+    """
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, segments: int, width: int, std: float, dropout: float,
+        norm: LayerNorm, shares: int = order.MOST,
+    ) -> None:  # fmt: skip
+        super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm)
+        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+        self.segments = Parameter(f"{name}.segments", Layout((segments, width)), std)
+        self.hidden = Parameter(f"{name}.hidden", Layout((1, width)), std)
+
+    def parameters(self) -> list[Parameter]:
+        return [*super().parameters(), self.positions, self.segments, self.hidden]
+
+    def _placed(self, y: Any, ctx: Context) -> Any:
+        assert ctx.batch is not None
+        inputs = ctx.batch.inputs
+        if "hidden" in inputs:
+            y[ctx.positions(inputs["hidden"])] = self.hidden.data[0]
+        places, segments = (ctx.positions(array) for array in _whereabouts(ctx.batch))
+        y += embedding.forward(places, self.positions.data)
+        y += embedding.forward(segments, self.segments.data)
+        return y
+
+    def _shown(self, rows: Any, ids: Any, ctx: Context) -> tuple[Any, Any]:
+        assert ctx.batch is not None
+        if "hidden" not in ctx.batch.inputs:
+            return rows, ids
+        shown = ~ctx.batch.inputs["hidden"].reshape(-1)
+        return rows[shown], ids[shown]
+
+    def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        assert ctx.batch is not None
+        dx = super()._backward(dy, saved, ctx)
+        rows, (places, segments), hidden = flat(dx), _whereabouts(ctx.batch), ctx.batch.inputs.get("hidden")
+        self._add(self.positions, rows, places.reshape(-1), ctx)
+        self._add(self.segments, rows, segments.reshape(-1), ctx)
+        some = rows[:0] if hidden is None else rows[hidden.reshape(-1)]
+        self._add(self.hidden, some, module_of(places).zeros(len(some), places.dtype), ctx)
+        return dx
+
+    def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
+        gradient = ctx.grad(table)
+        if not ctx.accumulate:
+            gradient[...] = 0.0
+        embedding.backward(rows, ids, gradient)
+
+
+def _whereabouts(batch: Batch) -> tuple[Any, Any]:
+    """(places, segments) of a batch, (B, T) int32 each."""
+    ids, inputs = batch.inputs["ids"], batch.inputs
+    xp = module_of(ids)
+    places = inputs.get("places")
+    if places is None:
+        places = xp.ascontiguousarray(xp.broadcast_to(xp.arange(ids.shape[1], dtype=ids.dtype), ids.shape))
+    return places, inputs["segments"] if "segments" in inputs else xp.zeros_like(ids)

@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from mlm_mpi.backend.arrays import module_of
 from mlm_mpi.comm.collectives import joined_rows, largest
-from mlm_mpi.layers.base import Array, Context, Flow, Trunk
-from mlm_mpi.layers.linear import flat
-from mlm_mpi.ops import crossentropy, matmul
+from mlm_mpi.layers.base import Array, Context, Flow, Layer, Trunk
+from mlm_mpi.layers.linear import Linear, flat
+from mlm_mpi.layers.norm import LayerNorm
+from mlm_mpi.ops import crossentropy, gelu, matmul
 from mlm_mpi.params.store import Parameter
 
 
@@ -15,6 +17,8 @@ class TokenHead:
     """Shapes: (B, T, C) -> the tally's "loss", summed over targets, in nats.
 
     A tied table is the embedding's parameter; this head's gradient comes first and the embedding adds to it.
+    Targets may be of some positions only: then `at` (M,) int32 says of which, counted through all rows, and nothing is
+    computed of the others; behind the `count` of the batch they are filled up.
     """
 
     def __init__(self, trunk: Trunk) -> None:
@@ -27,7 +31,8 @@ class TokenHead:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x
         if not ctx.training:
-            n = ctx.entered(self.norm.forward(hidden, ctx)[0], "the head's inputs")
+            taken, ctx = taken_rows(hidden, ctx)
+            n = ctx.entered(self.norm.forward(taken, ctx)[0], "the head's inputs")
             loss = crossentropy.loss if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss
             ctx.tally["loss"] = loss(
                 flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(n), self.cap
@@ -35,7 +40,9 @@ class TokenHead:
         return (), hidden
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
-        n, s_norm = self.norm.forward(saved, ctx)
+        cut = ctx
+        taken, ctx = taken_rows(saved, cut)
+        n, s_norm = self.norm.forward(taken, ctx)
         n = ctx.entered(n, "the head's inputs")
         both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
         ctx.tally["loss"], dn = both(
@@ -43,7 +50,7 @@ class TokenHead:
             self.table.layout.shares, ctx.pieces(n), self.cap,
         )  # fmt: skip
         dn = ctx.left(dn.reshape(n.shape), "the gradient of the head's inputs")
-        return (self.norm.backward(dn, s_norm, ctx),)
+        return (put_back(self.norm.backward(dn, s_norm, ctx), saved, cut),)
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
         """Shapes: (B, T, C) -> (B, T, V)."""
@@ -55,6 +62,31 @@ class TokenHead:
         assert ctx.batch is not None, "a head reads its targets from the context"
         targets, mask = ctx.batch.targets["ids"], ctx.batch.targets.get("mask")
         return targets.reshape(-1), None if mask is None else mask.reshape(-1)
+
+
+def taken_rows(hidden: Array, ctx: Context) -> tuple[Array, Context]:
+    """The positions whose targets count, and a context in which each tp rank has all of them; or what came in.
+
+    Shapes: (B, t, C) -> (1, M, C).
+    """
+    assert ctx.batch is not None
+    at = ctx.batch.targets.get("at")
+    if at is None:
+        return hidden, ctx
+    return flat(ctx.entered(hidden, "the head's inputs"))[at][None], ctx.uncut()
+
+
+def put_back(dx: Array, hidden: Array, ctx: Context) -> Array:
+    """The gradient of `taken_rows`, 0 elsewhere. Shapes: (1, M, C), (B, t, C) -> (B, t, C)."""
+    assert ctx.batch is not None
+    at = ctx.batch.targets.get("at")
+    if at is None:
+        return dx
+    batch, length, width = hidden.shape
+    length *= ctx.tp.size if ctx.cuts_positions else 1
+    whole = module_of(dx).zeros((batch * length, width), dx.dtype)
+    whole[at[: ctx.batch.count]] = dx[0, : ctx.batch.count]
+    return ctx.positions(whole.reshape(batch, length, width))
 
 
 class VocabularyParallel:
@@ -111,3 +143,34 @@ class VocabularyParallel:
             losses[~mask] = 0.0
             logits[~mask] = 0.0
         return losses, logits
+
+
+class Transform:
+    """norm(GELU(x W + b)), of what `before` gives: between an encoder and its table. Shapes: (B, T, C) -> (B, T, C).
+
+    Source: Devlin et al., arXiv:1810.04805, as released: the transform of its masked language model.
+    """
+
+    def __init__(self, name: str, width: int, std: float, epsilon: float, before: Layer | None = None) -> None:
+        """`before`: the final norm of a model whose blocks have theirs in front."""
+        self.before, self.norm = before, LayerNorm(f"{name}.norm", width, epsilon)
+        self.dense = Linear(f"{name}.transform", width, width, std)
+
+    def parameters(self) -> list[Parameter]:
+        before = [] if self.before is None else self.before.parameters()
+        return [*before, *self.dense.parameters(), *self.norm.parameters()]
+
+    def forward(self, x: Array, ctx: Context) -> tuple[Array, Any]:
+        s_before = None
+        if self.before is not None:
+            x, s_before = self.before.forward(x, ctx)
+        hidden, pre = self.dense.forward_gelu(x, ctx)
+        y, s_norm = self.norm.forward(hidden, ctx)
+        return y, (s_before, x, pre, s_norm)
+
+    def backward(self, dy: Array, saved: Any, ctx: Context) -> Array:
+        s_before, x, pre, s_norm = saved
+        dhidden = self.norm.backward(dy, s_norm, ctx)
+        dpre = gelu.backward(flat(dhidden), flat(pre)).reshape(dhidden.shape)
+        dx = self.dense.backward(dpre, x, ctx)
+        return dx if self.before is None else self.before.backward(dx, s_before, ctx)
