@@ -9,7 +9,7 @@ from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.batch import Batch
-from mlm_mpi.layers.base import Sizes
+from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.models import gpt
@@ -69,6 +69,50 @@ class Whole:
 
     def logits(self, ids, cache=None):
         return generation.logits(self.chain, ids, cache)
+
+
+class Driven:
+    """Parts, the last a head, driven by batches: with their store and one flat buffer of gradients."""
+
+    def __init__(self, parts, dtype="f8", place=None, recompute=False):
+        self.head = parts[-1]
+        inner = list(map(Recomputed, parts[1:-1])) if recompute else parts[1:-1]
+        self.chain = Chain([parts[0], *inner, self.head])
+        self.store = FlatStore(self.chain.parameter_blocks(), Mesh(), dtype, place)
+        self.gradient = self.store.new_buffer()
+
+    def __getitem__(self, parameter):
+        """The gradient of a parameter."""
+        return self.store.by_parameter(self.gradient)[parameter]
+
+    def hidden(self, batch, ctx=None):
+        """What flows into the head."""
+        return Chain(self.chain.parts[:-1]).forward((), replace(ctx or Context(), batch=batch))[0][0]
+
+    def tally(self, batch):
+        """What is told outside training."""
+        ctx = Context(batch=batch)
+        self.chain.forward((), ctx)
+        return ctx.tally
+
+    def training_loss(self, batch, ctx):
+        """The summed loss of a training step; its gradients go into a buffer of nobody."""
+        kept, self.gradient = self.gradient, self.store.new_buffer()
+        loss = self.loss_and_grad(batch, ctx)
+        self.gradient = kept
+        return loss
+
+    def loss_and_grad(self, batch, ctx, halves=False):
+        """The summed loss; every gradient is written to `gradient`. `halves`: one after the other."""
+        views = self.store.by_parameter(self.gradient)
+        ctx = replace(ctx, batch=batch, tally={}, gradients=views)
+        _, kept = self.chain.forward((), ctx)
+        if halves:
+            _, owed = self.chain.backward_input((), kept, replace(ctx, gradients=self.store.apart()))
+            self.chain.backward_weight(owed, ctx)
+        else:
+            self.chain.backward((), kept, ctx)
+        return ctx.tally["loss"]
 
 
 def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None) -> Engine:

@@ -63,6 +63,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     incomparable: str | None = None  # why bits of this run cannot be compared with others, once and for all
     corpus: str = ""  # what the catalog held and how it was made, in words
     levels: dict[str, float] = {}  # of loss and gradient, as train/guard.py keeps them
+    labels: list[str] = []  # of a task that has some
     plugins: dict[str, str] = {}  # "models/mine.py" -> SHA-256 of each file of --plugins that was used
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlm_mpi.backend.arrays import Place
+from mlm_mpi.backend.arrays import Place, to_host
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.mixture import Joined, Mixture
 from mlm_mpi.data.objectives import Samples
@@ -15,11 +15,15 @@ from mlm_mpi.layers.chain import Chain
 
 
 class Sums(NamedTuple):
-    """Summed loss in nats and the number of targets; `parts`: by the name of a corpus, where there are several."""
+    """Summed loss in nats and the number of targets; `parts`: by the name of a corpus, where there are several.
+
+    `outcomes` (n, k) float64: what the head tallied of each target, in the order of samples, where it does so.
+    """
 
     loss: float
     targets: int
     parts: Mapping[str, "Sums"] = MappingProxyType({})
+    outcomes: np.ndarray = np.zeros((0, 0))
 
     @property
     def mean(self) -> float:
@@ -53,7 +57,7 @@ def measure(
     rows = min(rows, total)  # rows that nothing fills would cost as much as the others
     count, group = -(-total // rows), mesh.group("dp")
     rounds, stages = -(-count // group.size), mesh.group("pp")
-    mine = np.zeros((rounds, 2))
+    mine, outcomes = np.zeros((rounds, 2)), dict[int, np.ndarray]()
     chain.weights.expect([chain.walk(len(range(rank, count, group.size))) for rank in range(group.size)])
     for k in range(rounds):
         number = k * group.size + group.rank
@@ -63,6 +67,8 @@ def measure(
             ctx = Context(mesh, batch=batch.map(place.put))
             chain.forward((), ctx)
             mine[k] = float(ctx.tally.get("loss", 0.0)), batch.count
+            if "outcomes" in ctx.tally:
+                outcomes[number] = to_host(ctx.tally["outcomes"])
         if k % _AHEAD == _AHEAD - 1:
             stages.barrier("the other stages")
         tell(k + 1, rounds)
@@ -72,7 +78,17 @@ def measure(
     loss, targets = 0.0, 0.0
     for one, n in ordered.tolist():
         loss, targets = loss + one, targets + n
-    return Sums(loss, int(targets))
+    return Sums(loss, int(targets), outcomes=_in_order(outcomes, mesh))
+
+
+def _in_order(mine: dict[int, np.ndarray], mesh: Mesh) -> np.ndarray:
+    """Outcomes of all micro-batches, by their number. Collective."""
+    pairs = [[number, found.tolist()] for number, found in mine.items()]
+    for axis in ("dp", "pp"):
+        every = mesh.group(axis).allgather(pairs, "held-out outcomes")
+        pairs = sorted((pair for some in every for pair in some), key=lambda pair: pair[0])
+    rows = [row for _, found in pairs for row in found]
+    return np.array(rows) if rows else np.zeros((0, 0))
 
 
 def _measure_each(

@@ -159,7 +159,7 @@ def _check_shared(config: Config, plugins: Plugins, parts: list[Part], mesh: Mes
 def _parts(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> list[Part]:
     """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
     task = plugins.find("tasks", config.task.kind, "task.kind")
-    sizes = Sizes(manifest.vocabulary, shares(config))
+    sizes = Sizes(manifest.vocabulary, shares(config), len(manifest.labels))
     if task.least(config, plugins, sizes, 1).parts <= len(manifest.shapes):  # more might have no end
         parts: list[Part] = task.parts(config, plugins, sizes)
         shapes = {p.name: list(p.layout.shape) for part in parts for p in part.parameters()}

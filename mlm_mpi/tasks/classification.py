@@ -1,0 +1,131 @@
+"""Telling the label of a text, or of a pair of texts, by an encoder with a classifier on it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlm_mpi.config import Config
+from mlm_mpi.config.keys import key
+from mlm_mpi.config.rules import shares
+from mlm_mpi.data.labelled import Labelled
+from mlm_mpi.data.objectives import Samples
+from mlm_mpi.data.texts import Texts, balanced, too_long
+from mlm_mpi.errors import CheckpointError, DataError
+from mlm_mpi.figures import classes
+from mlm_mpi.layers.base import Least, Part, Sizes
+from mlm_mpi.layers.classes import ClassHead
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks import language_model
+from mlm_mpi.train.checkpoint import Manifest
+from mlm_mpi.train.corpus import origin
+from mlm_mpi.train.measure import Sums
+
+NEEDS = ("several texts a row",)  # of a model: it reads such batches
+BOTH_WAYS = True  # a model may see all of a text
+UNIT = "texts"  # what a step's targets are
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the model learns: the labels of texts."""
+
+    kind: str = key("classification", says="The model is trained for this task.", room="tasks")
+    pooling: Literal["first", "mean"] = key(
+        "first", says="The classifier sees the first position of a text, or the mean of all of them."
+    )
+    dropout: float = key(
+        0.1, says="This share of what the classifier sees is set to zero at random in training.", least=0, below=1
+    )
+    weights: Literal["equal", "balanced"] = key(
+        "equal",
+        says="All texts count alike in the loss, or, if balanced, all labels do, however many texts each has.",
+    )
+    smoothing: float = key(
+        0.0, says="This part of a target is shared by all labels, against certainty beyond evidence.", least=0, below=1
+    )
+    too_long: Literal["cut", "refuse"] = key(
+        "cut", says="Texts that are longer than the context are cut at their ends and counted, or refused."
+    )
+
+
+def build(config: Config, plugins: Plugins) -> "Classification":
+    """The task over the labelled texts in `data.dir`. Raises DataError."""
+    return Classification(config, plugins)
+
+
+def parts(config: Config, plugins: Plugins, sizes: Sizes) -> list[Part]:
+    """The model and its head; a checkpoint's, where there are no texts."""
+    module = plugins.find("models", config.model.kind, "model.kind")
+    trunk, task = module.build(config.model, sizes), config.task
+    std = getattr(config.model, "init_std", 0.02)
+    norm = module.final_norm(config.model)
+    head = ClassHead(trunk.width, sizes.labels, norm, task.pooling, task.dropout, std, task.smoothing)
+    trunk.table.tied = False  # no head reads it
+    return [*trunk.parts, head]
+
+
+least = language_model.least
+
+
+class Classification:
+    """The task (train/task.py) on one rank."""
+
+    def __init__(self, config: Config, plugins: Plugins) -> None:
+        self.config, self.plugins, self.model = config, plugins, config.model.kind
+        self.texts = Labelled.open(config.data.dir)
+        self.texts.check_files()
+        tokenizer = self.texts.tokenizer()
+        self.eot = tokenizer.eot
+        self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
+        self.width, self.row_tokens, self.content = config.model.width, config.model.context, self.texts.content[:12]
+        self._sizes = Sizes(self.vocabulary, shares(config), len(self.texts.labels))
+
+    def samples(self, split: str) -> Samples:
+        examples, context = self.texts.examples(split), self.row_tokens
+        cut, longest = too_long(examples, context)
+        if cut and self.config.task.too_long == "refuse":
+            raise DataError(
+                f"{cut:,} texts of {split} in {self.texts.folder} do not fit model.context = {context}, the longest "
+                f'needs {longest}: raise it, or set task.too_long = "cut"'
+            )
+        training = split == "train"
+        weights = balanced(examples.targets, len(self.texts.labels)) if self._balances and training else None
+        return Texts(examples, context, self.eot, weights)
+
+    @property
+    def _balances(self) -> bool:
+        return bool(self.config.task.weights == "balanced")
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Lines of the start table."""
+        train = self.texts.examples("train")
+        cut, longest = too_long(train, self.row_tokens)
+        long = f"; {cut:,} are cut, the longest has {longest:,} tokens" if cut else ""
+        counts = classes.counted(train.targets, self.texts.labels)
+        return [("texts", f"{len(train):,} for training, {len(self.texts.labels):,} labels ({counts}){long}")]
+
+    def tokens(self, split: str) -> int:
+        return int(self.texts.examples(split).lengths.sum())
+
+    def parts(self) -> list[Part]:
+        return parts(self.config, self.plugins, self._sizes)
+
+    def least(self, rows: int) -> Least:
+        return least(self.config, self.plugins, self._sizes, rows)
+
+    def about(self) -> dict[str, Any]:
+        words = f"{self.texts.in_words()}, content {self.texts.content[:12]}"
+        return {
+            "vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "labels": [*self.texts.labels]
+        }  # fmt: skip
+
+    def quality(self, sums: Sums) -> dict[str, Any]:
+        return classes.figures(sums.outcomes, self.texts.labels)
+
+    def refuse_other(self, path: Path, manifest: Manifest) -> None:
+        if manifest.tokenizer != self.hash or manifest.catalog != self.texts.digest:
+            what = "tokenizer" if manifest.tokenizer != self.hash else "catalog"
+            raise CheckpointError(
+                f"{path} was trained on another {what} than {self.texts.folder} holds: set data.dir to its own, "
+                f"{origin(manifest)}, or give another --run"
+            )
