@@ -163,12 +163,14 @@ class _Found:
     def add(self, row: rows.Row, given: str | None) -> None:
         """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
         self._counts.update(rows=1, invalid_utf8=row.replaced, control_characters=row.controls)
+        given = self._given(row, given)
         if not row.text:
             return self._count("empty", row.place)
         if row.label is None:
             return self._count("unlabelled", row.place)
         source = row.source or row.text
-        side = self._side(row, given, source)
+        recipe = self._recipe
+        side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         example = _Example(row.place, row.text, row.second, row.label, side, hashlib.sha256(source.encode()).digest())
         key = (side, row.text, row.second, row.label)
         if key in self._kept:
@@ -225,18 +227,18 @@ class _Found:
         self._counts[what] += 1
         self.firsts.setdefault(what, place)
 
-    def _side(self, row: rows.Row, given: str | None, source: str) -> str:
-        if self._recipe.columns.split is not None:
+    def _given(self, row: rows.Row, given: str | None) -> str | None:
+        """The side that came with a row, or with its file."""
+        column = self._recipe.columns.split
+        if column is not None:
             given = side_called(row.split or "")
             if given is None:
                 raise DataError(
-                    f"{row.place} has {row.split or ''!r} in column {self._recipe.columns.split!r}, which is no split: "
+                    f"{row.place} has {row.split or ''!r} in column {column!r}, which is no split: "
                     f"use {', '.join(NAMES)}"
                 )
         if given is not None:
             self.given.add(given)
-        if given in (None, "train"):
-            return side_of(source, self._recipe.seed, self._recipe.heldout, self._recipe.test)
         return given
 
     def _compare(self, example: _Example) -> None:
@@ -257,8 +259,9 @@ class _Found:
 
     def _lacking(self, side: str) -> str:
         count = len(self._sources)
-        if side in self.given and side != "train":
-            return f"split {side} has no row with a text and a label: give it some, or leave it out"
+        if self.given and not getattr(self._recipe, side, 0.0):
+            remedy = "give it some" if side == "train" else "give it some, or leave it out"
+            return f"split {side} has no row with a text and a label: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
         return (
@@ -281,7 +284,8 @@ class _Found:
 
 
 def _gather(recipe: Recipe, told: Told) -> _Found:
-    files = [(side, path) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
+    named = [(side, path) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
+    files = list(dict.fromkeys(named))
     if not files:
         texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
         raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
