@@ -5,11 +5,14 @@ import os
 import platform
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from mlm_mpi.commands import labelling
 from mlm_mpi.data import builtin
 from mlm_mpi.data.decoding import check_encoding
-from mlm_mpi.data.prepare import Made, Ranks, Recipe, prepare
+from mlm_mpi.data.labelling import prepare_labelled
+from mlm_mpi.data.prepare import Made, Ranks, Recipe, Told, prepare
 from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.monitor.live import Live, live
@@ -17,12 +20,14 @@ from mlm_mpi.monitor.live import Live, live
 _LARGEST_VOCABULARY = 1 << 20  # BPE reserves memory for all of it; four times the largest one published
 _LARGEST_SHARD_MIB = 1 << 12  # a shard is made in memory
 
+_HELDOUT = 0.05
 _MOST_CUTS = 5  # lines
 _MIB = 1 << 20
 _EXAMPLES = """examples:
   mlm-mpi prepare novel.txt --out corpora/novel
   mlm-mpi prepare texts/ 'more/*.jsonl.zst' --out corpora/mine --vocab 8192
-  mlm-mpi run -n 4 -- prepare texts/ --out corpora/mine --heldout 0.01"""
+  mlm-mpi run -n 4 -- prepare texts/ --out corpora/mine --heldout 0.01
+  mlm-mpi prepare reviews.csv --out corpora/reviews --text review --label stars"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--builtin", action="store_true", help="add documentation that every Python from 3.11 on ships")
     add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
     add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
-    add("--heldout", type=float, default=0.05, metavar="F", help="fraction of characters kept for evaluation (0.05)")
+    add(
+        "--heldout", type=float, metavar="F",
+        help="fraction of characters kept for evaluation (0.05); with --label of source strings (0.1)",
+    )  # fmt: skip
     add(
         "--cut", choices=("auto", "never", "always"), default="auto",
         help="cut long texts into documents, their tails held out (auto: those that are too long to hold out whole)",
@@ -44,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--shard-mib", type=float, default=0.0, metavar="MIB", help="text per shard (0: a 16th, within 1/4 and 64)")
     add("--seed", type=int, default=0, metavar="N", help="decides which documents are held out (0)")
     add("--plugins", metavar="DIR", help="folder of your own Python: formats/*.py read the files with their SUFFIXES")
+    labelling.configure(parser)
 
 
 def main(args: argparse.Namespace, group: Ranks) -> int:
@@ -53,12 +62,21 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
         _check(args)
     shown = _Shown()
     try:
-        made = prepare(_recipe(args), group, shown.told if group.rank == 0 else _untold)
+        say = _made(args, group, shown.told if group.rank == 0 else _untold)
     finally:
         shown.close()
     if group.rank == 0:
-        print(_report(made, args.out, args.field, time.perf_counter() - begin), flush=True)
+        print(say(time.perf_counter() - begin), flush=True)
     return 0
+
+
+def _made(args: argparse.Namespace, group: Ranks, told: Told) -> Callable[[float], str]:
+    """Makes what is asked for; gives what makes rank 0's report from the seconds that it took."""
+    if args.label is None:
+        plain = prepare(_recipe(args), group, told)
+        return lambda seconds: _report(plain, args.out, args.field, seconds)
+    made = prepare_labelled(labelling.recipe(args, _command(args)), group, told)
+    return lambda seconds: labelling.report(made, args, seconds) if made else ""
 
 
 class _Shown:
@@ -106,7 +124,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
     if not args.field:
         raise ConfigError("--field '' names no field: give the one that holds the text")
-    if not 0 <= args.heldout < 1:
+    if args.heldout is not None and not 0 <= args.heldout < 1:
         hint = f": {args.heldout:g} % is {args.heldout / 100:g}" if 1 <= args.heldout < 100 else ""
         raise ConfigError(f"--heldout {args.heldout} must be in [0, 1){hint}")
     if not 0 <= args.shard_mib <= _LARGEST_SHARD_MIB:
@@ -120,22 +138,30 @@ def _check(args: argparse.Namespace) -> None:
             f"--tokenizer {args.tokenizer!r} is no file: give bpe, bytes, or the path of a tokenizer.json"
         )
     check_encoding(args.encoding)
+    labelling.check(args)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     return Recipe(
-        tuple(args.inputs), Path(args.out), args.builtin, args.tokenizer, args.vocab, args.heldout, args.cut,
+        tuple(args.inputs), Path(args.out), args.builtin, args.tokenizer, args.vocab, _heldout(args), args.cut,
         args.field, args.encoding, args.shard_mib, args.seed, args.plugins, _command(args),
     )  # fmt: skip
+
+
+def _heldout(args: argparse.Namespace) -> float:
+    return _HELDOUT if args.heldout is None else float(args.heldout)
 
 
 def _command(args: argparse.Namespace) -> str:
     """The command line that prepares the same corpus, options with their default left out."""
     parser = argparse.ArgumentParser()
     configure(parser)
+    parser.set_defaults(heldout=None if args.heldout is None or args.label is not None else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
     words += ["--builtin"] if args.builtin else []
-    for name in ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins"):
+    words += ["--no-header"] if args.no_header else []
+    plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
+    for name in (*plain, "label", "text", "pair", "split", "test", "source"):
         value = getattr(args, name)
         if value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from mlm_mpi.files import read_whole
 FORMAT = 2
 FILE_NAME = "catalog.json"
 SPLITS = ("train", "heldout")
-_AGAIN = "run mlm-mpi prepare again"
-_CATALOG_BYTES = 64 << 20  # 200,000 shards
-_MOST_TOKENS = 1 << 56  # of a corpus: what is computed from it fits 64 bits
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file: never a path
-_SHA256 = re.compile("[0-9a-f]{64}")
+AGAIN = "run mlm-mpi prepare again"
+CATALOG_BYTES = 64 << 20  # 200,000 shards
+MOST_TOKENS = 1 << 56  # of a corpus: what is computed from it fits 64 bits
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file: never a path
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Catalog:
             raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare --out has written")
         path = Path(folder) / FILE_NAME
         try:
-            content = read_whole(path, _CATALOG_BYTES, path.parent)
+            content = read_whole(path, CATALOG_BYTES, path.parent)
         except OSError as error:
             raise DataError(
                 f"no corpus at {folder}: cannot read {path} ({error.strerror}): run mlm-mpi prepare, or set {named_by}"
@@ -128,25 +128,29 @@ class Catalog:
 
     def tokenizer(self) -> Tokenizer:
         """The corpus' tokenizer. Raises DataError if the file is another one than the shards were made with."""
-        entry = self.manifest.tokenizer
-        path = self.folder / entry.file
-        tokenizer = Tokenizer.load(path, self.folder)
-        if tokenizer.hash != entry.hash:
-            raise DataError(
-                f"{self.folder / FILE_NAME} is the catalog of another tokenizer: {path} has SHA-256 "
-                f"{tokenizer.hash[:16]}…, the catalog says {entry.hash[:16]}…: {_AGAIN}"
-            )
-        if (tokenizer.vocab_size, tokenizer.eot) != (entry.vocab_size, entry.eot):
-            raise DataError(
-                f"{path} has vocabulary {tokenizer.vocab_size} and end of text {tokenizer.eot}, the catalog says "
-                f"{entry.vocab_size} and {entry.eot}: {_AGAIN}"
-            )
-        return tokenizer
+        return tokenizer_of(self.folder, self.manifest.tokenizer)
 
     def check_files(self) -> None:
         """Every shard exists and has its size; costs one stat per shard. Raises DataError."""
         for entry in self.manifest.shards:
             check_size(self.folder / entry.file, entry)
+
+
+def tokenizer_of(folder: Path, entry: TokenizerEntry) -> Tokenizer:
+    """The tokenizer in a folder that its catalog names. Raises DataError if the file is another one."""
+    path = folder / entry.file
+    tokenizer = Tokenizer.load(path, folder)
+    if tokenizer.hash != entry.hash:
+        raise DataError(
+            f"{folder / FILE_NAME} is the catalog of another tokenizer: {path} has SHA-256 "
+            f"{tokenizer.hash[:16]}…, the catalog says {entry.hash[:16]}…: {AGAIN}"
+        )
+    if (tokenizer.vocab_size, tokenizer.eot) != (entry.vocab_size, entry.eot):
+        raise DataError(
+            f"{path} has vocabulary {tokenizer.vocab_size} and end of text {tokenizer.eot}, the catalog says "
+            f"{entry.vocab_size} and {entry.eot}: {AGAIN}"
+        )
+    return tokenizer
 
 
 def totals(shards: tuple[ShardEntry, ...]) -> dict[str, Totals]:
@@ -189,14 +193,19 @@ def _decode(content: bytes, path: Path) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
+        if isinstance(found, str) and found.startswith("labelled-"):
+            raise DataError(
+                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label, or "
+                "train a task that reads labels"
+            )
         if found != FORMAT:
-            raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {_AGAIN}")
+            raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}): {_AGAIN}") from None
+        raise DataError(f"{path} is damaged ({error}): {AGAIN}") from None
     wrong = next(_oddities(manifest), None)
     if wrong is not None:
-        raise DataError(f"{path} is damaged ({wrong}): {_AGAIN}")
+        raise DataError(f"{path} is damaged ({wrong}): {AGAIN}")
     return manifest
 
 
@@ -204,32 +213,35 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     """What is wrong with a catalog that reads well: nothing seals it, and what it says is believed."""
     tokenizer, files = manifest.tokenizer, [entry.file for entry in manifest.shards]
     names = [tokenizer.file, *files]
-    if odd := [name for name in names if not _NAME.fullmatch(name)]:
+    if odd := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
         yield f"{odd[0]!r} is no plain file name"
     if len(set(names)) != len(names):
         yield "it names a file twice"
     if not 0 <= tokenizer.eot < tokenizer.vocab_size <= LARGEST_VOCABULARY:
         yield f"end of text {tokenizer.eot}, vocabulary {tokenizer.vocab_size}"
-    if not _SHA256.fullmatch(manifest.content):
+    if not SHA256.fullmatch(manifest.content):
         yield f"content {manifest.content[:80]!r}"
     if not (math.isfinite(manifest.heldout) and 0 <= manifest.heldout < 1):
         yield f"heldout {manifest.heldout}"
     for entry in manifest.shards:
-        yield from _oddities_of(entry, tokenizer.vocab_size)
-    if sum(entry.tokens for entry in manifest.shards) > _MOST_TOKENS:
-        yield f"more than {_MOST_TOKENS} tokens"
+        most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size)
+        yield from oddities_of(entry, SPLITS, most)
+    if sum(entry.tokens for entry in manifest.shards) > MOST_TOKENS:
+        yield f"more than {MOST_TOKENS} tokens"
     if manifest.totals != totals(manifest.shards):
         yield "its totals are not the sums of its shards"
 
 
-def _oddities_of(entry: ShardEntry, vocab_size: int) -> Iterator[str]:
-    """A document has a character and an end; a character has 1 to 4 bytes of UTF-8."""
-    if entry.split not in SPLITS or not _SHA256.fullmatch(entry.sha256):
+def oddities_of(entry: ShardEntry, splits: Sequence[str], most: int) -> Iterator[str]:
+    """What is wrong with what is said of a shard that needs at most `most` bytes.
+
+    A document has a character and a token; a character has 1 to 4 bytes of UTF-8.
+    """
+    if entry.split not in splits or not SHA256.fullmatch(entry.sha256):
         yield f"{entry.file} has split {entry.split!r}, SHA-256 {entry.sha256!r}"
     if not 1 <= entry.documents <= min(entry.tokens, entry.characters):
         yield f"{entry.file} has {entry.documents} documents, {entry.tokens} tokens, {entry.characters} characters"
     if not entry.characters <= entry.utf8_bytes <= 4 * entry.characters:
         yield f"{entry.file} has {entry.characters} characters in {entry.utf8_bytes} bytes"
-    most = most_bytes(entry.tokens, entry.documents, vocab_size)
     if not 0 < entry.bytes <= most:
         yield f"{entry.file} has {entry.bytes} bytes, its tokens need at most {most}"

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -31,19 +31,17 @@ from mlm_mpi.data.arranging import RECORD, Cut, Plan, ShardPlan, arrange, first_
 from mlm_mpi.data.cutting import cut
 from mlm_mpi.data.decoding import NoText, check_repaired
 from mlm_mpi.data.reading import Formats
-from mlm_mpi.data.shards import ShardEntry, token_type, write_shard
+from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
 from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.tokenizing import batches, encode, pieces
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import cannot_write, publish_all
 from mlm_mpi.plug import check_same, named
 
-T = TypeVar("T")
-
-_BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of this size, to bound memory
-_TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
-_PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
+TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
+PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
 
 
@@ -104,7 +102,7 @@ def prepare(recipe: Recipe, group: Ranks, told: Told) -> Made:
 
     Collective. Raises DataError or ConfigError on all ranks.
     """
-    group = group.with_timeout(_PATIENCE_S)
+    group = group.with_timeout(PATIENCE_S)
     with group.together("loading formats"):
         formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
@@ -340,7 +338,7 @@ class _Spool:
         told(0, meter.total)
         try:
             with open(self._texts(rank), "wb") as file:
-                for batch in _batches(documents, lambda document: len(document.cleaned.text)):
+                for batch in batches(documents, lambda document: len(document.cleaned.text)):
                     kept = [document for document in batch if document.cleaned.text.strip()]
                     counts += [
                         len(batch), len(batch) - len(kept), sum(d.cleaned.replaced for d in batch),
@@ -467,7 +465,7 @@ def _described(
 def _cut_records(record: np.ndarray, text: str, fraction: float) -> Iterator[np.ndarray]:
     """Tables of the documents that a text is cut into."""
     number, last, start = 0, 0, int(record["start"])  # of the next piece; characters and bytes before it
-    for batch in _batches(cut(text, fraction), lambda piece: piece.stop - piece.start):
+    for batch in batches(cut(text, fraction), lambda piece: piece.stop - piece.start):
         table, encoded = _described([text[piece.start : piece.stop] for piece in batch])
         for name in ("source", "number", "rank"):
             table[name] = record[name]
@@ -497,19 +495,19 @@ def _make_tokenizer(
         return Tokenizer.bytes()
     if recipe.tokenizer != "bpe":
         return Tokenizer.load(recipe.tokenizer)
-    every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
+    every = -(-int(plan.training["characters"].sum()) // TRAINING_CHARACTERS)
     chosen = plan.training[::every]
     total = int(chosen["characters"].sum())
 
-    def pieces() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         done = 0
-        for piece, _ in _pieces(spool.texts(chosen)):
+        for piece, _ in pieces(spool.texts(chosen)):
             told(done, total)
             yield piece
             done += len(piece)
         told(total, total)
 
-    return Tokenizer.train(pieces(), recipe.vocab)
+    return Tokenizer.train(texts(), recipe.vocab)
 
 
 def _kind(choice: str) -> str:
@@ -517,50 +515,12 @@ def _kind(choice: str) -> str:
 
 
 def _write(number: int, shard: ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:
-    documents = list(_encode(tokenizer, spool.texts(shard.records)))
+    documents = list(encode(tokenizer, spool.texts(shard.records)))
     characters, utf8_bytes = int(shard.records["characters"].sum()), int(shard.records["size"].sum())
     spool.write_contents(number, documents)
     return write_shard(
         spool.folder, shard.name, shard.split, documents, characters, utf8_bytes, tokenizer.hash, tokenizer.vocab_size
     )
-
-
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """One array of ids per text, its end included."""
-    dtype = token_type(tokenizer.vocab_size)
-    parts: list[np.ndarray] = []
-    for batch in _batches(_pieces(texts), lambda piece: len(piece[0])):
-        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
-        for (_, is_last), ids in zip(batch, encoded, strict=True):
-            parts.append(np.array(ids, dtype))
-            if is_last:
-                yield np.concatenate([*parts, np.array([tokenizer.eot], dtype)])
-                parts = []
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(piece, is the text's last): huge texts in parts, cut behind a line end where there is one."""
-    for text in texts:
-        start = 0
-        while len(text) - start > _BATCH_CHARACTERS:
-            stop = text.rfind("\n", start, start + _BATCH_CHARACTERS) + 1 or start + _BATCH_CHARACTERS
-            yield text[start:stop], False
-            start = stop
-        yield text[start:], True
-
-
-def _batches(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
-    """Runs of items with about _BATCH_CHARACTERS characters."""
-    batch: list[T] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += characters(item)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _gather(mine: dict[int, ShardEntry], group: Ranks) -> tuple[ShardEntry, ...]:

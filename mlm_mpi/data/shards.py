@@ -2,6 +2,7 @@
 
     /tokens   (tokens,)         smallest unsigned type that holds the vocabulary, chunked, gzip, fletcher32
     /offsets  (documents + 1,)  uint64; document d is tokens[offsets[d] : offsets[d + 1]], its end included
+    /<column> (documents,)      of labelled texts: what else is known of each, such as its label
     attributes: format, tokenizer, split, tokens, documents, characters; texts as bytes of a fixed length
 
 The file is built in memory and written as plain bytes: h5py that meets a full disk can take the
@@ -12,7 +13,7 @@ hash covers it takes apart as something that anybody may have made (`hdf5`).
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -51,18 +52,21 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def most_bytes(tokens: int, documents: int, vocab_size: int) -> int:
-    """What a shard can need, however badly it is compressed: chunks of up to twice its numbers, and headers."""
-    return 2 * (tokens * token_type(vocab_size).itemsize + 8 * (documents + 1)) + (1 << 16)
+def most_bytes(tokens: int, documents: int, vocab_size: int, column_bytes: int = 0) -> int:
+    """What a shard can need, however badly it is compressed: chunks of up to twice its numbers, and headers.
+
+    `column_bytes`: of a document in all columns.
+    """
+    return 2 * (tokens * token_type(vocab_size).itemsize + (8 + column_bytes) * (documents + 1)) + (1 << 16)
 
 
 def write_shard(
     folder: Path, name: str, split: str, documents: Sequence[np.ndarray], characters: int, utf8_bytes: int,
-    tokenizer_hash: str, vocab_size: int,
+    tokenizer_hash: str, vocab_size: int, columns: Mapping[str, np.ndarray] | None = None,
 ) -> ShardEntry:  # fmt: skip
     """Publishes `<name>-<first 8 digits of its hash>.h5`; equal content gives equal bytes and name.
 
-    Shapes: one array of ids per document, its end of text included. Raises DataError.
+    Shapes: one array of ids per document, an end of text included; columns (documents,). Raises DataError.
     """
     tokens = np.concatenate(documents).astype(token_type(vocab_size))
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)
@@ -70,10 +74,12 @@ def write_shard(
         "format": FORMAT, "tokenizer": np.bytes_(tokenizer_hash), "split": np.bytes_(split), "tokens": len(tokens),
         "documents": len(documents), "characters": characters,
     }  # fmt: skip
-    image = _image(tokens, offsets, attributes)
+    columns = dict(columns or {})
+    image = _image({"tokens": tokens, "offsets": offsets, **columns}, attributes)
     view = memoryview(image)
     try:
-        expected = _expected(len(tokens), len(documents), vocab_size)
+        kinds = {column: values.dtype for column, values in columns.items()}
+        expected = _expected(len(tokens), len(documents), vocab_size, kinds)
         hdf5.examine(lambda offset, size: view[offset : offset + size], len(image), expected)
     except hdf5.FormatError as error:
         raise DataError(f"h5py {h5py.__version__} made a shard that {error}: install an earlier h5py") from None
@@ -83,17 +89,19 @@ def write_shard(
     return ShardEntry(file, split, len(image), sha256, len(tokens), len(documents), characters, utf8_bytes)
 
 
-def _expected(tokens: int, documents: int, vocab_size: int) -> dict[str, hdf5.Expected]:
+def _expected(
+    tokens: int, documents: int, vocab_size: int, columns: Mapping[str, np.dtype[Any]]
+) -> dict[str, hdf5.Expected]:  # fmt: skip
     return {
         "tokens": hdf5.Expected((tokens,), token_type(vocab_size), hdf5.PACKED),
         "offsets": hdf5.Expected((documents + 1,), np.dtype(np.uint64), hdf5.PACKED),
-    }
+    } | {name: hdf5.Expected((documents,), dtype, hdf5.PACKED) for name, dtype in columns.items()}
 
 
-def _image(tokens: np.ndarray, offsets: np.ndarray, attributes: dict[str, Any]) -> bytes:
+def _image(arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
     memory = io.BytesIO()
     with h5py.File(memory, "w", libver="latest") as file:
-        for name, values in (("tokens", tokens), ("offsets", offsets)):
+        for name, values in arrays.items():
             file.create_dataset(
                 name, data=values, chunks=(min(_CHUNK_TOKENS, len(values)),), compression="gzip",
                 compression_opts=4, shuffle=True, fletcher32=True, track_times=False,
@@ -107,10 +115,12 @@ class ShardReader:
     """An open shard whose whole content was compared with the catalog before the first token."""
 
     def __init__(
-        self, path: Path, entry: ShardEntry, tokenizer_hash: str, vocab_size: int, verified: Stamp | None = None
-    ) -> None:
-        """`verified`: the stamp of the file that this process has compared before. Raises DataError."""
-        self.path, self.entry, self._vocab_size = path, entry, vocab_size
+        self, path: Path, entry: ShardEntry, tokenizer_hash: str, vocab_size: int, verified: Stamp | None = None,
+        columns: Mapping[str, np.dtype[Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """`verified`: the stamp of the file that this process has compared before. `columns`: names and types of those
+        that it has. Raises DataError."""
+        self.path, self.entry, self._vocab_size, self._column_types = path, entry, vocab_size, dict(columns or {})
         self._held: tuple[int, np.ndarray] | None = None  # the chunk read last, decoded
         self._file = _open(path, entry)
         try:
@@ -126,7 +136,7 @@ class ShardReader:
 
     def _examine(self, tokenizer_hash: str) -> None:
         entry = self.entry
-        datasets = _expected(entry.tokens, entry.documents, self._vocab_size)
+        datasets = _expected(entry.tokens, entry.documents, self._vocab_size, self._column_types)
         try:
             found, attributes = hdf5.examine(self._fetch, entry.bytes, datasets)
         except hdf5.FormatError as error:
@@ -143,6 +153,7 @@ class ShardReader:
                     f"shard {self.path} has {name} {attributes.get(name)}, the catalog says {value}: {_AGAIN}"
                 )
         self._tokens, self._offsets = found["tokens"], found["offsets"]
+        self._columns = {name: found[name] for name in self._column_types}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start … stop − 1 of this shard, in their stored type. Raises DataError."""
@@ -173,10 +184,17 @@ class ShardReader:
 
     def offsets(self) -> np.ndarray:
         """(documents + 1,) uint64: where each document begins, and the end of the last. Raises DataError."""
-        offsets = np.concatenate([self._decoded(self._offsets, n) for n in range(len(self._offsets.places))])
+        offsets = self._whole(self._offsets)
         if offsets[0] != 0 or offsets[-1] != self.entry.tokens or (offsets[1:] <= offsets[:-1]).any():
             raise DataError(f"shard {self.path} has documents that do not follow each other: {_AGAIN}")
         return offsets
+
+    def column(self, name: str) -> np.ndarray:
+        """(documents,) of a column, in its stored type. Raises DataError."""
+        return self._whole(self._columns[name])
+
+    def _whole(self, dataset: hdf5.Dataset) -> np.ndarray:
+        return np.concatenate([self._decoded(dataset, number) for number in range(len(dataset.places))])
 
     def close(self) -> None:
         self._file.close()

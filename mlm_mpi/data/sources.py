@@ -55,7 +55,18 @@ class Raw:
 
 
 def find(inputs: Sequence[str], has_builtin: bool, out: Path, formats: Formats) -> list[Source]:
-    """The sources behind the command line, in a fixed order, each once; at least one.
+    """The sources behind the command line, in a fixed order, each once; at least one. Raises DataError as `files`."""
+    found = files(inputs, out)
+    if not found and not has_builtin:
+        raise DataError(
+            f"the corpus is empty: no file in {', '.join(map(repr, inputs[:3]))} (hidden ones, corpora and --out are "
+            "no input): give other files, or --builtin"
+        )
+    return [Source(path, formats.serving(path)) for path in found] + ([Source()] if has_builtin else [])
+
+
+def files(inputs: Sequence[str], out: Path) -> list[Path]:
+    """The files behind the command line, in a fixed order, each once.
 
     Files below `out` are no input, so that `prepare . --out corpus` can run twice; nor are those of other corpora.
     Raises DataError for an input that does not exist, may not be looked at or matches nothing.
@@ -63,17 +74,11 @@ def find(inputs: Sequence[str], has_builtin: bool, out: Path, formats: Formats) 
     try:
         skipped = out.resolve()
         paths = [path for text in inputs for path in _expand(text)]
-        files = [path for path in dict.fromkeys(paths) if not path.resolve().is_relative_to(skipped)]
+        return [path for path in dict.fromkeys(paths) if not path.resolve().is_relative_to(skipped)]
     except OSError as error:
         raise DataError(
             f"cannot look for input at {error.filename} ({error.strerror}): mend its permissions, or give another input"
         ) from None
-    if not files and not has_builtin:
-        raise DataError(
-            f"the corpus is empty: no file in {', '.join(map(repr, inputs[:3]))} (hidden ones, corpora and --out are "
-            "no input): give other files, or --builtin"
-        )
-    return [Source(path, formats.serving(path)) for path in files] + ([Source()] if has_builtin else [])
 
 
 def read(source: Source, field: str, encoding: str, rank: int, size: int, told: Told) -> Iterator[Raw]:

@@ -24,7 +24,7 @@ PREPARED = "prepared.json"
 _LOCK = "prepare.lock"
 _REPLACED = "replaced.json"  # the catalog of the corpus that is being replaced
 _LARGEST_BYTES = 1 << 30  # of a catalog
-_PUBLISHED = re.compile(r"(train|heldout)-\d{5,}-[0-9a-f]{8}\.h5|tokenizer(-[0-9a-f]{8})?\.json")
+_PUBLISHED = re.compile(r"(train|heldout|test)-\d{5,}-[0-9a-f]{8}\.h5|tokenizer(-[0-9a-f]{8})?\.json")
 _STAGED = re.compile(
     rf"((text|records|pieces|contents)-\d+\.bin|{_PUBLISHED.pattern}|(catalog|prepared|replaced)\.json)(\.tmp)?"
 )
@@ -57,9 +57,9 @@ class _Tokenizer(msgspec.Struct):
 
 
 class _Names(msgspec.Struct):
-    """What a catalog, of this or the first format, says about files."""
+    """What a catalog, of this or the first format or of labelled texts, says about files."""
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, "labelled-1"]
     tokenizer: _Tokenizer
     shards: list[_File]
 

@@ -77,6 +77,39 @@ def test_any_number_of_ranks_gives_the_same_bytes(source: Path, tmp_path: Path) 
     assert made[1] == made[3] == made[4]
 
 
+@pytest.fixture
+def labelled(tmp_path: Path) -> list[Path]:
+    """A table of pairs with labels, plain and compressed."""
+    draw = random.Random(7)
+    lines = [f"{number % 3}\t{text(draw, 9).strip()}\t{text(draw, 5).strip()}\n" for number in range(300)]
+    (tmp_path / "a.tsv").write_text("label\ttext\tpair\n" + "".join(lines))
+    rows = [json.dumps({"text": text(draw, 8), "pair": None, "label": number % 2}) + "\n" for number in range(99)]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    return [tmp_path / "a.tsv", tmp_path / "b.jsonl.gz"]
+
+
+def test_any_number_of_ranks_gives_the_same_labelled_texts(labelled: list[Path], tmp_path: Path) -> None:
+    made, said = [], set()
+    for ranks in (1, 3):
+        words = ("--label", "label", "--pair", "pair", "--vocab", 320, "--shard-mib", 0.01)
+        done = on_ranks(ranks, *labelled, "--out", tmp_path / "out", *words)
+        assert done.returncode == 0 and "399 read, 399 kept" in done.stdout, done.stderr
+        made.append(contents(tmp_path / "out"))
+        said.add(done.stdout.splitlines()[-1].rpartition("content ")[2])
+    assert made[0] == made[1] and len(made[0]) > 5 and len(said) == 1
+
+
+@pytest.mark.slow  # the mechanism of the tests of other input once more
+def test_labelled_texts_that_are_wrong_end_all_ranks_with_one_line(labelled: list[Path], tmp_path: Path) -> None:
+    with open(labelled[0], "a") as file:
+        file.write("1\tno pair\n")
+    done = on_ranks(3, *labelled, "--out", tmp_path / "out", "--label", "label")
+    said = [line for line in done.stderr.splitlines() if line.startswith("mlm-mpi:")]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert f"{labelled[0]}:302 has 2 fields, the first row has 3" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_is_drawn_in_a_terminal(source: Path, tmp_path: Path) -> None:
     words = ["run", "-n", "2", "--", "prepare", str(source), "--out", "out", "--vocab", "400", "--tokenizer", "bytes"]
     terminal = Terminal([sys.executable, "-P", "-m", "mlm_mpi", *words], tmp_path)

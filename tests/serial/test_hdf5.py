@@ -38,7 +38,9 @@ def test_a_shard_of_any_number_of_chunks(tokens, vocabulary, monkeypatch):
     monkeypatch.setattr(shards, "_CHUNK_TOKENS", 16)
     dtype = shards.token_type(vocabulary)
     data = np.random.default_rng(tokens).integers(0, vocabulary, tokens).astype(dtype)
-    image = shards._image(data, np.array([0, tokens], "u8"), {"a": np.bytes_("é".encode()), "b": -5})
+    image = shards._image(
+        {"tokens": data, "offsets": np.array([0, tokens], "u8")}, {"a": np.bytes_("é".encode()), "b": -5}
+    )
     expected = {
         "tokens": hdf5.Expected((tokens,), dtype, hdf5.PACKED),
         "offsets": hdf5.Expected((2,), np.dtype("u8"), hdf5.PACKED),

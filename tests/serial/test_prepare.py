@@ -16,7 +16,7 @@ from corpora import contents, in_a_process, run_prepare, sentences, write_texts
 
 import mlm_mpi
 from mlm_mpi import files
-from mlm_mpi.data import arranging, prepare
+from mlm_mpi.data import arranging, prepare, tokenizing
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.shards import ShardReader
 from mlm_mpi.data.stream import TokenStream
@@ -234,7 +234,7 @@ def test_empty_and_unsplittable_corpora(tmp_path):
 
 
 def test_huge_documents_are_cut_for_the_tokenizer_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 1000)
     (tmp_path / "a.txt").write_text("\n".join(sentences(n, 30).strip() for n in range(40)))
     (tmp_path / "b.txt").write_text(sentences(77, 2000).replace(" ", "").strip())
     run_prepare(tmp_path / "*.txt", "--out", tmp_path / "out", "--heldout", 0, "--vocab", 300)
@@ -398,7 +398,7 @@ def test_progress_goes_from_nothing_to_all_of_each_phase(tmp_path, capsys, monke
             seen.append((seen[-1][0], None, None, "closed"))
 
     monkeypatch.setattr("mlm_mpi.commands.prepare.live", Bar)
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 5000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "long.txt").write_text("".join(sentences(n, 100) for n in range(40)))
     (tmp_path / "in" / "more.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": sentences(99, 9000)}).encode()))

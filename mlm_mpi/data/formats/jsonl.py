@@ -8,6 +8,7 @@ only its owner knows.
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from mlm_mpi.data.decoding import TO_LINES, Content, NoText
 from mlm_mpi.errors import DataError
@@ -19,11 +20,29 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a li
 
 def documents(content: Content) -> Iterator[Callable[[], str | NoText]]:
     """One document a line, parsed by the rank that keeps it."""
+    for where, line in lines(content):
+        yield partial(_text, line, content.field, where)
+
+
+def lines(content: Content) -> Iterator[tuple[str, str]]:
+    """(place, line) of those that are not empty. Raises DataError for a file that is one JSON document."""
     if _is_one_document(content.head()):
         raise DataError(f"{content.path} is one JSON document: {TO_LINES}")
     for number, line in enumerate(content.lines(), 1):
         if line.strip():
-            yield partial(_text, line, content.field, f"{content.path}:{number}")
+            yield f"{content.path}:{number}", line
+
+
+def record(line: str, field: str, where: str) -> dict[str, Any]:
+    """The object in a line. `field`: what is looked for in it. Raises DataError."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
+    if not isinstance(found, dict):
+        kind = _KINDS.get(type(found), "a text" if isinstance(found, str) else "null")
+        raise DataError(f"{where} is {kind}, not an object with a field {field!r}: {TO_LINES}")
+    return found
 
 
 def _is_one_document(head: str) -> bool:
@@ -33,19 +52,13 @@ def _is_one_document(head: str) -> bool:
 
 
 def _text(line: str, field: str, where: str) -> str | NoText:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
-    if not isinstance(record, dict):
-        kind = _KINDS.get(type(record), "a text" if isinstance(record, str) else "null")
-        raise DataError(f"{where} is {kind}, not an object with a field {field!r}: {TO_LINES}")
-    value = record.get(field)
+    found = record(line, field, where)
+    value = found.get(field)
     if value is None:
-        return NoText(where, ", ".join(sorted(record))[:200], field in record)
+        return NoText(where, ", ".join(sorted(found))[:200], field in found)
     if not isinstance(value, str):
         raise DataError(
             f"{where} has {_KINDS[type(value)]} in field {field!r}, not a text: mend or remove the line, or choose "
-            f"another field of {', '.join(sorted(record))[:200]!r} with --field"
+            f"another field of {', '.join(sorted(found))[:200]!r} with --field"
         )
     return value

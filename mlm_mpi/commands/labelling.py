@@ -1,0 +1,156 @@
+"""`mlm-mpi prepare --label`: its arguments and its report."""
+
+import argparse
+import re
+from pathlib import Path
+
+from mlm_mpi.data.labelled import Cleaning
+from mlm_mpi.data.labelling import Made, Recipe
+from mlm_mpi.data.rows import Columns
+from mlm_mpi.data.sides import NAMES, side_called
+from mlm_mpi.errors import ConfigError
+
+HELDOUT, TEST = 0.1, 0.1  # what is cut where no sides are given
+_MOST_LINES = 20  # labels
+_WITH_SIDE = re.compile(rf"({'|'.join(map(re.escape, NAMES))})=(.+)", re.DOTALL)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments that --label brings with it."""
+    group = parser.add_argument_group(
+        "labelled texts",
+        "With --label the inputs are tables: .csv, .tsv or .jsonl, also compressed. train=FILE heldout=FILE test=FILE "
+        "says on which side the rows of a file stand.",
+    )
+    add = group.add_argument
+    add("--label", metavar="COLUMN", help="column with the label of each text")
+    add("--text", metavar="COLUMN", help="column with the text (text)")
+    add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
+    add("--split", metavar="COLUMN", help="column that says train, heldout (or valid, dev) or test; otherwise cut here")
+    add("--test", type=float, metavar="F", help="fraction of source strings kept for the last test (0.1)")
+    add("--source", metavar="COLUMN", help="rows equal in this column stay on one side (the text)")
+    add("--no-header", action="store_true", help="the files begin with a row; columns are called 1, 2, …")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what --label does not go with, or what goes with it alone."""
+    if args.label is None:
+        for option in ("text", "pair", "split", "test", "source", "no_header"):
+            if getattr(args, option) not in (None, False):
+                raise ConfigError(f"--{option.replace('_', '-')} is for labelled texts: give --label COLUMN too")
+        return
+    if args.builtin:
+        raise ConfigError("--builtin has no labels: leave it out, or leave out --label")
+    for option, default, instead in (
+        ("field", "text", "--text names the column"), ("cut", "auto", "labelled texts are never cut"),
+        ("plugins", None, "tables are .csv, .tsv or .jsonl"),
+    ):  # fmt: skip
+        if getattr(args, option) != default:
+            raise ConfigError(f"--{option} does not go with --label, {instead}: leave it out")
+    _columns(args).check()
+    sides = [side for side, _ in _inputs(args)]
+    if None in sides and set(sides) != {None}:
+        raise ConfigError("some inputs have a side (train=FILE) and some have none: give every one its side, or none")
+    if args.split is not None and sides[0] is not None:
+        raise ConfigError(f"--split {args.split} and inputs with a side (train=FILE) say the same twice: leave one out")
+    if args.split is None and sides[0] is not None and "train" not in sides:
+        raise ConfigError("no input is train=FILE: give one, the rows that are learnt from")
+    heldout, test = _fractions(args)
+    if not 0 <= test < 1:
+        raise ConfigError(f"--test {test} must be in [0, 1)")
+    if heldout + test >= 1:
+        raise ConfigError(
+            f"--heldout {heldout} and --test {test} leave nothing to learn from: their sum must be below 1"
+        )
+
+
+def recipe(args: argparse.Namespace, command: str) -> Recipe:
+    """What the arguments ask for. `command`: the command line to be written down."""
+    return Recipe(
+        _inputs(args), Path(args.out), _columns(args), args.tokenizer, args.vocab, *_fractions(args), args.encoding,
+        args.shard_mib, args.seed, command,
+    )  # fmt: skip
+
+
+def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
+    """What a person is told at the end."""
+    manifest, found = made.manifest, made.manifest.cleaning
+    kept = sum(map(sum, manifest.counts.values()))
+    lengths, tokenizer = manifest.lengths, manifest.tokenizer
+    trained = ", trained on the training side" if tokenizer.kind == "bpe" else ""
+    lines = [
+        f"rows        {found.rows:,} read, {kept:,} kept",
+        f"removed     {found.duplicates:,} exact duplicates (text and label), {found.empty:,} empty texts",
+        *([f"skipped     {found.unlabelled:,} rows without a label, first: {made.firsts['unlabelled']}"]
+          if found.unlabelled else []),
+        f"repaired    {found.invalid_utf8:,} invalid UTF-8, {found.control_characters:,} control characters",
+        *_warnings(found, made.firsts, manifest.has_pairs or args.source is not None),
+        *_labels(made),
+        f"lengths     median {lengths.median:,} tokens, 95 % at most {lengths.most:,}, longest {lengths.longest:,}",
+        f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}{trained}",
+    ]  # fmt: skip
+    for split, counts in manifest.counts.items():
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        lines.append(
+            f"{split:<12}{sum(counts):,} examples ({sum(counts) / kept:.1%}), "
+            f"{sum(shard.tokens for shard in shards):,} tokens, shards: {len(shards)}"
+        )
+    lines.append(f"split       {_how(made, args)}, digest {manifest.split[:12]}")
+    if made.is_replaced:
+        lines.append(f"replaced    the corpus that was in {args.out}")
+    return "\n".join([*lines, f"{args.out} is ready after {seconds:.1f} s, content {manifest.content[:12]}"])
+
+
+def _warnings(found: Cleaning, firsts: dict[str, str], has_sources: bool) -> list[str]:
+    lines = []
+    if found.conflicts:
+        lines.append(f"conflicts   {found.conflicts:,} texts have several labels, all kept: {firsts['conflicts']}")
+    if found.leaks:
+        lines.append(f"leak        {found.leaks:,} texts stand on two sides, not moved: {firsts['leaks']}")
+    if has_sources and found.leaking_sources:
+        lines.append(
+            f"leak        {found.leaking_sources:,} source strings stand on two sides, not moved: "
+            f"{firsts['leaking_sources']}"
+        )
+    return lines
+
+
+def _labels(made: Made) -> list[str]:
+    """How many there are, and the count of each in each split, the frequent ones first."""
+    labels, counts = made.manifest.labels, made.manifest.counts
+    train = counts["train"]
+    lines = [f"labels      {len(labels):,}, largest : smallest is {max(train) / min(train):.1f} : 1 in train"]
+    order = sorted(range(len(labels)), key=lambda number: (-train[number], number))
+    for number in order[:_MOST_LINES]:
+        shown = ", ".join(f"{split} {counts[split][number]:,}" for split in counts)
+        lines.append(f"  {labels[number]:<10}{shown}" if len(labels[number]) < 10 else f"  {labels[number]}  {shown}")
+    if len(order) > _MOST_LINES:
+        lines.append(f"  {len(order) - _MOST_LINES:,} more labels with at most {train[order[_MOST_LINES]]:,} in train")
+    return lines
+
+
+def _how(made: Made, args: argparse.Namespace) -> str:
+    cut = [name for name in ("heldout", "test") if getattr(made.manifest, name)]
+    if not cut:
+        return "as given" if made.is_given else "all for training"
+    by = f"column {args.source!r}" if args.source is not None else "text"
+    whole = "as given, " if made.is_given else ""
+    return f"{whole}{' and '.join(cut)} cut by {by} with seed {args.seed}"
+
+
+def _columns(args: argparse.Namespace) -> Columns:
+    text = "text" if args.text is None else args.text
+    return Columns(text, args.pair, args.label, args.split, args.source, not args.no_header)
+
+
+def _inputs(args: argparse.Namespace) -> tuple[tuple[str | None, str], ...]:
+    """(side, file) of each input."""
+    matches = [(_WITH_SIDE.fullmatch(text), text) for text in args.inputs]
+    return tuple((side_called(match[1]), match[2]) if match else (None, text) for match, text in matches)
+
+
+def _fractions(args: argparse.Namespace) -> tuple[float, float]:
+    """(heldout, test): nothing is cut where sides are given, unless it is asked for."""
+    is_given = args.split is not None or any(side for side, _ in _inputs(args))
+    heldout, test = (0.0, 0.0) if is_given else (HELDOUT, TEST)
+    return heldout if args.heldout is None else args.heldout, test if args.test is None else args.test

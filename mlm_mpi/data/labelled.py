@@ -1,0 +1,287 @@
+"""Labelled texts as `mlm-mpi prepare --label` has stored them: a folder, its catalog, and the examples of a split.
+
+/tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
+                   pair, without an end of text
+/labels   (examples,)  smallest unsigned type that holds the number of labels
+/seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from mlm_mpi.data import catalog
+from mlm_mpi.data.catalog import (
+    AGAIN,
+    CATALOG_BYTES,
+    FILE_NAME,
+    MOST_TOKENS,
+    PLAIN_NAME,
+    SHA256,
+    TokenizerEntry,
+    oddities_of,
+    tokenizer_of,
+)  # fmt: skip
+from mlm_mpi.data.rows import LONGEST_LABEL
+from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
+from mlm_mpi.data.sides import SPLITS
+from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
+from mlm_mpi.errors import DataError
+from mlm_mpi.files import read_whole
+
+FORMAT = "labelled-1"
+MOST_LABELS = 65_535
+_PREPARE = "run mlm-mpi prepare FILES --label COLUMN"
+_SECOND = np.dtype(np.uint32)
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What was found in the rows read.
+
+    `unlabelled`: rows without a label. `duplicates`: equal in texts, label and side to an earlier row. `conflicts`:
+    texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
+    """
+
+    rows: int
+    empty: int
+    unlabelled: int
+    duplicates: int
+    conflicts: int
+    leaks: int
+    leaking_sources: int
+    invalid_utf8: int
+    control_characters: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the examples of all splits: half have at most `median`, 95 in 100 at most `most`."""
+
+    median: int
+    most: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
+
+    `counts`: split -> its examples of each label; a split that does not exist is not there.
+    """
+
+    format: str
+    content: str
+    split: str
+    tokenizer: TokenizerEntry
+    labels: tuple[str, ...]
+    counts: dict[str, tuple[int, ...]]
+    has_pairs: bool
+    shards: tuple[ShardEntry, ...]
+    lengths: Lengths
+    cleaning: Cleaning
+    seed: int
+    heldout: float
+    test: float
+
+
+class Example(NamedTuple):
+    """Token ids (tokens,) int32 without an end of text, where the second text begins (0: none), number of the label."""
+
+    ids: np.ndarray
+    second: int
+    label: int
+
+
+class Examples:
+    """The examples of a split in memory: 20 bytes each and 1, 2 or 4 a token. Nothing changes them, so threads share.
+
+    `lengths`: (n,) int32, tokens of each; `targets`: (n,) int32, numbers of their labels.
+    """
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray, seconds: np.ndarray) -> None:
+        """Shapes: (tokens,), (n + 1,), (n,), (n,)."""
+        self._tokens, self._offsets, self._seconds = tokens, offsets.astype(np.int64), seconds.astype(_SECOND)
+        self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32)
+        self.targets: np.ndarray = labels.astype(np.int32)
+        for array in (self.lengths, self.targets):
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, number: int) -> Example:
+        """Example 0 … n − 1; its ids are the caller's own."""
+        ids = self._tokens[self._offsets[number] : self._offsets[number + 1]].astype(np.int32)
+        return Example(ids, int(self._seconds[number]), int(self.targets[number]))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A folder of labelled texts. `digest`: SHA-256 of catalog.json, which names every byte of them."""
+
+    folder: Path
+    digest: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, named_by: str = "data.dir") -> "Labelled":
+        """`named_by`: the setting that gave the folder. Raises DataError: no catalog, malformed, or without labels."""
+        if not str(folder):  # as a path it would be the current folder
+            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare --label has written")
+        path = Path(folder) / FILE_NAME
+        try:
+            content = read_whole(path, CATALOG_BYTES, path.parent)
+        except OSError as error:
+            raise DataError(
+                f"no labelled texts at {folder}: cannot read {path} ({error.strerror}): {_PREPARE}, or set {named_by}"
+            ) from None
+        return cls(Path(folder), hashlib.sha256(content).hexdigest(), _decode(content, path, named_by))
+
+    @property
+    def content(self) -> str:
+        """SHA-256 in hex of what the examples say, however they are stored."""
+        return self.manifest.content
+
+    @property
+    def split_digest(self) -> str:
+        """SHA-256 in hex of which source string stands on which side."""
+        return self.manifest.split
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Their names; a label's number is its place."""
+        return self.manifest.labels
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether examples have a second text."""
+        return self.manifest.has_pairs
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those that exist, of "train", "heldout" and "test"."""
+        return tuple(split for split in SPLITS if split in self.manifest.counts)
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises DataError if the file is another one than the shards were made with."""
+        return tokenizer_of(self.folder, self.manifest.tokenizer)
+
+    def check_files(self) -> None:
+        """Every shard exists and has its size; costs one stat per shard. Raises DataError."""
+        for entry in self.manifest.shards:
+            check_size(self.folder / entry.file, entry)
+
+    def examples(self, split: str) -> Examples:
+        """All examples of a split, verified. Raises DataError: no such split, or a shard that is not as it was."""
+        if split not in self.splits:
+            raise DataError(
+                f"{self.folder} has no split {split!r}, it has {', '.join(self.splits)}: use one of these, or prepare "
+                "it again with rows for it"
+            )
+        parts = [self._read(entry) for entry in self.manifest.shards if entry.split == split]
+        tokens, lengths, labels, seconds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), labels, seconds)
+
+    def _read(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
+        """(tokens, lengths, labels, seconds) of a shard."""
+        tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
+        kinds = column_types(len(self.labels), self.has_pairs)
+        reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, columns=kinds)
+        try:
+            lengths, labels = np.diff(reader.offsets().astype(np.int64)), reader.column("labels")
+            seconds = reader.column("seconds") if self.has_pairs else np.zeros(entry.documents, _SECOND)
+            tokens = reader.read(0, entry.tokens)
+        finally:
+            reader.close()
+        if labels.max() >= len(self.labels):
+            raise DataError(f"shard {path} has label {labels.max()} of {len(self.labels)}: {AGAIN}")
+        if (seconds >= lengths).any():
+            raise DataError(f"shard {path} has a second text that begins behind its example: {AGAIN}")
+        return tokens, lengths, labels, seconds
+
+
+def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
+    """The columns of a shard beside its tokens. `labels`: how many there are."""
+    kinds: dict[str, np.dtype[Any]] = {"labels": np.min_scalar_type(labels - 1)}
+    return kinds | {"seconds": _SECOND} if has_pairs else kinds
+
+
+def example_digest(ids: np.ndarray, second: int, label: int) -> bytes:
+    """SHA-256 of an example's label, of where its second text begins, and of its ids, as little-endian uint32."""
+    return hashlib.sha256(np.concatenate([[label, second], ids]).astype("<u4").tobytes()).digest()
+
+
+def content_digest(tokenizer_hash: str, labels: tuple[str, ...], examples: Mapping[str, Iterable[bytes]]) -> str:
+    """SHA-256 in hex of what labelled texts say, however they are stored: of the tokenizer's hash, of the labels as a
+    JSON list, and of one SHA-256 for each split, over the digests of its examples in their order."""
+    whole = hashlib.sha256(tokenizer_hash.encode() + msgspec.json.encode(labels))
+    for split in SPLITS:
+        whole.update(hashlib.sha256(b"".join(examples[split])).digest())
+    return whole.hexdigest()
+
+
+def _decode(content: bytes, path: Path, named_by: str) -> Manifest:
+    try:
+        table = msgspec.json.decode(content)
+        found = table.get("format") if isinstance(table, dict) else None
+        if found in (1, catalog.FORMAT):
+            raise DataError(
+                f"{path} is of a corpus without labels: prepare labelled texts with --label COLUMN, or give another "
+                f"{named_by}"
+            )
+        if found != FORMAT:
+            raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
+        manifest = msgspec.convert(table, Manifest)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}): {AGAIN}") from None
+    wrong = next(_oddities(manifest), None)
+    if wrong is not None:
+        raise DataError(f"{path} is damaged ({wrong}): {AGAIN}")
+    return manifest
+
+
+def _oddities(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a catalog that reads well: nothing seals it, and what it says is believed."""
+    tokenizer, names = manifest.tokenizer, [manifest.tokenizer.file, *(entry.file for entry in manifest.shards)]
+    if odd := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
+        yield f"{odd[0]!r} is no plain file name"
+    if len(set(names)) != len(names):
+        yield "it names a file twice"
+    if not 0 <= tokenizer.eot < tokenizer.vocab_size <= LARGEST_VOCABULARY:
+        yield f"end of text {tokenizer.eot}, vocabulary {tokenizer.vocab_size}"
+    for digest in (manifest.content, manifest.split):
+        if not SHA256.fullmatch(digest):
+            yield f"digest {digest[:80]!r}"
+    if not all(math.isfinite(share) and 0 <= share < 1 for share in (manifest.heldout, manifest.test)):
+        yield f"heldout {manifest.heldout}, test {manifest.test}"
+    labels = manifest.labels
+    if not 2 <= len(labels) <= MOST_LABELS or len(set(labels)) != len(labels):
+        yield f"{len(labels)} labels, {len(set(labels))} of them differ"
+    if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL]:
+        yield f"label {odd[0]!r}"
+    column_bytes = sum(kind.itemsize for kind in column_types(max(2, len(labels)), manifest.has_pairs).values())
+    for entry in manifest.shards:
+        most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes)
+        yield from oddities_of(entry, SPLITS, most)
+    if sum(entry.tokens for entry in manifest.shards) > MOST_TOKENS:
+        yield f"more than {MOST_TOKENS} tokens"
+    yield from _odd_counts(manifest)
+
+
+def _odd_counts(manifest: Manifest) -> Iterator[str]:
+    stored = dict.fromkeys(manifest.counts, 0)
+    for entry in manifest.shards:
+        stored[entry.split] = stored.get(entry.split, 0) + entry.documents
+    for split, examples in stored.items():
+        counts = manifest.counts.get(split, ())
+        if split not in SPLITS or len(counts) != len(manifest.labels) or min(counts) < 0 or sum(counts) != examples:
+            yield f"its counts of {split[:40]!r} are not those of its shards"
+        if not examples:
+            yield f"split {split[:40]!r} has no examples"

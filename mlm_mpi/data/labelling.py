@@ -1,0 +1,396 @@
+"""`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
+
+    gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
+    train    the tokenizer, from the training side
+    shards   examples are tokenised and written into DIR/.staging
+    publish  tokenizer, shards and catalog are put in place, an earlier corpus is removed
+
+Rank 0 does all of it, tokenising on all cores that it may use, while the others wait: a million texts of 15 words take
+under a minute on two cores. So the bytes are the same on any number of ranks. All texts are in memory meanwhile, some
+half a kilobyte a row beside their characters.
+"""
+
+import hashlib
+import math
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from mlm_mpi import __version__
+from mlm_mpi.data import catalog, labelled, rows, sources
+from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
+from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
+from mlm_mpi.data.shards import ShardEntry, write_shard
+from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
+from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.tokenizing import encode
+from mlm_mpi.errors import DataError
+from mlm_mpi.files import publish_all
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
+
+    `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
+    from those that are given as training rows.
+    """
+
+    inputs: tuple[tuple[str | None, str], ...]
+    out: Path
+    columns: rows.Columns
+    tokenizer: str
+    vocab: int
+    heldout: float
+    test: float
+    encoding: str
+    shard_mib: float
+    seed: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What there is to tell of labelled texts that are in their place.
+
+    `firsts`: field of `Cleaning` -> where the first of its kind stands; `is_given`: sides came with the rows;
+    `is_replaced`: an earlier corpus was in the folder.
+    """
+
+    manifest: Manifest
+    firsts: dict[str, str]
+    is_given: bool
+    is_replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    place: str
+    text: str
+    second: str
+    label: str
+    side: str
+    source: bytes  # SHA-256
+
+
+def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
+    """Prepares labelled texts in `recipe.out`; `told` hears how far it is. Gives what was made on rank 0, else None.
+
+    Collective. Raises DataError or ConfigError on all ranks.
+    """
+    made = None
+    with group.with_timeout(PATIENCE_S).together("preparing labelled texts"):
+        if group.rank == 0:
+            made = _prepare(recipe, told)
+    return made
+
+
+def _prepare(recipe: Recipe, told: Told) -> Made:
+    if recipe.tokenizer not in ("bytes", "bpe"):
+        Tokenizer.load(recipe.tokenizer)  # a bad one is told now
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the other ranks only wait
+    folder = CorpusFolder(recipe.out)
+    try:
+        made = _stage(recipe, told)
+        files = [made.manifest.tokenizer.file, *(shard.file for shard in made.manifest.shards)]
+        made = replace(made, is_replaced=folder.publish(files))
+    except BaseException:
+        folder.abandon()
+        raise
+    folder.close()
+    return made
+
+
+def _stage(recipe: Recipe, told: Told) -> Made:
+    """What is staged."""
+    staging = recipe.out / FOLDER
+    found = _gather(recipe, told)
+    labels = found.labels()
+    tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
+    shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
+    manifest = Manifest(
+        format=labelled.FORMAT,
+        content=labelled.content_digest(tokenizer.hash, labels, digests),
+        split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
+        tokenizer=catalog.TokenizerEntry(
+            f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash,
+            recipe.tokenizer if recipe.tokenizer in ("bytes", "bpe") else "file", tokenizer.vocab_size, tokenizer.eot,
+        ),
+        labels=labels,
+        counts=_counts(found, labels),
+        has_pairs=recipe.columns.pair is not None,
+        shards=tuple(shards),
+        lengths=_summary(lengths),
+        cleaning=found.cleaning(),
+        seed=recipe.seed,
+        heldout=recipe.heldout,
+        test=recipe.test,
+    )  # fmt: skip
+    prepared = Prepared(recipe.command, platform.python_version(), __version__, manifest.content)
+    publish_all([
+        (staging / manifest.tokenizer.file, tokenizer.content),
+        (staging / catalog.FILE_NAME, msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"),
+        (staging / PREPARED, msgspec.json.format(msgspec.json.encode(prepared), indent=1) + b"\n"),
+    ])  # fmt: skip
+    return Made(manifest, found.firsts, bool(found.given))
+
+
+class _Found:
+    """Rows that become examples, in their order, and what was counted on the way."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.examples: list[_Example] = []
+        self.given: set[str] = set()  # sides that came with rows
+        self.firsts: dict[str, str] = {}
+        self._recipe = recipe
+        self._counts: Counter[str] = Counter()
+        self._kept: set[tuple[str, str, str, str]] = set()
+        self._labels: set[str] = set()
+        self._texts: dict[tuple[str, str], _Example] = {}  # the first example of each
+        self._sources: dict[bytes, _Example] = {}
+        self._odd: dict[str, set[object]] = {"conflicts": set(), "leaks": set(), "leaking_sources": set()}
+
+    def add(self, row: rows.Row, given: str | None) -> None:
+        """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
+        self._counts.update(rows=1, invalid_utf8=row.replaced, control_characters=row.controls)
+        given = self._given(row, given)
+        if not row.text:
+            return self._count("empty", row.place)
+        if row.label is None:
+            return self._count("unlabelled", row.place)
+        source = row.source or row.text
+        recipe = self._recipe
+        side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
+        example = _Example(row.place, row.text, row.second, row.label, side, hashlib.sha256(source.encode()).digest())
+        key = (side, row.text, row.second, row.label)
+        if key in self._kept:
+            return self._count("duplicates", row.place)
+        self._kept.add(key)
+        self._labels.add(row.label)
+        if len(self._labels) > MOST_LABELS:
+            raise DataError(
+                f"{row.place} has label number {len(self._labels):,}, at most {MOST_LABELS:,} can be told apart: is "
+                "--label the right column?"
+            )
+        self._compare(example)
+        self.examples.append(example)
+        return None
+
+    def on(self, side: str) -> list[_Example]:
+        """The examples of a side."""
+        return [example for example in self.examples if example.side == side]
+
+    def check(self) -> None:
+        """Raises DataError for what nothing can be learnt from or measured with."""
+        if not self.examples:
+            raise DataError("no row has a text and a label: give other files, or other columns with --text and --label")
+        if len(self._labels) == 1:
+            raise DataError(
+                f"all {len(self.examples):,} examples have the label {self.examples[0].label!r}, and two are needed to "
+                "tell apart: give rows of another one, or another --label"
+            )
+        for side in ("heldout", "test"):
+            if side in self.given and getattr(self._recipe, side):
+                raise DataError(
+                    f"--{side} {getattr(self._recipe, side)} would cut from the training rows what is given: "
+                    f"rows of {side} are there, leave --{side} out"
+                )
+        counts = Counter(example.side for example in self.examples)
+        for side in SPLITS:
+            wanted = side == "train" or side in self.given or getattr(self._recipe, side)
+            if wanted and not counts[side]:
+                raise DataError(self._lacking(side))
+        self._check_labels()
+
+    def labels(self) -> tuple[str, ...]:
+        """All labels in order: whole numbers by their value, others by their characters."""
+        if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
+            return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
+        return tuple(sorted(self._labels))
+
+    def cleaning(self) -> Cleaning:
+        odd = {name: len(found) for name, found in self._odd.items()}
+        plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
+        return Cleaning(**odd, **{name: self._counts[name] for name in plain})
+
+    def _count(self, what: str, place: str) -> None:
+        self._counts[what] += 1
+        self.firsts.setdefault(what, place)
+
+    def _given(self, row: rows.Row, given: str | None) -> str | None:
+        """The side that came with a row, or with its file."""
+        column = self._recipe.columns.split
+        if column is not None:
+            given = side_called(row.split or "")
+            if given is None:
+                raise DataError(
+                    f"{row.place} has {row.split or ''!r} in column {column!r}, which is no split: "
+                    f"use {', '.join(NAMES)}"
+                )
+        if given is not None:
+            self.given.add(given)
+        return given
+
+    def _compare(self, example: _Example) -> None:
+        """With the first one of its text, and of its source string."""
+        key = (example.text, example.second)
+        first = self._texts.setdefault(key, example)
+        if first.label != example.label:
+            self._note("conflicts", key, first, example)
+        if first.side != example.side:
+            self._note("leaks", key, first, example)
+        first = self._sources.setdefault(example.source, example)
+        if first.side != example.side:
+            self._note("leaking_sources", example.source, first, example)
+
+    def _note(self, what: str, key: object, first: _Example, second: _Example) -> None:
+        self._odd[what].add(key)
+        self.firsts.setdefault(what, f"{first.place} and {second.place}")
+
+    def _lacking(self, side: str) -> str:
+        count = len(self._sources)
+        if self.given and not getattr(self._recipe, side, 0.0):
+            remedy = "give it some" if side == "train" else "give it some, or leave it out"
+            return f"split {side} has no row with a text and a label: {remedy}"
+        share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
+        size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
+        return (
+            f"split {side} has no example: {share} ({size:g}) of {count:,} different texts or sources is none: give "
+            "more rows, another share, or another --seed"
+        )
+
+    def _check_labels(self) -> None:
+        """A model that has never seen a label can only be wrong about it."""
+        known = {example.label for example in self.examples if example.side == "train"}
+        unknown = [example for example in self.examples if example.label not in known]
+        if unknown:
+            first, others = unknown[0], len({example.label for example in unknown}) - 1
+            more = f" (and {others:,} more labels)" if others else ""
+            remedy = "leave such rows out" if self.given else "give more rows of it, another --seed, or leave it out"
+            raise DataError(
+                f"label {first.label!r} of {first.place}, which is on side {first.side}, has no row on side "
+                f"train{more}: {remedy}"
+            )
+
+
+def _gather(recipe: Recipe, told: Told) -> _Found:
+    named = [(side, path) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
+    files = list(dict.fromkeys(named))
+    if not files:
+        texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
+        raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
+    found, done = _Found(recipe), 0
+    total = sum(path.stat().st_size for _, path in files if path.is_file())
+
+    def heard(size: int) -> None:
+        nonlocal done
+        done += size
+        told("cleaning", done, total)
+
+    for side, path in files:
+        for row in rows.read(path, recipe.columns, recipe.encoding, heard):
+            found.add(row, side)
+    found.check()
+    return found
+
+
+def _counts(found: _Found, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Split -> examples of each label."""
+    counts = Counter((example.side, example.label) for example in found.examples)
+    sides = [split for split in SPLITS if any(counts[split, label] for label in labels)]
+    return {split: tuple(counts[split, label] for label in labels) for split in sides}
+
+
+def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Tokenizer:
+    if recipe.tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if recipe.tokenizer != "bpe":
+        return Tokenizer.load(recipe.tokenizer)
+    total = sum(len(example.text) + len(example.second) for example in training)
+    every = -(-total // TRAINING_CHARACTERS)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for example in training[::every]:
+            told("tokenizer", done, total)
+            done += every * (len(example.text) + len(example.second))
+            yield from filter(None, (example.text, example.second))
+        told("tokenizer", total, total)
+
+    return Tokenizer.train(texts(), recipe.vocab)
+
+
+def _shards(
+    recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
+) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
+    """(entries, digests of the examples of each split, tokens of all examples)."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    entries: list[ShardEntry] = []
+    digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    lengths: list[int] = []
+    parts = [(split, number, part) for split in SPLITS for number, part in enumerate(_parts(recipe, found, split))]
+    for done, (split, number, part) in enumerate(parts):
+        told("shards", done, len(parts))
+        ids, seconds = _encoded(part, tokenizer, recipe.columns.pair is not None)
+        targets = [numbers[example.label] for example in part]
+        digests[split] += map(labelled.example_digest, ids, seconds, targets)
+        lengths += map(len, ids)
+        values = {"labels": targets, "seconds": seconds}
+        kinds = labelled.column_types(len(labels), recipe.columns.pair is not None)
+        entries.append(
+            write_shard(
+                recipe.out / FOLDER, f"{split}-{number:05d}", split, ids,
+                sum(len(example.text) + len(example.second) for example in part), sum(map(_size, part)),
+                tokenizer.hash, tokenizer.vocab_size, {name: np.array(values[name], kinds[name]) for name in kinds},
+            )
+        )  # fmt: skip
+    return entries, digests, lengths
+
+
+def _parts(recipe: Recipe, found: _Found, split: str) -> Iterator[list[_Example]]:
+    """Runs of a split's examples with at most so much text as a shard is to hold, one example at least."""
+    whole = sum(map(_size, found.examples))
+    limit = math.ceil(recipe.shard_mib * _MIB) or min(max(whole // 16, _MIB // 4), 64 * _MIB)
+    part: list[_Example] = []
+    size = 0
+    for example in found.on(split):
+        more = _size(example)
+        if part and size + more > limit:
+            yield part
+            part, size = [], 0
+        part.append(example)
+        size += more
+    if part:
+        yield part
+
+
+def _size(example: _Example) -> int:
+    """Bytes of its texts in UTF-8."""
+    return len(example.text.encode()) + len(example.second.encode())
+
+
+def _encoded(part: Sequence[_Example], tokenizer: Tokenizer, has_pairs: bool) -> tuple[list[np.ndarray], list[int]]:
+    """(ids of each example, where its second text begins). Raises DataError for a text without tokens."""
+    texts = (text for example in part for text in ((example.text, example.second) if has_pairs else (example.text,)))
+    found = [ids[:-1] for ids in encode(tokenizer, texts)]
+    firsts, seconds = (found[::2], found[1::2]) if has_pairs else (found, [found[0][:0]] * len(found))
+    for example, ids in zip(part, firsts, strict=True):
+        if not len(ids):
+            raise DataError(f"the tokenizer makes no token of the text of {example.place}: give another --tokenizer")
+    both = [np.concatenate(pair) for pair in zip(firsts, seconds, strict=True)]
+    return both, [len(ids) if len(second) else 0 for ids, second in zip(firsts, seconds, strict=True)]
+
+
+def _summary(lengths: Sequence[int]) -> Lengths:
+    ordered = sorted(lengths)
+    return Lengths(ordered[(len(ordered) - 1) // 2], ordered[math.ceil(0.95 * len(ordered)) - 1], ordered[-1])

@@ -1,0 +1,225 @@
+"""Rows of a user's table, one after another with their place: CSV, TSV or JSON lines, compressed or not.
+
+    .csv      RFC 4180: fields with commas, newlines or doubled quotes stand in quotes
+    .tsv      a row a line, fields between tabs; quotes are plain characters, as in GLUE's files
+    .jsonl    an object a line (.ndjson too); numbers, true and false become their JSON text
+
+`prepare --label` reads these, and so does who predicts labels of new texts. Empty lines are no rows.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from mlm_mpi.data.decoding import Content, Told, check_repaired, plain_name
+from mlm_mpi.data.formats import jsonl
+from mlm_mpi.data.text import clean
+from mlm_mpi.errors import ConfigError, DataError, nearest
+
+LONGEST_LABEL = 200  # characters
+_LONGEST_FIELD = 1 << 24  # characters of CSV; a quote that is never closed would swallow the file
+_NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MOST_NAMES = 200  # characters of a list of columns
+
+Values = tuple[str, list[str | None]]  # place, and what stands in each of the columns asked for
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are read.
+
+    `pair`: a second text; `split`: the side that a row is on; `source`: what may not stand on two sides.
+    `has_header`: otherwise columns are called "1", "2", ….
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    label: str | None = None
+    split: str | None = None
+    source: str | None = None
+    has_header: bool = True
+
+    def wanted(self) -> dict[str, str]:
+        """Option -> column, of those that are read."""
+        given = {
+            "--text": self.text, "--pair": self.pair, "--label": self.label, "--split": self.split,
+            "--source": self.source,
+        }  # fmt: skip
+        return {option: column for option, column in given.items() if column is not None}
+
+    def check(self) -> None:
+        """Raises ConfigError for a column that no table has."""
+        for option, column in self.wanted().items():
+            if not column:
+                raise ConfigError(f"{option} '' names no column: give one")
+            if not self.has_header and not re.fullmatch("[1-9][0-9]{0,5}", column):
+                raise ConfigError(
+                    f"{option} {column!r} is no number of a column, and with --no-header columns have no names: "
+                    f"give {option} 1, 2, …"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table. Texts are cleaned (`text.clean`), blanks at their ends are gone; `text` may be empty.
+
+    `place`: file:line. `second`: "" without a pair. `label`, `split`, `source`: None where the row has none.
+    `replaced`, `controls`: what cleaning found.
+    """
+
+    place: str
+    text: str
+    second: str
+    label: str | None
+    split: str | None
+    source: str | None
+    replaced: int
+    controls: int
+
+
+def _unheard(size: int) -> None:
+    """Nobody wants to know."""
+
+
+def read(path: Path, columns: Columns, encoding: str = "utf-8", told: Told = _unheard) -> Iterator[Row]:
+    """The rows of a file in their order, in bounded memory; `told` hears of bytes that were read.
+
+    Raises DataError in one line with the place: no such column, a row of another width, no table, no rows, not text,
+    a label too long or with control characters. An encoding that is wrong is known at the end only.
+    """
+    suffix = Path(plain_name(path)).suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(f"{path} is no table by its name: rename it to end in .csv, .tsv or .jsonl, or leave it out")
+    rows = replaced = characters = 0
+    for place, values in _READERS[suffix](Content(path, encoding, columns.text, told), columns):
+        row = _row(place, dict(zip(columns.wanted(), values, strict=True)))
+        rows, replaced = rows + 1, replaced + row.replaced
+        characters += len(row.text) + len(row.second)
+        yield row
+    check_repaired(path, replaced, characters)
+    if not rows:
+        raise DataError(f"{path} has no rows: fill it, or leave it out")
+
+
+def _row(place: str, values: dict[str, str | None]) -> Row:
+    text, second = clean(values["--text"] or ""), clean(values.get("--pair") or "")
+    source = values.get("--source")
+    return Row(
+        place, text.text.strip(), second.text.strip(), _label(values.get("--label"), place), values.get("--split"),
+        None if source is None else clean(source).text.strip() or None, text.replaced + second.replaced,
+        text.controls + second.controls,
+    )  # fmt: skip
+
+
+def _label(value: str | None, place: str) -> str | None:
+    label = (value or "").strip()
+    if not label:
+        return None
+    if len(label) > LONGEST_LABEL:
+        raise DataError(
+            f"{place} has a label of {len(label):,} characters, at most {LONGEST_LABEL} are read: is --label the right "
+            "column?"
+        )
+    if _NO_LABEL.search(label):
+        raise DataError(f"{place} has control characters in its label {label!r}: mend it")
+    cleaned = clean(label)
+    if cleaned.replaced:
+        raise DataError(f"{place} has a label that is not of its encoding: name that with --encoding, or mend it")
+    return cleaned.text
+
+
+def _csv(content: Content, columns: Columns) -> Iterator[Values]:
+    return _separated(content.path, _quoted_fields(content), columns)
+
+
+def _tsv(content: Content, columns: Columns) -> Iterator[Values]:
+    lines = enumerate((line.rstrip("\r\n") for line in content.lines()), 1)
+    return _separated(content.path, ((number, line.split("\t")) for number, line in lines if line), columns)
+
+
+def _quoted_fields(content: Content) -> Iterator[tuple[int, list[str]]]:
+    """(line in which it begins, fields) of each row."""
+    csv.field_size_limit(_LONGEST_FIELD)  # the module has no other way to say so
+    reader = csv.reader(content.lines(), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{content.path}:{line} is not CSV ({error}): put fields with commas, quotes or newlines in quotes, "
+                "and double the quotes in them"
+            ) from None
+        if fields:
+            yield line, fields
+
+
+def _separated(path: Path, rows: Iterator[tuple[int, list[str]]], columns: Columns) -> Iterator[Values]:
+    """The columns asked for, of rows of one width."""
+    number, first = next(rows, (0, []))
+    if not first:
+        return
+    header = [clean(name).text.strip() for name in first]
+    if not columns.has_header:
+        header, rows = [str(place + 1) for place in range(len(first))], chain([(number, first)], rows)
+    _check_has(path, header, columns)
+    places = [header.index(name) for name in columns.wanted().values()]
+    for number, fields in rows:
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}:{number} has {len(fields)} fields, the first row has {len(header)}: mend or remove it"
+            )
+        yield f"{path}:{number}", [fields[place] for place in places]
+
+
+def _check_has(path: Path, header: list[str], columns: Columns) -> None:
+    """Raises DataError for a column that is missing or there twice."""
+    for option, name in columns.wanted().items():
+        if name not in header:
+            raise _missing(path, option, name, header)
+        if header.count(name) > 1:
+            raise DataError(f"{path} has {header.count(name)} columns {name!r} ({option}): rename all but one")
+
+
+def _missing(path: Path, option: str, name: str, header: list[str]) -> DataError:
+    near = nearest(name, header, every=False) or (
+        "; without a header, give --no-header and numbers" if name.isdecimal() else ""
+    )
+    return DataError(
+        f"{path} has no column {name!r}, it has {', '.join(header)[:_MOST_NAMES]!r}{near or ''}: name one with {option}"
+    )
+
+
+def _json_lines(content: Content, columns: Columns) -> Iterator[Values]:
+    """A field that a line lacks is null there; one that all lack is missing."""
+    if not columns.has_header:
+        raise DataError(f"{content.path} holds JSON lines, whose fields have names: leave out --no-header")
+    unseen, names = columns.wanted(), [*columns.wanted().values()]
+    first: list[str] = []
+    for place, line in jsonl.lines(content):
+        record = jsonl.record(line, columns.text, place)
+        first = first or sorted(record)
+        unseen = {option: name for option, name in unseen.items() if name not in record} if unseen else unseen
+        yield place, [_plain(record.get(name), name, place) for name in names]
+    for option, name in unseen.items() if first else ():
+        raise _missing(content.path, option, name, first)
+
+
+def _plain(value: object, name: str, place: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):  # bool is an int
+        return json.dumps(value)
+    kind = "a list" if isinstance(value, list) else "an object"
+    raise DataError(f"{place} has {kind} in field {name!r}: give a text or a number, or another column")
+
+
+_READERS: dict[str, Callable[[Content, Columns], Iterator[Values]]] = {
+    ".csv": _csv, ".tsv": _tsv, ".jsonl": _json_lines, ".ndjson": _json_lines,
+}  # fmt: skip

@@ -1,0 +1,51 @@
+"""Texts through a tokenizer, in batches that bound memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from mlm_mpi.data.shards import token_type
+from mlm_mpi.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of this size, to bound memory
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """One array of ids per text, its end included."""
+    dtype = token_type(tokenizer.vocab_size)
+    parts: list[np.ndarray] = []
+    for batch in batches(pieces(texts), lambda piece: len(piece[0])):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for (_, is_last), ids in zip(batch, encoded, strict=True):
+            parts.append(np.array(ids, dtype))
+            if is_last:
+                yield np.concatenate([*parts, np.array([tokenizer.eot], dtype)])
+                parts = []
+
+
+def pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(piece, is the text's last): huge texts in parts, cut behind a line end where there is one."""
+    for text in texts:
+        start = 0
+        while len(text) - start > BATCH_CHARACTERS:
+            stop = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1 or start + BATCH_CHARACTERS
+            yield text[start:stop], False
+            start = stop
+        yield text[start:], True
+
+
+def batches(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of items with about BATCH_CHARACTERS characters."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += characters(item)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
