@@ -1,13 +1,13 @@
 """Labelled texts as micro-batches: one behind the other in a row, so that nothing is computed for padding."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from mlm_mpi import order
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example, Examples
+from mlm_mpi.errors import DataError
 
 
 def sequence(example: Example, context: int, eot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +62,11 @@ def batch_of(
 class Texts:
     """The samples of a split. `weights` (L,): of the losses of each label, None: all count alike."""
 
-    def __init__(self, examples: Examples, context: int, eot: int, weights: np.ndarray | None = None) -> None:
-        self.examples, self.context, self.eot, self.weights = examples, context, eot, weights
+    def __init__(
+        self, examples: Examples, context: int, eot: int, pairs: bool = False, weights: np.ndarray | None = None
+    ) -> None:  # fmt: skip
+        """`pairs`: examples have a second text."""
+        self.examples, self.context, self.eot, self.pairs, self.weights = examples, context, eot, pairs, weights
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -71,10 +74,20 @@ class Texts:
     def batch(self, numbers: Sequence[int], step: int, index: int, rows: int | None = None) -> Batch:
         """No text is padded, whatever `rows` says."""
         read = [self.examples.read(int(number)) for number in numbers]
-        made = batch_of(read, self.context, self.eot, self.examples.pairs, step, index)
+        made = batch_of(read, self.context, self.eot, self.pairs, step, index)
         if self.weights is not None:
             made.targets["weights"] = self.weights[made.targets["classes"]]
         return made
+
+
+class Nothing:
+    """The samples of a split that does not exist."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def batch(self, numbers: Sequence[int], step: int, index: int, rows: int | None = None) -> Batch:
+        raise DataError("there are no texts to be read: prepare with a larger --heldout, or a file for it")
 
 
 def balanced(targets: np.ndarray, labels: int) -> np.ndarray:
@@ -83,8 +96,7 @@ def balanced(targets: np.ndarray, labels: int) -> np.ndarray:
     return (len(targets) / (labels * np.maximum(counts, 1))).astype(np.float32)
 
 
-def too_long(examples: Examples, context: int) -> tuple[int, int]:
-    """(texts that do not fit the context, tokens of the longest)."""
-    ends: Any = 3 if examples.pairs else 2
-    lengths = examples.lengths + ends
-    return int((lengths > context).sum()), int(lengths.max(initial=0))
+def too_long(examples: Examples, context: int, pairs: bool) -> tuple[int, int]:
+    """(texts that do not fit the context, positions that the longest needs)."""
+    needed = examples.lengths + (3 if pairs else 2)
+    return int((needed > context).sum()), int(needed.max(initial=0))

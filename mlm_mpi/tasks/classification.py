@@ -7,9 +7,9 @@ from typing import Any, Literal
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
-from mlm_mpi.data.labelled import Labelled
+from mlm_mpi.data.labelled import Examples, Labelled
 from mlm_mpi.data.objectives import Samples
-from mlm_mpi.data.texts import Texts, balanced, too_long
+from mlm_mpi.data.texts import Nothing, Texts, balanced, too_long
 from mlm_mpi.errors import CheckpointError, DataError
 from mlm_mpi.figures import classes
 from mlm_mpi.layers.base import Least, Part, Sizes
@@ -79,10 +79,19 @@ class Classification:
         self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
         self.width, self.row_tokens, self.content = config.model.width, config.model.context, self.texts.content[:12]
         self._sizes = Sizes(self.vocabulary, shares(config), len(self.texts.labels))
+        self._read: dict[str, Examples] = {}
+
+    def examples(self, split: str) -> Examples:
+        """Those of a split, all of which stay in memory. Raises DataError."""
+        if split not in self._read:
+            self._read[split] = self.texts.examples(split)
+        return self._read[split]
 
     def samples(self, split: str) -> Samples:
-        examples, context = self.texts.examples(split), self.row_tokens
-        cut, longest = too_long(examples, context)
+        if split == "heldout" and split not in self.texts.splits:
+            return Nothing()
+        examples, context, pairs = self.examples(split), self.row_tokens, self.texts.has_pairs
+        cut, longest = too_long(examples, context, pairs)
         if cut and self.config.task.too_long == "refuse":
             raise DataError(
                 f"{cut:,} texts of {split} in {self.texts.folder} do not fit model.context = {context}, the longest "
@@ -90,7 +99,7 @@ class Classification:
             )
         training = split == "train"
         weights = balanced(examples.targets, len(self.texts.labels)) if self._balances and training else None
-        return Texts(examples, context, self.eot, weights)
+        return Texts(examples, context, self.eot, pairs, weights)
 
     @property
     def _balances(self) -> bool:
@@ -98,14 +107,14 @@ class Classification:
 
     def notes(self) -> list[tuple[str, str]]:
         """Lines of the start table."""
-        train = self.texts.examples("train")
-        cut, longest = too_long(train, self.row_tokens)
+        train = self.examples("train")
+        cut, longest = too_long(train, self.row_tokens, self.texts.has_pairs)
         long = f"; {cut:,} are cut, the longest has {longest:,} tokens" if cut else ""
         counts = classes.counted(train.targets, self.texts.labels)
         return [("texts", f"{len(train):,} for training, {len(self.texts.labels):,} labels ({counts}){long}")]
 
     def tokens(self, split: str) -> int:
-        return int(self.texts.examples(split).lengths.sum())
+        return int(self.examples(split).lengths.sum()) if split in self.texts.splits else 0
 
     def parts(self) -> list[Part]:
         return parts(self.config, self.plugins, self._sizes)
@@ -114,10 +123,10 @@ class Classification:
         return least(self.config, self.plugins, self._sizes, rows)
 
     def about(self) -> dict[str, Any]:
-        words = f"{self.texts.in_words()}, content {self.texts.content[:12]}"
-        return {
-            "vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "labels": [*self.texts.labels]
-        }  # fmt: skip
+        count = sum(map(sum, self.texts.manifest.counts.values()))
+        words = f"{count:,} texts of {len(self.texts.labels):,} labels, content {self.texts.content[:12]}"
+        about = {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words}
+        return about | {"labels": [*self.texts.labels]}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
         return classes.figures(sums.outcomes, self.texts.labels)
