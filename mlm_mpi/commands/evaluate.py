@@ -1,14 +1,16 @@
 """`mlm-mpi evaluate RUN`: held-out quality of a trained model, on any number of ranks. Alone it needs no MPI."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_mpi.commands import sharing
-from mlm_mpi.errors import DataError, agreed
+from mlm_mpi.errors import ConfigError, DataError, agreed
 from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.comm.group import Group
+    from mlm_mpi.data.objectives import Samples
     from mlm_mpi.train.task import Task
     from mlm_mpi.train.trained import Trained
 
@@ -17,6 +19,7 @@ _TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from else
 _EXAMPLES = """examples:
   mlm-mpi evaluate runs/one --baselines
   mlm-mpi evaluate runs/one --data corpora/other --json
+  mlm-mpi evaluate runs/reviews --split test --confusion reviews.png
   mlm-mpi run -n 4 -- evaluate runs/one          # the same figures, sooner
   mlm-mpi run -n 4 -- evaluate runs/one --tp 2   # of a model that is too large for one rank"""
 
@@ -27,7 +30,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
-    parser.add_argument("--baselines", action="store_true", help="also unigram tokens and xz on the same text")
+    parser.add_argument("--baselines", action="store_true", help="also what simple methods reach on the same data")
+    parser.add_argument(
+        "--split",
+        choices=("heldout", "test"),
+        default="heldout",
+        help="of labelled texts also the one kept to the last",
+    )
+    parser.add_argument("--confusion", metavar="FILE.png", help="of a classifier: which labels it takes for which")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
     sharing.configure(parser)
@@ -35,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
-    from mlm_mpi.train.trained import load, note, open_corpora
+    from mlm_mpi.train.trained import load, note, open_task
 
     mesh, on_node, plugins = sharing.mesh_of(args, group, copies=True), group.on_node(), Plugins()
     with group.together("the plug-ins"):
@@ -43,13 +53,22 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     trained = load(args.run, plugins, args.device, None, on_node, mesh)
     say = note if group.rank == 0 else _silent
     with group.together("opening the data"):
-        corpora = open_corpora(trained, args.data, say)
-        if args.baselines and len(corpora.catalogs) > 1:
+        task = open_task(trained, args.data, say)
+        if args.baselines and not hasattr(task, "baselines"):
+            raise DataError(f'--baselines: task.kind = "{trained.config.task.kind}" knows none: leave it out')
+        if args.baselines and len(trained.config.data.mixture) > 1 and args.data is None:
             raise DataError("--baselines are of one corpus, the model was trained on several: give one by --data DIR")
-        task = trained.task_over(corpora)
-    numbers, own = _measured(trained, task)
+        if args.confusion is not None:
+            _check_picture(args.confusion, trained)
+        samples = task.samples(args.split)
+    numbers, own = _measured(trained, task, samples, args.split)
     if group.rank == 0:
         _tell(args, trained, task, numbers | own, list(own))
+    with group.together("writing the picture"):
+        if group.rank == 0 and args.confusion is not None:
+            from mlm_mpi.figures import pictures
+
+            pictures.confusion(Path(args.confusion), own["confusion"], trained.manifest.labels)
     return 0
 
 
@@ -57,8 +76,18 @@ def _silent(text: str) -> None:
     """Rank 0 speaks for all."""
 
 
-def _measured(trained: "Trained", task: "Task") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every target of the held-out split: what all tasks have, and what this one says of it."""
+def _check_picture(path: str, trained: "Trained") -> None:
+    """Raises ConfigError before anything is computed."""
+    if not trained.manifest.labels:
+        raise ConfigError(f"--confusion {path} is for models that tell labels, and this one is none: leave it out")
+    if not path or not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--confusion {path!r} lies in no folder that exists: give another path")
+
+
+def _measured(
+    trained: "Trained", task: "Task", samples: "Samples", split: str
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Every target of a split: what all tasks have, and what this one says of it."""
     from mlm_mpi.monitor.live import Live, Plain, live
     from mlm_mpi.train.measure import measure
 
@@ -69,54 +98,36 @@ def _measured(trained: "Trained", task: "Task") -> tuple[dict[str, Any], dict[st
         bar.update(done, total, f"{done:,} of {total:,} micro-batches")
 
     try:
-        sums = measure(trained.chain, task.samples("heldout"), rows, 0, trained.mesh, trained.place, tell)
+        sums = measure(trained.chain, samples, rows, 0, trained.mesh, trained.place, tell)
     finally:
         bar.close()
     if sums is None:
         raise agreed(
             DataError(
-                f"heldout has {task.tokens('heldout')} tokens, a target needs 2: "
-                "prepare with a larger --heldout or more text"
+                f"{split} has {task.tokens(split)} tokens, a target needs 2: "
+                f"prepare with a larger --{split} or more text"
             )
         )
     numbers: dict[str, Any] = {"step": trained.step, "weights": "average" if trained.averaged else "last"}
+    numbers |= {"split": split} if split != "heldout" else {}
     numbers |= {"loss": sums.mean, "tokens": sums.targets}
     if sums.parts:
         numbers["loss_by_corpus"] = {name: part.mean for name, part in sums.parts.items()}
     return numbers, task.quality(sums)
 
 
-def _tell(
-    args: argparse.Namespace, trained: "Trained", task: "Task", numbers: dict[str, Any], own: list[str]
-) -> None:  # fmt: skip
-    from mlm_mpi.data import baselines
-    from mlm_mpi.train.trained import open_corpora
+def _tell(args: argparse.Namespace, trained: "Trained", task: "Task", numbers: dict[str, Any], own: list[str]) -> None:
+    from mlm_mpi.train.task import plain_lines
 
     about = task.about()
     numbers |= {"catalog": about["catalog"], "trained_on": trained.manifest.catalog}
     if args.baselines:
-        (catalog,), tokenizer = open_corpora(trained, args.data, _silent).catalogs, trained.tokenizer
-        numbers["unigram_bits_per_character"] = baselines.unigram_bits_per_character(catalog, tokenizer.vocab_size)
-        alone, after = baselines.xz_bits_per_character(catalog, tokenizer)
-        numbers |= {"xz_bits_per_character": alone, "xz_after_training_bits_per_character": after}
+        numbers |= task.baselines(args.split)
     if args.json:
         import msgspec
 
         print(msgspec.json.encode(numbers).decode())
         return
     of = f"checkpoint of step {trained.step}" + (", moving average of its weights" if trained.averaged else "")
-    if "bits_per_character" not in numbers:  # another task, with figures of its own
-        print(f"held-out            {numbers['tokens']:,} targets; {of}")
-        print(f"loss                {numbers['loss']:.4f} nats per target")
-        for name in own:
-            print(f"{name}  {numbers[name]:.4g}")
-        return
-    size = f"{numbers['tokens']:,} tokens, {numbers['characters']:,} characters"
-    print(f"held-out text       {size}; {of}")
-    print(f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}")
-    print(f"bits per character  {numbers['bits_per_character']:.3f}")
-    for name, loss in numbers.get("loss_by_corpus", {}).items():
-        print(f"  {name}  {loss:.4f} nats per token")
-    if args.baselines:
-        print(f"  unigram tokens    {numbers['unigram_bits_per_character']:.3f}")
-        print(f"  xz -9e            {alone:.3f}; {after:.3f} with the training text in its window")
+    for line in task.lines(numbers, of) or plain_lines(numbers, of, own):
+        print(line)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 BINS = 15  # of probabilities, as many as Guo et al. take
-_SHOWN = 4  # labels in a line
+_SHOWN, _WORST = 4, 5  # labels in a line, and lines of labels
 
 
 def confusion(outcomes: np.ndarray, labels: int) -> np.ndarray:
@@ -59,6 +59,39 @@ def figures(outcomes: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
         {"label": label, "texts": texts, "precision": p, "recall": r, "f1": f} for label, texts, p, r, f in rows
     ]
     told["confusion"] = table.tolist()
+    return told
+
+
+def lines(numbers: dict[str, Any], of: str) -> list[str]:
+    """Figures in words, `of` a checkpoint: the whole, then the labels that are told worst."""
+    n = numbers
+    told = [
+        f"{n.get('split', 'held-out'):<20}{n['tokens']:,} texts; {of}",
+        f"accuracy            {n['accuracy']:.4f}",
+        f"F1                  {n['macro_f1']:.4f} mean of labels, {n['weighted_f1']:.4f} by their texts",
+        f"precision           {n['macro_precision']:.4f}, {n['weighted_precision']:.4f}",
+        f"recall              {n['macro_recall']:.4f}, {n['weighted_recall']:.4f}",
+        f"loss                {n['loss']:.4f} nats per text",
+        f"calibration error   {n['calibration_error']:.4f}",
+    ]
+    rows = sorted(n["labels"], key=lambda row: (row["f1"], row["label"]))[:_WORST]
+    for row in rows:
+        told.append(
+            f"  {row['label'][:40]:<18}F1 {row['f1']:.3f}, precision {row['precision']:.3f}, "
+            f"recall {row['recall']:.3f}, {row['texts']:,} texts"
+        )
+    if len(n["labels"]) > len(rows):
+        told.append(
+            f"  the {len(n['labels']) - len(rows):,} other labels are told better: --json, --confusion FILE.png"
+        )
+    if "majority_accuracy" in n:
+        told.append(f"majority            {n['majority_accuracy']:.4f} accuracy, always the most frequent label")
+        linear = n.get("linear_accuracy")
+        told.append(
+            "TF-IDF + logistic   needs scikit-learn: pip install 'mlm-mpi[examples]'"
+            if linear is None
+            else f"TF-IDF + logistic   {linear:.4f} accuracy, {n['linear_macro_f1']:.4f} F1"
+        )
     return told
 
 

@@ -101,8 +101,8 @@ class SelfAttention:
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
         found, looks = [], []
         for look in self._looks(ctx, q.shape[1], k.shape[2]):
-            own = (array[:, :, look.at] for array in (q, k, v))
-            o, lse = attention.forward(*own, self.causal, draw=look.draw, share=look.share, starts=starts)
+            qs, ks, vs = (array[:, :, look.at] for array in (q, k, v))
+            o, lse = attention.forward(qs, ks, vs, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
         o = found[0] if looks[0].at == slice(None) else _in_row(found, looks, q.shape[2])

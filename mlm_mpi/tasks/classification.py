@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
@@ -11,7 +13,7 @@ from mlm_mpi.data.labelled import Examples, Labelled
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.texts import Nothing, Texts, balanced, too_long
 from mlm_mpi.errors import CheckpointError, DataError
-from mlm_mpi.figures import classes
+from mlm_mpi.figures import classes, linear
 from mlm_mpi.layers.base import Least, Part, Sizes
 from mlm_mpi.layers.classes import ClassHead
 from mlm_mpi.plug import Plugins
@@ -130,6 +132,23 @@ class Classification:
 
     def quality(self, sums: Sums) -> dict[str, Any]:
         return classes.figures(sums.outcomes, self.texts.labels)
+
+    def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
+        return classes.lines(numbers, of)
+
+    def baselines(self, split: str) -> dict[str, Any]:
+        (train, targets), (other, wanted) = (self._decoded(name) for name in ("train", split))
+        return linear.baselines(train, targets, other, wanted)
+
+    def _decoded(self, split: str) -> tuple[list[str], np.ndarray]:
+        """The texts of a split, pairs joined, and their labels' numbers."""
+        examples, tokenizer = self.examples(split), self.texts.tokenizer()
+        read = (examples.read(number) for number in range(len(examples)))
+        texts = [
+            " ".join(tokenizer.decode(part.tolist()) for part in np.split(one.ids, [one.second] if one.second else []))
+            for one in read
+        ]
+        return texts, examples.targets
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         if manifest.tokenizer != self.hash or manifest.catalog != self.texts.digest:

@@ -8,6 +8,7 @@ from typing import Any
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
+from mlm_mpi.data import baselines
 from mlm_mpi.data.corpora import Corpora
 from mlm_mpi.data.documents import Documents
 from mlm_mpi.data.mixture import Joined
@@ -99,6 +100,17 @@ class LanguageModel:
     def quality(self, sums: Sums) -> dict[str, Any]:
         return quality(sums, self.corpora.characters("heldout"))
 
+    def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
+        return lines(numbers, of) if "bits_per_character" in numbers else []
+
+    def baselines(self, split: str) -> dict[str, Any]:
+        (catalog,), tokenizer = self.corpora.catalogs, self.corpora.tokenizer()
+        alone, after = baselines.xz_bits_per_character(catalog, tokenizer)
+        return {
+            "unigram_bits_per_character": baselines.unigram_bits_per_character(catalog, tokenizer.vocab_size),
+            "xz_bits_per_character": alone, "xz_after_training_bits_per_character": after,
+        }  # fmt: skip
+
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         if manifest.tokenizer != self.hash or manifest.catalog != self.corpora.digest:
             what = "tokenizer" if manifest.tokenizer != self.hash else "catalog"
@@ -118,3 +130,20 @@ def quality(sums: Sums, characters: int) -> dict[str, Any]:
         "bits_per_character": sums.loss / math.log(2) / characters,
         "characters": characters,
     }
+
+
+def lines(numbers: dict[str, Any], of: str) -> list[str]:
+    """Figures in words."""
+    told = [
+        f"held-out text       {numbers['tokens']:,} tokens, {numbers['characters']:,} characters; {of}",
+        f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}",
+        f"bits per character  {numbers['bits_per_character']:.3f}",
+    ]
+    told += [f"  {name}  {loss:.4f} nats per token" for name, loss in numbers.get("loss_by_corpus", {}).items()]
+    if "unigram_bits_per_character" in numbers:
+        alone, after = numbers["xz_bits_per_character"], numbers["xz_after_training_bits_per_character"]
+        told += [
+            f"  unigram tokens    {numbers['unigram_bits_per_character']:.3f}",
+            f"  xz -9e            {alone:.3f}; {after:.3f} with the training text in its window",
+        ]
+    return told

@@ -37,5 +37,20 @@ class Task(Protocol):
     def quality(self, sums: Sums) -> dict[str, Any]:
         """Figures of held-out sums beside the mean loss, for people."""
 
+    def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
+        """Figures in words, `of` a checkpoint; [] for those of `plain_lines`."""
+
+    def baselines(self, split: str) -> dict[str, Any]:
+        """Figures of simple methods on the same data. Raises DataError."""
+
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         """Raises CheckpointError where a checkpoint was trained on other data than this."""
+
+
+def plain_lines(numbers: dict[str, Any], of: str, own: list[str]) -> list[str]:
+    """What can be said of any task; `own`: the names of its own figures."""
+    lines = [
+        f"held-out            {numbers['tokens']:,} targets; {of}",
+        f"loss                {numbers['loss']:.4f} nats per target",
+    ]
+    return lines + [f"{name}  {numbers[name]:.4g}" for name in own]

@@ -1,5 +1,6 @@
 """A trained model, or this rank's part of it, read from its run folder: settings, tokenizer, weights."""
 
+import hashlib
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -14,8 +15,6 @@ from mlm_mpi.comm import Axes
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.config.rules import check_sharing, shares
-from mlm_mpi.data.catalog import Catalog
-from mlm_mpi.data.corpora import Corpora
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
 from mlm_mpi.layers.base import Part, Sizes
@@ -55,15 +54,6 @@ class Trained:
     @property
     def step(self) -> int:
         return self.manifest.step
-
-    def task_over(self, corpora: Corpora) -> Task:
-        """The task it was trained for, over its own corpora or another one."""
-        data = self.config.data
-        if len(corpora.catalogs) == 1:
-            data = replace(data, dir=corpora.names[0], mixture=(), weights=())
-        config = replace(self.config, data=data)
-        made: Task = self.plugins.find("tasks", config.task.kind, "task.kind").build(config, self.plugins)
-        return made
 
 
 def load(
@@ -186,28 +176,30 @@ def _compare_settings(path: Path, trained: Trained, plugins: Plugins, say: Say) 
         say(f"note: the settings are those of {trained.checkpoint.name}, not of {path}: {', '.join(changes)}")
 
 
-def open_corpora(trained: Trained, data: str | None = None, say: Say = note) -> Corpora:
-    """The corpora that a model was trained on, or the one in `data`; another text is noted on stderr.
+def open_task(trained: Trained, folder: str | None = None, say: Say = note) -> Task:
+    """The task that a model was trained for, over its own data or those in `folder`; other data are noted.
 
-    Raises DataError, naming the model's corpus and how to get it back, if it is gone or has another tokenizer.
+    Raises DataError, naming the model's data and how to get them back, if they are gone or have another tokenizer.
     """
-    wanted = f"the model was trained on {origin(trained.manifest)}"
+    manifest, data = trained.manifest, trained.config.data
+    wanted = f"the model was trained on {origin(manifest)}"
+    if folder is not None:
+        data = replace(data, dir=folder, mixture=(), weights=())
+    config = replace(trained.config, data=data)
     try:
-        own = trained.config.data
-        single = own.dir if data is None else data
-        several = data is None and bool(own.mixture)
-        corpora = Corpora.open(own) if several else Corpora((Catalog.open(single, "--data"),))
-        corpora.check_files()
+        task: Task = trained.plugins.find("tasks", config.task.kind, "task.kind").build(config, trained.plugins)
     except DataError as error:
-        if data is not None:
-            raise
+        if folder is not None:
+            raise DataError(str(error).replace("data.dir", "--data")) from None
         raise DataError(f"{error}; {wanted}: make it again there, or give its folder by --data DIR") from None
-    names = " and ".join(corpora.names)
-    if corpora.catalogs[0].manifest.tokenizer.hash != trained.manifest.tokenizer:
+    names, about = " and ".join(data.mixture) or data.dir, task.about()
+    if hashlib.sha256(task.tokenizer).hexdigest() != manifest.tokenizer:
         raise DataError(
             f"{names} has another tokenizer than the model; {wanted}: give its folder by --data DIR, or for "
             f"another text prepare it with --tokenizer {trained.checkpoint / checkpoint.TOKENIZER_FILE}"
         )
-    if corpora.digest != trained.manifest.catalog:
-        say(f"note: the figures are of another text, corpus {corpora.digest[:12]} in {names}; {wanted}")
-    return corpora
+    if about.get("labels", []) != manifest.labels:
+        raise DataError(f"{names} has other labels than the model; {wanted}: give its folder by --data DIR")
+    if about["catalog"] != manifest.catalog:
+        say(f"note: the figures are of another text, corpus {about['catalog'][:12]} in {names}; {wanted}")
+    return task
