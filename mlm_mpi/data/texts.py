@@ -1,6 +1,7 @@
 """Labelled texts as micro-batches: one behind the other in a row, so that nothing is computed for padding."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from mlm_mpi import order
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example, Examples
 from mlm_mpi.errors import DataError
+from mlm_mpi.rng import key_of, uniform
 
 
 def sequence(example: Example, context: int, eot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,14 +61,47 @@ def batch_of(
     return Batch(step, index, inputs, {"classes": classes}, len(classes), texts=tuple(ends.tolist()))
 
 
+@dataclass(frozen=True)
+class Noise:
+    """How a text is changed each time it is learned from, drawn of the step and its number: a part of it in place of
+    the whole (with probability `crop`; of pairs always the whole), tokens hidden (each with probability `hide`).
+
+    Source: Iyyer et al., ACL 2015, whose word dropout this is.
+    """
+
+    crop: float
+    hide: float
+    seed: int
+
+    def cropped(self, example: Example, step: int, number: int) -> Example:
+        """The text, or a part of it that has between one token and all, each number of them as likely as any other."""
+        length = len(example.ids)
+        chosen, share, place = uniform(key_of(self.seed, "crop", number), 0, 3, step)
+        if chosen >= self.crop or example.second or length < 2:
+            return example
+        count = 1 + int(share * length)
+        start = int(place * (length - count + 1))
+        return example._replace(ids=example.ids[start : start + count])
+
+    def hidden(self, made: Batch, numbers: Sequence[int]) -> np.ndarray:
+        """Shapes: -> (1, N) bool; the first position of a text is never hidden."""
+        out = np.zeros(made.inputs["ids"].shape, bool)
+        for (start, stop), number in zip(made.spans(), numbers, strict=True):
+            drawn = uniform(key_of(self.seed, "hide", int(number)), 0, stop - start, made.step)
+            out[0, start + 1 : stop] = drawn[1:] < self.hide
+        return out
+
+
 class Texts:
     """The samples of a split. `weights` (L,): of the losses of each label, None: all count alike."""
 
     def __init__(
-        self, examples: Examples, context: int, eot: int, pairs: bool = False, weights: np.ndarray | None = None
+        self, examples: Examples, context: int, eot: int, pairs: bool = False, weights: np.ndarray | None = None,
+        noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """`pairs`: examples have a second text."""
         self.examples, self.context, self.eot, self.pairs, self.weights = examples, context, eot, pairs, weights
+        self.noise = noise
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -74,7 +109,11 @@ class Texts:
     def batch(self, numbers: Sequence[int], step: int, index: int, rows: int | None = None) -> Batch:
         """No text is padded, whatever `rows` says."""
         read = [self.examples.read(int(number)) for number in numbers]
+        if self.noise is not None:
+            read = [self.noise.cropped(one, step, int(number)) for one, number in zip(read, numbers, strict=True)]
         made = batch_of(read, self.context, self.eot, self.pairs, step, index)
+        if self.noise is not None and self.noise.hide:
+            made.inputs["hidden"] = self.noise.hidden(made, numbers)
         if self.weights is not None:
             made.targets["weights"] = self.weights[made.targets["classes"]]
         return made

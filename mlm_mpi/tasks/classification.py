@@ -11,7 +11,7 @@ from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
 from mlm_mpi.data.labelled import Examples, Labelled
 from mlm_mpi.data.objectives import Samples
-from mlm_mpi.data.texts import Nothing, Texts, balanced, too_long
+from mlm_mpi.data.texts import Noise, Nothing, Texts, balanced, too_long
 from mlm_mpi.errors import CheckpointError, DataError
 from mlm_mpi.figures import classes, linear
 from mlm_mpi.layers.base import Least, Part, Sizes
@@ -44,6 +44,18 @@ class Settings:
     )
     smoothing: float = key(
         0.0, says="This part of a target is shared by all labels, against certainty beyond evidence.", least=0, below=1
+    )
+    crop: float = key(
+        0.0,
+        says="In training a text is replaced with this probability by a part of it, of any length and from any place.",
+        least=0,
+        most=1,
+    )
+    hide: float = key(
+        0.0,
+        says="In training this share of the tokens is hidden from the model, drawn anew each time.",
+        least=0,
+        below=1,
     )
     too_long: Literal["cut", "refuse"] = key(
         "cut", says="Texts that are longer than the context are cut at their ends and counted, or refused."
@@ -101,7 +113,9 @@ class Classification:
             )
         training = split == "train"
         weights = balanced(examples.targets, len(self.texts.labels)) if self._balances and training else None
-        return Texts(examples, context, self.eot, pairs, weights)
+        task = self.config.task
+        noise = Noise(task.crop, task.hide, self.config.train.seed) if training and (task.crop or task.hide) else None
+        return Texts(examples, context, self.eot, pairs, weights, noise)
 
     @property
     def _balances(self) -> bool:
