@@ -28,7 +28,7 @@ from mlm_mpi.data.catalog import (
     oddities_of,
     tokenizer_of,
 )  # fmt: skip
-from mlm_mpi.data.rows import LONGEST_LABEL
+from mlm_mpi.data.rows import LONGEST_LABEL, NO_LABEL
 from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
 from mlm_mpi.data.sides import SPLITS
 from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
@@ -264,7 +264,7 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     labels = manifest.labels
     if not 2 <= len(labels) <= MOST_LABELS or len(set(labels)) != len(labels):
         yield f"{len(labels)} labels, {len(set(labels))} of them differ"
-    if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL]:
+    if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
     column_bytes = sum(kind.itemsize for kind in column_types(max(2, len(labels)), manifest.has_pairs).values())
     for entry in manifest.shards:

@@ -31,7 +31,7 @@ from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.tokenizer import Tokenizer
-from mlm_mpi.data.tokenizing import encode
+from mlm_mpi.data.tokenizing import encode_pairs
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
@@ -294,7 +294,7 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
 
     def heard(size: int) -> None:
         nonlocal done
-        done += size
+        done = min(done + size, total)  # a format may look at a beginning twice
         told("cleaning", done, total)
 
     for side, path in files:
@@ -341,7 +341,7 @@ def _shards(
     parts = [(split, number, part) for split in SPLITS for number, part in enumerate(_parts(recipe, found, split))]
     for done, (split, number, part) in enumerate(parts):
         told("shards", done, len(parts))
-        ids, seconds = _encoded(part, tokenizer, recipe.columns.pair is not None)
+        ids, seconds = _encoded(part, tokenizer)
         targets = [numbers[example.label] for example in part]
         digests[split] += map(labelled.example_digest, ids, seconds, targets)
         lengths += map(len, ids)
@@ -379,16 +379,16 @@ def _size(example: _Example) -> int:
     return len(example.text.encode()) + len(example.second.encode())
 
 
-def _encoded(part: Sequence[_Example], tokenizer: Tokenizer, has_pairs: bool) -> tuple[list[np.ndarray], list[int]]:
-    """(ids of each example, where its second text begins). Raises DataError for a text without tokens."""
-    texts = (text for example in part for text in ((example.text, example.second) if has_pairs else (example.text,)))
-    found = [ids[:-1] for ids in encode(tokenizer, texts)]
-    firsts, seconds = (found[::2], found[1::2]) if has_pairs else (found, [found[0][:0]] * len(found))
-    for example, ids in zip(part, firsts, strict=True):
-        if not len(ids):
+def _encoded(part: Sequence[_Example], tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
+    """(ids of each example, where its second text begins). Raises DataError for an example without tokens."""
+    ids, seconds = [], []
+    found = encode_pairs(tokenizer, ((example.text, example.second) for example in part))
+    for example, (tokens, second) in zip(part, found, strict=True):
+        if not len(tokens):
             raise DataError(f"the tokenizer makes no token of the text of {example.place}: give another --tokenizer")
-    both = [np.concatenate(pair) for pair in zip(firsts, seconds, strict=True)]
-    return both, [len(ids) if len(second) else 0 for ids, second in zip(firsts, seconds, strict=True)]
+        ids.append(tokens)
+        seconds.append(second)
+    return ids, seconds
 
 
 def _summary(lengths: Sequence[int]) -> Lengths:

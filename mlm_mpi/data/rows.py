@@ -22,7 +22,7 @@ from mlm_mpi.errors import ConfigError, DataError, nearest
 
 LONGEST_LABEL = 200  # characters
 _LONGEST_FIELD = 1 << 24  # characters of CSV; a quote that is never closed would swallow the file
-_NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MOST_NAMES = 200  # characters of a list of columns
 
 Values = tuple[str, list[str | None]]  # place, and what stands in each of the columns asked for
@@ -116,20 +116,19 @@ def _row(place: str, values: dict[str, str | None]) -> Row:
 
 
 def _label(value: str | None, place: str) -> str | None:
-    label = (value or "").strip()
-    if not label:
-        return None
+    raw = (value or "").strip()
+    if NO_LABEL.search(raw):
+        raise DataError(f"{place} has control characters in its label {raw[:LONGEST_LABEL]!r}: mend it")
+    cleaned = clean(raw)
+    if cleaned.replaced:
+        raise DataError(f"{place} has a label that is not of its encoding: name that with --encoding, or mend it")
+    label = cleaned.text.strip()
     if len(label) > LONGEST_LABEL:
         raise DataError(
             f"{place} has a label of {len(label):,} characters, at most {LONGEST_LABEL} are read: is --label the right "
             "column?"
         )
-    if _NO_LABEL.search(label):
-        raise DataError(f"{place} has control characters in its label {label!r}: mend it")
-    cleaned = clean(label)
-    if cleaned.replaced:
-        raise DataError(f"{place} has a label that is not of its encoding: name that with --encoding, or mend it")
-    return cleaned.text
+    return label or None
 
 
 def _csv(content: Content, columns: Columns) -> Iterator[Values]:

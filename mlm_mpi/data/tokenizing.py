@@ -1,6 +1,7 @@
 """Texts through a tokenizer, in batches that bound memory."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,16 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
             if is_last:
                 yield np.concatenate([*parts, np.array([tokenizer.eot], dtype)])
                 parts = []
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[np.ndarray, int]]:
+    """(ids of both texts without an end of text, where the second begins among them) of each (text, second text).
+
+    A second text that is "" is none: it begins at 0. Who is to label new texts encodes them like this, too.
+    """
+    found = encode(tokenizer, chain.from_iterable(pairs))
+    for first, second in zip(found, found, strict=True):  # two at a time
+        yield np.concatenate([first[:-1], second[:-1]]), len(first) - 1 if len(second) > 1 else 0
 
 
 def pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -184,14 +184,6 @@ def test_bad_command_lines(tmp_path: Path, case: str) -> None:
 
 # who has published a split cuts it again by this function
 PINNED = {"a": "heldout", "b": "train", "c": "train", "d": "test", "e": "train", "ü": "train", "two words": "train"}
-    "a": "heldout",
-    "b": "train",
-    "c": "train",
-    "d": "test",
-    "e": "train",
-    "ü": "train",
-    "two words": "train",
-}  # who has published a split cuts it again by this function
 
 
 def test_sides_are_of_the_source_alone_and_meet_their_fractions() -> None:
