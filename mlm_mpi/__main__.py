@@ -29,6 +29,7 @@ COMMANDS = {
         "held-out loss and bits per character of a run (also under mpiexec)",
     ),
     "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
+    "predict": ("mlm_mpi.commands.predict", True, "labels of the texts in a file (also under mpiexec)"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
     "chaos": (
         "mlm_mpi.commands.chaos",

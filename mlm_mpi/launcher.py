@@ -48,7 +48,7 @@ _SOON_S = 0.5  # a start that lasts longer is drawn
 _WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
-_JOINERS = ("train", "prepare", "evaluate", "generate")  # commands whose ranks call MPI_Init
+_JOINERS = ("train", "prepare", "evaluate", "generate", "predict")  # commands whose ranks call MPI_Init
 _SHARED_MEMORY = Path("/dev/shm")
 _OLD_S = 86400.0
 

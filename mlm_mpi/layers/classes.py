@@ -21,7 +21,8 @@ class ClassHead:
     `first` takes the first position of a text, `mean` the mean of all of them, and `token` the positions that the
     targets' `at` (M,) names, each of which has a label. Then GELU(norm(x) W + b) W' + b', with dropout before either
     product: a text's logits. Targets: classes (M,) int32, and weights (M,) float32 of their losses, 1 where left out.
-    Outside training the tally also has "outcomes" (M, 4) float64: label, found label, its probability, the label's.
+    Outside training the tally also has "outcomes" (M, 4) float64: label, found label, its probability, the label's; or,
+    where targets have no classes, "probabilities" (M, L) alone.
     Source: RoBERTa's head (Liu et al., arXiv:1907.11692), with ELECTRA's GELU (Clark et al., arXiv:2003.10555).
     """
 
@@ -43,8 +44,10 @@ class ClassHead:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x
         if not ctx.training:
-            logits, _ = self._logits(self._pooled(hidden, ctx), ctx.uncut())
-            self._tell(flat(logits), ctx)
+            logits = flat(self._logits(self._pooled(hidden, ctx), ctx.uncut())[0])
+            assert ctx.batch is not None, "a head reads its targets from the context"
+            tell = self._tell if "classes" in ctx.batch.targets else _tell_probabilities
+            tell(logits, ctx)
         return (), hidden
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
@@ -53,11 +56,6 @@ class ClassHead:
         ctx.tally["loss"], dlogits = self._loss(flat(logits), ctx)
         dpooled = self._logits_backward(dlogits.reshape(logits.shape), kept, ctx)
         return (self._pooled_backward(dpooled, saved, cut),)
-
-    def probabilities(self, hidden: Array, ctx: Context) -> Array:
-        """Shapes: (1, T, C) -> (M, L)."""
-        logits = flat(self._logits(self._pooled(hidden, ctx), ctx.uncut())[0])
-        return _softmax(logits, module_of(logits).zeros(len(logits), "i4"))[1]
 
     def _tell(self, logits: Array, ctx: Context) -> None:
         targets = self._targets(ctx)[0]
@@ -128,6 +126,10 @@ class ClassHead:
             else:
                 whole[:, start:stop] = dpooled[:, number : number + 1] / (stop - start)
         return ctx.positions(whole)
+
+
+def _tell_probabilities(logits: Array, ctx: Context) -> None:
+    ctx.tally["probabilities"] = _softmax(logits, module_of(logits).zeros(len(logits), "i4"))[1]
 
 
 def _above_mean(logits: Array, rows: Array, targets: Array) -> Array:

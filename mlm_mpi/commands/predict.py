@@ -1,0 +1,130 @@
+"""`mlm-mpi predict RUN FILE`: labels of new texts, on any number of ranks. Alone it needs no MPI."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from mlm_mpi.commands import sharing
+from mlm_mpi.errors import ConfigError, StorageError
+from mlm_mpi.plug import Plugins, named
+
+if TYPE_CHECKING:  # --help and completion need no NumPy
+    from mlm_mpi.comm.group import Group
+    from mlm_mpi.prediction import Round
+
+_EXAMPLES = """examples:
+  mlm-mpi predict runs/reviews new.csv --text review > labels.tsv
+  mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
+  mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
+
+A line for each row of FILE, in their order: its label and the label's probability."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mlm-mpi predict`."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
+    add("file", metavar="FILE", help="table of texts: .csv, .tsv or .jsonl, also compressed")
+    add("--out", metavar="FILE", help="where to write (default: stdout); it appears when it is complete")
+    add("--json", action="store_true", help="JSON lines instead of tab-separated ones")
+    add("--all", action="store_true", help="the probabilities of all labels")
+    add("--text", default="text", metavar="COLUMN", help="column with the text (text)")
+    add("--pair", metavar="COLUMN", help="column with the second text, of a model of pairs")
+    add("--no-header", action="store_true", help="the file begins with a row; columns are called 1, 2, …")
+    add("--encoding", default="utf-8", metavar="NAME", help="of a file without a byte-order mark (utf-8)")
+    add("--rows", type=int, default=64, metavar="N", help="a rank computes this many rows at once (64)")
+    add("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
+    add("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
+    sharing.configure(parser)
+
+
+def main(args: argparse.Namespace, group: "Group") -> int:
+    """Runs the command. Collective."""
+    from mlm_mpi.data.decoding import check_encoding
+    from mlm_mpi.data.rows import Columns, read
+    from mlm_mpi.prediction import predict
+    from mlm_mpi.train.trained import load, note
+
+    mesh, plugins = sharing.mesh_of(args, group, copies=True), Plugins()
+    columns = Columns(args.text, args.pair, has_header=not args.no_header)
+    with group.together("the arguments"):
+        columns.check()
+        check_encoding(args.encoding)
+        if not 1 <= args.rows <= 1 << 16:
+            raise ConfigError(f"--rows {args.rows} must be at least 1 and at most {1 << 16}")
+        if not Path(args.file).is_file():
+            raise ConfigError(f"{args.file} is no file: give a table of texts")
+        plugins = named(args.plugins)
+    trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    with group.together("a look at the model"):
+        labels = trained.manifest.labels
+        if not labels:
+            raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification")
+    context, cut, count = trained.config.model.context, 0, 0
+    rounds = predict(
+        trained.chain, trained.tokenizer, read(Path(args.file), columns, args.encoding), context, args.pair is not None,
+        args.rows, mesh, trained.place,
+    )  # fmt: skip
+    with _opened(args.out if group.rank == 0 else os.devnull, group) as out:
+        if not args.json:
+            out.write(_header(labels, args.all))
+        for found in rounds:
+            cut, count = cut + found.cut, count + len(found.rows)
+            for line in _lines(found, labels, args):
+                out.write(line)
+    if group.rank == 0:
+        note(
+            f"{count:,} rows"
+            + (f"; {cut:,} were longer than the context of {context} and have lost their ends" if cut else "")
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(path: str | None, group: "Group") -> Iterator[IO[str]]:
+    """Where lines go: stdout, or a file that takes its name when all of it is written."""
+    if path is None or path == os.devnull:
+        with contextlib.nullcontext(sys.stdout) if path is None else open(path, "w") as out:
+            yield out
+        return
+    made = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(made, "w", encoding="utf-8") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        made.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}: make room or give another --out") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            made.unlink()
+
+
+def _header(labels: list[str], every: bool) -> str:
+    names = ["label", "probability", *(labels if every else [])]
+    return "\t".join(names) + "\n"
+
+
+def _lines(found: "Round", labels: list[str], args: argparse.Namespace) -> Iterator[str]:
+    for row in found.probabilities:
+        best = int(row.argmax())
+        if args.json:
+            import msgspec
+
+            told: dict[str, object] = {"label": labels[best], "probability": _rounded(row[best])}
+            if args.all:
+                told["probabilities"] = {label: _rounded(p) for label, p in zip(labels, row, strict=True)}
+            yield msgspec.json.encode(told).decode() + "\n"
+        else:
+            shown = [row[best], *(row if args.all else [])]
+            yield "\t".join([labels[best], *(f"{p:.6f}" for p in shown)]) + "\n"
+
+
+def _rounded(probability: float) -> float:
+    return round(float(probability), 6)

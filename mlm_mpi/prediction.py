@@ -1,0 +1,71 @@
+"""Labels of new texts: rows of a file, in their order, by any number of ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from mlm_mpi.backend.arrays import Place, to_host
+from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.labelled import Example
+from mlm_mpi.data.rows import Row
+from mlm_mpi.data.texts import batch_of, kept
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.tokenizing import encode_pairs
+from mlm_mpi.layers.base import Context
+from mlm_mpi.layers.chain import Chain
+
+
+class Round(NamedTuple):
+    """Rows, the probabilities of their labels (n, L) float32, and how many of them did not fit the context."""
+
+    rows: Sequence[Row]
+    probabilities: np.ndarray
+    cut: int
+
+
+def predict(
+    chain: Chain, tokenizer: Tokenizer, rows: Iterator[Row], context: int, pairs: bool, at_once: int, mesh: Mesh,
+    place: Place,
+) -> Iterator[Round]:  # fmt: skip
+    """Rows in rounds of `at_once` for each copy of the model, all of them on every rank. Collective.
+
+    A file of any length: no more than a round is held. Every rank reads all rows and computes its part of them.
+    """
+    group = mesh.group("dp")
+    while True:
+        with mesh.world.together("reading rows"):
+            some = list(islice(rows, at_once * group.size))
+        if not some:
+            return
+        mine = some[group.rank * at_once : (group.rank + 1) * at_once]
+        examples = [
+            Example(ids.astype(np.int32), second, 0)
+            for ids, second in encode_pairs(tokenizer, ((row.text, row.second) for row in mine))
+        ]
+        found = _probabilities(chain, examples, context, tokenizer.eot, pairs, mesh, place)
+        cut = sum(_is_cut(example, context) for example in examples)
+        every = group.allgather([cut, found.tolist()], "probabilities of labels")
+        table = np.array([row for _, part in every for row in part], np.float32)
+        yield Round(some, table, sum(part for part, _ in every))
+
+
+def _probabilities(
+    chain: Chain, examples: list[Example], context: int, eot: int, pairs: bool, mesh: Mesh, place: Place
+) -> np.ndarray:  # fmt: skip
+    """Shapes: -> (n, L), on every rank that shares the model."""
+    found = np.zeros((0, 0), np.float32)
+    if examples:
+        batch = replace(batch_of(examples, context, eot, pairs), targets={})
+        ctx = Context(mesh, batch=batch.map(place.put))
+        chain.forward((), ctx)
+        found = to_host(ctx.tally["probabilities"]) if "probabilities" in ctx.tally else found
+    return np.array(mesh.group("pp").allgather(found.tolist(), "the last stage")[-1], np.float32)
+
+
+def _is_cut(example: Example, context: int) -> bool:
+    first = example.second or len(example.ids)
+    second = len(example.ids) - first
+    return kept(first, second, context) != (first, second)
