@@ -51,6 +51,12 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plugins = named(args.plugins)
     trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    with group.together("a look at the model"):
+        task = trained.config.task.kind
+        if getattr(trained.plugins.find("tasks", task, "task.kind"), "BOTH_WAYS", False):
+            raise ConfigError(
+                f'{args.run} was trained for task.kind = "{task}", which continues no text: give another run'
+            )
     if trained.averaged and group.rank == 0:
         note(f"note: checkpoint of step {trained.step}, moving average of its weights")
     end = trained.tokenizer.eot
