@@ -19,8 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments that --label brings with it."""
     group = parser.add_argument_group(
         "labelled texts",
-        "With --label the inputs are tables: .csv, .tsv or .jsonl, also compressed. train=FILE heldout=FILE test=FILE "
-        "says on which side the rows of a file stand.",
+        "With --label the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
+        "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
     )
     add = group.add_argument
     add("--label", metavar="COLUMN", help="column with the label of each text")

@@ -5,9 +5,8 @@
     shards   examples are tokenised and written into DIR/.staging
     publish  tokenizer, shards and catalog are put in place, an earlier corpus is removed
 
-Rank 0 does all of it, tokenising on all cores that it may use, while the others wait: a million texts of 15 words take
-under a minute on two cores. So the bytes are the same on any number of ranks. All texts are in memory meanwhile, some
-half a kilobyte a row beside their characters.
+Rank 0 does all of it, tokenising on all cores that it may use, while the others wait. So the bytes are the same on any
+number of ranks. A million texts of 15 words, 92 MB, take 190 s of CPU time and 1 GB of memory, where all texts lie.
 """
 
 import hashlib
@@ -162,7 +161,9 @@ class _Found:
 
     def add(self, row: rows.Row, given: str | None) -> None:
         """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
-        self._counts.update(rows=1, invalid_utf8=row.replaced, control_characters=row.controls)
+        self._counts["rows"] += 1
+        self._counts["invalid_utf8"] += row.replaced
+        self._counts["control_characters"] += row.controls
         given = self._given(row, given)
         if not row.text:
             return self._count("empty", row.place)

@@ -23,6 +23,7 @@ from mlm_mpi.errors import ConfigError, DataError, nearest
 LONGEST_LABEL = 200  # characters
 _LONGEST_FIELD = 1 << 24  # characters of CSV; a quote that is never closed would swallow the file
 NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NOTHING = clean("")
 _MOST_NAMES = 200  # characters of a list of columns
 
 Values = tuple[str, list[str | None]]  # place, and what stands in each of the columns asked for
@@ -106,7 +107,8 @@ def read(path: Path, columns: Columns, encoding: str = "utf-8", told: Told = _un
 
 
 def _row(place: str, values: dict[str, str | None]) -> Row:
-    text, second = clean(values["--text"] or ""), clean(values.get("--pair") or "")
+    text = clean(values["--text"] or "")
+    second = clean(pair) if (pair := values.get("--pair")) else _NOTHING
     source = values.get("--source")
     return Row(
         place, text.text.strip(), second.text.strip(), _label(values.get("--label"), place), values.get("--split"),
