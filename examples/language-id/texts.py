@@ -12,7 +12,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-LANGUAGES = "ar cs da de el es fi fr hu it ja ko nl nb pl pt ru sv tr uk".split()
+LANGUAGES = (
+    *("ar", "cs", "da", "de", "el", "es", "fi", "fr", "hu", "it"),
+    *("ja", "ko", "nl", "nb", "pl", "pt", "ru", "sv", "tr", "uk"),
+)
 _PLACEHOLDER = re.compile(r"%(\([^)]*\))?[-#0-9.]*[a-zA-Z]|\{[^}]*\}|<[^>]*>|&[a-z]+;")
 
 
