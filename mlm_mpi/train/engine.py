@@ -158,7 +158,8 @@ class Engine:
         assignment = replace(self.machine.assignment, ranks=min(self.workers, mesh.size("dp")))
         self.machine = replace(self.machine, mesh=mesh, assignment=assignment, reduction=nothing)
         self.group, self.world = mesh.group("dp"), mesh.world
-        self.machine.store.grid = mesh
+        for store in self.machine.store.stores:
+            store.grid = mesh
         if isinstance(self.machine.optimizer, Shared):
             self.machine.optimizer.regroup(mesh)
         self.machine = replace(self.machine, reduction=reduction(assignment))
@@ -207,6 +208,11 @@ class Engine:
         m.chain.weights.complete()
         kept = m.store.data[m.store.kept]
         return {"weights": kept, **m.optimizer.state(), **averaged}
+
+    def held(self) -> dict[str, Any]:
+        """The same, with the weights that no step changes: what ranks hold alike."""
+        still = self.machine.store.still
+        return self.state() | ({} if still is None else {"frozen weights": still.data})
 
     def measured(self) -> AbstractContextManager[None]:
         """Inside of it layers see the weights that are measured: their average, where there is one. Collective."""
@@ -303,9 +309,13 @@ class Engine:
 
     def _walk(self, micros: int) -> list[int]:
         """The parts that a rank with so many micro-batches runs, one after another."""
-        chunks = [range(chunk.block, chunk.block + len(chunk.chain.parts)) for chunk in self.chunks]
+        forth = [range(chunk.block, chunk.block + len(chunk.chain.parts)) for chunk in self.chunks]
+        ways = {
+            1: forth,
+            -1: [parts[chunk.chain.floor :][::-1] for parts, chunk in zip(forth, self.chunks, strict=True)],
+        }
         every = self.machine.instructions(*self.stage, micros)
-        return [part for one in every if (way := _way(one)) for part in chunks[one.chunk][::way]]
+        return [part for one in every if (way := _way(one)) for part in ways[way][one.chunk]]
 
     def _made_whole(self, parameter: Parameter, total: Any) -> None:
         """A parameter's gradient, of whose sum each rank of dp may have a part."""

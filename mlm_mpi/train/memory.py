@@ -55,8 +55,10 @@ def bytes_held(engine: Engine) -> dict[str, int]:
     """Bytes of a rank by what holds them, activations left out."""
     store = engine.machine.store
     held = {"weights": store.data[store.kept].nbytes, "gradients": engine.machine.reduction.costs()["held_bytes"]}
+    if store.still is not None:
+        held["frozen weights"] = store.still.data.nbytes
     if store.working is not store.data:
-        held["weights in bf16"] = store.working.nbytes
+        held["weights in bf16"] = sum(one.working.nbytes for one in store.stores)
     if engine.second_sums:
         held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
     optimizer = engine.machine.optimizer
