@@ -215,7 +215,7 @@ class Run:
 
     def regroup(self, group: Group) -> None:
         """Makes anew, for the ranks of a group, what hangs on one, but for what writes down. Collective over it."""
-        self.group, self.mesh = group, Mesh(group)
+        self.group, self.mesh, self.search.names = group, Mesh(group), group.rank == 0
         config, plugins, new, place = self.config, self.plugins, self.mesh, self.place
         store = self.engine.machine.store
         self.engine.regroup(new, lambda assignment: reduction(config, plugins, store, assignment, new, place))
