@@ -5,6 +5,7 @@ environment.json  versions, fingerprint, command   ledger.jsonl    who did what 
 checkpoints/      step-00000100/ …                 loss.png        the curve, at the end
 run.lock          who holds it                     DONE            written last: the run is complete
 tensorboard/ wandb/   where [log] asks for them    failures.jsonl, stacks/  of ranks that failed, or stalled
+best.json         names the best checkpoint, where eval.best asks for it (search.py)
 """
 
 import contextlib

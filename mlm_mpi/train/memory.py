@@ -42,7 +42,8 @@ def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
     bf16 = config.numerics.products == "bf16"  # of activations, and of a copy of the weights
     element, copy = (2, 2) if bf16 else (size, 0)
     least = task.least(rows)
-    copies = 2 + moments + (config.optim.average > 0)
+    learns_all = not (config.start.freeze or config.start.lora_rank)
+    copies = 2 + moments + (config.optim.average > 0) if learns_all else 1
     return {
         "parameters": (copies * size + copy) * least.parameters + least.parts * _PART_BYTES,
         "activations": element * least.kept,

@@ -1,10 +1,20 @@
 """`mlm-mpi finetune` and `merge`, frozen parts, the best checkpoint: one hash on any mesh, also past kills."""
 
+import contextlib
 import json
+import re
 import shutil
 
 import pytest
-from programs import make_text, prepare
+
+from mlm_mpi import config as configuration
+from mlm_mpi.comm.group import Group
+from mlm_mpi.errors import MlmError
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks import language_model
+from mlm_mpi.train import Start
+from mlm_mpi.train.run import Options, Run
+from mlm_mpi.train.start import check_origin, origin_at
 
 LORA = ("start.lora_rank=2", "train.steps=3", "eval.every=0")
 FROZEN = ("start.freeze=['embed.positions', 'block0.attention*']", "train.steps=3", "eval.every=0")
@@ -42,19 +52,24 @@ def test_adapters_are_one_run_on_any_ranks_and_merge_into_a_model(begun, say):
     assert not (begun.folder / "other").exists()
 
 
-def test_what_cannot_begin(begun, tmp_path, corpus):
-    """One line each, and no run folder with a checkpoint in it."""
-    other = prepare(make_text(tmp_path / "other", 2), tmp_path / "bpe", "--tokenizer", "bpe", "--vocab", "300")
+def test_what_cannot_begin(home, straight, tmp_path):
+    """One line each, and no run folder."""
+    origin = home.folder / "straight"
+    with pytest.raises(MlmError, match=f"prepare the corpus with --tokenizer {origin}.*/tokenizer.json"):
+        check_origin(origin_at(str(origin)), Start(), [], b"another", Plugins())
     texts = {
-        (f"data.dir={other}",): "tokenizer.json",
         ("model.layers=2",): "12 of 28 weights are missing there (block1.norm1.gain)",
         ("model.width=16",): "missing there (embed.tokens has shape [257, 32] there, [257, 16] here)",
         ("start.freeze=['blok0']",): 'start.freeze = "blok0" is no parameter; did you mean',
         ("eval.figure=accuracy",): 'eval.figure = "accuracy" is not measured',
+        ("start.checkpoint=nothing",): "nothing is no run folder (it has no checkpoints/)",
+        ("start.checkpoint=",): "",
     }
     for settings, said in texts.items():
-        finetune(begun, "new", None, settings=settings).refused(said)
-    finetune(begun, "new", None, origin="nothing").refused("nothing is no run folder (it has no checkpoints/)")
+        config = configuration.load(home.config, [f"start.checkpoint={origin}", *settings])
+        with pytest.raises(MlmError, match=re.escape(said)) if said else contextlib.nullcontext():
+            Run(config, Options(tmp_path / "run"), language_model.build, Group())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
