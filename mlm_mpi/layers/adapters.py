@@ -23,7 +23,7 @@ class Adapter:
 
     def __init__(self, linear: Linear, rank: int, scale: float) -> None:
         inputs, outputs = linear.inputs, math.prod(linear.weight.layout.shape[1:])
-        self.down = Linear(f"{linear.name}.lora_a", inputs, rank, inputs**-0.5, bias=False)
+        self.down = Linear(f"{linear.name}.lora_a", inputs, rank, 1.0 / math.sqrt(inputs), bias=False)
         self.up = Linear(f"{linear.name}.lora_b", rank, outputs, "zeros", bias=False)
         self.scale = scale
 

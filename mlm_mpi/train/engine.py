@@ -36,6 +36,7 @@ from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.guard import Attempt, Guard, Verdict, is_finite, skip
 
+FROZEN = "frozen weights"
 NextBatch = Callable[[], Batch]
 
 
@@ -210,9 +211,11 @@ class Engine:
         return {"weights": kept, **m.optimizer.state(), **averaged}
 
     def held(self) -> dict[str, Any]:
-        """The same, with the weights that no step changes: what ranks hold alike."""
-        still = self.machine.store.still
-        return self.state() | ({} if still is None else {"frozen weights": still.data})
+        """The same, with the weights that no step changes; a stage that has none of these has an empty array."""
+        store = self.machine.store
+        if not store.frozen_count:
+            return self.state()
+        return self.state() | {FROZEN: store.data[:0] if store.still is None else store.still.data}
 
     def measured(self) -> AbstractContextManager[None]:
         """Inside of it layers see the weights that are measured: their average, where there is one. Collective."""

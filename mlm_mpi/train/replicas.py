@@ -12,7 +12,8 @@ import numpy as np
 from mlm_mpi.backend.arrays import fill, to_host
 from mlm_mpi.errors import MlmError, agreed, ranges
 from mlm_mpi.params.digest import digest
-from mlm_mpi.train.engine import Engine
+from mlm_mpi.train.engine import FROZEN, Engine
+from mlm_mpi.train.sharing import Lent
 
 
 def repaired(engine: Engine, step: int) -> tuple[str, ...]:
@@ -24,8 +25,8 @@ def repaired(engine: Engine, step: int) -> tuple[str, ...]:
     if engine.group.size == 1:
         return ()
     if engine.machine.owned is not None:  # moments are nobody else's
-        shared = {name: flat for name, flat in state.items() if flat.size == engine.machine.store.size}
-        state = shared | {name: flat for name, flat in state.items() if name == "frozen weights"}
+        shared = {FROZEN} if isinstance(engine.machine.chain.weights, Lent) else {FROZEN, "weights"}
+        state = {name: flat for name, flat in state.items() if name in shared}
     mine = np.array([digest(flat) for flat in state.values()], np.uint64)
     everybodys = [tuple(row) for row in world.allgather_array(mine, f"hashes of the weights after step {step}")]
     said = []

@@ -218,7 +218,7 @@ ADAPTED = (*GPT, "start.lora_rank=2", "start.lora_targets=['qkv', 'feed_forward.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("level", [0, 2, 3])
 @pytest.mark.parametrize("words", [*FROZEN.values(), ADAPTED], ids=[*FROZEN, "adapters"])
 def test_what_is_frozen_and_what_learns_beside_it_is_one_on_every_mesh(group, words, level, tmp_path_factory):
     """Its checkpoint too, which another mesh reads."""
@@ -230,6 +230,7 @@ def test_what_is_frozen_and_what_learns_beside_it_is_one_on_every_mesh(group, wo
             continue
         engine, results = trained((*words, f"mesh.zero={level}"), mesh(group, pp, tp))
         assert outcome(engine, results) == expected, f"pp {pp}, tp {tp}"
+        assert repaired(engine, STEPS) == ()
         folder = Path(group.broadcast(str(tmp_path_factory.mktemp("run")), "a folder"))
         store, owned = engine.machine.store, engine.machine.owned
         saver = checkpoint.Saver(folder, store, engine.state(), b"{}", group, 2, False, owned)
