@@ -22,6 +22,11 @@ from mlm_mpi.output import open_streams
 COMMANDS = {
     "prepare": ("mlm_mpi.commands.prepare", True, "text -> verified HDF5 shards and a catalog (also under mpiexec)"),
     "train": ("mlm_mpi.commands.train", False, "train a model (under mpiexec; alone it is one rank)"),
+    "finetune": (
+        "mlm_mpi.commands.finetune",
+        False,
+        "train on from the weights of another run, all of them or adapters (also under mpiexec)",
+    ),
     "run": ("mlm_mpi.launcher", False, "start mpiexec well: run -n 4 -- train CONFIG --run DIR"),
     "evaluate": (
         "mlm_mpi.commands.evaluate",
@@ -30,6 +35,7 @@ COMMANDS = {
     ),
     "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
     "predict": ("mlm_mpi.commands.predict", True, "labels of the texts in a file (also under mpiexec)"),
+    "merge": ("mlm_mpi.commands.merge", True, "put the adapters of a fine-tuned run into its weights"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
     "chaos": (
         "mlm_mpi.commands.chaos",
@@ -109,7 +115,7 @@ def entry() -> NoReturn:
 
         completion.answer(tuple(COMMANDS), lambda name: command(name)[0])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    open_streams(patient=sys.argv[1:2] == ["train"])
+    open_streams(patient=sys.argv[1:2] in (["train"], ["finetune"]))
     code = main()
     with contextlib.suppress(OSError, MlmError):  # was told, or nobody is there to be told
         sys.stdout.flush()

@@ -33,6 +33,7 @@ from mlm_mpi import config, mpiexec, signs
 from mlm_mpi.arguments import Parser
 from mlm_mpi.banners import BannerFilter, EchoFilter
 from mlm_mpi.comm import launch
+from mlm_mpi.commands import finetune
 from mlm_mpi.commands import train as training
 from mlm_mpi.errors import CommError, LaunchError
 from mlm_mpi.files import HeldError, Lock
@@ -48,7 +49,8 @@ _SOON_S = 0.5  # a start that lasts longer is drawn
 _WORD_S = 20.0  # a start that lasts longer is worth a word
 _TERM_S = 2.0  # from SIGINT or SIGTERM to SIGKILL; Open MPI ends its ranks in half a second
 _REPEAT_S = 1.0
-_JOINERS = ("train", "prepare", "evaluate", "generate", "predict")  # commands whose ranks call MPI_Init
+_TRAININGS = ("train", "finetune")
+_JOINERS = (*_TRAININGS, "prepare", "evaluate", "generate", "predict")  # commands whose ranks call MPI_Init
 _SHARED_MEMORY = Path("/dev/shm")
 _OLD_S = 86400.0
 
@@ -114,10 +116,10 @@ def main(args: argparse.Namespace) -> int:
     for name, value, least in (("--grace", args.grace, 0.0), ("--start-timeout", args.start_timeout, 1.0)):
         if not (math.isfinite(value) and value >= least):
             raise LaunchError(f"{name} {value:g} must be a number of seconds, at least {least:g}")
-    recovers = command[0] == "train" and _check_training(command[1:], ranks)
+    recovers = command[0] in _TRAININGS and _check_training(command[0], command[1:], ranks)
     if args.check:
         return 0
-    grace_s = args.grace if command[0] == "train" else None
+    grace_s = args.grace if command[0] in _TRAININGS else None
     limits = Limits(grace_s, args.start_timeout, command[0] in _JOINERS, recovers)
     program = [sys.executable, "-P", "-m", "mlm_mpi", *command]  # -P: nothing is imported from the current folder
     return run_job(program, ranks, args.mpiexec, args.mpiexec_args, limits)
@@ -127,7 +129,7 @@ def _with_spares(args: argparse.Namespace, command: list[str]) -> tuple[int, lis
     """(all ranks to start, the command that knows how many of them are spares). Raises LaunchError."""
     if args.spares < 0:
         raise LaunchError(f"--spares {args.spares} must not be negative")
-    if args.spares and command[0] != "train":
+    if args.spares and command[0] not in _TRAININGS:
         raise LaunchError(f"--spares {args.spares} is for train: {command[0]} needs no spares")
     if not args.spares:
         return launch.number("SLURM_NTASKS", 1) if args.ranks is None else args.ranks, command
@@ -135,12 +137,12 @@ def _with_spares(args: argparse.Namespace, command: list[str]) -> tuple[int, lis
     return ranks, [*command, "--set", f"comm.spares={args.spares}"]
 
 
-def _check_training(words: Sequence[str], ranks: int) -> bool:
+def _check_training(name: str, words: Sequence[str], ranks: int) -> bool:
     """Finds here, before a hundred processes start, what each of them would find. Whether it shall recover."""
-    parser = Parser("train")
-    training.configure(parser)
+    parser, module = Parser(name), finetune if name == "finetune" else training
+    module.configure(parser)
     args = parser.parse(words)
-    settings = training.settings(args, named(args.plugins))
+    settings = module.settings(args, named(args.plugins))
     config.check_ranks(settings, ranks)
     plain = config.is_plain(settings) and settings.comm.reduction != "nccl"  # which has ranks of its own
     return settings.comm.recover and ranks > 1 and plain

@@ -9,6 +9,7 @@ from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.config import Config
 from mlm_mpi.data.batch import Batch
+from mlm_mpi.layers.adapters import adapt
 from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.chain import Chain, Recomputed
 from mlm_mpi.layers.head import TokenHead
@@ -18,6 +19,7 @@ from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
 from mlm_mpi.train.engine import Engine
+from mlm_mpi.train.start import freeze
 
 
 def batch_of(ids, targets, mask=None, step=0, index=0) -> Batch:
@@ -119,6 +121,9 @@ def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None) -> Engi
     """What a run of this configuration trains with; its weights are zero."""
     plugins = Plugins()
     parts = language_model.parts(config, plugins, Sizes(vocabulary))
+    if config.start.lora_rank:
+        adapt(parts, config.start.lora_rank, config.start.lora_alpha, config.start.lora_targets)
+    freeze(parts, config.start, None)
     return build(config, plugins, parts, mesh or Mesh(), place_of(config), config.model.width)
 
 

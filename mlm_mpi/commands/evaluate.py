@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi evaluate`."""
     parser.epilog = _EXAMPLES
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--data", metavar="DIR", help="another prepared corpus with the same tokenizer")
     parser.add_argument("--baselines", action="store_true", help="also what simple methods reach on the same data")
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     mesh, on_node, plugins = sharing.mesh_of(args, group, copies=True), group.on_node(), Plugins()
     with group.together("the plug-ins"):
         plugins = named(args.plugins)
-    trained = load(args.run, plugins, args.device, None, on_node, mesh)
+    trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, on_node, mesh)
     say = note if group.rank == 0 else _silent
     with group.together("opening the data"):
         task = open_task(trained, args.data, say)

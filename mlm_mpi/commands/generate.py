@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.epilog = _EXAMPLES
     parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plugins = named(args.plugins)
-    trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     with group.together("a look at the model"):
         task = trained.config.task.kind
         if getattr(trained.plugins.find("tasks", task, "task.kind"), "BOTH_WAYS", False):

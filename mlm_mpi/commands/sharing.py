@@ -22,6 +22,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def checkpoint_of(args: argparse.Namespace, group: "Group") -> str:
+    """RUN, or the checkpoint in it that `--best` means, the same on all ranks. Collective. Raises ConfigError."""
+    from mlm_mpi.train.search import best_of
+
+    if not args.best:
+        return str(args.run)
+    found = ""
+    with group.together("the best checkpoint"):
+        found = str(best_of(args.run))
+    return str(group.broadcast(found, "the best checkpoint"))
+
+
 def mesh_of(args: argparse.Namespace, group: "Group", copies: bool) -> "Mesh":
     """That of all ranks, `--pp` times `--tp` of which share a model. Collective.
 

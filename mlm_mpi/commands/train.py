@@ -2,11 +2,12 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mlm_mpi import config as configuration
 from mlm_mpi.config import Config
-from mlm_mpi.config.reader import Pin
+from mlm_mpi.config.reader import Beneath, Pin
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.plug import Plugins, named
 
@@ -39,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command on this rank."""
+    return begin(args, settings)
+
+
+def begin(args: argparse.Namespace, settings: Callable[[argparse.Namespace, Plugins, Pin], Config]) -> int:
+    """A run of the settings that the arguments ask for, on this rank."""
     plugins = named(args.plugins)
     config = settings(args, plugins, configuration.prepare_environment)
     from mlm_mpi.comm import launch
@@ -53,8 +59,13 @@ def main(args: argparse.Namespace) -> int:
     return launch.leave(run.group, code)
 
 
-def settings(args: argparse.Namespace, plugins: Plugins, pin: Pin | None = None) -> Config:
-    """The configuration that the arguments ask for, all of them checked; `pin` as in `load`. Raises ConfigError."""
+def settings(
+    args: argparse.Namespace, plugins: Plugins, pin: Pin | None = None, beneath: Beneath | None = None
+) -> Config:
+    """The configuration that the arguments ask for, all of them checked; `pin` and `beneath` as in `load`.
+
+    Raises ConfigError.
+    """
     if not args.run:
         raise ConfigError("--run '' is empty, which would be the current folder: name a folder")
     if args.max_steps is not None and args.max_steps < 1:
@@ -62,7 +73,7 @@ def settings(args: argparse.Namespace, plugins: Plugins, pin: Pin | None = None)
     if args.max_time is not None:
         seconds(args.max_time)
     device = [] if args.device is None else [f"backend.device={args.device}"]
-    return configuration.load(args.config, args.set + device, plugins, pin)
+    return configuration.load(args.config, args.set + device, plugins, pin, beneath)
 
 
 def seconds(text: str) -> float:

@@ -26,6 +26,7 @@ _LINE = 4500  # a path and its key; tomllib takes 31 s for a key of 32,000 parts
 _A_FILE = ": give a TOML file such as jobs/configs/tiny.toml; `mlm-mpi config` explains what stands in one"
 
 Pin = Callable[[Any], None]
+Beneath = Callable[[], dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,19 @@ class Source:
 
 
 def load(
-    path: str | Path | None, overrides: Iterable[str] = (), plugins: Plugins | None = None, pin: Pin | None = None
-) -> Config:
+    path: str | Path | None, overrides: Iterable[str] = (), plugins: Plugins | None = None, pin: Pin | None = None,
+    beneath: Beneath | None = None,
+) -> Config:  # fmt: skip
     """The configuration in a TOML file with `section.key=value` overrides, checked.
 
     `pin`: is called with [numerics] before any room that loads NumPy is imported; see `prepare_environment`.
+    `beneath`: is called after that, for sections whose keys hold where neither says another kind or value.
     Raises ConfigError, naming the file or --set, key, value, bound and remedy.
     """
     table = {} if path is None else _read_file(str(path))
     overridden = frozenset(_override(table, text) for text in overrides)
     try:
-        return _config(table, Source("" if path is None else str(path), overridden), plugins or Plugins(), pin)
+        return _config(table, Source("" if path is None else str(path), overridden), plugins or Plugins(), pin, beneath)
     except ConfigError as error:
         raise ConfigError(f"{error}{'' if path is None else _written_by(Path(path))}") from None
 
@@ -63,7 +66,9 @@ def from_table(table: dict[str, Any], source: str, plugins: Plugins | None = Non
     return _config(table, Source(source), plugins or Plugins(), pin)
 
 
-def _config(table: dict[str, Any], source: Source, plugins: Plugins, pin: Pin | None) -> Config:
+def _config(
+    table: dict[str, Any], source: Source, plugins: Plugins, pin: Pin | None, beneath: Beneath | None = None
+) -> Config:
     for section, values in table.items():
         if not isinstance(values, dict):
             _refuse_value(section, values, source, plugins)
@@ -78,10 +83,19 @@ def _config(table: dict[str, Any], source: Source, plugins: Plugins, pin: Pin | 
     numerics = read("numerics")
     if pin is not None:
         pin(numerics)
+    for section, values in ({} if beneath is None else beneath()).items():
+        table[section] = _over(values, table.get(section, {}), section)
     sections = {section: numerics if section == "numerics" else read(section) for section in SECTIONS}
     config = Config(**sections)
     rules.check(config, plugins)
     return config
+
+
+def _over(beneath: dict[str, Any], values: dict[str, Any], section: str) -> dict[str, Any]:
+    """Keys of a section over others of it, where these are not of another kind."""
+    key = KINDS[section].key if section in KINDS else ""
+    same = not key or values.get(key, beneath.get(key)) == beneath.get(key)
+    return beneath | values if same else values
 
 
 def _refuse_value(name: str, value: Any, source: Source, plugins: Plugins) -> NoReturn:

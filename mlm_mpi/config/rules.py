@@ -30,6 +30,11 @@ def check(config: Config, plugins: Plugins) -> None:
     check_sharing(config, plugins)
     if train.context_warmup_steps:
         train.check_context(config.model.context)
+    _require(
+        not backend.graphs or not (config.start.freeze or config.start.lora_rank),
+        "backend.graphs replays the backward of all parts, and start.freeze or start.lora_rank leaves some out: set "
+        "backend.graphs = false",
+    )
     guard = config.guard
     _require(
         guard.spike == 0 or guard.spike > 1,
@@ -75,6 +80,11 @@ def _check_mesh(config: Config) -> None:
         pp * tp == 1 or device == "cpu",
         f'mesh.pp = {pp}, mesh.tp = {tp} need backend.device = "cpu", not "{device}": set it, or mesh.pp = 1 and '
         "mesh.tp = 1",
+    )
+    _require(
+        tp == 1 or not config.start.lora_rank,
+        f"start.lora_rank = {config.start.lora_rank} sets adapters beside maps that mesh.tp = {tp} cuts: set mesh.tp = "
+        "1 (mlm-mpi merge makes a model without them)",
     )
     _require(
         tp == 1 or products == "float32",

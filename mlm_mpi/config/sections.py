@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlm_mpi.comm import Axes, Comm
     from mlm_mpi.data import Data
     from mlm_mpi.monitor import Log
-    from mlm_mpi.train import Checkpoint, Eval, Guard, Train
+    from mlm_mpi.train import Checkpoint, Eval, Guard, Start, Train
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Config:
     task: Any  # what tasks/<kind>.py declares
     data: "Data"
     train: "Train"
+    start: "Start"
     optim: Any  # what optim/<name>.py declares
     eval: "Eval"
     checkpoint: "Checkpoint"
@@ -56,7 +57,8 @@ KINDS = {
 }  # fmt: skip
 _DECLARED = {
     "data": ("mlm_mpi.data", "Data"), "train": ("mlm_mpi.train", "Train"),
-    "eval": ("mlm_mpi.train", "Eval"), "checkpoint": ("mlm_mpi.train", "Checkpoint"),
+    "start": ("mlm_mpi.train", "Start"), "eval": ("mlm_mpi.train", "Eval"),
+    "checkpoint": ("mlm_mpi.train", "Checkpoint"),
     "guard": ("mlm_mpi.train", "Guard"), "mesh": ("mlm_mpi.comm", "Axes"), "comm": ("mlm_mpi.comm", "Comm"),
     "backend": ("mlm_mpi.backend", "Backend"), "numerics": ("mlm_mpi.backend", "Numerics"),
     "log": ("mlm_mpi.monitor", "Log"),

@@ -53,6 +53,12 @@ class Chain:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
         self.weights, self._first = Weights(), 0
+        self.floor = self._untrained()
+
+    def _untrained(self) -> int:
+        """So many parts in front have nothing to learn: a backward ends behind them."""
+        trains = (any(not p.frozen for p in part.parameters()) for part in self.parts)
+        return next((number for number, learns in enumerate(trains) if learns), len(self.parts))
 
     def bring(self, weights: Weights, first: int = 0) -> None:
         """From now on these are its parts' weights, and its first part is known to them by that number."""
@@ -81,25 +87,27 @@ class Chain:
             x, saved = part.forward(x, ctx)
             self.weights.done(self._first + number)
             if ctx.training:
-                kept.append(saved)
+                kept.append(saved if number >= self.floor else None)
         return x, kept
 
     def backward(self, dy: Flow, kept: list[Any], ctx: Context, ready: Ready = nobody_waits, down_to: int = 0) -> Flow:
         """Writes or adds every gradient of parts [down_to, …), the last first; empties `kept` as it goes.
 
-        `ready(i)` is called as soon as those of part i are final.
+        `ready(i)` is called as soon as those of part i are final. Parts below `floor` have none.
         """
         for number in range(len(self.parts) - 1, down_to - 1, -1):
-            self.weights.need(self._first + number)
-            dy = self.parts[number].backward(dy, kept.pop(), ctx)
-            self.weights.done(self._first + number)
+            saved = kept.pop()
+            if number >= self.floor:
+                self.weights.need(self._first + number)
+                dy = self.parts[number].backward(dy, saved, ctx)
+                self.weights.done(self._first + number)
             ready(number)
         return dy
 
     def walk(self, forwards: int, backwards: int = 0) -> list[int]:
         """The parts that are run by so many forwards alone, or each with its backward behind it."""
         forth = list(range(len(self.parts)))
-        return (forth + forth[::-1]) * backwards + forth * (forwards - backwards)
+        return (forth + forth[self.floor :][::-1]) * backwards + forth * (forwards - backwards)
 
     def settle(self, total: Mapping[Parameter, Any], whole: Callable[[Parameter, Any], None]) -> None:
         """After a step's gradients have been summed over all lanes: what stages owe each other. `whole` completes a sum
@@ -115,15 +123,18 @@ class Chain:
         later: list[list[Callable[[Context], None]]] = []
         for number in reversed(range(len(self.parts))):
             later.append([])
-            self.weights.need(self._first + number)
-            dy = self.parts[number].backward(dy, kept.pop(), replace(ctx, later=later[-1]))
-            self.weights.done(self._first + number)
+            saved = kept.pop()
+            if number >= self.floor:
+                self.weights.need(self._first + number)
+                dy = self.parts[number].backward(dy, saved, replace(ctx, later=later[-1]))
+                self.weights.done(self._first + number)
         return dy, Owed(ctx.gradients, later)
 
     def backward_weight(self, owed: Owed, ctx: Context, ready: Ready = nobody_waits) -> None:
         """Writes or adds every gradient, with the bits of `backward`; empties what is owed as it goes."""
         for parameter, gradient in owed.formed.items():
-            deposit(gradient, ctx.grad(parameter), ctx.accumulate)
+            if not parameter.frozen:
+                deposit(gradient, ctx.grad(parameter), ctx.accumulate)
         for number in reversed(range(len(self.parts))):
             for work in owed.later.pop(0):
                 work(ctx)

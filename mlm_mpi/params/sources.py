@@ -26,6 +26,33 @@ class Source(Protocol):
         """The elements of a box, in its shape. Raises MlmError."""
 
 
+class Over:
+    """What one source has in the shape that another has it in, and for the rest what that other has."""
+
+    def __init__(self, first: Source, rest: Source) -> None:
+        self._first, self._rest = first, rest
+
+    def shape(self, name: str) -> Shape | None:
+        return self._rest.shape(name)
+
+    def read(self, name: str, box: Box) -> Any:
+        fits = self._first.shape(name) == self._rest.shape(name)
+        return (self._first if fits else self._rest).read(name, box)
+
+
+class Arrays:
+    """Global arrays that are at hand, by name."""
+
+    def __init__(self, named: Mapping[str, Any]) -> None:
+        self._named = named
+
+    def shape(self, name: str) -> Shape | None:
+        return tuple(self._named[name].shape) if name in self._named else None
+
+    def read(self, name: str, box: Box) -> Any:
+        return self._named[name][box.slices]
+
+
 class Drawn:
     """Initial values keyed by (seed, name) and the *global* element: the same on any mesh, read in any pieces.
 

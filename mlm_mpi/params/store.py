@@ -7,7 +7,7 @@ a checkpoint part are slices of it. The layout depends on the model alone, never
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from mlm_mpi.backend.arrays import Place, cpu, fill, to_host
 from mlm_mpi.cut import Box
 from mlm_mpi.errors import DataError
 from mlm_mpi.params.layout import Grid, Layout
-from mlm_mpi.params.sources import Drawn, Source
+from mlm_mpi.params.sources import Drawn, Over, Source
 
 _FILL_ELEMENTS = 1 << 20  # in flight while a source is read: 8 MiB of float64, several chunks of a checkpoint
 ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the gap stays zero
@@ -39,6 +39,7 @@ class Parameter:
     `init`: standard deviation of a centred normal, or "ones" or "zeros", or a number for each index of the first dim.
     `decay`: weight decay applies. `tied`: two
     parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
+    `frozen`: training leaves it as it is, so it has no gradient, no moments and no part in the norm.
     `matrices`: how an optimiser of matrices (optim/muon.py) sees the weight of a hidden layer: cut along some dims, and
     each piece, seen as (its first extent, -1), is one matrix stored (in, out); (): the whole is one. None: there is
     none, as in tables, heads, gains and biases. A cut of ownership may lie between matrices and never inside one, which
@@ -51,6 +52,7 @@ class Parameter:
     decay: bool = False
     tied: bool = False
     matrices: Cuts | None = None
+    frozen: bool = False
     data: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,32 +89,45 @@ class Span:
 
 
 class Apart(dict[Parameter, Any]):
-    """Parameter -> an array of its own, made when it is asked for, with nothing written in it."""
+    """Parameter -> what is known of it, or an array of its own, made when it is asked for, with zeros in it.
 
-    def __init__(self, store: "FlatStore") -> None:
-        super().__init__()
-        self._store, self._shapes = store, {span.parameter: span.shape for span in store.spans}
+    The gradient of a frozen parameter is such an array, which nobody reads: a layer that does not spare itself that
+    work need not know.
+    """
+
+    def __init__(self, store: "FlatStore", known: Mapping[Parameter, Any] | None = None) -> None:
+        super().__init__(known or {})
+        self._store = store
 
     def __missing__(self, parameter: Parameter) -> Any:
-        self[parameter] = self._store.xp.empty(self._shapes[parameter], self._store.dtype)
+        shape = parameter.layout.local_shape(self._store.grid)
+        self[parameter] = self._store.xp.zeros(shape, self._store.dtype)
         return self[parameter]
 
 
 class FlatStore:
     """The parameters of a list of blocks in one flat buffer, `data`.
 
-    `spans` are in block order; `segments[i]` is the range of block i. Where the place computes in a narrower
-    type than `dtype`, layers see a copy in that type, which `refresh` makes anew after every change of `data`.
+    `spans` are in block order; `segments[i]` is the range of block i. Frozen parameters lie in a store of their own,
+    `still`, None where there are none: what has this layout, gradients say, has nothing of theirs. Where the place
+    computes in a narrower type than `dtype`, layers see a copy in that type, which `refresh` makes anew after every
+    change of `data`.
     """
 
     def __init__(
         self, blocks: Sequence[Sequence[Parameter]], grid: Grid, dtype: Any, place: Place | None = None,
-        model: Sequence[Parameter] | None = None, borrowed: Sequence[Parameter] = (),
+        model: Sequence[Parameter] | None = None, borrowed: Sequence[Parameter] = (), frozen: bool = False,
     ) -> None:  # fmt: skip
         """`model`: all parameters in their order, where other ranks hold others of them; `borrowed`: what a segment of
-        its own, the last one, holds beside the blocks, and another stage of a pipeline saves and counts.
+        its own, the last one, holds beside the blocks, and another stage of a pipeline saves and counts; `frozen`: it
+        is the store of those that are.
         """
         self.model = [p for block in blocks for p in block] if model is None else list(model)
+        self.still: FlatStore | None = None
+        if not frozen and any(p.frozen for block in (*blocks, borrowed) for p in block):
+            self.still = FlatStore(blocks, grid, dtype, place, self.model, borrowed, frozen=True)
+        blocks = [[p for p in block if p.frozen == frozen] for block in blocks]
+        borrowed = [p for p in borrowed if p.frozen == frozen]
         self.borrowed = frozenset(p.name for p in borrowed)
         blocks = [*blocks, borrowed] if borrowed else blocks
         self.place = place or cpu(dtype)
@@ -142,9 +157,19 @@ class FlatStore:
         return {parameter.name: list(parameter.layout.shape) for parameter in self.model}
 
     @property
+    def stores(self) -> "list[FlatStore]":
+        """This one, and that of the frozen parameters where there are any."""
+        return [self] if self.still is None else [self, self.still]
+
+    @property
     def count(self) -> int:
         """Numbers in all of the model's parameters."""
         return sum(math.prod(parameter.layout.shape) for parameter in self.model)
+
+    @property
+    def frozen_count(self) -> int:
+        """Numbers in those that are frozen."""
+        return sum(math.prod(parameter.layout.shape) for parameter in self.model if parameter.frozen)
 
     def refresh(self) -> None:
         """Layers see what `data` holds now."""
@@ -180,7 +205,7 @@ class FlatStore:
 
     def by_parameter(self, flat: Any) -> dict[Parameter, Any]:
         """Parameter -> view into a flat buffer: where a context finds gradients."""
-        return {span.parameter: view for span, view in zip(self.spans, self.views(flat), strict=True)}
+        return Apart(self, {span.parameter: view for span, view in zip(self.spans, self.views(flat), strict=True)})
 
     def apart(self) -> "Apart":
         """Where gradients go that are no lane's yet."""
@@ -213,10 +238,11 @@ class FlatStore:
         first, stop = ((edge - span.start) // row for edge in edges)
         return first, stop
 
-    def initialise(self, seed: int) -> None:
-        """Draws initial values from a seed."""
-        parameters = [span.parameter for span in self.spans]
-        self.fill(Drawn(seed, {p.name: (p.layout.shape, p.init) for p in parameters}))
+    def initialise(self, seed: int, source: Source | None = None) -> None:
+        """Takes initial values from a source where it has them in their shape, and draws the others from a seed."""
+        drawn: Source = Drawn(seed, {p.name: (p.layout.shape, p.init) for p in self.model})
+        for store in self.stores:
+            store.fill(drawn if source is None else Over(source, drawn))
 
     def named(self, flat: Any) -> dict[str, Any]:
         """name -> view into a flat buffer."""
@@ -227,7 +253,8 @@ class FlatStore:
 
         `whole`: of a parameter and what I hold of it in the CPU's memory (None: nothing), all of it.
         """
-        digest, named = hashlib.sha256(), self.named(self.data)
+        digest = hashlib.sha256()
+        named = {name: view for store in self.stores for name, view in store.named(store.data).items()}
         for parameter in sorted(self.model, key=lambda parameter: parameter.name):
             mine = named.get(parameter.name)
             found = whole(parameter, None if mine is None else to_host(mine))

@@ -1,8 +1,10 @@
 """Predicting the tokens of a corpus: an objective over it, a model of models/, a head over the vocabulary."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlm_mpi.config import Config
@@ -61,6 +63,8 @@ def least(config: Config, plugins: Plugins, sizes: Sizes, rows: int) -> Least:
 
 class LanguageModel:
     """The task (train/task.py) on one rank."""
+
+    figures: Mapping[str, bool] = MappingProxyType({"perplexity": False, "bits_per_character": False})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind

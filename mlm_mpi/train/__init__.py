@@ -151,6 +151,75 @@ class Eval:
         0, says="At most this many windows of the held-out text are used; 0 means all of them.", unit="windows", least=0
     )
     rows: int = key(8, says="A rank evaluates this many windows at once.", unit="windows", least=1)
+    best: bool = key(
+        False,
+        says="If true, the checkpoint with the best held-out figure stays beside the newest ones, and best.json in the "
+        "run folder names it.",
+    )
+    figure: str = key(
+        "loss", says="The best checkpoint is the best by this figure: loss, or what the task says of its quality."
+    )
+    patience: int = key(
+        0,
+        says="The run ends when the figure was measured this many times in a row without getting better; 0 means "
+        "never.",
+        unit="evaluations",
+        least=0,
+    )
+
+    @property
+    def searches(self) -> bool:
+        """Whether it matters which figure was the best."""
+        return self.best or self.patience > 0
+
+    def resolved(self) -> "Eval":
+        """The same. Raises ConfigError where patience would wait for ever."""
+        if self.patience and not self.every:
+            raise ConfigError(
+                f"eval.patience = {self.patience} counts evaluations, and eval.every = 0 makes one at the end: set "
+                "eval.every, or eval.patience = 0"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with beside its seed: weights of another run, and what of them is trained."""
+
+    checkpoint: str = key(
+        "",
+        says="Initial weights are those of this run folder's newest checkpoint, or of this checkpoint, where names and "
+        "shapes agree; the head's may be missing there and are drawn; an empty name means that all are drawn.",
+    )
+    partial: bool = key(
+        False,
+        says="If true, any weights may be missing in the checkpoint, not the head's alone, and some of it may be left "
+        "over.",
+    )
+    freeze: tuple[str, ...] = key(
+        (),
+        says="These parameters keep their initial values: names of parameters or of what holds them, block0 say, or "
+        "beginnings of names with a * behind.",
+    )
+    lora_rank: int = key(
+        0,
+        says="The weights of the checkpoint are frozen, and adapters of this rank are trained beside them (Hu et al., "
+        "arXiv:2106.09685); 0 means that there are none.",
+        least=0,
+    )
+    lora_alpha: float = key(16.0, says="What an adapter adds is scaled by this over its rank.", above=0)
+    lora_targets: tuple[str, ...] = key(
+        ("attention.qkv", "attention.project"),
+        says="Affine maps whose names end so have an adapter.",
+    )
+
+    def resolved(self) -> "Start":
+        """The same. Raises ConfigError for adapters without a place."""
+        if self.lora_rank and not self.lora_targets:
+            raise ConfigError(
+                f"start.lora_rank = {self.lora_rank} needs start.lora_targets: name some, or set start.lora_rank = 0"
+            )
+        return self
 
 
 @dataclass(frozen=True)

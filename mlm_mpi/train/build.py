@@ -122,10 +122,11 @@ def stage_of(
     costs = [cost_of(part) for part in parts]
     cuts = cut_parts(costs, pp.size * chunks)
     shared = [parameter for parameter in parts[0].parameters() if parameter.tied]
-    table = shared[0] if shared else None
+    table = shared[0] if shared and not shared[0].frozen else None
+    learning = next(n for n, part in enumerate(parts) if any(not p.frozen for p in part.parameters()))
     borrowed = shared if pp.rank == pp.size - 1 else []
     mine = [
-        Slice(parts[first:stop], number, len(cuts), pp, width, place.compute, table)
+        Slice(parts[first:stop], number, len(cuts), pp, width, place.compute, table, learning < first)
         for number, (first, stop) in enumerate(cuts)
         if number % pp.size == pp.rank
     ]
@@ -136,6 +137,8 @@ def _check_matrices(name: str, model: list[Parameter], mesh: Mesh) -> None:
     """Raises ConfigError, agreed, where tp goes through a matrix that an optimiser updates as one."""
     tp = mesh.size("tp")
     for parameter in model if tp > 1 else ():
+        if parameter.frozen:
+            continue
         cut = [dim for dim, axis in enumerate(parameter.layout.axes) if axis == "tp"]
         between = [dim for dim, _ in parameter.matrices or ()]
         if parameter.matrices is not None and not {*cut} <= {*between}:

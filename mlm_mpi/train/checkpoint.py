@@ -20,7 +20,7 @@ import math
 import mmap
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from mlm_mpi.train.manifest import (
     FOLDER,
     FORMAT,
     PREFIX,
+    WEIGHTS,
     DamagedCheckpoint,
     Manifest,
     Part,
@@ -67,10 +68,11 @@ def boxes_of(store: FlatStore, owned: Owned | None = None) -> dict[str, Box]:
 
     `owned`: of what it saves the rank alone holds moments.
     """
+    still = {} if store.still is None else boxes_of(store.still)
     if owned is not None:
-        return owned.boxes()
+        return owned.boxes() | still
     boxes = {span.parameter.name: span.parameter.layout.share(store.grid) for span in store.own}
-    return {name: box for name, box in boxes.items() if math.prod(box.shape)}
+    return {name: box for name, box in boxes.items() if math.prod(box.shape)} | still
 
 
 def pieces_of(
@@ -83,12 +85,14 @@ def pieces_of(
         if owned is None or flat.size == store.size else owned.named(flat)
         for kind, flat in buffers.items()
     }  # fmt: skip
-    return [
+    pieces = [
         Piece(dataset(kind, name, 0), box, view[box.within(around)[0]])
         for kind, views in named.items()
         for name, box in boxes.items()
+        if name in views
         for around, view in [views[name]]
     ]
+    return pieces if store.still is None else pieces + pieces_of(store.still, {WEIGHTS: store.still.data}, boxes)
 
 
 class Snapshot:
@@ -139,6 +143,8 @@ def index_image(manifest: Manifest) -> bytes:
         for kind in manifest.buffers:
             group = file.create_group(kind)
             for name, shape in manifest.shapes.items():
+                if kind not in manifest.holding(name):
+                    continue
                 whole, how = h5s.create_simple(tuple(shape)), h5p.create(h5p.DATASET_CREATE)
                 for source, number, box in places[name]:
                     whole.select_hyperslab(box.starts, box.shape)
@@ -173,15 +179,15 @@ class Saver:
 
     def __init__(
         self, folder: Path, store: FlatStore, buffers: Buffers, tokenizer: bytes, group: Group, keep: int,
-        background: bool, owned: Owned | None = None,
+        background: bool, owned: Owned | None = None, spared: Callable[[], Collection[int]] = tuple,
     ) -> None:  # fmt: skip
-        self.owned = owned
+        """`keep`: so many of the newest stay, and those of the steps that are `spared`."""
+        self.owned, self.spared = owned, spared
         self.folder, self.store, self.buffers, self.group = folder, store, buffers, group
         self.tokenizer, self.keep, self.background = tokenizer, keep, background
         self.save: _Save | None = None
         self._boxes = boxes_of(store, owned)
-        elements = sum(math.prod(box.shape) for box in self._boxes.values())
-        self._bytes = len(buffers) * elements * store.dtype.itemsize
+        self._bytes = sum(piece.value.nbytes for piece in pieces_of(store, buffers, self._boxes, owned))
         self._snapshot = Snapshot(self._bytes) if background else None
         self._writer: threading.Thread | None = None
         self._publisher: threading.Thread | None = None
@@ -321,7 +327,7 @@ class Saver:
     def _publish(self, step: int, parts: list[Part], about: dict[str, Any]) -> None:
         manifest = Manifest(
             format=FORMAT, step=step, dtype=self.store.dtype.name,
-            shapes=self.store.shapes,
+            shapes=self.store.shapes, frozen=[p.name for p in self.store.model if p.frozen],
             buffers=list(self.buffers), parts=parts, tokenizer=hashlib.sha256(self.tokenizer).hexdigest(), **about,
         )  # fmt: skip
         hidden, final = self._hidden(step), self.folder / f"{PREFIX}{step:08}"
@@ -332,7 +338,9 @@ class Saver:
         hidden.rename(final)
         sync_folder(self.folder)
         # a later one is damaged, or this run would have gone on from it: it may not push this one out
-        for old in [path for path in published(self.folder) if step_of(path) <= step][self.keep :]:
+        older = [path for path in published(self.folder) if step_of(path) <= step][self.keep :]
+        spared = self.spared()
+        for old in (path for path in older if step_of(path) not in spared):
             with contextlib.suppress(OSError):  # the next save tries again
                 _withdraw(old)
 
@@ -417,6 +425,8 @@ def restore(
                 store.fill(reader.buffer(kind), flat)
             else:
                 owned.fill(reader.buffer(kind), flat)
+        if store.still is not None:
+            store.still.fill(reader.buffer(WEIGHTS))
     store.refresh()
 
 

@@ -36,6 +36,7 @@ from mlm_mpi.train.captured import Captured
 from mlm_mpi.train.gathering import weights_sha256
 from mlm_mpi.train.guard import Attempt, Guard, Verdict, is_finite, skip
 
+FROZEN = "frozen weights"
 NextBatch = Callable[[], Batch]
 
 
@@ -158,7 +159,8 @@ class Engine:
         assignment = replace(self.machine.assignment, ranks=min(self.workers, mesh.size("dp")))
         self.machine = replace(self.machine, mesh=mesh, assignment=assignment, reduction=nothing)
         self.group, self.world = mesh.group("dp"), mesh.world
-        self.machine.store.grid = mesh
+        for store in self.machine.store.stores:
+            store.grid = mesh
         if isinstance(self.machine.optimizer, Shared):
             self.machine.optimizer.regroup(mesh)
         self.machine = replace(self.machine, reduction=reduction(assignment))
@@ -207,6 +209,13 @@ class Engine:
         m.chain.weights.complete()
         kept = m.store.data[m.store.kept]
         return {"weights": kept, **m.optimizer.state(), **averaged}
+
+    def held(self) -> dict[str, Any]:
+        """The same, with the weights that no step changes; a stage that has none of these has an empty array."""
+        store = self.machine.store
+        if not store.frozen_count:
+            return self.state()
+        return self.state() | {FROZEN: store.data[:0] if store.still is None else store.still.data}
 
     def measured(self) -> AbstractContextManager[None]:
         """Inside of it layers see the weights that are measured: their average, where there is one. Collective."""
@@ -303,9 +312,13 @@ class Engine:
 
     def _walk(self, micros: int) -> list[int]:
         """The parts that a rank with so many micro-batches runs, one after another."""
-        chunks = [range(chunk.block, chunk.block + len(chunk.chain.parts)) for chunk in self.chunks]
+        forth = [range(chunk.block, chunk.block + len(chunk.chain.parts)) for chunk in self.chunks]
+        ways = {
+            1: forth,
+            -1: [parts[chunk.chain.floor :][::-1] for parts, chunk in zip(forth, self.chunks, strict=True)],
+        }
         every = self.machine.instructions(*self.stage, micros)
-        return [part for one in every if (way := _way(one)) for part in chunks[one.chunk][::way]]
+        return [part for one in every if (way := _way(one)) for part in ways[way][one.chunk]]
 
     def _made_whole(self, parameter: Parameter, total: Any) -> None:
         """A parameter's gradient, of whose sum each rank of dp may have a part."""

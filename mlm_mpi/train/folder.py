@@ -5,6 +5,7 @@ environment.json  versions, fingerprint, command   ledger.jsonl    who did what 
 checkpoints/      step-00000100/ …                 loss.png        the curve, at the end
 run.lock          who holds it                     DONE            written last: the run is complete
 tensorboard/ wandb/   where [log] asks for them    failures.jsonl, stacks/  of ranks that failed, or stalled
+best.json         names the best checkpoint, where eval.best asks for it (search.py)
 """
 
 import contextlib
@@ -118,20 +119,25 @@ class RunFolder:
         except (OSError, ValueError):
             return []
 
-    def finish(self, step: int, weights: str) -> None:
-        """Writes DONE: the only evidence that a run is complete (exit codes of launchers are none)."""
-        found = {"step": step, "weights_sha256": weights, "time": _now()}
+    def finish(self, step: int, weights: str, patience: int = 0) -> None:
+        """Writes DONE: the only evidence that a run is complete (exit codes of launchers are none).
+
+        `patience`: of a run that has ended before its last step for want of better figures.
+        """
+        found = {"step": step, "weights_sha256": weights, "time": _now()} | ({"patience": patience} if patience else {})
         publish(self.done, (json.dumps(found) + "\n").encode())
 
-    def completion(self) -> tuple[int, str] | None:
-        """(steps, when they were made, if that is known) as DONE says; None where there is none that can be read."""
+    def completion(self) -> tuple[int, str, int] | None:
+        """(steps, when they were made, if that is known, the patience that ended them, 0 if none did) as DONE says;
+        None where there is none that can be read."""
         try:
             found = json.loads(read_whole(self.done, _DONE_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(found, dict) or type(found.get("step")) is not int:
             return None
-        return found["step"], str(found.get("time", ""))
+        patience = found.get("patience")
+        return found["step"], str(found.get("time", "")), patience if type(patience) is int else 0
 
     def confirm(self) -> None:
         """Gives DONE a new time and changes nothing in it: a job script sees that this start found the run complete."""
@@ -151,10 +157,16 @@ def _command() -> str:
 
 
 def findable(config: Config) -> Config:
-    """The same with folders of corpora that hold from any working directory, to be written down. Raises ConfigError."""
+    """The same with folders of corpora and of a checkpoint that hold from any working directory, to be written down.
+
+    Raises ConfigError.
+    """
     data = config.data
     mixture = tuple(_absolute(folder, "data.mixture") for folder in data.mixture)
-    return replace(config, data=replace(data, dir=_absolute(data.dir, "data.dir"), mixture=mixture))
+    start = config.start
+    if start.checkpoint:
+        start = replace(start, checkpoint=_absolute(start.checkpoint, "start.checkpoint"))
+    return replace(config, data=replace(data, dir=_absolute(data.dir, "data.dir"), mixture=mixture), start=start)
 
 
 def _absolute(folder: str, key: str) -> str:

@@ -34,7 +34,7 @@ def weights_sha256(store: FlatStore, mesh: Mesh) -> str:
 def _whole(store: FlatStore, mesh: Mesh, parameter: Parameter, mine: np.ndarray | None) -> np.ndarray:
     """An array of which stages hold all or nothing, tp ranks parts, and dp ranks perhaps rows. Collective over all."""
     pp, tp, layout = mesh.group("pp"), mesh.group("tp"), parameter.layout
-    if mine is not None and store.kept != slice(0, store.size):
+    if mine is not None and not parameter.frozen and store.kept != slice(0, store.size):
         span = next(span for span in store.spans if span.parameter is parameter)
         mine, (first, stop) = mine.copy(), store.rows(span)
         counts = mesh.group("dp").allgather((stop - first) * (mine.size // len(mine)), _WHAT)

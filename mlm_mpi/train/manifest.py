@@ -20,6 +20,7 @@ from mlm_mpi.files import read_whole
 
 FORMAT = 2
 PREFIX = "step-"
+WEIGHTS = "weights"  # the buffer that every checkpoint has
 FOLDER = re.compile(PREFIX + "([0-9]{8}|[1-9][0-9]{8,17})")  # as a save names them
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file or a parameter: never a path
 _MANIFEST_BYTES = 64 << 20  # 1,000 writers of 1,000 parameters
@@ -64,7 +65,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     corpus: str = ""  # what the catalog held and how it was made, in words
     levels: dict[str, float] = {}  # of loss and gradient, as train/guard.py keeps them
     labels: list[str] = []  # of a task that has some
+    frozen: list[str] = []  # parameters that training left as they were: of the buffers only "weights" has them
+    start: str = ""  # SHA-256 of the manifest of the checkpoint that the run began with, if there was one
+    search: dict[str, Any] = {}  # for the best checkpoint, as train/search.py keeps it
     plugins: dict[str, str] = {}  # "models/mine.py" -> SHA-256 of each file of --plugins that was used
+
+    def holding(self, name: str) -> list[str]:
+        """The buffers that have an array of this parameter."""
+        return [WEIGHTS] if name in self.frozen else self.buffers
 
 
 class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,6 +96,11 @@ def dataset(buffer: str, name: str, number: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint's folder is named after."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def name_of(manifest: Manifest) -> str:
+    """SHA-256 that names what a manifest vouches for: the hashes of all parts are in it."""
+    return hashlib.sha256(msgspec.json.encode(manifest, order="sorted")).hexdigest()
 
 
 def sealed(manifest: Manifest) -> bytes:
@@ -138,6 +151,8 @@ def _oddities(manifest: Manifest, step: int) -> Iterator[str]:
     for name, shape in manifest.shapes.items():
         if not shape or len(shape) > 8 or min(shape) < 1 or math.prod(shape) > _LARGEST:
             yield f"gives {name} the shape {shape}"
+    if not {*manifest.frozen} <= {*manifest.shapes} or (manifest.frozen and WEIGHTS not in manifest.buffers):
+        yield f"has frozen parameters, {manifest.frozen[0]} for one, without weights"
     if not all(math.isfinite(level) and level >= 0 for level in manifest.levels.values()):
         yield f"has levels {manifest.levels}"
     yield from _misplaced(manifest)

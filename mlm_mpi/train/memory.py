@@ -42,7 +42,8 @@ def least_bytes(config: Config, task: Task, moments: int) -> dict[str, int]:
     bf16 = config.numerics.products == "bf16"  # of activations, and of a copy of the weights
     element, copy = (2, 2) if bf16 else (size, 0)
     least = task.least(rows)
-    copies = 2 + moments + (config.optim.average > 0)
+    learns_all = not (config.start.freeze or config.start.lora_rank)
+    copies = 2 + moments + (config.optim.average > 0) if learns_all else 1
     return {
         "parameters": (copies * size + copy) * least.parameters + least.parts * _PART_BYTES,
         "activations": element * least.kept,
@@ -55,8 +56,10 @@ def bytes_held(engine: Engine) -> dict[str, int]:
     """Bytes of a rank by what holds them, activations left out."""
     store = engine.machine.store
     held = {"weights": store.data[store.kept].nbytes, "gradients": engine.machine.reduction.costs()["held_bytes"]}
+    if store.still is not None:
+        held["frozen weights"] = store.still.data.nbytes
     if store.working is not store.data:
-        held["weights in bf16"] = store.working.nbytes
+        held["weights in bf16"] = sum(one.working.nbytes for one in store.stores)
     if engine.second_sums:
         held["second sums of tied weights"] = sum(buffer.nbytes for buffer in engine.second_sums.values())
     optimizer = engine.machine.optimizer

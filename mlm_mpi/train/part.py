@@ -28,7 +28,7 @@ from mlm_mpi import hdf5
 from mlm_mpi.backend.arrays import to_host
 from mlm_mpi.cut import Box
 from mlm_mpi.files import open_regular, sha256_of_open
-from mlm_mpi.train.manifest import DamagedCheckpoint, Manifest, Part, dataset
+from mlm_mpi.train.manifest import WEIGHTS, DamagedCheckpoint, Manifest, Part, dataset
 
 _CHUNK_BYTES = 1 << 20
 _OPEN = 64  # descriptors of parts that a reader keeps, of the 1,024 a process may usually have
@@ -143,7 +143,7 @@ class _File:
         self.path, self.part = path, part
         self._descriptor: int | None = None
         self._stamp: tuple[int, ...] | None = None
-        boxes = {dataset(kind, name, n): box for kind in manifest.buffers for name, n, box in part.held()}
+        boxes = {dataset(kind, name, n): box for name, n, box in part.held() for kind in manifest.holding(name)}
         try:
             descriptor = self.open()
             if sha256_of_open(descriptor) != part.sha256:
@@ -243,7 +243,7 @@ class Reader:
 
 
 class _Buffer:
-    """The arrays of one buffer of a checkpoint."""
+    """The arrays of one buffer of a checkpoint. Frozen weights are their own average."""
 
     def __init__(self, reader: Reader, kind: str) -> None:
         self._reader, self._kind = reader, kind
@@ -254,13 +254,13 @@ class _Buffer:
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """Every element comes from the one part that holds it: the manifest was checked for that."""
-        out = np.empty(box.shape, self._reader.manifest.dtype)
+        out, holding = np.empty(box.shape, self._reader.manifest.dtype), self._reader.manifest.holding(name)
         for part, number, held in self._reader.places[name]:
             shared = held.overlap(box)
             if shared is None:
                 continue
             rows, *others = shared.within(held)
-            path = dataset(self._kind, name, number)
+            path = dataset(self._kind if self._kind in holding else WEIGHTS, name, number)
             for first, values in self._reader.file(part).rows(path, rows.start, rows.stop):
                 start, stop = max(rows.start, first), min(rows.stop, first + len(values))
                 at = shared.starts[0] - box.starts[0] + start - rows.start

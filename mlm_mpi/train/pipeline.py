@@ -71,10 +71,15 @@ class Slice(Chain):
 
     def __init__(
         self, parts: Sequence[Part], number: int, slices: int, pp: Group, width: int, dtype: Any,
-        table: Parameter | None,
+        table: Parameter | None, learns_before: bool = True,
     ) -> None:  # fmt: skip
-        """Between slices flow arrays (B, T, `width`). `table`: the one that first and last slice share, if any."""
+        """Between slices flow arrays (B, T, `width`). `table`: the one that first and last slice share and train, if
+        any. `learns_before`: whether a slice before this one has something to learn, and waits for gradients.
+        """
         super().__init__(parts)
+        self.learns_before = learns_before and number > 0
+        if self.learns_before:
+            self.floor = 0
         self.number, self.pp, self.width, self.dtype = number, pp, width, dtype
         self.first, self.last = number == 0, number == slices - 1
         self.table = table if self.first or self.last else None
@@ -132,10 +137,11 @@ class Slice(Chain):
             self._receive(total[self.table], 0, _TOTAL, "the gradient of the table")
 
     def _dy(self, ctx: Context) -> Flow:
-        return () if self.last else self._received(ctx, self.number + 1, _GRADIENTS, "gradients")
+        nobody_learns = self.floor == len(self.parts)  # here or before: no gradient comes
+        return () if self.last or nobody_learns else self._received(ctx, self.number + 1, _GRADIENTS, "gradients")
 
     def _give_dx(self, dx: Flow) -> None:
-        if not self.first:
+        if self.learns_before:
             self._send(dx, self.number - 1, _GRADIENTS)
 
     def _take_table(self, ctx: Context) -> None:
@@ -174,6 +180,7 @@ class Stage(Chain):
         """`cut`: who has which parts, for people."""
         super().__init__([part for chunk in chunks for part in chunk.parts])
         self._chunks: list[Chain] = list(chunks)
+        self.floor = sum(chunk.floor for chunk in chunks)
         self.cut = cut
 
     @property

@@ -12,7 +12,8 @@ import numpy as np
 from mlm_mpi.backend.arrays import fill, to_host
 from mlm_mpi.errors import MlmError, agreed, ranges
 from mlm_mpi.params.digest import digest
-from mlm_mpi.train.engine import Engine
+from mlm_mpi.train.engine import FROZEN, Engine
+from mlm_mpi.train.sharing import Lent
 
 
 def repaired(engine: Engine, step: int) -> tuple[str, ...]:
@@ -20,11 +21,12 @@ def repaired(engine: Engine, step: int) -> tuple[str, ...]:
 
     Raises MlmError, agreed, where no majority says what is right.
     """
-    world, state, columns = engine.world, engine.state(), engine.machine.mesh.columns()
+    world, state, columns = engine.world, engine.held(), engine.machine.mesh.columns()
     if engine.group.size == 1:
         return ()
     if engine.machine.owned is not None:  # moments are nobody else's
-        state = {name: flat for name, flat in state.items() if flat.size == engine.machine.store.size}
+        shared = {FROZEN} if isinstance(engine.machine.chain.weights, Lent) else {FROZEN, "weights"}
+        state = {name: flat for name, flat in state.items() if name in shared}
     mine = np.array([digest(flat) for flat in state.values()], np.uint64)
     everybodys = [tuple(row) for row in world.allgather_array(mine, f"hashes of the weights after step {step}")]
     said = []
@@ -51,10 +53,11 @@ def repaired(engine: Engine, step: int) -> tuple[str, ...]:
 
 def _mend(engine: Engine, wrong: Sequence[str], source: int, others: Sequence[int]) -> None:
     """Buffers of one rank of dp to others of it. Collective over dp."""
-    group, state = engine.group, engine.state()
+    group, state = engine.group, engine.held()
     for name in wrong:
         host = to_host(state[name])
         group.spread(host, source, f"the {name} of rank {group.name(source)}")
         if group.rank in others:
             fill(state[name], host)
-    engine.machine.store.refresh()
+    for store in engine.machine.store.stores:
+        store.refresh()

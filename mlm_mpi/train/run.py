@@ -17,7 +17,9 @@ from mlm_mpi.config import Config
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.data.mixture import mixture_of
 from mlm_mpi.data.sampler import Sampler
-from mlm_mpi.errors import ConfigError, DataError, MlmError, PeerLost, agreed
+from mlm_mpi.errors import CheckpointError, ConfigError, DataError, MlmError, PeerLost, agreed, nearest
+from mlm_mpi.layers.adapters import adapt
+from mlm_mpi.layers.base import Part
 from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
@@ -34,11 +36,14 @@ from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.measure import measure
 from mlm_mpi.train.memory import check_memory
 from mlm_mpi.train.recovery import Recovery
+from mlm_mpi.train.rhythm import Place, Rhythm
 from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerprints
+from mlm_mpi.train.search import Heldout, Search
+from mlm_mpi.train.start import Origin, check_origin, check_same_origin, freeze, freeze_again, origin_at
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
 from mlm_mpi.train.task import Task
-from mlm_mpi.train.trainer import Place, Rhythm, Trainer
+from mlm_mpi.train.trainer import Trainer
 
 OpenTask = Callable[[Config, Plugins], Task]
 
@@ -86,9 +91,12 @@ class Run:
             optimizer = self.plugins.find("optim", config.optim.name, "optim.name")
             check_memory(config, self.task, getattr(optimizer, "MOMENTS", 0), self.place, on_node[1])
             self.config = findable(config)
+            self.search = self._search()
         check_same(self.plugins, self.group)
         self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp, config.mesh.sequence)
-        self.engine = build(self.config, self.plugins, self.task.parts(), self.mesh, self.place, self.task.width)
+        self.origin: Origin | None = None  # of weights that are not drawn, where the run begins
+        self.began = ""  # its name
+        self.engine = build(self.config, self.plugins, self._parts(), self.mesh, self.place, self.task.width)
         self.placed = placement(self.mesh)
         self.facts = fingerprint(
             self.config, group.size, self.place, self.plugins.used, self.engine.machine.reduction.stable
@@ -105,6 +113,43 @@ class Run:
             trained = f"; {self.folder.path} was trained on {origin(manifest)}" if manifest else ""
             raise DataError(f"{error}{trained}") from None
 
+    def _search(self) -> Search:
+        """For the best weights, by a figure that the task knows. Raises ConfigError, DataError."""
+        wanted, figures = self.config.eval, {"loss": False, **getattr(self.task, "figures", {})}
+        if wanted.figure not in figures:
+            raise ConfigError(f'eval.figure = "{wanted.figure}" is not measured{nearest(wanted.figure, figures)}')
+        if wanted.searches and not len(self.heldout):
+            raise DataError(
+                "eval.best and eval.patience go by held-out text, and the corpora hold none out: prepare with a larger "
+                "--heldout, or set eval.best = false and eval.patience = 0"
+            )
+        return Search(wanted, figures[wanted.figure], self.folder, self.group.rank == 0)
+
+    def _parts(self) -> list[Part]:
+        """The model with its adapters, and marked what of it is trained; where the run begins, `origin` is found.
+
+        Collective.
+        """
+        start, found, parts = self.config.start, list[Any](), list[Part]()
+        with self.group.together("a look at what the run begins with"):
+            saved = checkpoint.newest_manifest(self.folder.checkpoints)
+            path = str(origin_at(start.checkpoint).path) if start.checkpoint and saved is None else ""
+            found = [None if saved is None else saved.frozen, path]
+        frozen, path = self.group.broadcast(found, "what the run begins with")  # rank 0's, if a live run changes it
+        with self.group.together("the weights that the run begins with"):
+            parts = self.task.parts()
+            if start.lora_rank:
+                adapt(parts, start.lora_rank, start.lora_alpha, start.lora_targets)
+            if frozen is not None:
+                freeze_again(parts, frozen)
+                return parts
+            if start.checkpoint:
+                self.origin = origin_at(path)
+                self.began = self.origin.name
+                check_origin(self.origin, start, parts, self.task.tokenizer, self.plugins)
+            freeze(parts, start, None if self.origin is None else self.origin.manifest.shapes)
+        return parts
+
     def run(self) -> int:
         """Trains to the last step, or to the agreed stop. Collective."""
         with self.stop.listening():
@@ -119,8 +164,8 @@ class Run:
         self.group.watch(self.config.comm.stall_s, self.folder.records)
         manifest = self._resume()
         done = self.group.broadcast(self.folder.completion() if self.group.rank == 0 else None, "a look at DONE")
-        if manifest is not None and done is not None and done[0] == manifest.step == self.config.train.steps:
-            return self._say_complete(manifest, done[1])
+        if manifest is not None and done is not None and done[0] == manifest.step and self._is_last(done):
+            return self._say_complete(manifest, done)
         first = self._go_on(manifest)
         self.ledger = self._open_ledger(first)
         config = self.config
@@ -129,7 +174,9 @@ class Run:
         self.engine.keep(first)
         recovery = Recovery(self, first, self.group.rank == 0) if self.group.recovers else None
         mend = recovery.mend if recovery is not None else None
-        trainer = Trainer(rhythm, self.engine, loader, self.keeper(), self.ledger, self.stop, self._measure, mend)
+        trainer = Trainer(
+            rhythm, self.engine, loader, self.keeper(), self.ledger, self.stop, self._measure, self.search, mend
+        )
         try:
             return self._to_the_end(trainer, Place(first))
         except MlmError as error:
@@ -168,7 +215,7 @@ class Run:
 
     def regroup(self, group: Group) -> None:
         """Makes anew, for the ranks of a group, what hangs on one, but for what writes down. Collective over it."""
-        self.group, self.mesh = group, Mesh(group)
+        self.group, self.mesh, self.search.names = group, Mesh(group), group.rank == 0
         config, plugins, new, place = self.config, self.plugins, self.mesh, self.place
         store = self.engine.machine.store
         self.engine.regroup(new, lambda assignment: reduction(config, plugins, store, assignment, new, place))
@@ -184,8 +231,8 @@ class Run:
         ill[step, index] = f"it has failed on two ranks: {text}"
         return True
 
-    def _measure(self) -> float | None:
-        """Held-out loss in nats per target, None where the corpora hold nothing out. Collective."""
+    def _measure(self) -> Heldout | None:
+        """Held-out loss and the figure of the search, None where the corpora hold nothing out. Collective."""
         wanted = self.config.eval
         with self.engine.measured():
             sums = measure(self.engine.machine.chain, self.heldout, wanted.rows, wanted.windows, self.mesh, self.place)
@@ -193,14 +240,17 @@ class Run:
             return None
         if sums.parts:
             self.ledger.say("held-out  " + ", ".join(f"{name} {part.mean:.4f}" for name, part in sums.parts.items()))
-        return sums.mean
+        if not wanted.searches:
+            return Heldout(sums.mean, sums.mean)
+        figures = {**self.task.quality(sums), "loss": sums.mean}
+        return Heldout(sums.mean, self.group.broadcast(float(figures[wanted.figure]), "the figure of the search"))
 
     def keeper(self) -> Keeper:
         saving, engine = self.config.checkpoint, self.engine
         saver = checkpoint.Saver(
             self.folder.checkpoints, engine.machine.store, engine.state(), self.task.tokenizer, self.group,
             saving.keep, saving.background and saving.every > 0,  # nothing goes on beside a save at the end
-            engine.machine.owned,
+            engine.machine.owned, self.search.spared,
         )  # fmt: skip
         return Keeper(saver, engine.check_weights, self._about, lambda text: self.ledger.alarm(text))
 
@@ -208,7 +258,7 @@ class Run:
         return self.task.about() | {
             "config": configuration.to_table(self.config), "fingerprint": self.facts,
             "incomparable": self._why_incomparable(), "plugins": dict(self.plugins.used),
-            "levels": self.engine.machine.guard.state(),
+            "levels": self.engine.machine.guard.state(), "start": self.began, "search": self.search.state(),
         }  # fmt: skip
 
     def _why_incomparable(self) -> str | None:
@@ -219,22 +269,40 @@ class Run:
         store, state = self.engine.machine.store, self.engine.state()
         found = checkpoint.resume(
             self.folder.checkpoints, store, state, self.group, self._say,
-            lambda path, manifest: check_same_run(path, manifest, self.config, self.task, self.plugins, self._say),
+            self._check_same,
             self.engine.machine.owned,
         )  # fmt: skip
         return None if found is None else found[1]
 
+    def _check_same(self, path: Path, manifest: Manifest) -> None:
+        check_same_run(path, manifest, self.config, self.task, self.plugins, self._say)
+        check_same_origin(path, manifest, self.config.start)
+
     def _go_on(self, manifest: Manifest | None) -> int:
-        """The step to go on with: 0, with new weights, or that of the checkpoint."""
+        """The step to go on with: 0, with new weights, or that of the checkpoint. Collective."""
         if manifest is None:
-            self.engine.machine.store.initialise(self.config.train.seed)
+            self._begin()
             return 0
+        self.began = manifest.start
+        self.search.restore(manifest.search)
         if manifest.fingerprint != self.facts:
             changed = differences(manifest.fingerprint, self.facts)[0]
             self.incomparable = self.incomparable or f"the run was resumed with another {changed}"
         self.engine.machine.guard.restore(manifest.levels)
         self.incomparable = manifest.incomparable or self.incomparable
         return manifest.step
+
+    def _begin(self) -> None:
+        """Initial weights: drawn, or those of the checkpoint that the run begins with. Collective."""
+        store, seed = self.engine.machine.store, self.config.train.seed
+        with self.group.together("the initial weights"):
+            if self.origin is None:
+                store.initialise(seed)
+                return
+            try:
+                self.origin.fill(store, seed)
+            except checkpoint.DamagedCheckpoint as error:
+                raise CheckpointError(f"{error}: give another start.checkpoint") from None
 
     def _say(self, text: str) -> None:
         if self.group.rank == 0:
@@ -247,6 +315,8 @@ class Run:
         self.folder.describe(self.config, self.facts, self.group.size)
         if not self.options.quiet:
             rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts), self.placed)
+            if self.origin is not None:
+                rows.append(("start", self.origin.in_words(self.engine.machine.store)))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")
@@ -269,6 +339,12 @@ class Run:
         if self.group.rank == 0:
             if step >= self.config.train.steps:
                 self.folder.finish(step, weights)
+            elif self.search.is_over:
+                self.folder.finish(step, weights, self.config.eval.patience)
+                self._say(
+                    f"ended after step {step} of {self.config.train.steps}, {self.search.in_words()} (eval.patience = "
+                    f"{self.config.eval.patience})"
+                )
             else:
                 self._say(
                     f"stopped after step {step} of {self.config.train.steps} ({self.stop.reason or 'another rank'}): "
@@ -284,21 +360,34 @@ class Run:
                 self._say(f"note: {skipped} micro-batch{'es' * (skipped > 1)} skipped: mlm-mpi verify names them")
             self._say_hashes(self.facts, weights, self._why_incomparable())
 
-    def _say_complete(self, manifest: Manifest, when: str) -> int:
+    def _is_last(self, done: tuple[int, str, int]) -> bool:
+        """Whether what DONE says is the end that is wanted now: the last step, or that of the same patience."""
+        step, _, patience = done
+        return step == self.config.train.steps or 0 < patience == self.config.eval.patience
+
+    def _say_complete(self, manifest: Manifest, done: tuple[int, str, int]) -> int:
         """The last words of a start that finds nothing to do. Collective."""
         weights = self._weights()
         if self.group.rank == 0:
             self.folder.confirm()
-            ended = f" (ended {when})" if when.isprintable() and when else ""
-            self._say(
-                f"{self.folder.path} is complete: all {manifest.step} steps are made{ended}, nothing is left to do"
+            _, when, patience = done
+            ended, early = (
+                f" (ended {when})" if when.isprintable() and when else "",
+                manifest.step < self.config.train.steps,
             )
+            made = (
+                f"it ended for eval.patience = {patience} after step {manifest.step}"
+                if early
+                else f"all {manifest.step} steps are made"
+            )
+            self._say(f"{self.folder.path} is complete: {made}{ended}, nothing is left to do")
             if manifest.fingerprint != self.facts:  # of another version, say, whose hash is another
                 changed = differences(manifest.fingerprint, self.facts)[0]
                 self._say(
                     f"note: it was trained with other numerics than now ({changed}); trained anew, bits may differ"
                 )
-            self._say(f"to go on, raise train.steps above {manifest.step}; to train anew, give another --run")
+            more = f"eval.patience above {patience}" if early else f"train.steps above {manifest.step}"
+            self._say(f"to go on, raise {more}; to train anew, give another --run")
             self._say_hashes(manifest.fingerprint, weights, manifest.incomparable)
         return 0
 

@@ -1,6 +1,7 @@
 """Whether a checkpoint and this start are one run, and whether their bits may be compared."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from mlm_mpi.comm.group import Group
 from mlm_mpi.config import Config
 from mlm_mpi.errors import CheckpointError
 from mlm_mpi.plug import Plugins
-from mlm_mpi.train import checkpoint
+from mlm_mpi.train import Start, checkpoint
 from mlm_mpi.train.checkpoint import Manifest, Say
 from mlm_mpi.train.fingerprint import differences
 from mlm_mpi.train.task import Task
@@ -17,7 +18,7 @@ from mlm_mpi.train.task import Task
 # keys that may differ on resume without another run being meant
 _FREE = (
     "backend.", "checkpoint.", "comm.", "data.dir", "data.mixture", "data.prefetch", "eval.", "guard.", "log.",
-    "mesh.", "numerics.", "train.recompute", "train.schedule",
+    "mesh.", "numerics.", "start.checkpoint", "start.partial", "train.recompute", "train.schedule",
 )  # fmt: skip
 
 
@@ -76,7 +77,11 @@ def compare_fingerprints(group: Group, facts: dict[str, Any]) -> str | None:
 
 
 def config_differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """`section.key: saved → now` for each key that differs from a saved configuration."""
+    """`section.key: saved → now` for each key that differs from a saved configuration.
+
+    A version that did not know [start] drew all weights.
+    """
+    saved = {"start": configuration.to_table(replace(config, start=Start()))["start"]} | saved
     return [
         f"{section}.{key}: {saved.get(section, {}).get(key)} → {value}"
         for section, values in configuration.to_table(config).items()

@@ -32,7 +32,7 @@ def segments_read(parts: Sequence[Part], store: FlatStore) -> list[frozenset[int
         at |= {span.parameter: number for span in store.spans if start <= span.start < stop}
     tables = [getattr(part, "table", None) for part in parts]
     return [
-        frozenset(at[p] for p in (*part.parameters(), *(() if table is None else (table,))))
+        frozenset(at[p] for p in (*part.parameters(), *(() if table is None else (table,))) if not p.frozen)
         for part, table in zip(parts, tables, strict=True)
     ]
 

@@ -33,6 +33,8 @@ def plan_rows(
         reduction += f", {machine.reduction.transport.name}"
     sent = f"sends {costs['sent_bytes'] / 2**20:,.1f} MiB a step"
     size = f"{machine.store.count:,} parameters, vocabulary {task.vocabulary:,}, {train.dtype}"
+    if frozen := machine.store.frozen_count:
+        size += f", {frozen:,} of them frozen"
     if config.numerics.products == "bf16":
         size += ", activations in bf16"
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"

@@ -1,5 +1,6 @@
 """What a run asks of a task. Nothing in this room names one; `tasks/` holds them, a file each."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ class Task(Protocol):
     width: int  # of what flows between parts (B, T, width)
     row_tokens: int  # positions of a row, T
     tokenizer: bytes  # saved with every checkpoint, so that the model outlives its corpus
+    figures: Mapping[str, bool]  # names in `quality` that a run may go by, and whether more of it is better
     content: str  # hash of the corpus' content, printed beside that of the weights
 
     def samples(self, split: str) -> Samples:

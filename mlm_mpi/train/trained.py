@@ -17,6 +17,7 @@ from mlm_mpi.config import Config
 from mlm_mpi.config.rules import check_sharing, shares
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
+from mlm_mpi.layers.adapters import adapt
 from mlm_mpi.layers.base import Part, Sizes
 from mlm_mpi.layers.chain import Chain
 from mlm_mpi.params.store import FlatStore
@@ -111,7 +112,7 @@ def _restored(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {manifest.vocabulary}: "
             "not saved by mlm-mpi; give another"
         )
-    parts = _parts(path, manifest, config, plugins)
+    parts = parts_of(path, manifest, config, plugins)
     mesh = mesh.with_timeout(config.comm.timeout_s)
     if not mesh.is_plain:
         _check_shared(config, plugins, parts, mesh)
@@ -146,12 +147,14 @@ def _check_shared(config: Config, plugins: Plugins, parts: list[Part], mesh: Mes
         raise ConfigError(re.sub(r"mesh\.([pt]p)( =)?", r"--\1", str(error))) from None
 
 
-def _parts(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> list[Part]:
+def parts_of(path: Path, manifest: Manifest, config: Config, plugins: Plugins) -> list[Part]:
     """The model of a checkpoint's settings, if its parameters are those that the checkpoint lists."""
     task = plugins.find("tasks", config.task.kind, "task.kind")
     sizes = Sizes(manifest.vocabulary, shares(config), len(manifest.labels))
     if task.least(config, plugins, sizes, 1).parts <= len(manifest.shapes):  # more might have no end
         parts: list[Part] = task.parts(config, plugins, sizes)
+        if config.start.lora_rank:
+            adapt(parts, config.start.lora_rank, config.start.lora_alpha, config.start.lora_targets)
         shapes = {p.name: list(p.layout.shape) for part in parts for p in part.parameters()}
         if shapes == manifest.shapes:
             return parts

@@ -6,7 +6,6 @@ live: the same step is tried again, and what follows a step is done again by all
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from mlm_mpi.data.loader import Loader
 from mlm_mpi.errors import CheckpointError, PeerLost, agreed
@@ -14,32 +13,11 @@ from mlm_mpi.train.engine import Engine, StepResult
 from mlm_mpi.train.keeper import Keeper
 from mlm_mpi.train.ledger import Ledger
 from mlm_mpi.train.replicas import repaired
+from mlm_mpi.train.rhythm import Place, Rhythm
+from mlm_mpi.train.search import Heldout, Search
 from mlm_mpi.train.stop import StopRequest
 
 _STOP, _WRITTEN = 0, 1  # columns of a step's notes
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """How many steps a run has, and after how many it measures and saves (0: only at the end), and compares what its
-    ranks hold (0: never)."""
-
-    steps: int
-    measure_every: int = 0
-    save_every: int = 0
-    compare_every: int = 0
-
-    def is_time(self, every: int, step: int) -> bool:
-        """Whether something that happens every so many steps happens after `step` of them."""
-        return every > 0 and step % every == 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is: steps made, and whether it is through with what follows the last of them."""
-
-    step: int
-    told: bool = True
 
 
 Mend = Callable[["Trainer", PeerLost, Place], Place]  # those who live go on from the place that it returns
@@ -50,15 +28,18 @@ class Trainer:
 
     def __init__(
         self, rhythm: Rhythm, engine: Engine, loader: Loader, keeper: Keeper, ledger: Ledger, stop: StopRequest,
-        measure: Callable[[], float | None], mend: Mend | None = None,
+        measure: Callable[[], Heldout | None], search: Search, mend: Mend | None = None,
     ) -> None:  # fmt: skip
         self.rhythm, self.engine, self.loader = rhythm, engine, loader
-        self.keeper, self.ledger, self.stop, self.measure, self.mend = keeper, ledger, stop, measure, mend
+        self.keeper, self.ledger, self.stop = keeper, ledger, stop
+        self.measure, self.search, self.mend = measure, search, mend
         self._over = False
         self._done: tuple[StepResult, float]  # of the last step, and how long it waited for the loader
 
     def train(self, place: Place) -> int:
         """Steps from a place on; returns how many are done, all of them saved. Collective."""
+        if place.told:
+            self._catch_up(place.step)
         self.loader.start(self.engine.plan(place.step, self.rhythm.steps))
         while not self._is_through(place):
             try:
@@ -90,8 +71,9 @@ class Trainer:
         for alarm in self._compare(step, self._over):
             self.ledger.alarm(alarm)
         unsaved = self._save(step, done, self._over)  # first: whoever wants the job to end does not wait for ever
-        heldout = self._measure(step)
-        self.ledger.record(step, done, waited_s, heldout)
+        heldout = self.measure() if self.rhythm.is_time_to_measure(step) else None
+        unsaved = self._heed(step, heldout) or unsaved
+        self.ledger.record(step, done, waited_s, None if heldout is None else heldout.loss)
         if unsaved is not None:
             raise agreed(CheckpointError(f"the final checkpoint (step {step}) was not saved: {unsaved}"))
 
@@ -106,15 +88,33 @@ class Trainer:
         if stopping:
             return self.keeper.save(step)
         if self.rhythm.is_time(self.rhythm.save_every, step):
-            self.keeper.begin(step)
-            self.engine.keep(step)
+            self._begin_save(step)
         return None
+
+    def _begin_save(self, step: int) -> None:
+        self.keeper.begin(step)
+        self.engine.keep(step)
 
     def _compare(self, step: int, stopping: bool) -> tuple[str, ...]:
         """Mends replicas that differ, before they are saved; what is to be said of it."""
         every, saved = self.rhythm.compare_every, self.rhythm.is_time(self.rhythm.save_every, step)
+        saved = saved or (self.search.misses(step) and self.rhythm.is_time_to_measure(step))  # it may be the best
         return repaired(self.engine, step) if every and (stopping or saved or self.rhythm.is_time(every, step)) else ()
 
-    def _measure(self, step: int) -> float | None:
-        last = step == self.rhythm.steps
-        return self.measure() if last or self.rhythm.is_time(self.rhythm.measure_every, step) else None
+    def _heed(self, step: int, heldout: Heldout | None) -> str | None:
+        """Keeps the best weights so far, and ends the run where none better are expected. Returns what went wrong."""
+        better = self.search.judge(step, heldout)
+        if ended := self.search.is_over and not self._over:
+            self._over = True
+        elif better and not self._over and not self.rhythm.is_time(self.rhythm.save_every, step):
+            self._begin_save(step)
+        unsaved = self.keeper.save(step) if ended else None
+        self.search.settle()
+        return unsaved
+
+    def _catch_up(self, step: int) -> None:
+        """What a checkpoint was saved before: the judgement of its own step."""
+        if self.search.misses(step) and self.rhythm.is_time_to_measure(step):
+            self.search.judge(step, self.measure())
+        self._over = self._over or self.search.is_over
+        self.search.settle()

@@ -208,6 +208,41 @@ def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, 
             assert {start for start, _ in engine.machine.owned.every} - begins, "a range begins inside of a parameter"
 
 
+FROZEN = {
+    "front": (*GPT, "start.freeze=['embed', 'block0']"),  # the first stage has nothing to learn, the table neither
+    "inside": (*DECODER, "start.freeze=['block1', 'final*', 'block0.attention.qkv']"),
+    "halves": (*UNTIED, "train.schedule=zero_bubble", "start.freeze=['embed', 'block0', 'head']"),
+    "top": (*GPT, "start.freeze=['embed', 'block*']", "optim.average=0.5"),
+}  # fmt: skip
+ADAPTED = (*GPT, "start.lora_rank=2", "start.lora_targets=['qkv', 'feed_forward.up', 'feed_forward.down']")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0, 2, 3])
+@pytest.mark.parametrize("words", [*FROZEN.values(), ADAPTED], ids=[*FROZEN, "adapters"])
+def test_what_is_frozen_and_what_learns_beside_it_is_one_on_every_mesh(group, words, level, tmp_path_factory):
+    """Its checkpoint too, which another mesh reads."""
+    if group.size > 4:
+        pytest.skip("two, three and four ranks say it")
+    expected = alone(group, words)
+    for pp, tp in [(1, 1), *meshes(group.size)]:
+        if words is ADAPTED and tp > 1:
+            continue
+        engine, results = trained((*words, f"mesh.zero={level}"), mesh(group, pp, tp))
+        assert outcome(engine, results) == expected, f"pp {pp}, tp {tp}"
+        assert repaired(engine, STEPS) == ()
+        folder = Path(group.broadcast(str(tmp_path_factory.mktemp("run")), "a folder"))
+        store, owned = engine.machine.store, engine.machine.owned
+        saver = checkpoint.Saver(folder, store, engine.state(), b"{}", group, 2, False, owned)
+        saver.begin(STEPS)
+        about = {"config": {}, "vocabulary": VOCABULARY, "catalog": "", "fingerprint": {}}
+        assert saver.publish(about) is None
+        again = engine_of(tiny_config(*words, f"train.steps={STEPS}"), VOCABULARY, mesh(group, 1, 1))
+        checkpoint.resume(folder, again.machine.store, again.state(), group, print, owned=again.machine.owned)
+        assert again.weights_sha256() == expected[1]
+        checkpoint.check(folder / f"step-{STEPS:08}", checkpoint.read_manifest(folder / f"step-{STEPS:08}"))
+
+
 def test_losses_in_float64_are_those_of_one_rank(group):
     words = (*GPT, "train.dtype=float64")
     for pp, tp in meshes(group.size)[:1]:

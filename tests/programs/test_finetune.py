@@ -1,0 +1,143 @@
+"""`mlm-mpi finetune` and `merge`, frozen parts, the best checkpoint: one hash on any mesh, also past kills."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import pytest
+
+from mlm_mpi import config as configuration
+from mlm_mpi.comm.group import Group
+from mlm_mpi.errors import MlmError
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks import language_model
+from mlm_mpi.train import Start
+from mlm_mpi.train.run import Options, Run
+from mlm_mpi.train.start import check_origin, origin_at
+
+LORA = ("start.lora_rank=2", "train.steps=3", "eval.every=0")
+FROZEN = ("start.freeze=['embed.positions', 'block0.attention*']", "train.steps=3", "eval.every=0")
+SEARCH = ("eval.every=1", "eval.best=true", "eval.patience=2", "train.steps=12", "optim.learning_rate=0.5")
+
+
+def finetune(place, run, ranks, *more, origin="straight", settings=()):
+    """`a.b=c` in `settings` becomes `--set a.b=c`."""
+    launcher = [] if ranks is None else ["run", "-n", str(ranks), "--"]
+    sets = [word for one in settings for word in ("--set", one)]
+    return place.program(*launcher, "finetune", str(origin), str(place.config), "--run", run, *more, *sets)
+
+
+@pytest.fixture
+def begun(place, home, straight):
+    """A place with a run to begin with."""
+    place.copy_of(home, "straight")
+    return place
+
+
+def test_adapters_are_one_run_on_any_ranks_and_merge_into_a_model(begun, say):
+    """Three ranks make two steps, one the last, when the run that they began with is gone."""
+    whole = finetune(begun, "whole", None, settings=LORA)
+    cut = finetune(begun, "cut", 3, "--max-steps", "2", settings=LORA)
+    assert cut.said_weights != whole.weights and "of them frozen" in whole.out
+    assert "start             weights " in whole.out and "drawn: block0.attention.qkv.lora_a.weight" in whole.out
+    (begun.folder / "straight").rename(begun.folder / "gone")
+    assert finetune(begun, "cut", None, settings=LORA).weights == whole.weights
+    merged = say("merge", str(begun.folder / "cut"), "--out", str(begun.folder / "merged"))
+    assert merged.code == 0, merged.err
+    held = [json.loads(say("evaluate", str(begun.folder / run), "--json").out) for run in ("cut", "merged")]
+    assert abs(held[0]["loss"] - held[1]["loss"]) < 1e-5 and held[0]["step"] == held[1]["step"] == 3
+    again = say("merge", str(begun.folder / "merged"), "--out", str(begun.folder / "other"))
+    again.refused("has no adapters (start.lora_rank = 0)")
+    assert not (begun.folder / "other").exists()
+
+
+def test_what_cannot_begin(home, straight, tmp_path):
+    """One line each, and no run folder."""
+    origin = home.folder / "straight"
+    with pytest.raises(MlmError, match=f"prepare the corpus with --tokenizer {origin}.*/tokenizer.json"):
+        check_origin(origin_at(str(origin)), Start(), [], b"another", Plugins())
+    texts = {
+        ("model.layers=2",): "12 of 28 weights are missing there (block1.norm1.gain)",
+        ("model.width=16",): "missing there (embed.tokens has shape [257, 32] there, [257, 16] here)",
+        ("start.freeze=['blok0']",): 'start.freeze = "blok0" is no parameter; did you mean',
+        ("eval.figure=accuracy",): 'eval.figure = "accuracy" is not measured',
+        ("start.checkpoint=nothing",): "nothing is no run folder (it has no checkpoints/)",
+        ("start.checkpoint=",): "",
+    }
+    for settings, said in texts.items():
+        config = configuration.load(home.config, [f"start.checkpoint={origin}", *settings])
+        with pytest.raises(MlmError, match=re.escape(said)) if said else contextlib.nullcontext():
+            Run(config, Options(tmp_path / "run"), language_model.build, Group())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [(2, "mesh.pp=2"), (2, "mesh.zero=1"), (3, "mesh.zero=2"), (2, "mesh.zero=3"), (4, "mesh.pp=2")],
+)
+def test_what_is_left_of_a_frozen_model_is_one_on_any_mesh(begun, ranks, mesh):
+    for kind, settings in {"frozen": FROZEN, "parts": ("start.freeze=['embed']", *FROZEN[1:]), "lora": LORA}.items():
+        whole = finetune(begun, f"{kind}-whole", None, settings=settings)
+        cut = finetune(begun, f"{kind}-cut", ranks, "--max-steps", "2", settings=(*settings, mesh))
+        assert cut.code == 0, cut.err
+        assert finetune(begun, f"{kind}-cut", 3, settings=settings).weights == whole.weights
+        shutil.rmtree(begun.folder / f"{kind}-whole")
+
+
+@pytest.mark.slow
+def test_another_start_is_another_run(begun):
+    place = begun
+    first = finetune(place, "run", None, "--max-steps", "1", settings=("train.steps=3",))
+    assert first.code == 0
+    other = place.folder / "straight" / "checkpoints" / "step-00000002"
+    finetune(place, "run", None, origin=other, settings=("train.steps=3",)).refused("began with", "is another")
+    place.train("run", None, "train.steps=3").refused("began with", 'start.checkpoint = "" is another')
+    moved = shutil.copytree(place.folder / "straight" / "checkpoints" / "step-00000006", place.folder / "moved")
+    shutil.rmtree(place.folder / "straight")
+    assert finetune(place, "run", None, origin=moved, settings=("train.steps=3",)).code == 0
+
+
+@pytest.mark.slow
+def test_a_larger_model_begins_in_part(begun):
+    more = ("model.layers=2", "start.partial=true", "train.steps=2")
+    runs = [finetune(begun, f"run{ranks}", ranks, settings=more) for ranks in (None, 2)]
+    assert runs[0].weights == runs[1].weights and "drawn: block1.norm1.gain" in runs[0].out
+
+
+DYING = """
+import os
+def before_step(rank, step):
+    if step == {step} and rank == 0:
+        os._exit(9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [(), ("checkpoint.every=2", "checkpoint.keep=1")])
+def test_the_best_stays_and_patience_ends_the_run_also_after_kills(place, save, say):
+    settings = (*SEARCH, *save)
+    whole = place.train("whole", None, *settings)
+    done = json.loads((place.folder / "whole" / "DONE").read_text())
+    best = json.loads((place.folder / "whole" / "best.json").read_text())
+    step = int(best["checkpoint"][5:])
+    assert done["patience"] == 2 and done["step"] == step + 2 < 12
+    held = [heldout for _, heldout in place.losses("whole")]
+    assert min(held) == held[step - 1] and abs(best["value"] - min(held)) < 1e-9
+    assert best["checkpoint"] in place.checkpoints("whole")
+    assert f"ended after step {step + 2} of 12, 2 evaluations without a better loss than" in whole.out
+    for kill in range(1, step + 2):
+        run = f"cut{kill}"
+        killed = place.faulty(DYING.format(step=kill), run, 1, *settings)
+        assert killed.code != 0
+        assert place.train(run, 2 + kill % 2, *settings).weights == whole.weights
+        assert json.loads((place.folder / run / "best.json").read_text()) == best
+        assert json.loads((place.folder / run / "DONE").read_text())["step"] == step + 2
+    again = place.train("whole", None, *settings)
+    assert again.weights == whole.weights
+    assert f"is complete: it ended for eval.patience = 2 after step {step + 2}" in again.out
+    found = json.loads(say("evaluate", str(place.folder / "whole"), "--best", "--json").out)
+    assert found["step"] == step and abs(found["loss"] - best["value"]) < 1e-6
+    longer = place.train("whole", None, *settings, "eval.patience=3")
+    assert longer.code == 0 and json.loads((place.folder / "whole" / "DONE").read_text())["step"] > step + 2
