@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     add("file", metavar="FILE", help="table of texts: .csv, .tsv or .jsonl, also compressed")
+    add("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     add("--out", metavar="FILE", help="where to write (default: stdout); it appears when it is complete")
     add("--json", action="store_true", help="JSON lines instead of tab-separated ones")
     add("--all", action="store_true", help="the probabilities of all labels")
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         if not Path(args.file).is_file():
             raise ConfigError(f"{args.file} is no file: give a table of texts")
         plugins = named(args.plugins)
-    trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     with group.together("a look at the model"):
         labels = trained.manifest.labels
         if not labels:

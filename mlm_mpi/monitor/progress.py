@@ -105,15 +105,15 @@ class Progress:
     A line comes with every held-out loss and with the last step; without a terminal also every `every` steps. Loss and
     speed are the means of the last `every` steps, whatever is shown.
     `quiet` leaves important messages and the last line. `before`: the last steps of this start, which another rank has
-    shown.
+    shown. `unit`: what the targets of a step are.
     """
 
     def __init__(
         self, total_steps: int, start_step: int = 0, every: int = 10, quiet: bool = False,
-        terminal: bool | None = None, before: Sequence[Done] = (),
+        terminal: bool | None = None, before: Sequence[Done] = (), unit: str = "tokens",
     ) -> None:  # fmt: skip
         self.total_steps, self.start_step, self.every, self.quiet = total_steps, start_step, every, quiet
-        self._start = time.monotonic()
+        self.unit, self._start = unit, time.monotonic()
         self._lately: deque[Done] = deque(before, maxlen=min(every, _MOST))
         self._heldout: float | None = None
         self._shown = start_step  # by the last line
@@ -146,7 +146,7 @@ class Progress:
         line = f"step {last.step:>{width}}/{self.total_steps}  loss {mean.loss:.4f}"
         if heldout is not None:
             line += f"  held-out {heldout:.4f}"
-        line += f"  lr {last.learning_rate:.2e}  {mean.tokens_per_s:,.0f} tokens/s"
+        line += f"  lr {last.learning_rate:.2e}  {mean.tokens_per_s:,.0f} {self.unit}/s"
         line += f"  comm {mean.comm:.0%}  wait {mean.wait:.0%}"
         remaining = self._remaining_s(last.step)
         self._live.line(line + (f"  left {duration(remaining)}" if remaining >= 1 else ""))
@@ -161,7 +161,7 @@ class Progress:
         left = f" · left {duration(remaining)}" if remaining else ""  # unknown before the first step shown here
         return (
             f"{step}/{self.total_steps} · loss {mean.loss:.3f}{heldout}{left}"
-            f" · {mean.tokens_per_s:,.0f} tokens/s · comm {mean.comm:.0%} · wait {mean.wait:.0%}"
+            f" · {mean.tokens_per_s:,.0f} {self.unit}/s · comm {mean.comm:.0%} · wait {mean.wait:.0%}"
         )
 
     def _remaining_s(self, step: int) -> float:

@@ -1,7 +1,9 @@
 """Telling the label of a text, or of a pair of texts, by an encoder with a classifier on it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +26,6 @@ from mlm_mpi.train.measure import Sums
 
 NEEDS = ("several texts a row",)  # of a model: it reads such batches
 BOTH_WAYS = True  # a model may see all of a text
-UNIT = "texts"  # what a step's targets are
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ least = language_model.least
 
 class Classification:
     """The task (train/task.py) on one rank."""
+
+    unit = "texts"
+    figures: Mapping[str, bool] = MappingProxyType({"accuracy": True, "macro_f1": True, "weighted_f1": True})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind

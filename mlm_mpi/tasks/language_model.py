@@ -64,6 +64,7 @@ def least(config: Config, plugins: Plugins, sizes: Sizes, rows: int) -> Least:
 class LanguageModel:
     """The task (train/task.py) on one rank."""
 
+    unit = "tokens"
     figures: Mapping[str, bool] = MappingProxyType({"perplexity": False, "bits_per_character": False})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
@@ -103,6 +104,9 @@ class LanguageModel:
 
     def quality(self, sums: Sums) -> dict[str, Any]:
         return quality(sums, self.corpora.characters("heldout"))
+
+    def notes(self) -> list[tuple[str, str]]:
+        return []
 
     def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
         return lines(numbers, of) if "bits_per_character" in numbers else []

@@ -1,8 +1,10 @@
 """Finding the tokens that are hidden in a text: how an encoder is pre-trained."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,8 @@ def build(config: Config, plugins: Plugins) -> "MaskedLanguageModel":
 class MaskedLanguageModel(language_model.LanguageModel):
     """The task (train/task.py) on one rank."""
 
+    figures: Mapping[str, bool] = MappingProxyType({"hidden_perplexity": False})
+
     def _samples(self, stream: TokenStream, training: bool) -> Samples:
         task = self.config.task
         tokenizer = self.corpora.tokenizer()
@@ -56,4 +60,4 @@ class MaskedLanguageModel(language_model.LanguageModel):
         return inner_tokens(self.corpora.tokenizer(), self.config.task.whole_words)
 
     def quality(self, sums: Sums) -> dict[str, Any]:
-        return {"perplexity of hidden tokens": math.exp(min(sums.mean, 700.0))}
+        return {"hidden_perplexity": math.exp(min(sums.mean, 700.0))}

@@ -328,7 +328,9 @@ class Run:
         table, patience_s = configuration.to_table(self.config), min(30.0, self.config.comm.timeout_s / 2)
         sinks = [MetricsLog.open(self.folder.metrics, step), *opened(log, self.folder.path, table, patience_s)]
         before = done_before(self.folder.metrics, first, log.every) if step > first else []
-        show: Reporter = Progress(self.config.train.steps, step, log.every, self.options.quiet, before=before)
+        show: Reporter = Progress(
+            self.config.train.steps, step, log.every, self.options.quiet, before=before, unit=self.task.unit
+        )
         samples = self.sampler.samples
         evidence = Evidence(self.folder.ledger, step, samples)
         return Ledger(sinks, show, lambda steps: samples(steps) * self.task.row_tokens, evidence)

@@ -18,6 +18,7 @@ class Task(Protocol):
     width: int  # of what flows between parts (B, T, width)
     row_tokens: int  # positions of a row, T
     tokenizer: bytes  # saved with every checkpoint, so that the model outlives its corpus
+    unit: str  # what targets are, for people: "tokens", "texts"
     figures: Mapping[str, bool]  # names in `quality` that a run may go by, and whether more of it is better
     content: str  # hash of the corpus' content, printed beside that of the weights
 
@@ -38,6 +39,9 @@ class Task(Protocol):
 
     def quality(self, sums: Sums) -> dict[str, Any]:
         """Figures of held-out sums beside the mean loss, for people."""
+
+    def notes(self) -> list[tuple[str, str]]:
+        """(name, text) of lines in the start table."""
 
     def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
         """Figures in words, `of` a checkpoint; [] for those of `plain_lines`."""
