@@ -29,6 +29,7 @@ COMMANDS = {
         "held-out loss and bits per character of a run (also under mpiexec)",
     ),
     "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
+    "vectors": ("mlm_mpi.commands.vectors", False, "neighbours of words, analogies, .vec files"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),
     "chaos": (
         "mlm_mpi.commands.chaos",

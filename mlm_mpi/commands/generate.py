@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mlm_mpi.commands import sharing
-from mlm_mpi.errors import ConfigError
+from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
@@ -51,6 +51,9 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plugins = named(args.plugins)
     trained = load(args.run, plugins, args.device, None, group.on_node(), mesh)
+    if mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits"):
+        kind = trained.config.task.kind
+        raise agreed(ConfigError(f'{args.run} was trained for task.kind = "{kind}", which continues no text'))
     if trained.averaged and group.rank == 0:
         note(f"note: checkpoint of step {trained.step}, moving average of its weights")
     end = trained.tokenizer.eot

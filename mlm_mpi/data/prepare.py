@@ -45,6 +45,7 @@ _BATCH_CHARACTERS = 1 << 20  # documents are signed and tokenised in batches of 
 _TRAINING_CHARACTERS = 1 << 28  # a vocabulary learns nothing more from more text than this
 _PATIENCE_S = 7 * 86400.0  # ranks end hours apart where one reads a huge file or trains the tokenizer
 _MIB = 1 << 20
+MADE = ("bytes", "bpe", "words")  # tokenizers that need no file
 
 
 Told = Callable[[str, float, float], None]  # (phase, done, total): bytes, characters or shards of this rank
@@ -82,6 +83,7 @@ class Recipe:
     seed: int
     plugins: str | None
     command: str
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def prepare(recipe: Recipe, group: Ranks, told: Told) -> Made:
         formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
     with group.together("reading the tokenizer"):
-        if group.rank == 0 and recipe.tokenizer not in ("bytes", "bpe"):
+        if group.rank == 0 and recipe.tokenizer not in MADE:
             Tokenizer.load(recipe.tokenizer)  # a bad one is told now, not after hours
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
@@ -495,7 +497,7 @@ def _make_tokenizer(
 ) -> Tokenizer:  # fmt: skip
     if recipe.tokenizer == "bytes":
         return Tokenizer.bytes()
-    if recipe.tokenizer != "bpe":
+    if recipe.tokenizer not in MADE:
         return Tokenizer.load(recipe.tokenizer)
     every = -(-int(plan.training["characters"].sum()) // _TRAINING_CHARACTERS)
     chosen = plan.training[::every]
@@ -509,11 +511,13 @@ def _make_tokenizer(
             done += len(piece)
         told(total, total)
 
+    if recipe.tokenizer == "words":
+        return Tokenizer.train_words(pieces(), recipe.vocab, recipe.lowercase)
     return Tokenizer.train(pieces(), recipe.vocab)
 
 
 def _kind(choice: str) -> str:
-    return choice if choice in ("bytes", "bpe") else "file"
+    return choice if choice in MADE else "file"
 
 
 def _write(number: int, shard: ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:

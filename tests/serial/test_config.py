@@ -202,7 +202,7 @@ NOT_ZERO = [
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
-    "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks",
+    "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "task.window", "task.negatives",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
@@ -212,6 +212,7 @@ NOT_NEGATIVE = [
     "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction", "comm.stall_s",
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
+    "task.subsample", "task.noise_power",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",
