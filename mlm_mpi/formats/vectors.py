@@ -98,9 +98,7 @@ def _parsed(path: Path, file: BinaryIO) -> _Raw:
     """(place, word, vector) of each word of a file of any kind."""
     first = _line(path, file, 1)
     if first.startswith(_FASTTEXT):
-        raise DataError(
-            f"{path} is a model of fastText: give the .vec beside it, or print one with its print-word-vectors"
-        )
+        raise DataError(f"{path} is a model of fastText (.bin): give the .vec beside it")
     header = _HEADER.fullmatch(first)
     if header is None:
         yield from _lines(path, file, first, 1, _width(path, first))
@@ -238,9 +236,7 @@ def _binary(path: Path, content: _Bytes, count: int, width: int) -> _Raw:
             return
         where, name = f"{path}:word {number}", content.until(b" ", _LONGEST_WORD)
         if name is None:
-            raise DataError(
-                f"{where} has no end within {_LONGEST_WORD:,} bytes, the file is no word2vec binary: {_MEND}"
-            )
+            raise DataError(f"{where} has no end within {_LONGEST_WORD:,} bytes: {_MEND}")
         vector = content.take(4 * width)
         if len(vector) < 4 * width:
             raise DataError(f"{where} ends after {len(vector)} of the {4 * width} bytes of its vector: {_MEND}")
