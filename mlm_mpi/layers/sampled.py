@@ -4,7 +4,7 @@ from typing import Any
 
 from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.layers.base import Array, Context, Flow
-from mlm_mpi.ops import crossentropy, embedding
+from mlm_mpi.ops import crossentropy, embedding, matmul
 from mlm_mpi.order import joined
 from mlm_mpi.params.store import Parameter
 
@@ -70,14 +70,8 @@ def _judged(v: Array, u: Array, ids: Array, gradient: bool) -> tuple[Any, Array]
 
 
 def _products(v: Array, u: Array) -> Array:
-    """Inner products u·v; the upper half of a sum is added to the lower one, again and again.
-
-    Shapes: (n, C), (n, k, C) -> (n, k).
+    """Inner products u·v: a matrix product by ones has the bits of its stated order, and needs half the time that
+    halves added to each other take. Shapes: (n, C), (n, k, C) -> (n, k).
     """
-    terms = u * v[:, None, :]
-    left = terms.shape[2]
-    while left > 1:
-        half = left // 2
-        terms[..., :half] += terms[..., left - half : left]
-        left -= half
-    return terms[..., 0]
+    terms = (u * v[:, None, :]).reshape(-1, v.shape[1])
+    return matmul.product(terms, module_of(v).ones((v.shape[1], 1), v.dtype)).reshape(u.shape[:2])
