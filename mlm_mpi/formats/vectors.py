@@ -172,12 +172,13 @@ def _lines(path: Path, file: BinaryIO, line: bytes, number: int, width: int) -> 
 
 def _numbers(fields: Sequence[bytes]) -> np.ndarray | None:
     """float32, infinite where they are too large for one; None where one is no number."""
+    text = b" ".join(fields)
     try:
-        values = np.array([float(field) for field in fields])
+        values = None if b"_" in text else np.array(list(map(float, fields)))
     except ValueError:
         return None
     with np.errstate(over="ignore"):
-        return None if any(b"_" in field for field in fields) else values.astype(np.float32)
+        return None if values is None else values.astype(np.float32)
 
 
 def _unlike(where: str, fields: list[bytes], width: int) -> DataError:

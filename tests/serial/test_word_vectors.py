@@ -16,7 +16,7 @@ from mlm_mpi.backend.choice import place_of
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.loader import Loader
-from mlm_mpi.data.mixture import mixture_of
+from mlm_mpi.data.mixture import Joined, mixture_of
 from mlm_mpi.data.pairs import Drawing, Noise, Pairs, counted, kept
 from mlm_mpi.data.sampler import Sampler
 from mlm_mpi.errors import ConfigError, DataError
@@ -98,6 +98,16 @@ def test_the_last_stretch_is_short_and_one_without_pairs_has_the_end_with_itself
     assert none.count == 1 and none.inputs["ids"].tolist() == [[END]] and none.targets["ids"][0, 0] == END
     with pytest.raises(DataError, match="train has no word that vectors could be learnt of"):
         counted([Text([END, END])], V, [END])  # type: ignore[list-item]
+
+
+def test_a_mixture_stacks_pairs_of_several_corpora() -> None:
+    one, two = pairs_of(text_of(200), 50), pairs_of(text_of(300), 50)
+    batch = Joined([one, two], [1, 1], ["one", "two"]).batch([1, 5, 2], 3, 1)
+    alone = [part.batch(numbers, 3, 1) for part, numbers in ((one, [1]), (two, [1]), (one, [2]))]
+    assert batch.count == sum(part.count for part in alone)
+    for name in ("inputs", "targets"):
+        expected = np.concatenate([getattr(part, name)["ids"] for part in alone])
+        assert np.array_equal(getattr(batch, name)["ids"], expected)
 
 
 def test_frequent_words_are_left_out_and_chance_follows_a_power() -> None:
