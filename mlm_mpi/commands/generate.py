@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mlm_mpi.commands import sharing
-from mlm_mpi.errors import ConfigError
+from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
@@ -52,12 +52,11 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
-    with group.together("a look at the model"):
-        task = trained.config.task.kind
-        if getattr(trained.plugins.find("tasks", task, "task.kind"), "BOTH_WAYS", False):
-            raise ConfigError(
-                f'{args.run} was trained for task.kind = "{task}", which continues no text: give another run'
-            )
+    if mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits"):
+        kind = trained.config.task.kind
+        raise agreed(
+            ConfigError(f'{args.run} was trained for task.kind = "{kind}", which continues no text: give another run')
+        )
     if trained.averaged and group.rank == 0:
         note(f"note: checkpoint of step {trained.step}, moving average of its weights")
     end = trained.tokenizer.eot

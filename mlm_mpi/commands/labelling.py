@@ -68,7 +68,7 @@ def recipe(args: argparse.Namespace, command: str) -> Recipe:
     """What the arguments ask for. `command`: the command line to be written down."""
     return Recipe(
         _inputs(args), Path(args.out), _columns(args), args.tokenizer, args.vocab, *_fractions(args), args.encoding,
-        args.shard_mib, args.seed, command,
+        args.shard_mib, args.seed, command, args.lowercase,
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
     manifest, found = made.manifest, made.manifest.cleaning
     kept = sum(map(sum, manifest.counts.values()))
     lengths, tokenizer = manifest.lengths, manifest.tokenizer
-    trained = ", trained on the training side" if tokenizer.kind == "bpe" else ""
+    trained = ", trained on the training side" if tokenizer.kind in ("bpe", "words") else ""
     lines = [
         f"rows        {found.rows:,} read, {kept:,} kept",
         f"removed     {found.duplicates:,} exact duplicates (text and label), {found.empty:,} empty texts",

@@ -13,7 +13,7 @@ from mlm_mpi.data import builtin
 from mlm_mpi.data.decoding import check_encoding
 from mlm_mpi.data.labelling import prepare_labelled
 from mlm_mpi.data.prepare import Made, Ranks, Recipe, Told, prepare
-from mlm_mpi.data.tokenizer import SMALLEST_VOCABULARY
+from mlm_mpi.data.tokenizer import FEWEST_WORDS, MADE, SMALLEST_VOCABULARY
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.monitor.live import Live, live
 
@@ -26,6 +26,7 @@ _MIB = 1 << 20
 _EXAMPLES = """examples:
   mlm-mpi prepare novel.txt --out corpora/novel
   mlm-mpi prepare texts/ 'more/*.jsonl.zst' --out corpora/mine --vocab 8192
+  mlm-mpi prepare texts/ --out corpora/words --tokenizer words --lowercase --vocab 20000    # for word vectors
   mlm-mpi run -n 4 -- prepare texts/ --out corpora/mine --heldout 0.01
   mlm-mpi prepare reviews.csv --out corpora/reviews --text review --label stars"""
 
@@ -37,8 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("inputs", nargs="*", metavar="INPUT", help="text file, folder, 'glob' in quotes, .jsonl; .gz .xz .bz2 .zst too")
     add("--out", metavar="DIR", help="folder of the corpus (required): new, empty, or of an earlier corpus")
     add("--builtin", action="store_true", help="add documentation that every Python from 3.11 on ships")
-    add("--tokenizer", default="bpe", metavar="bytes|bpe|FILE", help="train BPE, use bytes, or a tokenizer.json")
-    add("--vocab", type=int, default=2048, metavar="N", help="tokens of a BPE vocabulary, at most (2048)")
+    add("--tokenizer", default="bpe", metavar="bytes|bpe|words|FILE", help="FILE: a tokenizer.json (bpe)")
+    add("--vocab", type=int, default=2048, metavar="N", help="tokens of a vocabulary of BPE or words, at most (2048)")
+    add("--lowercase", action="store_true", help="of --tokenizer words: the same word with capitals or without")
     add(
         "--heldout", type=float, metavar="F",
         help="fraction of characters kept for evaluation (0.05); with --label of source strings (0.1)",
@@ -131,9 +133,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--shard-mib {args.shard_mib} must be in [0, {_LARGEST_SHARD_MIB}]")
     if not 0 <= args.seed < 1 << 63:
         raise ConfigError(f"--seed {args.seed} must be in [0, {(1 << 63) - 1}]")
-    if args.tokenizer == "bpe" and not SMALLEST_VOCABULARY <= args.vocab <= _LARGEST_VOCABULARY:
-        raise ConfigError(f"--vocab {args.vocab} must be in [{SMALLEST_VOCABULARY}, {_LARGEST_VOCABULARY}]")
-    if args.tokenizer not in ("bytes", "bpe") and not os.access(args.tokenizer, os.F_OK):
+    least = {"bpe": SMALLEST_VOCABULARY, "words": FEWEST_WORDS}.get(args.tokenizer)
+    if least is not None and not least <= args.vocab <= _LARGEST_VOCABULARY:
+        raise ConfigError(f"--vocab {args.vocab} must be in [{least}, {_LARGEST_VOCABULARY}]")
+    if args.lowercase and args.tokenizer != "words":
+        raise ConfigError(f"--lowercase is of --tokenizer words, not {args.tokenizer}: leave it out")
+    if args.tokenizer not in MADE and not os.access(args.tokenizer, os.F_OK):
         raise ConfigError(
             f"--tokenizer {args.tokenizer!r} is no file: give bpe, bytes, or the path of a tokenizer.json"
         )
@@ -144,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     return Recipe(
         tuple(args.inputs), Path(args.out), args.builtin, args.tokenizer, args.vocab, _heldout(args), args.cut,
-        args.field, args.encoding, args.shard_mib, args.seed, args.plugins, _command(args),
+        args.field, args.encoding, args.shard_mib, args.seed, args.plugins, _command(args), args.lowercase,
     )  # fmt: skip
 
 
@@ -158,8 +163,7 @@ def _command(args: argparse.Namespace) -> str:
     configure(parser)
     parser.set_defaults(heldout=None if args.heldout is None or args.label is not None else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    words += ["--builtin"] if args.builtin else []
-    words += ["--no-header"] if args.no_header else []
+    words += [f"--{flag}" for flag in ("builtin", "lowercase", "no-header") if getattr(args, flag.replace("-", "_"))]
     plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
     for name in (*plain, "label", "text", "pair", "split", "test", "source"):
         value = getattr(args, name)

@@ -27,7 +27,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer the shards were made with. `kind`: bytes, bpe or file."""
+    """The tokenizer the shards were made with. `kind`: bytes, bpe, words or file."""
 
     file: str
     hash: str

@@ -29,7 +29,7 @@ from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
-from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
 from mlm_mpi.data.tokenizing import encode_pairs
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
@@ -56,6 +56,7 @@ class Recipe:
     shard_mib: float
     seed: int
     command: str
+    lowercase: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
 
 
 def _prepare(recipe: Recipe, told: Told) -> Made:
-    if recipe.tokenizer not in ("bytes", "bpe"):
+    if recipe.tokenizer not in MADE:
         Tokenizer.load(recipe.tokenizer)  # a bad one is told now
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the other ranks only wait
     folder = CorpusFolder(recipe.out)
@@ -123,7 +124,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
             f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash,
-            recipe.tokenizer if recipe.tokenizer in ("bytes", "bpe") else "file", tokenizer.vocab_size, tokenizer.eot,
+            recipe.tokenizer if recipe.tokenizer in MADE else "file", tokenizer.vocab_size, tokenizer.eot,
         ),
         labels=labels,
         counts=_counts(found, labels),
@@ -313,10 +314,6 @@ def _counts(found: _Found, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]
 
 
 def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Tokenizer:
-    if recipe.tokenizer == "bytes":
-        return Tokenizer.bytes()
-    if recipe.tokenizer != "bpe":
-        return Tokenizer.load(recipe.tokenizer)
     total = sum(len(example.text) + len(example.second) for example in training)
     every = -(-total // TRAINING_CHARACTERS)
 
@@ -328,7 +325,7 @@ def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Toke
             yield from filter(None, (example.text, example.second))
         told("tokenizer", total, total)
 
-    return Tokenizer.train(texts(), recipe.vocab)
+    return made(recipe.tokenizer, texts(), recipe.vocab, recipe.lowercase)
 
 
 def _shards(

@@ -34,7 +34,7 @@ from mlm_mpi.data.reading import Formats
 from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.text import Cleaned, clean
-from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
 from mlm_mpi.data.tokenizing import batches, encode, pieces
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import cannot_write, publish_all
@@ -80,6 +80,7 @@ class Recipe:
     seed: int
     plugins: str | None
     command: str
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def prepare(recipe: Recipe, group: Ranks, told: Told) -> Made:
         formats = Formats(named(recipe.plugins))
     check_same(formats.plugins, group)
     with group.together("reading the tokenizer"):
-        if group.rank == 0 and recipe.tokenizer not in ("bytes", "bpe"):
+        if group.rank == 0 and recipe.tokenizer not in MADE:
             Tokenizer.load(recipe.tokenizer)  # a bad one is told now, not after hours
     # A library that starts a thread per core in each rank would fight itself.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if group.size == 1 else "false"
@@ -491,10 +492,6 @@ def _tokenizer(recipe: Recipe, group: Ranks, plan: Plan, spool: _Spool, told: To
 def _make_tokenizer(
     recipe: Recipe, plan: Plan, spool: _Spool, told: Callable[[float, float], None]
 ) -> Tokenizer:  # fmt: skip
-    if recipe.tokenizer == "bytes":
-        return Tokenizer.bytes()
-    if recipe.tokenizer != "bpe":
-        return Tokenizer.load(recipe.tokenizer)
     every = -(-int(plan.training["characters"].sum()) // TRAINING_CHARACTERS)
     chosen = plan.training[::every]
     total = int(chosen["characters"].sum())
@@ -507,11 +504,11 @@ def _make_tokenizer(
             done += len(piece)
         told(total, total)
 
-    return Tokenizer.train(texts(), recipe.vocab)
+    return made(recipe.tokenizer, texts(), recipe.vocab, recipe.lowercase)
 
 
 def _kind(choice: str) -> str:
-    return choice if choice in ("bytes", "bpe") else "file"
+    return choice if choice in MADE else "file"
 
 
 def _write(number: int, shard: ShardPlan, spool: _Spool, tokenizer: Tokenizer) -> ShardEntry:

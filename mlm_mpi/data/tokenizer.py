@@ -1,6 +1,6 @@
-"""Text to token ids and back: byte-level BPE, plain bytes, or any Hugging Face tokenizer.json.
+"""Text to token ids and back: byte-level BPE, plain bytes, whole words, or any Hugging Face tokenizer.json.
 
-One format for all three: the JSON of the `tokenizers` library. A tokenizer *is* the bytes of its file,
+One format for all of them: the JSON of the `tokenizers` library. A tokenizer *is* the bytes of its file,
 so its hash survives an upgrade of that library.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.files import publish, read_whole
@@ -25,12 +25,18 @@ from mlm_mpi.files import publish, read_whole
 T = TypeVar("T")
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+FEWEST_WORDS = 3  # the end of text, the unknown word, a word
 LARGEST_VOCABULARY = 1 << 24  # 64 times the largest known; ids may have gaps, rows of the embedding have none
 _MOST_GROWTH = 1000.0  # published ones: Llama's puts three bytes for a space
+_METASPACE = "\u2581"  # what SentencePiece writes for a space
 _FILE_BYTES = 256 << 20  # Gemma's has 33 MiB
 # What other makers call it, tried in this order.
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+
+
+MADE = ("bytes", "bpe", "words")  # tokenizers that need no file
 
 
 class Tokenizer:
@@ -65,6 +71,7 @@ class Tokenizer:
                 f"{source} has a token with id {self.vocab_size - 1}, the largest may be {LARGEST_VOCABULARY - 1}: "
                 "give another --tokenizer"
             )
+        self.unknown: int | None = ids.get(written["model"].get("unk_token"))  # what has no token of its own
         self._names = {number: name for name, number in ids.items()}
         self.is_byte_level: bool = (written["decoder"] or {}).get("type") == "ByteLevel"
         self._special = {token["id"] for token in written["added_tokens"] if token["special"]}
@@ -87,6 +94,28 @@ class Tokenizer:
             special_tokens=[END_OF_TEXT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner.to_str(pretty=True).encode())
+
+    @classmethod
+    def train_words(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> "Tokenizer":
+        """The most frequent words, runs of letters and digits or of other signs; the rest is one unknown word.
+
+        At most `vocab_size` tokens, none of a word that comes up once; equal texts give equal bytes. What stands
+        between words is lost. `lowercase`: capitals are no other letters. Raises ConfigError below 3.
+        """
+        if vocab_size < FEWEST_WORDS:
+            raise ConfigError(
+                f"--vocab {vocab_size} is below {FEWEST_WORDS}, {END_OF_TEXT}, {UNKNOWN} and a word: "
+                f"set --vocab {FEWEST_WORDS} or more"
+            )
+        inner = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        if lowercase:
+            inner.normalizer = normalizers.Lowercase()
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=vocab_size, min_frequency=2, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False
         )
         inner.train_from_iterator(texts, trainer)
         return cls(inner.to_str(pretty=True).encode())
@@ -141,6 +170,32 @@ class Tokenizer:
             return self.token_bytes(number).decode(errors="replace")
         name = "" if number in self._special else self._names.get(number, "")
         return name.replace("\u2581", " ").removeprefix("##")  # a space of SentencePiece; WordPiece's inner tokens
+
+    def word(self, number: int) -> str:
+        """The bare word that a token stands for, as files of word vectors have it: without a space before it.
+
+        "" for special and unknown ids, parts of characters, and what has a space elsewhere.
+        """
+        if number in self._special:
+            return ""
+        if self.is_byte_level:
+            text = self.token_bytes(number).decode(errors="ignore")
+            text = text if text.encode() == self.token_bytes(number) else ""
+        else:
+            text = self._names.get(number, "").replace(_METASPACE, " ")
+        text = text.removeprefix(" ")
+        return "" if any(symbol.isspace() for symbol in text) else text
+
+
+def made(choice: str, texts: Iterable[str], vocabulary: int, lowercase: bool) -> Tokenizer:
+    """The tokenizer that a choice names: one of MADE, of these texts, or a file. Raises DataError, ConfigError."""
+    if choice == "bytes":
+        return Tokenizer.bytes()
+    if choice not in MADE:
+        return Tokenizer.load(choice)
+    return (
+        Tokenizer.train_words(texts, vocabulary, lowercase) if choice == "words" else Tokenizer.train(texts, vocabulary)
+    )
 
 
 def _growth(steps: Any) -> float:

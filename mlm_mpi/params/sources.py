@@ -77,3 +77,23 @@ class Drawn:
         first, stop = box.starts[0], box.stops[0]
         draws = init * normal(key_of(self._seed, "init", name), first * row, (stop - first) * row)
         return draws.reshape(stop - first, *shape[1:])[(slice(None), *box.slices[1:])]
+
+
+class Replaced:
+    """Another source, but for some rows of one array, such as tokens whose vectors are known."""
+
+    def __init__(self, source: Source, name: str, indices: np.ndarray, rows: np.ndarray) -> None:
+        """Shapes: indices (n,) ascending, rows (n, …) of the array's own."""
+        self._source, self._name, self._indices, self._rows = source, name, indices, rows
+
+    def shape(self, name: str) -> Shape | None:
+        return self._source.shape(name)
+
+    def read(self, name: str, box: Box) -> Any:
+        found = self._source.read(name, box)
+        if name != self._name:
+            return found
+        first, stop = np.searchsorted(self._indices, (box.starts[0], box.stops[0]))
+        found = np.array(found)  # the source's own may be read-only
+        found[self._indices[first:stop] - box.starts[0]] = self._rows[first:stop][(slice(None), *box.slices[1:])]
+        return found

@@ -202,7 +202,7 @@ NOT_ZERO = [
     "data.prefetch", "eval.rows", "checkpoint.keep", "numerics.threads", "log.every", "optim.epsilon",
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
-    "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha",
+    "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha", "task.window", "task.negatives",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
@@ -213,6 +213,7 @@ NOT_NEGATIVE = [
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
     "start.lora_rank", "eval.patience",
+    "task.subsample", "task.noise_power",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",

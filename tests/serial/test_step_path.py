@@ -16,7 +16,7 @@ PATH = (
     "rng.py", "exact.py", "cut.py", "order.py", "params", "layers", "ops", "models", "optim", "rates", "schedules",
     "comm/tree.py", "comm/buckets.py", "comm/reductions", "backend/arrays.py", "backend/registry.py", "backend/sums.py",
     "backend/cpu", "data/batch.py", "data/sampler.py", "data/loader.py", "data/stream.py", "data/objectives",
-    "data/documents.py", "data/masking.py", "data/mixture.py", "data/texts.py", "data/warmup.py",
+    "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py", "data/warmup.py",
     "train/assignment.py", "train/audit.py", "train/build.py", "train/captured.py", "train/engine.py", "train/guard.py",
     "train/replicas.py",
 )  # fmt: skip
@@ -38,6 +38,9 @@ ALLOWED = {
     ("data/texts.py", "batch_of", "np.cumsum"): "whole numbers",
     ("data/texts.py", "too_long", "needed > context.sum"): "whole numbers",
     ("data/mixture.py", "Joined.__init__", "np.cumsum"): "whole numbers",
+    ("data/pairs.py", "Noise.__init__", "np.cumsum"): "whole numbers",
+    ("data/pairs.py", "Pairs._left_over", "np.cumsum"): "whole numbers",
+    ("data/pairs.py", "kept", "counts.sum"): "whole numbers",
     ("data/mixture.py", "Joined.__len__", "sum"): "whole numbers",
     ("data/mixture.py", "Mixture.whole", "sum"): "whole numbers",
     ("data/mixture.py", "_stacked", "sum"): "whole numbers",

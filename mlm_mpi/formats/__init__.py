@@ -1,0 +1,1 @@
+"""Files of other programs: read and written as their authors do, whatever stands in them."""
