@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.prediction import Round
 
 _EXAMPLES = """examples:
-  mlm-mpi predict runs/reviews new.csv --text review > labels.tsv
+  mlm-mpi predict runs/reviews new.csv --text review
   mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
 

@@ -1,6 +1,7 @@
 """The rules that span sections. What concerns one section alone stands where it is declared."""
 
 from math import gcd
+from types import ModuleType
 
 from mlm_mpi import order
 from mlm_mpi.config.sections import Config
@@ -145,15 +146,14 @@ def _check_heeded(config: Config, plugins: Plugins) -> None:
 
 def _check_readable(config: Config, plugins: Plugins) -> None:
     """A model reads what the batches of a task are made of, and does not see what it has to tell."""
-    model = plugins.find("models", config.model.kind, "model.kind")
-    task = plugins.find("tasks", config.task.kind, "task.kind")
+    model, task = _model(plugins, config.model.kind), plugins.find("tasks", config.task.kind, "task.kind")
     needs = tuple(getattr(task, "NEEDS", ()))
     lacks = [need for need in needs if need not in getattr(model, "HEEDS", ())]
-    remedy = "set model.kind to one that does, such as bert, or another task.kind"
+    able = (kind for kind in plugins.kinds("models") if {*needs} <= {*getattr(_model(plugins, kind), "HEEDS", ())})
     _require(
         not lacks,
         f'model.kind = "{config.model.kind}" does not read {" and ".join(lacks)}, which task.kind = '
-        f'"{config.task.kind}" gives it: {remedy}',
+        f'"{config.task.kind}" gives it: set model.kind = "{next(able, "?") if lacks else ""}", or another task.kind',
     )
     _require(
         not getattr(model, "BOTH_WAYS", False) or getattr(task, "BOTH_WAYS", False),
@@ -165,6 +165,10 @@ def _check_readable(config: Config, plugins: Plugins) -> None:
         f'backend.graphs replays micro-batches of one shape, and those of task.kind = "{config.task.kind}" differ: '
         "set backend.graphs = false",
     )
+
+
+def _model(plugins: Plugins, kind: str) -> ModuleType:
+    return plugins.find("models", kind, "model.kind")
 
 
 def shares(config: Config) -> int:

@@ -13,7 +13,7 @@ from mlm_mpi.layers.base import Sizes, Trunk
 from mlm_mpi.layers.embedding import TokenEmbedding, token_table
 from mlm_mpi.layers.recurrent import Identity
 
-HEEDS = ("task.window",)  # a vector is one word's, whatever stands beside it in a batch
+HEEDS = ("pairs of words",)  # a vector is one word's, whatever stands beside it in a batch
 
 
 @dataclass(frozen=True)

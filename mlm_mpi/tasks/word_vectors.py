@@ -4,8 +4,10 @@ Source: skip-gram with negative sampling, Mikolov et al., arXiv:1310.4546.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from mlm_mpi.config import Config
@@ -14,7 +16,6 @@ from mlm_mpi.config.rules import shares
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.pairs import Drawing, Noise, Pairs, counted, kept
 from mlm_mpi.data.stream import TokenStream
-from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.base import Least, Part, Sizes
 from mlm_mpi.layers.sampled import NegativeSampling
 from mlm_mpi.plug import Plugins
@@ -22,6 +23,7 @@ from mlm_mpi.tasks.language_model import LanguageModel
 from mlm_mpi.train.measure import Sums
 
 HEEDS = ("data.mixture",)
+NEEDS = ("pairs of words",)  # of a model: it reads such batches, of any size
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,7 @@ class Settings:
 
 
 def build(config: Config, plugins: Plugins) -> "WordVectors":
-    """The task over the corpora that `data` names. Raises ConfigError, DataError."""
-    model = plugins.find("models", config.model.kind, "model.kind")
-    if "task.window" not in getattr(model, "HEEDS", ()):
-        raise ConfigError(
-            f'model.kind = "{config.model.kind}" does not heed task.window: set model.kind = "skipgram", or '
-            'task.kind = "language_model"'
-        )
-    if config.backend.graphs:
-        raise ConfigError(
-            "backend.graphs replays micro-batches of one shape, and those of word_vectors have as many pairs as chance "
-            "makes them: set backend.graphs = false"
-        )
+    """The task over the corpora that `data` names. Raises DataError."""
     return WordVectors(config, plugins)
 
 
@@ -86,6 +77,9 @@ def least(config: Config, plugins: Plugins, sizes: Sizes, rows: int) -> Least:
 
 class WordVectors(LanguageModel):
     """The task (train/task.py) on one rank."""
+
+    unit = "pairs"
+    figures: Mapping[str, bool] = MappingProxyType({})
 
     def _samples(self, stream: TokenStream, training: bool) -> Samples:
         return Pairs(stream, self.row_tokens, training, self._drawing)

@@ -203,6 +203,7 @@ NOT_ZERO = [
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
     "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha", "task.window", "task.negatives",
+    "model.segments", "task.rate",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
@@ -212,11 +213,12 @@ NOT_NEGATIVE = [
     "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction", "comm.stall_s",
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
-    "start.lora_rank", "eval.patience",
-    "task.subsample", "task.noise_power",
+    "start.lora_rank", "eval.patience", "task.subsample", "task.noise_power", "task.dropout", "task.smoothing",
+    "task.crop", "task.hide",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",
+    "task.rate", "task.dropout", "task.smoothing", "task.hide",
 ]  # fmt: skip
 
 
@@ -351,7 +353,7 @@ def test_a_kind_of_the_users_own_declares_its_keys(plugins: Plugins) -> None:
     assert refused("model.depth=3", plugins=plugins).endswith(
         '"mine" knows it: take it out, or set model.kind = "mine"'
     )
-    assert "is none of gpt" in refused(*mine, "model.depth=3")
+    assert "is none of bert, gpt" in refused(*mine, "model.depth=3")
 
 
 @pytest.mark.parametrize(
