@@ -23,6 +23,7 @@ PREFIX = "step-"
 WEIGHTS = "weights"  # the buffer that every checkpoint has
 FOLDER = re.compile(PREFIX + "([0-9]{8}|[1-9][0-9]{8,17})")  # as a save names them
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file or a parameter: never a path
+_SEARCH = {"figure": str, "best": int, "value": float, "worse": int, "at": int}
 _MANIFEST_BYTES = 64 << 20  # 1,000 writers of 1,000 parameters
 _LARGEST = 1 << 48  # elements of a parameter
 _CORNERS = 1 << 21  # of all boxes: what 1,000 writers of 1,000 parameters cut along one dim have
@@ -153,6 +154,8 @@ def _oddities(manifest: Manifest, step: int) -> Iterator[str]:
             yield f"gives {name} the shape {shape}"
     if not {*manifest.frozen} <= {*manifest.shapes} or (manifest.frozen and WEIGHTS not in manifest.buffers):
         yield f"has frozen parameters, {manifest.frozen[0]} for one, without weights"
+    if manifest.search and {name: type(found) for name, found in manifest.search.items()} != _SEARCH:
+        yield f"has judgements {manifest.search}"
     if not all(math.isfinite(level) and level >= 0 for level in manifest.levels.values()):
         yield f"has levels {manifest.levels}"
     yield from _misplaced(manifest)

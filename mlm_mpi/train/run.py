@@ -373,22 +373,17 @@ class Run:
         if self.group.rank == 0:
             self.folder.confirm()
             _, when, patience = done
-            ended, early = (
-                f" (ended {when})" if when.isprintable() and when else "",
-                manifest.step < self.config.train.steps,
-            )
-            made = (
-                f"it ended for eval.patience = {patience} after step {manifest.step}"
-                if early
-                else f"all {manifest.step} steps are made"
-            )
+            ended = f" (ended {when})" if when.isprintable() and when else ""
+            made, more = f"all {manifest.step} steps are made", f"train.steps above {manifest.step}"
+            if manifest.step < self.config.train.steps:
+                made = f"it ended for eval.patience = {patience} after step {manifest.step}"
+                more = f"eval.patience above {patience}"
             self._say(f"{self.folder.path} is complete: {made}{ended}, nothing is left to do")
             if manifest.fingerprint != self.facts:  # of another version, say, whose hash is another
                 changed = differences(manifest.fingerprint, self.facts)[0]
                 self._say(
                     f"note: it was trained with other numerics than now ({changed}); trained anew, bits may differ"
                 )
-            more = f"eval.patience above {patience}" if early else f"train.steps above {manifest.step}"
             self._say(f"to go on, raise {more}; to train anew, give another --run")
             self._say_hashes(manifest.fingerprint, weights, manifest.incomparable)
         return 0

@@ -90,7 +90,9 @@ def check_origin(origin: Origin, start: Start, parts: Sequence[Part], tokenizer:
     spared = _head_of(origin, plugins) if left else frozenset()
     if {*missing} <= drawn and {*left} <= spared:
         return
-    found = [f"{len(missing)} of {len(model)} weights are missing there{_first(missing, origin, model)}"]
+    found = (
+        [f"{len(missing)} of {len(model)} weights are missing there{_first(missing, origin, model)}"] if missing else []
+    )
     found += [f"{len(left)} are left over ({left[0]})"] if left else []
     remedy = f"{_OTHER}, the same [model], or start.partial = true"
     if any(is_adapters(name) for name in left):
@@ -99,8 +101,6 @@ def check_origin(origin: Origin, start: Start, parts: Sequence[Part], tokenizer:
 
 
 def _first(missing: Sequence[str], origin: Origin, model: Sequence[Parameter]) -> str:
-    if not missing:
-        return ""
     name = missing[0]
     here, there = next(list(p.layout.shape) for p in model if p.name == name), origin.manifest.shapes.get(name)
     return f" ({name}{f' has shape {there} there, {here} here' if there else ''})"
