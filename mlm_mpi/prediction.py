@@ -11,7 +11,7 @@ from mlm_mpi.backend.arrays import Place, to_host
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.labelled import Example
 from mlm_mpi.data.rows import Row
-from mlm_mpi.data.texts import batch_of, kept
+from mlm_mpi.data.texts import batch_of, by_length, kept
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_pairs
 from mlm_mpi.layers.base import Context
@@ -56,12 +56,12 @@ def _probabilities(
     chain: Chain, examples: list[Example], context: int, eot: int, pairs: bool, mesh: Mesh, place: Place
 ) -> np.ndarray:  # fmt: skip
     """Shapes: -> (n, L), on every rank that shares the model."""
-    found = np.zeros((0, 0), np.float32)
+    found, order = np.zeros((0, 0), np.float32), by_length(examples, context)
     if examples:
-        batch = replace(batch_of(examples, context, eot, pairs), targets={})
+        batch = replace(batch_of([examples[place] for place in order], context, eot, pairs), targets={})
         ctx = Context(mesh, batch=batch.map(place.put))
         chain.forward((), ctx)
-        found = to_host(ctx.tally["probabilities"]) if "probabilities" in ctx.tally else found
+        found = to_host(ctx.tally["probabilities"])[np.argsort(order)] if "probabilities" in ctx.tally else found
     return np.array(mesh.group("pp").allgather(found.tolist(), "the last stage")[-1], np.float32)
 
 

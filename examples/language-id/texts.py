@@ -3,7 +3,7 @@
     python examples/language-id/texts.py > messages.tsv
 
 Needs Django (`pip install 'mlm-mpi[examples]'`), of which the catalogues are read and nothing is run. Messages of which
-half or less are letters, and those that several languages share, tell no language and are left out.
+half or less are letters, of fewer than eight bytes, or that several languages share, tell no language and are left out.
 """
 
 import gettext
@@ -16,6 +16,7 @@ LANGUAGES = (
     *("ar", "cs", "da", "de", "el", "es", "fi", "fr", "hu", "it"),
     *("ja", "ko", "nl", "nb", "pl", "pt", "ru", "sv", "tr", "uk"),
 )
+SHORTEST = 8  # bytes
 _PLACEHOLDER = re.compile(r"%(\([^)]*\))?[-#0-9.]*[a-zA-Z]|\{[^}]*\}|<[^>]*>|&[a-z]+;")
 
 
@@ -29,7 +30,8 @@ def messages(folder: Path, language: str) -> dict[str, str]:
             english = key[0] if isinstance(key, tuple) else key
             text = " ".join(_PLACEHOLDER.sub(" ", translated).split())
             source = " ".join(english.rpartition("\4")[2].split())  # behind its context
-            if source and text != source and 2 * sum(map(str.isalpha, text)) > len(text):
+            letters = sum(map(str.isalpha, text))
+            if source and text != source and 2 * letters > len(text) and len(text.encode()) >= SHORTEST:
                 found.setdefault(source, text)
     return {source: text for text, source in {text: source for source, text in found.items()}.items()}  # each once
 

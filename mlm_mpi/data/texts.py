@@ -1,7 +1,7 @@
 """Labelled texts as micro-batches: one behind the other in a row, so that nothing is computed for padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,7 +42,8 @@ def kept(first: int, second: int, context: int) -> tuple[int, int]:
 def batch_of(
     examples: Sequence[Example], context: int, eot: int, segments: bool, step: int = 0, index: int = 0
 ) -> Batch:  # fmt: skip
-    """Texts in a row that is filled up to a multiple of 8. Targets: their labels.
+    """Texts in a row that is filled up to a multiple of 8. Targets: their labels. Those of one length had better be
+    neighbours: attention takes them together.
 
     Shapes: ids, places (1, N) int32, and segments where asked for; targets classes (B,) int32.
     """
@@ -64,14 +65,23 @@ def batch_of(
 @dataclass(frozen=True)
 class Noise:
     """How a text is changed each time it is learned from, drawn of the step and its number: a part of it in place of
-    the whole (with probability `crop`; of pairs always the whole), tokens hidden (each with probability `hide`).
+    the whole (with probability `crop`; of pairs always the whole), tokens split into the two that they were merged
+    from, and these again (each with probability `split`), tokens hidden (each with probability `hide`).
 
-    Source: Iyyer et al., ACL 2015, whose word dropout this is.
+    `parents` (V, 2) int32: what each token was merged from, -1 where nothing. Sources: Iyyer et al., ACL 2015, for
+    hiding (word dropout); Provilkov et al., arXiv:1910.13267, for splitting, which gives what their BPE-dropout gives.
     """
 
     crop: float
     hide: float
     seed: int
+    split: float = 0.0
+    parents: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+
+    def changed(self, example: Example, step: int, number: int) -> Example:
+        """The text, cropped, then split."""
+        example = self.cropped(example, step, number)
+        return self.apart(example, step, number) if self.split else example
 
     def cropped(self, example: Example, step: int, number: int) -> Example:
         """The text, or a part of it that has between one token and all, each number of them as likely as any other."""
@@ -82,6 +92,22 @@ class Noise:
         count = 1 + int(share * length)
         start = int(place * (length - count + 1))
         return example._replace(ids=example.ids[start : start + count])
+
+    def apart(self, example: Example, step: int, number: int) -> Example:
+        """The text in smaller tokens."""
+        key, ids, second = key_of(self.seed, "split", number), example.ids, example.second
+        new, drawn = np.ones(len(ids), bool), 0
+        while new.any():
+            draws = uniform(key, drawn, len(ids), step)
+            drawn += len(ids)
+            chosen = new & (draws < self.split) & (self.parents[ids, 0] >= 0)
+            second += int(chosen[:second].sum())
+            counts = 1 + chosen
+            ends = np.cumsum(counts)
+            pieces, new = np.repeat(ids, counts), np.repeat(chosen, counts)
+            pieces[ends[chosen] - 2], pieces[ends[chosen] - 1] = self.parents[ids[chosen]].T
+            ids = pieces
+        return example._replace(ids=ids, second=second)
 
     def hidden(self, made: Batch, numbers: Sequence[int]) -> np.ndarray:
         """Shapes: -> (1, N) bool; the first position of a text is never hidden."""
@@ -110,7 +136,9 @@ class Texts:
         """No text is padded, whatever `rows` says."""
         read = [self.examples.read(int(number)) for number in numbers]
         if self.noise is not None:
-            read = [self.noise.cropped(one, step, int(number)) for one, number in zip(read, numbers, strict=True)]
+            read = [self.noise.changed(one, step, int(number)) for one, number in zip(read, numbers, strict=True)]
+        order = by_length(read, self.context)
+        read, numbers = [read[place] for place in order], [numbers[place] for place in order]
         made = batch_of(read, self.context, self.eot, self.pairs, step, index)
         if self.noise is not None and self.noise.hide:
             made.inputs["hidden"] = self.noise.hidden(made, numbers)
@@ -127,6 +155,11 @@ class Nothing:
 
     def batch(self, numbers: Sequence[int], step: int, index: int, rows: int | None = None) -> Batch:
         raise DataError("there are no texts to be read: prepare with a larger --heldout, or a file for it")
+
+
+def by_length(examples: Sequence[Example], context: int) -> list[int]:
+    """Their places, the shortest first."""
+    return sorted(range(len(examples)), key=lambda place: min(len(examples[place].ids), context))
 
 
 def balanced(targets: np.ndarray, labels: int) -> np.ndarray:

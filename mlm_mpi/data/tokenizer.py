@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -163,6 +164,16 @@ class Tokenizer:
         """The bytes a token stands for, b"" for special and unknown ids; of byte-level tokenizers only."""
         name = "" if number in self._special else self._names.get(number, "")
         return b"".join(_BYTE_OF.get(symbol, symbol.encode()) for symbol in name)
+
+    def parents(self) -> np.ndarray:
+        """The two tokens that each token of BPE was merged from, -1 where there are none. Shapes: -> (V, 2) int32."""
+        found = np.full((self.vocab_size, 2), -1, np.int32)
+        ids = {name: number for number, name in self._names.items()}
+        model = json.loads(_call(self._inner.to_str))["model"]
+        for merge in model.get("merges") or ():
+            first, second = merge.split(" ") if isinstance(merge, str) else merge
+            found[ids[first + second]] = ids[first], ids[second]
+        return found
 
     def token_text(self, number: int) -> str:
         """What a token stands for inside a text, "" for special and unknown ids; parts of a character are U+FFFD."""

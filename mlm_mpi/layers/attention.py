@@ -1,5 +1,6 @@
 """Multi-head self-attention with a fused query-key-value projection, and the key/value cache."""
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from mlm_mpi import order
@@ -40,12 +41,25 @@ class KeyValueCache:
 
 
 class _Look(NamedTuple):
-    """What attends to each other: all rows, or the positions of one text; with what its backward needs."""
+    """Who attends to each other: the positions of each row, or of each of some texts of one length that lie one behind
+    the other in row 0, from `start` on; with what its backward needs."""
 
-    at: slice
+    start: int
+    texts: int  # 0: rows
+    length: int
     draw: Draw | None
     share: int
     lse: Any = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.texts * self.length
+
+    def own(self, array: Any) -> Any:
+        """Theirs of an array, a view. Shapes: (B, T, …), or (1, T, …) -> (texts, length, …)."""
+        if not self.texts:
+            return array
+        return array[0, self.start : self.stop].reshape(self.texts, self.length, *array.shape[2:])
 
 
 class SelfAttention:
@@ -77,35 +91,35 @@ class SelfAttention:
         return parts[0], parts[1], parts[2]
 
     def _looks(self, ctx: Context, heads: int, keys: int) -> list[_Look]:
-        """Who attends to whom."""
+        """All of them."""
         spans = [] if ctx.batch is None else ctx.batch.spans()
         if not spans:
             share = order.share_length(keys, self.most) if ctx.cache is None else 0
-            return [_Look(slice(None), self.drop.of_heads(ctx, heads, keys), share)]
-        longest = max(stop - start for start, stop in spans)
+            return [_Look(0, 0, keys, self.drop.of_heads(ctx, heads, keys), share)]
+        lengths = [stop - start for start, stop in spans]
+        longest, looks, number = max(lengths), [], 0
         draw, shape = self.drop.of_heads(ctx, heads, longest), (len(spans), heads, longest, longest)
-        return [
-            _Look(
-                slice(start, stop), None if draw is None else draw.cut(shape, (number, 0, 0, 0)),
-                order.share_length(stop - start, self.most),
-            )
-            for number, (start, stop) in enumerate(spans)
-        ]  # fmt: skip
+        for length, some in groupby(lengths):
+            own = None if draw is None else draw.cut(shape, (number, 0, 0, 0))
+            count = len(list(some))
+            looks.append(_Look(spans[number][0], count, length, own, order.share_length(length, self.most)))
+            number += count
+        return looks
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to."""
         qkv, _ = self.qkv.forward(x, ctx)  # (B, T, 3C)
-        q, k, v = self._split(qkv)
-        if ctx.cache is not None:
-            k, v = ctx.cache.extend(self.name, k, v)
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
+        heads, past = qkv.shape[2] // (3 * self.width), 0 if ctx.cache is None else ctx.cache.length
         found, looks = [], []
-        for look in self._looks(ctx, q.shape[1], k.shape[2]):
-            qs, ks, vs = (array[:, :, look.at] for array in (q, k, v))
-            o, lse = attention.forward(qs, ks, vs, self.causal, draw=look.draw, share=look.share, starts=starts)
+        for look in self._looks(ctx, heads, past + qkv.shape[1]):
+            q, k, v = self._split(look.own(qkv))
+            if ctx.cache is not None:
+                k, v = ctx.cache.extend(self.name, k, v)
+            o, lse = attention.forward(q, k, v, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = found[0] if looks[0].at == slice(None) else _in_row(found, looks, q.shape[2])
+        o = _in_row(found, looks, qkv.shape[1]) if looks[0].texts else found[0]
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, looks, starts, s_project)
 
@@ -113,21 +127,19 @@ class SelfAttention:
         x, qkv, o, looks, starts, s_project = saved
         do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
         dqkv = module_of(dy).empty_like(qkv)
-        arrays = [*self._split(qkv), *self._split(dqkv)]
         for look in looks:
-            q, k, v, dq, dk, dv = (array[:, :, look.at] for array in arrays)
             attention.backward(
-                do[:, look.at], q, k, v, o[:, look.at], look.lse, dq, dk, dv, self.causal, draw=look.draw,
-                share=look.share, starts=starts,
+                look.own(do), *self._split(look.own(qkv)), look.own(o), look.lse, *self._split(look.own(dqkv)),
+                self.causal, draw=look.draw, share=look.share, starts=starts,
             )  # fmt: skip
-        if looks[-1].at.stop is not None:
-            dqkv[:, looks[-1].at.stop :] = 0.0  # nobody has looked at what fills the row up
+        if looks[-1].texts:
+            dqkv[:, looks[-1].stop :] = 0.0  # nobody has looked at what fills the row up
         return self.qkv.backward(dqkv, x, ctx)
 
 
 def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
-    """Values of texts, where they lie in their row. Shapes: (1, t, H, D) each -> (1, T, H, D), zeros behind them."""
+    """Values of texts where they lie in their row, zeros behind them. Shapes: (texts, t, H, D) each -> (1, T, H, D)."""
     o = module_of(parts[0]).zeros((1, length, *parts[0].shape[2:]), parts[0].dtype)
     for part, look in zip(parts, looks, strict=True):
-        o[:, look.at] = part
+        look.own(o)[...] = part
     return o

@@ -9,7 +9,7 @@ from mlm_mpi.layers.base import Array, Context, Flow, Layer
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.head import put_back, taken_rows
 from mlm_mpi.layers.linear import Linear, flat
-from mlm_mpi.ops import crossentropy, gelu, linear
+from mlm_mpi.ops import crossentropy, gelu, matmul
 from mlm_mpi.params.store import Parameter
 
 Pooling = Literal["first", "mean", "token"]
@@ -108,24 +108,31 @@ class ClassHead:
         spans, whole = ctx.batch.spans(), ctx.entered(hidden, "the head's inputs")
         if self.pooling == "first":
             return module_of(whole).stack([whole[:, start] for start, _ in spans], axis=1)
-        pooled = module_of(whole).empty((1, len(spans), whole.shape[2]), whole.dtype)
-        for number, (start, stop) in enumerate(spans):
-            linear.bias_gradient(whole[0, start:stop], pooled[0, number], False)  # Σ over positions
-            pooled[0, number] /= stop - start
-        return pooled
+        return matmul.product(_means(spans, whole), whole[0])[None]
 
     def _pooled_backward(self, dpooled: Array, hidden: Array, ctx: Context) -> Array:
         if self.pooling == "token":
             return put_back(dpooled, hidden, ctx)
         assert ctx.batch is not None
         length = hidden.shape[1] * (ctx.tp.size if ctx.cuts_positions else 1)
-        whole = module_of(dpooled).zeros((1, length, hidden.shape[2]), dpooled.dtype)
-        for number, (start, stop) in enumerate(ctx.batch.spans()):
-            if self.pooling == "first":
+        whole, spans = module_of(dpooled).zeros((1, length, hidden.shape[2]), dpooled.dtype), ctx.batch.spans()
+        if self.pooling == "first":
+            for number, (start, _) in enumerate(spans):
                 whole[:, start] = dpooled[:, number]
-            else:
-                whole[:, start:stop] = dpooled[:, number : number + 1] / (stop - start)
+        else:
+            matmul.add(_means(spans, whole).T, dpooled[0], whole[0], False)
         return ctx.positions(whole)
+
+
+def _means(spans: list[tuple[int, int]], whole: Array) -> Array:
+    """A matrix whose product with all positions is the mean of each text: sums have the order of products.
+
+    Shapes: whole (1, T, C) -> (texts, T).
+    """
+    means = module_of(whole).zeros((len(spans), whole.shape[1]), whole.dtype)
+    for number, (start, stop) in enumerate(spans):
+        means[number, start:stop] = 1 / (stop - start)
+    return means
 
 
 def _tell_probabilities(logits: Array, ctx: Context) -> None:

@@ -58,6 +58,13 @@ class Settings:
         least=0,
         below=1,
     )
+    split: float = key(
+        0.0,
+        says="In training a token of BPE is split with this probability into the two that it was merged from, and "
+        "these again, so that words are also learned by their parts.",
+        least=0,
+        most=1,
+    )
     too_long: Literal["cut", "refuse"] = key(
         "cut", says="Texts that are longer than the context are cut at their ends and counted, or refused."
     )
@@ -118,8 +125,13 @@ class Classification:
         training = split == "train"
         weights = balanced(examples.targets, len(self.texts.labels)) if self._balances and training else None
         task = self.config.task
-        noise = Noise(task.crop, task.hide, self.config.train.seed) if training and (task.crop or task.hide) else None
+        noise = self._noise() if training and (task.crop or task.hide or task.split) else None
         return Texts(examples, context, self.eot, pairs, weights, noise)
+
+    def _noise(self) -> Noise:
+        task = self.config.task
+        parents = self.texts.tokenizer().parents() if task.split else np.zeros((0, 2), np.int32)
+        return Noise(task.crop, task.hide, self.config.train.seed, task.split, parents)
 
     @property
     def _balances(self) -> bool:

@@ -35,6 +35,8 @@ ALLOWED = {
     ("params/clip.py", "share_norms", "sum"): "whole numbers",
     ("data/objectives/causal.py", "Windows.batch", "mask.sum"): "whole numbers",
     ("data/masking.py", "Masked.batch", "there[row].sum"): "whole numbers",
+    ("data/texts.py", "Noise.apart", "np.cumsum"): "whole numbers",
+    ("data/texts.py", "Noise.apart", "chosen[:second].sum"): "whole numbers",
     ("data/texts.py", "batch_of", "np.cumsum"): "whole numbers",
     ("data/texts.py", "too_long", "needed > context.sum"): "whole numbers",
     ("data/mixture.py", "Joined.__init__", "np.cumsum"): "whole numbers",

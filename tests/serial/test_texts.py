@@ -9,6 +9,7 @@ from streams import Tokens
 from mlm_mpi.data.labelled import Example, Examples
 from mlm_mpi.data.masking import Masked
 from mlm_mpi.data.texts import Noise, Texts, balanced, batch_of, kept, sequence, too_long
+from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.figures import classes
 
 EOT = 99
@@ -79,6 +80,23 @@ def test_noise_takes_parts_and_hides_tokens_as_often_as_it_says() -> None:
     assert 0.56 < lengths[4] / 2000 < 0.69  # half of them, and a quarter of the others
     assert all(0.09 < lengths[k] / 2000 < 0.16 for k in (1, 2, 3))
     assert len(noise.cropped(example(3, 2), 1, 1).ids) == 5, "a pair stays whole"
+
+
+def test_split_tokens_are_the_same_text_in_smaller_pieces() -> None:
+    tokenizer = Tokenizer.train(["the other brother bothers the mother"] * 9, 300)
+    parents = tokenizer.parents()
+    assert (parents[:257] == -1).all() and (parents[257:] >= 0).all()
+    ids = np.array(tokenizer.encode("the mother of the brother"), np.int32)
+    second, whole = len(ids) - 2, tokenizer.decode(ids.tolist())
+    lengths = []
+    for step in range(300):
+        made = Noise(0.0, 0.0, 4, 0.3, parents).apart(Example(ids, second, 0), step, 5)
+        assert tokenizer.decode(made.ids.tolist()) == whole
+        assert tokenizer.decode(made.ids[: made.second].tolist()) == tokenizer.decode(ids[:second].tolist())
+        lengths.append(len(made.ids))
+    assert min(lengths) == len(ids) and len(set(lengths)) > 5
+    every = Noise(0.0, 0.0, 4, 1.0, parents).apart(Example(ids, second, 0), 0, 5)
+    assert len(every.ids) == len(whole), "down to bytes"
 
 
 def test_balanced_weights_make_labels_count_alike_and_texts_one_on_average() -> None:
