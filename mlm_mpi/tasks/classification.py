@@ -26,6 +26,7 @@ from mlm_mpi.train.measure import Sums
 
 NEEDS = ("several texts a row",)  # of a model: it reads such batches
 BOTH_WAYS = True  # a model may see all of a text
+STEADY = False  # one text that is told wrong is a hundred times the loss of the others
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ class Guard:
     spike: float = key(
         10.0,
         says="A loss or gradient norm that is this many times its running level is a spike, from the 17th step on; 0 "
-        "means that none is.",
+        "means that none is. Of a classifier none is: most of its losses fall to nothing.",
         least=0,
     )
     failing: Literal["stop", "skip"] = key(

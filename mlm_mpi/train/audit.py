@@ -99,10 +99,10 @@ def shared(engine: "Engine", batch: Batch | None) -> Batch:
             {name: [str(array.dtype), array.shape, array.reshape(-1).tolist()] for name, array in arrays.items()}
             for arrays in (batch.inputs, batch.targets)
         ]
-        plain = [batch.step, batch.index, *kinds, batch.count]
+        plain = [batch.step, batch.index, *kinds, batch.count, list(batch.texts)]
     every = engine.group.allgather(plain, "an audited micro-batch")
-    step, index, inputs, targets, count = next(one for one in every if one is not None)
-    return Batch(step, index, _arrays(inputs), _arrays(targets), count)
+    step, index, inputs, targets, count, texts = next(one for one in every if one is not None)
+    return Batch(step, index, _arrays(inputs), _arrays(targets), count, texts=tuple(texts))
 
 
 def _arrays(plain: dict[str, Any]) -> dict[str, np.ndarray]:
