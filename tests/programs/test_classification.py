@@ -68,6 +68,7 @@ def test_one_hash_on_three_ranks(texts: Place) -> None:
     assert texts.program("run", "-n", "3", "--", "train", "classes.toml", "--run", "three").weights == texts.weights
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
 def test_one_hash_in_bf16_on_two_ranks(texts: Place) -> None:
     words = ("train", "classes.toml", "--set", "numerics.products=bf16", "--set", "train.steps=4", "--run")

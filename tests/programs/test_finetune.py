@@ -15,8 +15,9 @@ from mlm_mpi.errors import MlmError
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train import Start
+from mlm_mpi.train.manifest import read_manifest
 from mlm_mpi.train.run import Options, Run
-from mlm_mpi.train.start import check_origin, origin_at
+from mlm_mpi.train.start import check_origin, check_same_origin, origin_at
 
 LORA = ("start.lora_rank=2", "train.steps=3", "eval.every=0")
 FROZEN = ("start.freeze=['embed.positions', 'block0.attention*']", "train.steps=3", "eval.every=0")
@@ -124,8 +125,13 @@ def test_word_vectors_begin_one_run_on_any_ranks_and_are_needed_no_more(place):
     assert "start             vectors of 52 of 257 tokens of /" in whole.out  # and the rest on the next lines
     cut = place.program(*place.words("cut", 2, *WORDS), "--max-steps", "1")
     assert cut.code == 0, cut.err
+    saved = place.folder / "cut" / "checkpoints" / "step-00000001"
+    check_same_origin(saved, read_manifest(saved), Start(vectors=str(file.rename(place.folder / "moved.txt"))))
     file.write_text(letters(scale=6.0))
-    place.train("cut", None, *WORDS).refused("began with the vectors of", "has changed since: restore it")
+    for name, said in ((str(file), f'"{file}" has changed since: restore it'), ("", '"" is another: restore it')):
+        with pytest.raises(MlmError, match=re.escape(f'began with the vectors of "{file}" (SHA-256 ')) as caught:
+            check_same_origin(saved, read_manifest(saved), Start(vectors=name))
+        assert said in str(caught.value)
     file.unlink()
     assert place.train("cut", None, *WORDS).weights == whole.weights
 
