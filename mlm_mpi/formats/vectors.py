@@ -8,6 +8,7 @@ A file is read once, a word at a time, in memory for that word and the set of wo
 Sources: word2vec.c (Mikolov et al., 2013); Bojanowski et al., arXiv:1607.04606; Pennington et al., EMNLP 2014.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -278,6 +279,16 @@ class Known(NamedTuple):
     def __str__(self) -> str:
         return f"vectors of {len(self.ids):,} of {self.tokens:,} tokens"
 
+    def root_mean_square(self) -> float:
+        """Of all numbers: their sum is exact before it is rounded, so that every machine finds the same."""
+        squares = (square for row in self.rows for square in np.square(row, dtype="f8").tolist())
+        return math.sqrt(math.fsum(squares) / self.rows.size)
+
+    def times(self, factor: float) -> "Known":
+        """The same, each number multiplied in float64 and rounded to float32, which may make it infinite."""
+        with np.errstate(over="ignore"):
+            return self._replace(rows=(self.rows * np.float64(factor)).astype(np.float32))
+
 
 def known(path: Path, tokenizer: Tokenizer) -> Known:
     """The vectors that a file has for the tokens of a tokenizer: of the bare word as it is, else in small letters.
@@ -308,7 +319,13 @@ def known(path: Path, tokenizer: Tokenizer) -> Known:
 
 def initial(path: Path, found: Known, source: Source, table: str) -> Source:
     """`source`, but for the rows of its token table that a file has. Raises DataError for vectors of another width."""
-    shape, width = source.shape(table), found.rows.shape[1]
+    check_width(path, found, table, source.shape(table))
+    return Replaced(source, table, found.ids, found.rows)
+
+
+def check_width(path: Path, found: Known, table: str, shape: tuple[int, ...] | None) -> None:
+    """`shape`: of the table, (V, C). Raises DataError for vectors of another width."""
+    width = found.rows.shape[1]
     if shape is None or shape[0] != found.tokens:
         raise DataError(f"{table} has the shape {shape} in this model, and its tokenizer {found.tokens:,} tokens")
     if shape[1] != width:
@@ -316,4 +333,3 @@ def initial(path: Path, found: Known, source: Source, table: str) -> Source:
             f"{path} has vectors of {width} numbers, and {table} rows of {shape[1]}: set model.width = {width}, or "
             f"give vectors of {shape[1]}"
         )
-    return Replaced(source, table, found.ids, found.rows)

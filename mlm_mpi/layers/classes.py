@@ -2,14 +2,12 @@
 
 from typing import Any, Literal
 
-import numpy as np
-
-from mlm_mpi.backend.arrays import module_of
+from mlm_mpi.backend.arrays import module_of, wide
 from mlm_mpi.layers.base import Array, Context, Flow, Layer
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.head import put_back, taken_rows
 from mlm_mpi.layers.linear import Linear, flat
-from mlm_mpi.ops import crossentropy, gelu, matmul
+from mlm_mpi.ops import cast, crossentropy, gelu, linear
 from mlm_mpi.params.store import Parameter
 
 Pooling = Literal["first", "mean", "token"]
@@ -44,7 +42,7 @@ class ClassHead:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         (hidden,) = x
         if not ctx.training:
-            logits = flat(self._logits(self._pooled(hidden, ctx), ctx.uncut())[0])
+            logits = wide(flat(self._logits(self._pooled(hidden, ctx), ctx.uncut())[0]))
             assert ctx.batch is not None, "a head reads its targets from the context"
             tell = self._tell if "classes" in ctx.batch.targets else _tell_probabilities
             tell(logits, ctx)
@@ -53,8 +51,8 @@ class ClassHead:
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         cut, ctx = ctx, ctx.uncut()
         logits, kept = self._logits(self._pooled(saved, cut), ctx)
-        ctx.tally["loss"], dlogits = self._loss(flat(logits), ctx)
-        dpooled = self._logits_backward(dlogits.reshape(logits.shape), kept, ctx)
+        ctx.tally["loss"], dlogits = self._loss(wide(flat(logits)), ctx)
+        dpooled = self._logits_backward(_rounded(dlogits, logits.dtype).reshape(logits.shape), kept, ctx)
         return (self._pooled_backward(dpooled, saved, cut),)
 
     def _tell(self, logits: Array, ctx: Context) -> None:
@@ -108,31 +106,34 @@ class ClassHead:
         spans, whole = ctx.batch.spans(), ctx.entered(hidden, "the head's inputs")
         if self.pooling == "first":
             return module_of(whole).stack([whole[:, start] for start, _ in spans], axis=1)
-        return matmul.product(_means(spans, whole), whole[0])[None]
+        pooled = module_of(whole).empty((1, len(spans), whole.shape[2]), wide(whole[:, :0]).dtype)
+        for number, (start, stop) in enumerate(spans):
+            linear.bias_gradient(whole[0, start:stop], pooled[0, number], False)  # Σ over positions
+            pooled[0, number] /= stop - start
+        return _rounded(pooled, whole.dtype)
 
     def _pooled_backward(self, dpooled: Array, hidden: Array, ctx: Context) -> Array:
         if self.pooling == "token":
             return put_back(dpooled, hidden, ctx)
         assert ctx.batch is not None
         length = hidden.shape[1] * (ctx.tp.size if ctx.cuts_positions else 1)
-        whole, spans = module_of(dpooled).zeros((1, length, hidden.shape[2]), dpooled.dtype), ctx.batch.spans()
-        if self.pooling == "first":
-            for number, (start, _) in enumerate(spans):
+        dpooled = wide(dpooled)
+        whole = module_of(dpooled).zeros((1, length, hidden.shape[2]), dpooled.dtype)
+        for number, (start, stop) in enumerate(ctx.batch.spans()):
+            if self.pooling == "first":
                 whole[:, start] = dpooled[:, number]
-        else:
-            matmul.add(_means(spans, whole).T, dpooled[0], whole[0], False)
-        return ctx.positions(whole)
+            else:
+                whole[:, start:stop] = dpooled[:, number : number + 1] / (stop - start)
+        return ctx.positions(_rounded(whole, hidden.dtype))
 
 
-def _means(spans: list[tuple[int, int]], whole: Array) -> Array:
-    """A matrix whose product with all positions is the mean of each text: sums have the order of products.
-
-    Shapes: whole (1, T, C) -> (texts, T).
-    """
-    means = module_of(whole).zeros((len(spans), whole.shape[1]), whole.dtype)
-    for number, (start, stop) in enumerate(spans):
-        means[number, start:stop] = 1 / (stop - start)
-    return means
+def _rounded(x: Array, dtype: Any) -> Array:
+    """In an element type that may be narrower; itself if it has that."""
+    if x.dtype == dtype:
+        return x
+    out = module_of(x).empty(x.shape, dtype)
+    cast.to(x, out)
+    return out
 
 
 def _tell_probabilities(logits: Array, ctx: Context) -> None:
@@ -141,10 +142,10 @@ def _tell_probabilities(logits: Array, ctx: Context) -> None:
 
 def _above_mean(logits: Array, rows: Array, targets: Array) -> Array:
     """How far a target's logit is above the mean of its row, float64. Shapes: (M, L) -> (M,)."""
-    wide, total = logits.astype("f8"), np.zeros(len(logits))
+    exact, total = logits.astype("f8"), module_of(logits).zeros(len(logits))
     for column in range(logits.shape[1]):  # in this order on any machine
-        total = total + wide[:, column]
-    return wide[rows, targets] - total / logits.shape[1]
+        total = total + exact[:, column]
+    return exact[rows, targets] - total / logits.shape[1]
 
 
 def _softmax(logits: Array, targets: Array) -> tuple[Array, Array]:

@@ -194,5 +194,5 @@ def _whereabouts(batch: Batch) -> tuple[Any, Any]:
     xp = module_of(ids)
     places = inputs.get("places")
     if places is None:
-        places = xp.ascontiguousarray(xp.broadcast_to(xp.arange(ids.shape[1], dtype=ids.dtype), ids.shape))
+        places = xp.zeros_like(ids) + xp.arange(ids.shape[1], dtype=ids.dtype)
     return places, inputs["segments"] if "segments" in inputs else xp.zeros_like(ids)

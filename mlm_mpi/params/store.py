@@ -18,7 +18,7 @@ from mlm_mpi.backend.arrays import Place, cpu, fill, to_host
 from mlm_mpi.cut import Box
 from mlm_mpi.errors import DataError
 from mlm_mpi.params.layout import Grid, Layout
-from mlm_mpi.params.sources import Drawn, Over, Source
+from mlm_mpi.params.sources import Drawn, Source
 
 _FILL_ELEMENTS = 1 << 20  # in flight while a source is read: 8 MiB of float64, several chunks of a checkpoint
 ALIGN_ELEMENTS = 16  # every parameter starts on a 64-byte line (float32); the gap stays zero
@@ -238,11 +238,11 @@ class FlatStore:
         first, stop = ((edge - span.start) // row for edge in edges)
         return first, stop
 
-    def initialise(self, seed: int, source: Source | None = None) -> None:
-        """Takes initial values from a source where it has them in their shape, and draws the others from a seed."""
-        drawn: Source = Drawn(seed, {p.name: (p.layout.shape, p.init) for p in self.model})
+    def initialise(self, seed: int, over: Callable[[Source], Source] = lambda drawn: drawn) -> None:
+        """Fills in initial values: drawn from a seed, or what `over` makes of the source that draws them."""
+        source = over(Drawn(seed, {p.name: (p.layout.shape, p.init) for p in self.model}))
         for store in self.stores:
-            store.fill(drawn if source is None else Over(source, drawn))
+            store.fill(source)
 
     def named(self, flat: Any) -> dict[str, Any]:
         """name -> view into a flat buffer."""

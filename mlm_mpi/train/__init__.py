@@ -184,7 +184,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with beside its seed: weights of another run, and what of them is trained."""
+    """What a run begins with beside its seed: weights of another run, word vectors, and what of them is trained."""
 
     checkpoint: str = key(
         "",
@@ -195,6 +195,17 @@ class Start:
         False,
         says="If true, any weights may be missing in the checkpoint, not the head's alone, and some of it may be left "
         "over.",
+    )
+    vectors: str = key(
+        "",
+        says="Tokens whose word stands in this file of word vectors (word2vec, GloVe, fastText .vec) begin with its "
+        "vector in the model's table of tokens, the others as without it; an empty name means that there is none.",
+    )
+    vectors_scale: float = key(
+        0.0,
+        says="Vectors of that file are multiplied by this; 0 means by the one number that gives those that are used "
+        "the standard deviation with which the table is drawn.",
+        least=0,
     )
     freeze: tuple[str, ...] = key(
         (),
@@ -214,7 +225,12 @@ class Start:
     )
 
     def resolved(self) -> "Start":
-        """The same. Raises ConfigError for adapters without a place."""
+        """The same. Raises ConfigError for adapters without a place, a scale of nothing."""
+        if self.vectors_scale and not self.vectors:
+            raise ConfigError(
+                f"start.vectors_scale = {self.vectors_scale} needs start.vectors: name a file of word vectors, or set "
+                "start.vectors_scale = 0"
+            )
         if self.lora_rank and not self.lora_targets:
             raise ConfigError(
                 f"start.lora_rank = {self.lora_rank} needs start.lora_targets: name some, or set start.lora_rank = 0"

@@ -157,7 +157,7 @@ def _command() -> str:
 
 
 def findable(config: Config) -> Config:
-    """The same with folders of corpora and of a checkpoint that hold from any working directory, to be written down.
+    """The same with names of corpora, checkpoint and vectors that hold from any working directory, to be written down.
 
     Raises ConfigError.
     """
@@ -166,6 +166,8 @@ def findable(config: Config) -> Config:
     start = config.start
     if start.checkpoint:
         start = replace(start, checkpoint=_absolute(start.checkpoint, "start.checkpoint"))
+    if start.vectors:
+        start = replace(start, vectors=_absolute(start.vectors, "start.vectors"))
     return replace(config, data=replace(data, dir=_absolute(data.dir, "data.dir"), mixture=mixture), start=start)
 
 

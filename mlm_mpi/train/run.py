@@ -39,7 +39,18 @@ from mlm_mpi.train.recovery import Recovery
 from mlm_mpi.train.rhythm import Place, Rhythm
 from mlm_mpi.train.same_run import check_same_run, check_wish, compare_fingerprints
 from mlm_mpi.train.search import Heldout, Search
-from mlm_mpi.train.start import Origin, check_origin, check_same_origin, freeze, freeze_again, origin_at
+from mlm_mpi.train.start import (
+    Origin,
+    Words,
+    check_origin,
+    check_same_origin,
+    fill,
+    freeze,
+    freeze_again,
+    origin_at,
+    sha256_of_vectors,
+    words_of,
+)
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
 from mlm_mpi.train.task import Task
@@ -95,7 +106,8 @@ class Run:
         check_same(self.plugins, self.group)
         self.mesh = mesh(self.group, config.mesh.pp, config.mesh.tp, config.mesh.sequence)
         self.origin: Origin | None = None  # of weights that are not drawn, where the run begins
-        self.began = ""  # its name
+        self.words: Words | None = None  # that rows of the table of tokens begin as
+        self.began: dict[str, Any] = {}  # the manifest's fields that name both
         self.engine = build(self.config, self.plugins, self._parts(), self.mesh, self.place, self.task.width)
         self.placed = placement(self.mesh)
         self.facts = fingerprint(
@@ -126,7 +138,7 @@ class Run:
         return Search(wanted, figures[wanted.figure], self.folder, self.group.rank == 0)
 
     def _parts(self) -> list[Part]:
-        """The model with its adapters, and marked what of it is trained; where the run begins, `origin` is found.
+        """The model with its adapters, and marked what of it is trained; where the run begins, what with is found.
 
         Collective.
         """
@@ -134,8 +146,11 @@ class Run:
         with self.group.together("a look at what the run begins with"):
             saved = checkpoint.newest_manifest(self.folder.checkpoints)
             path = str(origin_at(start.checkpoint).path) if start.checkpoint and saved is None else ""
-            found = [None if saved is None else saved.frozen, path]
-        frozen, path = self.group.broadcast(found, "what the run begins with")  # rank 0's, if a live run changes it
+            sha256 = sha256_of_vectors(start.vectors) if start.vectors and saved is None else ""
+            found = [None if saved is None else saved.frozen, path, sha256]
+        frozen, path, sha256 = self.group.broadcast(
+            found, "what the run begins with"
+        )  # rank 0's, if a live run changes it
         with self.group.together("the weights that the run begins with"):
             parts = self.task.parts()
             if start.lora_rank:
@@ -145,8 +160,11 @@ class Run:
                 return parts
             if start.checkpoint:
                 self.origin = origin_at(path)
-                self.began = self.origin.name
+                self.began["start"] = self.origin.name
                 check_origin(self.origin, start, parts, self.task.tokenizer, self.plugins)
+            if start.vectors:
+                self.words = words_of(start, parts, self.task.tokenizer, sha256)
+                self.began["vectors"] = sha256
             freeze(parts, start, None if self.origin is None else self.origin.manifest.shapes)
         return parts
 
@@ -258,8 +276,8 @@ class Run:
         return self.task.about() | {
             "config": configuration.to_table(self.config), "fingerprint": self.facts,
             "incomparable": self._why_incomparable(), "plugins": dict(self.plugins.used),
-            "levels": self.engine.machine.guard.state(), "start": self.began, "search": self.search.state(),
-        }  # fmt: skip
+            "levels": self.engine.machine.guard.state(), "search": self.search.state(),
+        } | self.began  # fmt: skip
 
     def _why_incomparable(self) -> str | None:
         return self.incomparable or unforeseen(self.facts, registry.fallbacks())
@@ -283,7 +301,7 @@ class Run:
         if manifest is None:
             self._begin()
             return 0
-        self.began = manifest.start
+        self.began = {"start": manifest.start, "vectors": manifest.vectors}
         self.search.restore(manifest.search)
         if manifest.fingerprint != self.facts:
             changed = differences(manifest.fingerprint, self.facts)[0]
@@ -293,14 +311,10 @@ class Run:
         return manifest.step
 
     def _begin(self) -> None:
-        """Initial weights: drawn, or those of the checkpoint that the run begins with. Collective."""
-        store, seed = self.engine.machine.store, self.config.train.seed
+        """Initial weights: drawn, or those of what the run begins with. Collective."""
         with self.group.together("the initial weights"):
-            if self.origin is None:
-                store.initialise(seed)
-                return
             try:
-                self.origin.fill(store, seed)
+                fill(self.engine.machine.store, self.config.train.seed, self.origin, self.words)
             except checkpoint.DamagedCheckpoint as error:
                 raise CheckpointError(f"{error}: give another start.checkpoint") from None
 
@@ -317,6 +331,8 @@ class Run:
             rows = plan_rows(self.config, self.task, self.sampler, self.engine, step, digest(self.facts), self.placed)
             if self.origin is not None:
                 rows.append(("start", self.origin.in_words(self.engine.machine.store)))
+            if self.words is not None:
+                rows.append(("start", self.words.in_words()))
             show_plan(f"training {self.folder.path}", rows)
         if self.incomparable:
             self._say(f"ALARM bits are not comparable: {self.incomparable}")

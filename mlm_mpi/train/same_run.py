@@ -18,7 +18,8 @@ from mlm_mpi.train.task import Task
 # keys that may differ on resume without another run being meant
 _FREE = (
     "backend.", "checkpoint.", "comm.", "data.dir", "data.mixture", "data.prefetch", "eval.", "guard.", "log.",
-    "mesh.", "numerics.", "start.checkpoint", "start.partial", "train.recompute", "train.schedule",
+    "mesh.", "numerics.", "start.checkpoint", "start.partial", "start.vectors:", "train.recompute",
+    "train.schedule",
 )  # fmt: skip
 
 
@@ -79,9 +80,10 @@ def compare_fingerprints(group: Group, facts: dict[str, Any]) -> str | None:
 def config_differences(saved: dict[str, Any], config: Config) -> list[str]:
     """`section.key: saved → now` for each key that differs from a saved configuration.
 
-    A version that did not know [start] drew all weights.
+    A version that did not know a key of [start] began without what it asks for.
     """
-    saved = {"start": configuration.to_table(replace(config, start=Start()))["start"]} | saved
+    plain = configuration.to_table(replace(config, start=Start()))["start"]
+    saved = saved | {"start": plain | saved.get("start", {})}
     return [
         f"{section}.{key}: {saved.get(section, {}).get(key)} → {value}"
         for section, values in configuration.to_table(config).items()

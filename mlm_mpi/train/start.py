@@ -1,18 +1,26 @@
-"""What a run begins with: weights of a checkpoint where it has them, a draw for the rest; and what of them is trained.
+"""What a run begins with: word vectors, weights of a checkpoint, a draw for the rest; and what of them is trained.
 
 The weights that begin are those that `evaluate` measures: the moving average, where the checkpoint has one. An average
 that this run keeps does not take them in, as it never does initial weights (params/average.py). Moments begin at zero.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlm_mpi import config as configuration
-from mlm_mpi.errors import CheckpointError, ConfigError, nearest
+from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.errors import CheckpointError, ConfigError, DataError, nearest
+from mlm_mpi.files import open_regular, sha256_of_open
+from mlm_mpi.formats import vectors
 from mlm_mpi.layers.adapters import is_adapters
 from mlm_mpi.layers.base import Part
+from mlm_mpi.params.sources import Over, Source
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.plug import Plugins
 from mlm_mpi.train import Start, checkpoint
@@ -45,11 +53,87 @@ class Origin:
         kind = "average of weights" if "average" in self.manifest.buffers else "weights"
         return f"{kind} {self.name[:12]} of {self.path}{rest}"
 
-    def fill(self, store: FlatStore, seed: int) -> None:
-        """Initial weights of this rank. Raises DamagedCheckpoint."""
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[Source]:
+        """Its arrays, for `with`. Raises DamagedCheckpoint."""
         kind = "average" if "average" in self.manifest.buffers else WEIGHTS
         with Reader(self.path, self.manifest) as reader:
-            store.initialise(seed, reader.buffer(kind))
+            yield reader.buffer(kind)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Word vectors that rows of a table of tokens begin as, `known` multiplied by `factor` already."""
+
+    path: Path
+    sha256: str  # of the file
+    known: vectors.Known
+    factor: float
+    table: str
+
+    def in_words(self) -> str:
+        """For people."""
+        return f"{self.known} of {self.path}, times {self.factor:.4g}"
+
+    def over(self, source: Source) -> Source:
+        """What begins instead of a source. Raises DataError for vectors of another width."""
+        return vectors.initial(self.path, self.known, source, self.table)
+
+
+def fill(store: FlatStore, seed: int, origin: Origin | None, words: Words | None) -> None:
+    """Initial weights of this rank: words over a checkpoint over a draw. Raises DamagedCheckpoint, DataError."""
+    with contextlib.ExitStack() as stack:
+        weights = None if origin is None else stack.enter_context(origin.weights())
+
+        def over(drawn: Source) -> Source:
+            found = drawn if weights is None else Over(weights, drawn)
+            return found if words is None else words.over(found)
+
+        store.initialise(seed, over)
+
+
+def sha256_of_vectors(path: str) -> str:
+    """Of a file. Raises DataError."""
+    try:
+        descriptor = open_regular(Path(path))
+        try:
+            return sha256_of_open(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DataError(f'start.vectors = "{path}" cannot be read: {error.strerror}') from None
+
+
+def words_of(start: Start, parts: Sequence[Part], tokenizer: bytes, sha256: str) -> Words:
+    """The vectors of a model's tokens. `sha256`: of rank 0's file.
+
+    Raises DataError for another file here, one that cannot be used, or a model without a table of tokens.
+    """
+    path, tokens = Path(start.vectors), Tokenizer(tokenizer)
+    if sha256_of_vectors(start.vectors) != sha256:
+        raise DataError(f"{path} is another file here than on rank 0: give all ranks the same")
+    table = next((p for p in parts[0].parameters() if p.layout.shape[:-1] == (tokens.vocab_size,)), None)
+    if table is None:
+        raise DataError(f'the model has no table of tokens for start.vectors = "{path}": set start.vectors = ""')
+    found = vectors.known(path, tokens)
+    vectors.check_width(path, found, table.name, table.layout.shape)
+    factor = start.vectors_scale or _factor(path, found, table)
+    scaled = found.times(factor)
+    if not np.isfinite(scaled.rows).all():
+        raise DataError(
+            f"{path} has numbers too large for float32 when multiplied by {factor:g}: lower start.vectors_scale"
+        )
+    return Words(path, sha256, scaled, factor, table.name)
+
+
+def _factor(path: Path, found: vectors.Known, table: Parameter) -> float:
+    """What gives vectors the standard deviation of the draw of their table, around 0 as that is."""
+    size = found.root_mean_square()
+    if not isinstance(table.init, float) or not table.init:
+        raise DataError(f"{table.name} is drawn as {table.init}, which gives no scale: set start.vectors_scale")
+    if not size:
+        raise DataError(f"{path} has zeros only for the tokens that it knows: give another file")
+    return table.init / size
 
 
 def origin_at(path: str) -> Origin:
@@ -150,10 +234,28 @@ def freeze_again(parts: Sequence[Part], frozen: Collection[str]) -> None:
 
 
 def check_same_origin(path: Path, manifest: Manifest, start: Start) -> None:
-    """Refuses a start that a run did not begin with. The checkpoint may be gone, or may lie elsewhere now.
+    """Refuses a start that a run did not begin with. What it was may be gone, or may lie elsewhere now.
 
     Raises CheckpointError.
     """
+    _check_same_checkpoint(path, manifest, start)
+    _check_same_vectors(path, manifest, start)
+
+
+def _check_same_vectors(path: Path, manifest: Manifest, start: Start) -> None:
+    began = manifest.config.get("start", {}).get("vectors", "")
+    if start.vectors == began and not Path(began).is_file():
+        return
+    if began and start.vectors and sha256_of_vectors(start.vectors) == manifest.vectors:
+        return
+    what = f'with the vectors of "{began}" (SHA-256 {str(manifest.vectors)[:12]})' if began else "without vectors"
+    other = "has changed since" if start.vectors == began else "is another"
+    raise CheckpointError(
+        f'{path} began {what}, start.vectors = "{start.vectors}" {other}: restore it, or give another --run'
+    )
+
+
+def _check_same_checkpoint(path: Path, manifest: Manifest, start: Start) -> None:
     began = manifest.config.get("start", {}).get("checkpoint", "")
     if start.checkpoint == began:
         return

@@ -57,7 +57,8 @@ class OnPaper(Device):
 
 
 def calls(rows, width, vocabulary, dtype):
-    """(function, arguments) of what is compiled for its shapes in a step: norms, linear layers, heads of 64, head."""
+    """(function, arguments) of what is compiled for its shapes in a step: norms, linear layers, heads of 64,
+    classifier, head."""
 
     def new(*shape, dtype=dtype):
         return Matrix(shape, dtype)
@@ -75,6 +76,12 @@ def calls(rows, width, vocabulary, dtype):
             yield "linear.forward", (x, w, b, dy)
         yield "linear.backward_input", (dy, w, x) if name == "down" else (dy, w)
         yield "matmul.add", (x.T, dy, new(k, n, dtype=np.float32), True)
+    for labels in (2, 3, 16, 100):  # of a classifier, behind an affine map of its own
+        x, dy = new(rows, width), new(rows, labels)
+        yield "linear.forward_gelu", (x, new(width, width), new(width))
+        yield "linear.forward", (x, new(width, labels), new(labels))
+        yield "linear.backward_input", (dy, new(width, labels))
+        yield "matmul.add", (x.T, dy, new(width, labels, dtype=np.float32), True)
     x, w, pitch = new(rows, width), new(vocabulary, width), -(-vocabulary // 8) * 8 * np.dtype(dtype).itemsize
     logits = Matrix((rows, vocabulary), dtype, (pitch, np.dtype(dtype).itemsize))
     yield "matmul.add", (x, w.T, logits, False)

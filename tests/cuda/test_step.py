@@ -1,17 +1,22 @@
-"""Whole training steps of a GPT through the CUDA kernels equal NumPy's in float64; a kernel serves every op."""
+"""Whole training steps through the CUDA kernels equal NumPy's in float64; a kernel serves every op."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cupy
 import numpy as np
 import pytest
-from whole import Whole
+from whole import Driven, Whole
 
 from mlm_mpi.backend import choice, registry
 from mlm_mpi.backend.arrays import BFLOAT16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.layers.base import Context
+from mlm_mpi.data.batch import Batch
+from mlm_mpi.layers.base import Context, Sizes
+from mlm_mpi.layers.classes import ClassHead
+from mlm_mpi.layers.head import TokenHead
+from mlm_mpi.models import bert
 from mlm_mpi.optim import Shared, adamw, lion, muon
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.layout import Layout
@@ -73,6 +78,71 @@ def test_step_equals_numpy(gpu, products, dropout):
     if of_weights is not None:
         errors = {name: error(weights[name], value) for name, value in exact[3].items()}
         assert max(errors.values()) < of_weights, errors
+    assert not fallen
+    assert all(by.startswith("CUDA kernel") for op, by in served.items() if op not in REFERENCES), served
+
+
+ENCODER = bert.Settings(layers=1, width=2 * HEAD, heads=2, context=24, feed_forward=2 * HEAD, init_std=0.1)
+
+
+def masked_batch(rng):
+    """Whole rows; one token in six has to be found, and of these some are hidden; targets are filled up."""
+    ids = rng.integers(0, VOCABULARY, (3, 24)).astype(np.int32)
+    at = np.flatnonzero(rng.random(72) < 1 / 6).astype(np.int32)
+    padded = np.concatenate([at, np.zeros(-len(at) % 8, np.int32)])
+    hidden = np.zeros(72, bool)
+    hidden[at[1:]] = True
+    targets = {"ids": ids.reshape(-1)[padded], "at": padded, "mask": np.arange(len(padded)) < len(at)}
+    return Batch(0, 0, {"ids": ids, "hidden": hidden.reshape(3, 24)}, targets, len(at))
+
+
+def texts_batch(rng):
+    """Texts one behind the other, of different lengths, and some positions behind them."""
+    lengths = (5, 24, 1, 9)
+    places = np.concatenate([np.arange(length) for length in (*lengths, 9)]).astype(np.int32)[None]
+    ids = rng.integers(0, VOCABULARY, places.shape).astype(np.int32)
+    inputs = {"ids": ids, "places": places, "segments": (places > 3).astype(np.int32)}
+    targets = {"classes": np.array([0, 2, 1, 2], np.int32), "weights": np.array([0.5, 1, 2, 1], np.float32)}
+    return Batch(0, 0, inputs, targets, 4, texts=tuple(np.cumsum(lengths).tolist()))
+
+
+def encoded(place, dtype, made, norm, pooling, dropout):
+    """(loss, loss outside training, labels and those found, gradients) of an encoder and the head of a task."""
+    settings = replace(ENCODER, norm=norm, dropout=dropout)
+    trunk = bert.build(settings, Sizes(VOCABULARY))
+    head = TokenHead(trunk)
+    if pooling:
+        trunk.table.tied = False
+        head = ClassHead(settings.width, 3, bert.final_norm(settings), pooling, dropout, 0.1, smoothing=0.1)
+    whole = Driven([*trunk.parts, head], dtype, place)
+    whole.store.initialise(7)
+    batch = made(np.random.default_rng(3)).map(place.put)
+    loss = float(whole.loss_and_grad(batch, Context(training=True, seed=1)))
+    gradients = {name: to_host(view).copy() for name, view in whole.store.named(whole.gradient).items()}
+    told = whole.tally(batch)
+    return loss, float(told["loss"]), to_host(told["outcomes"])[:, :2].tolist() if pooling else None, gradients
+
+
+@pytest.mark.parametrize(
+    ("made", "norm", "pooling", "dropout"),
+    [
+        (masked_batch, "post", None, 0.0), (masked_batch, "pre", None, 0.1), (texts_batch, "post", "first", 0.1),
+        (texts_batch, "pre", "mean", 0.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+def test_an_encoder_equals_numpy(gpu, products, made, norm, pooling, dropout):
+    found = encoded(gpu_place(np.float32, products, 0), np.float32, made, norm, pooling, dropout)
+    served, fallen = registry.serving(), registry.fallbacks()
+    choice.select("off")
+    exact = encoded(cpu("f8"), "f8", made, norm, pooling, dropout)
+    of_loss, of_gradient = BOUNDS[products][0], BOUNDS[products][2]
+    few = 6 if pooling else 1  # a mean of 4 targets, not of 144: 6 is the root of their ratio
+    assert found[:2] == pytest.approx(exact[:2], rel=few * of_loss) and found[2] == exact[2]
+    none = [name for name, value in exact[3].items() if not value.any()]  # texts hide nothing
+    assert not any(found[3].pop(name).any() for name in none)
+    errors = {name: error(value, exact[3][name]) for name, value in found[3].items()}
+    assert max(errors.values()) < of_gradient, errors
     assert not fallen
     assert all(by.startswith("CUDA kernel") for op, by in served.items() if op not in REFERENCES), served
 

@@ -83,6 +83,31 @@ def test_a_bf16_run_can_be_evaluated_on_any_cpu(home):
     assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def texts(home):
+    """Labelled texts of different lengths."""
+    rows = [f"{'the ' * (n % 7)}{'cat' if n % 2 else 'saw'} {n}\t{'ab'[n % 2]}\n" for n in range(120)]
+    (home.folder / "texts.tsv").write_text("text\tlabel\n" + "".join(rows))
+    made = home.program("prepare", "texts.tsv", "--out", "texts", "--label", "label", "--tokenizer", "bytes")
+    assert made.code == 0, made.err
+
+
+@pytest.mark.parametrize("task", ["masked_language_model", "classification"])
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+@pytest.mark.usefixtures("texts")
+def test_an_encoder_has_the_same_bits_on_two_ranks_and_the_losses_of_the_cpu(home, task, products):
+    """Hidden tokens, or texts in a row: micro-batches differ in shape."""
+    encoder = ["model.kind=bert", "model.context=32", f"task.kind={task}", "train.steps=2"]
+    encoder += ["data.dir=texts", "task.pooling=mean"] if task == "classification" else []
+    words, run = [GPU, f"numerics.products={products}"], f"{task}-{products}"
+    one, two = (home.train(f"{run}-{ranks}", ranks, *encoder, *words) for ranks in (None, 2))
+    assert two.weights == one.weights
+    home.train(f"{run}-cpu", None, *encoder)
+    assert losses(home, f"{run}-None") == pytest.approx(
+        losses(home, f"{run}-cpu"), rel=1e-5 if products == "float32" else 2e-2
+    )
+
+
 @pytest.mark.parametrize("reduction", ["allreduce", pytest.param("nccl", marks=needs_standin)])
 def test_other_reductions_agree_within_rounding(home, straight, reduction):
     assert straight.code == 0, straight.err

@@ -5,6 +5,8 @@ import json
 import pytest
 from programs import Place
 
+from mlm_mpi.backend.cpu import library
+
 CONFIG = """
 [model]
 kind = "bert"
@@ -64,6 +66,15 @@ def texts(home: Place) -> Place:
 
 def test_one_hash_on_three_ranks(texts: Place) -> None:
     assert texts.program("run", "-n", "3", "--", "train", "classes.toml", "--run", "three").weights == texts.weights
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
+def test_one_hash_in_bf16_on_two_ranks(texts: Place) -> None:
+    words = ("train", "classes.toml", "--set", "numerics.products=bf16", "--set", "train.steps=4", "--run")
+    alone = texts.program(*words, "bf16", MLM_MPI_BF16="portable")
+    two = texts.program("run", "-n", "2", "--", *words, "bf16-two", MLM_MPI_BF16="portable")
+    assert two.weights == alone.weights and "bf16 products in plain C" in alone.out
 
 
 @pytest.mark.slow

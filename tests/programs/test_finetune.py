@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from programs import make_text, prepare
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.group import Group
@@ -13,8 +15,9 @@ from mlm_mpi.errors import MlmError
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train import Start
+from mlm_mpi.train.manifest import read_manifest
 from mlm_mpi.train.run import Options, Run
-from mlm_mpi.train.start import check_origin, origin_at
+from mlm_mpi.train.start import check_origin, check_same_origin, origin_at
 
 LORA = ("start.lora_rank=2", "train.steps=3", "eval.every=0")
 FROZEN = ("start.freeze=['embed.positions', 'block0.attention*']", "train.steps=3", "eval.every=0")
@@ -104,6 +107,79 @@ def test_a_larger_model_begins_in_part(begun):
     more = ("model.layers=2", "start.partial=true", "train.steps=2")
     runs = [finetune(begun, f"run{ranks}", ranks, settings=more) for ranks in (None, 2)]
     assert runs[0].weights == runs[1].weights and "drawn: block1.norm1.gain" in runs[0].out
+
+
+def letters(width=32, scale=5.0, first="a"):
+    """Lines of word vectors for letters, which a tokenizer of bytes has as words, small and capital."""
+    rows = np.random.default_rng(4).normal(size=(26, width)) * scale
+    return "".join(f"{chr(ord(first) + n)} {' '.join(f'{x:.5f}' for x in row)}\n" for n, row in enumerate(rows))
+
+
+WORDS = ("start.vectors=letters.txt", "train.steps=2", "eval.every=0", "checkpoint.every=1", "checkpoint.keep=3")
+
+
+def test_word_vectors_begin_one_run_on_any_ranks_and_are_needed_no_more(place):
+    file = place.folder / "letters.txt"
+    file.write_text(letters())
+    whole = place.train("whole", None, *WORDS)
+    assert "start             vectors of 52 of 257 tokens of /" in whole.out  # and the rest on the next lines
+    cut = place.program(*place.words("cut", 2, *WORDS), "--max-steps", "1")
+    assert cut.code == 0, cut.err
+    saved = place.folder / "cut" / "checkpoints" / "step-00000001"
+    check_same_origin(saved, read_manifest(saved), Start(vectors=str(file.rename(place.folder / "moved.txt"))))
+    file.write_text(letters(scale=6.0))
+    for name, said in ((str(file), f'"{file}" has changed since: restore it'), ("", '"" is another: restore it')):
+        with pytest.raises(MlmError, match=re.escape(f'began with the vectors of "{file}" (SHA-256 ')) as caught:
+            check_same_origin(saved, read_manifest(saved), Start(vectors=name))
+        assert said in str(caught.value)
+    file.unlink()
+    assert place.train("cut", None, *WORDS).weights == whole.weights
+
+
+def test_word_vectors_that_cannot_begin(home, tmp_path):
+    """One line each, and no run folder."""
+    file = tmp_path / "some.txt"
+    tiny = ["start.vectors_scale=1", "model.init_std=0"]
+    texts = {
+        (None, ""): f'start.vectors = "{file}" cannot be read: No such file or directory',
+        ("", ""): f"{file} has no word: give a file of word vectors",
+        (letters(16), ""): f"{file} has vectors of 16 numbers, and embed.tokens rows of 32: set model.width = 16, or",
+        ("whole 1 2 3\n", ""): "has none of the 257 tokens of the tokenizer as a word",
+        ("a" + " 0" * 32, ""): "has zeros only for the tokens that it knows: give another file",
+        (letters(), "start.vectors_scale=1e38"): "too large for float32 when multiplied by 1e+38: lower start.vectors_",
+        (letters(), "model.init_std=0"): "embed.tokens is drawn as 0.0, which gives no scale: set start.vectors_scale",
+    }
+    for (content, setting), said in texts.items():
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        config = configuration.load(home.config, [f"start.vectors={file}", *filter(None, [setting])])
+        with pytest.raises(MlmError, match=re.escape(said)):
+            Run(config, Options(tmp_path / "run"), language_model.build, Group())
+    file.write_text(letters())
+    Run(configuration.load(home.config, [f"start.vectors={file}", *tiny]), Options(tmp_path / "run"),
+        language_model.build, Group())  # fmt: skip
+    with pytest.raises(MlmError, match="start.vectors_scale = 2.0 needs start.vectors"):
+        configuration.load(home.config, ["start.vectors_scale=2"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, "mesh.pp=2"), (2, "mesh.zero=3"), (3, "mesh.tp=1")])
+def test_word_vectors_over_a_checkpoint_are_one_run_on_any_mesh(begun, ranks, mesh):
+    (begun.folder / "letters.txt").write_text(letters())
+    whole = finetune(begun, "whole", None, settings=WORDS)
+    assert whole.out.count("start             ") == 2 and "vectors of 52 of 257 tokens" in whole.out
+    assert finetune(begun, "plain", None, settings=WORDS[1:]).weights != whole.weights
+    assert finetune(begun, "cut", ranks, settings=(*WORDS, mesh)).weights == whole.weights
+
+
+@pytest.mark.slow
+def test_word_vectors_of_a_table_that_ranks_cut(place):
+    prepare(make_text(place.folder / "text"), place.folder / "corpus", "--vocab", "300")
+    (place.folder / "letters.txt").write_text(letters())
+    words = (*WORDS, "data.dir=corpus")
+    assert place.train("cut", 2, *words, "mesh.tp=2").weights == place.train("whole", None, *words).weights
 
 
 DYING = """

@@ -67,6 +67,16 @@ def test_bf16_learns_as_float32_does(place):
     assert read.code == 0 and "bits per character" in read.out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
+def test_an_encoder_in_bf16_has_one_hash_on_two_ranks(place):
+    words = ("model.kind=bert", "task.kind=masked_language_model", "numerics.products=bf16", "train.steps=3")
+    alone, two = (
+        place.program(*place.words(f"run{ranks}", ranks, *words), MLM_MPI_BF16="portable") for ranks in (None, 2)
+    )
+    assert two.weights == alone.weights and "bf16 products in plain C" in alone.out
+
+
 def test_a_pinned_level_trains(place):
     if not library.runs("base"):
         pytest.skip("no compiled library")

@@ -1,8 +1,11 @@
 """Models whose activations are bf16, on the CPU: whole steps through the kernels, in the plain C that any CPU runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numerics import same_bits
+from test_bert import SMALL, driven, made_of
 from tiny import VOCABULARY, batches, tiny_config
 from whole import Whole, engine_of
 
@@ -57,6 +60,22 @@ def test_steps_are_the_kernels_and_lose_what_float64_does(model):
     assert bytes_held(engine)["weights in bf16"] == bytes_held(engine)["weights"] // 2
     exact = trained("train.dtype=float64", *MODELS[model])[1]
     assert losses == pytest.approx(exact, rel=2e-3) and losses != pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "task"), [("post", "masked"), ("pre", "first"), ("pre", "mean")])
+def test_an_encoder_is_the_kernels_and_loses_what_float64_does(norm, task):
+    settings = replace(SMALL, norm=norm, init_std=0.1)
+    made, found = made_of(task, 3), {}
+    for products, dtype in (("bf16", "f4"), ("float32", "f8")):
+        choice.select(products=products)
+        whole = driven(settings, task, dtype, place=cpu(dtype, products))
+        whole.store.initialise(1)
+        loss = whole.loss_and_grad(made, Context(training=True))
+        told = whole.tally(made)
+        assert products == "float32" or not registry.fallbacks()
+        found[products] = loss, told["loss"], np.linalg.norm(whole.gradient)
+    assert found["bf16"] == pytest.approx(found["float32"], rel=1e-2)
+    assert found["bf16"] != pytest.approx(found["float32"], rel=1e-6)
 
 
 @pytest.mark.parametrize("ops", ["matmul,linear", "all"])

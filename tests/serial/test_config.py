@@ -213,8 +213,8 @@ NOT_NEGATIVE = [
     "train.rows_warmup_steps", "train.context_warmup_steps", "optim.average", "optim.decay_fraction", "comm.stall_s",
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
-    "start.lora_rank", "eval.patience", "task.subsample", "task.noise_power", "task.dropout", "task.smoothing",
-    "task.crop", "task.hide", "task.split",
+    "start.lora_rank", "start.vectors_scale", "eval.patience", "task.subsample", "task.noise_power", "task.dropout",
+    "task.smoothing", "task.crop", "task.hide", "task.split",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",

@@ -141,7 +141,8 @@ def test_held_out_losses_are_told_by_corpus_and_a_limit_is_shared():
         (1, 1, 1), ("two", "five", "empty"),
     )  # fmt: skip
     sums = measure(Counting(), samples, 4, 0, Mesh(), cpu())
-    assert sums.parts == {"two": (160.0, 80, {}), "five": (200.0, 40, {})} and sums[:2] == (360.0, 120)
+    parts = {name: part[:3] for name, part in sums.parts.items()}
+    assert parts == {"two": (160.0, 80, {}), "five": (200.0, 40, {})} and sums[:2] == (360.0, 120)
     assert {name: part.targets for name, part in measure(Counting(), samples, 4, 6, Mesh(), cpu()).parts.items()} == {
         "two": 16, "five": 8,
     }  # fmt: skip

@@ -190,6 +190,16 @@ def test_vectors_of_another_width_or_language_are_refused(tmp_path: Path) -> Non
         vectors.known(tmp_path / "a.txt", tokenizer)
 
 
+def test_vectors_have_one_size_whatever_adds_their_squares() -> None:
+    rows = np.random.default_rng(2).normal(size=(50, 7)).astype("f4") * 100
+    found = vectors.Known(np.arange(50), rows, 60)
+    again = vectors.Known(np.arange(50), rows[::-1, ::-1], 60)
+    assert found.root_mean_square() == again.root_mean_square() == pytest.approx(100, rel=0.1)
+    scaled = found.times(0.02 / found.root_mean_square())
+    assert scaled.rows.dtype == np.float32 and scaled.root_mean_square() == pytest.approx(0.02, rel=1e-6)
+    assert np.array_equal(found.times(1.0).rows, rows) and np.isinf(found.times(1e38).rows).any()
+
+
 # ---- neighbours and analogies
 
 
