@@ -92,6 +92,7 @@ def texts(home):
     assert made.code == 0, made.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["masked_language_model", "classification"])
 @pytest.mark.parametrize("products", ["float32", "bf16"])
 @pytest.mark.usefixtures("texts")
