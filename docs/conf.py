@@ -9,7 +9,7 @@ from typing import Any
 project = "mlm_mpi"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "README.md", "DESIGN.md", "kernels/README.md"]
+include_patterns = ["docs/*.md", "README.md", "DESIGN.md", "kernels/README.md", "examples/README.md"]
 _roots = {pattern.split("/")[0] for pattern in include_patterns}
 # the rest of the checkout is not even looked into
 exclude_patterns = [path.name for path in Path(__file__).parents[1].iterdir() if path.name not in _roots]
