@@ -81,8 +81,9 @@ def _check_picture(path: str, trained: "Trained") -> None:
     """Raises ConfigError before anything is computed."""
     if not trained.manifest.labels:
         raise ConfigError(f"--confusion {path} is for models that tell labels, and this one is none: leave it out")
-    if not path or not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--confusion {path!r} lies in no folder that exists: give another path")
+    place = Path(path).absolute()
+    if place.suffix.lower() != ".png" or not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        raise ConfigError(f"--confusion {path!r} is no .png file in a folder that exists: give another path")
 
 
 def _measured(

@@ -52,8 +52,9 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
-    if mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits"):
-        kind = trained.config.task.kind
+    kind = trained.config.task.kind
+    both_ways = getattr(trained.plugins.find("tasks", kind, "task.kind"), "BOTH_WAYS", False)
+    if both_ways or (mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits")):
         raise agreed(
             ConfigError(f'{args.run} was trained for task.kind = "{kind}", which continues no text: give another run')
         )

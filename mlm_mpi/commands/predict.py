@@ -14,6 +14,7 @@ from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.comm.group import Group
+    from mlm_mpi.data.rows import Row
     from mlm_mpi.prediction import Round
 
 _EXAMPLES = """examples:
@@ -21,7 +22,7 @@ _EXAMPLES = """examples:
   mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
 
-A line for each row of FILE, in their order: its label and the label's probability."""
+A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,8 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         check_encoding(args.encoding)
         if not 1 <= args.rows <= 1 << 16:
             raise ConfigError(f"--rows {args.rows} must be at least 1 and at most {1 << 16}")
+        if args.out is not None:
+            _check_out(args.out, args.file)
         if not Path(args.file).is_file():
             raise ConfigError(f"{args.file} is no file: give a table of texts")
         plugins = named(args.plugins)
@@ -66,33 +69,49 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         labels = trained.manifest.labels
         if not labels:
             raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification")
-    context, cut, count = trained.config.model.context, 0, 0
+        if trained.manifest.pairs != (args.pair is not None):
+            remedy = "name the column of the second text with --pair" if trained.manifest.pairs else "leave --pair out"
+            raise ConfigError(
+                f"{args.run} tells labels of {'pairs' if args.pair is None else 'single texts'}: {remedy}"
+            )
+    context, cut, count, empty = trained.config.model.context, 0, 0, 0
     rounds = predict(
         trained.chain, trained.tokenizer, read(Path(args.file), columns, args.encoding), context, args.pair is not None,
         args.rows, mesh, trained.place,
     )  # fmt: skip
     with _opened(args.out if group.rank == 0 else os.devnull, group) as out:
-        if not args.json:
-            out.write(_header(labels, args.all))
         for found in rounds:
+            if not count and not args.json:
+                out.write(_header(labels, args.all))
             cut, count = cut + found.cut, count + len(found.rows)
+            empty += sum(_is_empty(row) for row in found.rows)
             for line in _lines(found, labels, args):
                 out.write(line)
     if group.rank == 0:
-        note(
-            f"{count:,} rows"
-            + (f"; {cut:,} were longer than the context of {context} and have lost their ends" if cut else "")
-        )
+        said = [f"{count:,} rows"]
+        said += [f"{cut:,} are longer than the context of {context} and have lost their ends"] if cut else []
+        said += [f"{empty:,} have no text and no label"] if empty else []
+        note("; ".join(said))
     return 0
+
+
+def _check_out(path: str, source: str) -> None:
+    """Raises ConfigError before anything is computed."""
+    out = Path(path)
+    if not path or out.is_dir() or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path!r} is no file in a folder that exists: give another path")
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise ConfigError(f"--out {path} is the file whose texts are read: give another path")
 
 
 @contextlib.contextmanager
 def _opened(path: str | None, group: "Group") -> Iterator[IO[str]]:
     """Where lines go: stdout, or a file that takes its name when all of it is written."""
-    if path is None or path == os.devnull:
-        with contextlib.nullcontext(sys.stdout) if path is None else open(path, "w") as out:
+    if path is None or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device stays what it is
+        with contextlib.nullcontext(sys.stdout) if path is None else _plain(path) as out:
             yield out
         return
+    path = os.path.realpath(path)  # a link stays one
     made = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(made, "w", encoding="utf-8") as out:
@@ -107,24 +126,39 @@ def _opened(path: str | None, group: "Group") -> Iterator[IO[str]]:
             made.unlink()
 
 
+@contextlib.contextmanager
+def _plain(path: str) -> Iterator[IO[str]]:
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            yield out
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}: make room or give another --out") from None
+
+
+def _is_empty(row: "Row") -> bool:
+    return not row.text and not row.second
+
+
 def _header(labels: list[str], every: bool) -> str:
     names = ["label", "probability", *(labels if every else [])]
     return "\t".join(names) + "\n"
 
 
 def _lines(found: "Round", labels: list[str], args: argparse.Namespace) -> Iterator[str]:
-    for row in found.probabilities:
-        best = int(row.argmax())
+    for source, row in zip(found.rows, found.probabilities, strict=True):
+        best, nothing = int(row.argmax()), _is_empty(source)
         if args.json:
             import msgspec
 
             told: dict[str, object] = {"label": labels[best], "probability": _rounded(row[best])}
-            if args.all:
+            if nothing:
+                told = {"label": None, "probability": None}
+            elif args.all:
                 told["probabilities"] = {label: _rounded(p) for label, p in zip(labels, row, strict=True)}
             yield msgspec.json.encode(told).decode() + "\n"
         else:
             shown = [row[best], *(row if args.all else [])]
-            yield "\t".join([labels[best], *(f"{p:.6f}" for p in shown)]) + "\n"
+            yield "\t".join(["" if nothing else labels[best], *("" if nothing else f"{p:.6f}" for p in shown)]) + "\n"
 
 
 def _rounded(probability: float) -> float:

@@ -72,7 +72,7 @@ def lines(numbers: dict[str, Any], of: str) -> list[str]:
         f"precision           {n['macro_precision']:.4f}, {n['weighted_precision']:.4f}",
         f"recall              {n['macro_recall']:.4f}, {n['weighted_recall']:.4f}",
         f"loss                {n['loss']:.4f} nats per text",
-        f"calibration error   {n['calibration_error']:.4f}",
+        f"calibration error   {n['calibration_error']:.4f}, of {BINS} bins",
     ]
     rows = sorted(n["labels"], key=lambda row: (row["f1"], row["label"]))[:_WORST]
     for row in rows:

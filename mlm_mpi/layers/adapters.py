@@ -63,6 +63,12 @@ def adapt(parts: Sequence[Part], rank: int, alpha: float, targets: Sequence[str]
             known = {linear.name.partition(".")[2] or linear.name for linear in maps}
             raise ConfigError(f'start.lora_targets = "{target}" is no affine map of this model{nearest(target, known)}')
         for linear in found:
+            most = min(linear.inputs, math.prod(linear.weight.layout.shape[1:]))
+            if rank > most:
+                raise ConfigError(
+                    f"start.lora_rank = {rank} is more than {linear.name} has inputs or outputs: set it to {most} "
+                    "or less"
+                )
             if linear.beside is None:  # two targets may name it
                 linear.beside = Adapter(linear, rank, alpha / rank)
 

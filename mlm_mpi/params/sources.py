@@ -4,7 +4,7 @@ A draw from a seed is one, a checkpoint of any mesh another (`train/checkpoint.p
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,19 @@ class Over:
     def read(self, name: str, box: Box) -> Any:
         fits = self._first.shape(name) == self._rest.shape(name)
         return (self._first if fits else self._rest).read(name, box)
+
+
+class Without:
+    """Another source, but for some arrays."""
+
+    def __init__(self, source: Source, names: Collection[str]) -> None:
+        self._source, self._names = source, names
+
+    def shape(self, name: str) -> Shape | None:
+        return None if name in self._names else self._source.shape(name)
+
+    def read(self, name: str, box: Box) -> Any:
+        return self._source.read(name, box)
 
 
 class Arrays:

@@ -159,7 +159,7 @@ class Classification:
         count = sum(map(sum, self.texts.manifest.counts.values()))
         words = f"{count:,} texts of {len(self.texts.labels):,} labels, content {self.texts.content[:12]}"
         about = {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words}
-        return about | {"labels": [*self.texts.labels]}
+        return about | {"labels": [*self.texts.labels], "pairs": self.texts.has_pairs}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
         return classes.figures(sums.outcomes, self.texts.labels)

@@ -231,6 +231,11 @@ class Start:
                 f"start.vectors_scale = {self.vectors_scale} needs start.vectors: name a file of word vectors, or set "
                 "start.vectors_scale = 0"
             )
+        if self.lora_rank and not self.checkpoint:
+            raise ConfigError(
+                f"start.lora_rank = {self.lora_rank} trains beside the weights of a checkpoint, and there is none: set "
+                "start.checkpoint (mlm-mpi finetune), or start.lora_rank = 0"
+            )
         if self.lora_rank and not self.lora_targets:
             raise ConfigError(
                 f"start.lora_rank = {self.lora_rank} needs start.lora_targets: name some, or set start.lora_rank = 0"

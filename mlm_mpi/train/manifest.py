@@ -66,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     corpus: str = ""  # what the catalog held and how it was made, in words
     levels: dict[str, float] = {}  # of loss and gradient, as train/guard.py keeps them
     labels: list[str] = []  # of a task that has some
+    pairs: bool = False  # whether its texts are pairs
     frozen: list[str] = []  # parameters that training left as they were: of the buffers only "weights" has them
     start: str = ""  # SHA-256 of the manifest of the checkpoint that the run began with, if there was one
     vectors: str | msgspec.UnsetType = msgspec.UNSET  # SHA-256 of the file of word vectors that it began with;

@@ -159,13 +159,13 @@ class Run:
                 freeze_again(parts, frozen)
                 return parts
             if start.checkpoint:
-                self.origin = origin_at(path)
+                self.origin = origin_at(path).for_labels(self.task.about().get("labels", []), parts)
                 self.began["start"] = self.origin.name
                 check_origin(self.origin, start, parts, self.task.tokenizer, self.plugins)
             if start.vectors:
                 self.words = words_of(start, parts, self.task.tokenizer, sha256)
                 self.began["vectors"] = sha256
-            freeze(parts, start, None if self.origin is None else self.origin.manifest.shapes)
+            freeze(parts, start, None if self.origin is None else self.origin.shapes)
         return parts
 
     def run(self) -> int:
@@ -261,6 +261,8 @@ class Run:
         if not wanted.searches:
             return Heldout(sums.mean, sums.mean)
         figures = {**self.task.quality(sums), "loss": sums.mean}
+        if wanted.figure != "loss":
+            self.ledger.say(f"held-out  {wanted.figure} {figures[wanted.figure]:.4f}")
         return Heldout(sums.mean, self.group.broadcast(float(figures[wanted.figure]), "the figure of the search"))
 
     def keeper(self) -> Keeper:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from mlm_mpi.files import open_regular, sha256_of_open
 from mlm_mpi.formats import vectors
 from mlm_mpi.layers.adapters import is_adapters
 from mlm_mpi.layers.base import Part
-from mlm_mpi.params.sources import Over, Source
+from mlm_mpi.params.sources import Over, Source, Without
 from mlm_mpi.params.store import FlatStore, Parameter
 from mlm_mpi.plug import Plugins
 from mlm_mpi.train import Start, checkpoint
@@ -39,6 +39,18 @@ class Origin:
 
     path: Path
     manifest: Manifest
+    without: frozenset[str] = frozenset()  # parameters that are not taken from it
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of what is taken from it, by name."""
+        return {name: shape for name, shape in self.manifest.shapes.items() if name not in self.without}
+
+    def for_labels(self, labels: Sequence[str], parts: Sequence[Part]) -> "Origin":
+        """The same for a task with labels: another's are told by another head, whatever their number."""
+        if [*labels] == self.manifest.labels:
+            return self
+        return replace(self, without=frozenset(p.name for p in parts[-1].parameters()))
 
     @property
     def name(self) -> str:
@@ -47,7 +59,7 @@ class Origin:
 
     def in_words(self, store: FlatStore) -> str:
         """For people: where weights come from, and which are drawn."""
-        drawn = [p.name for p in store.model if self.manifest.shapes.get(p.name) != list(p.layout.shape)]
+        drawn = [p.name for p in store.model if self.shapes.get(p.name) != list(p.layout.shape)]
         more = f", and {len(drawn) - 3} more" if len(drawn) > 3 else ""
         rest = f"; drawn: {', '.join(drawn[:3])}{more}" if drawn else ""
         kind = "average of weights" if "average" in self.manifest.buffers else "weights"
@@ -58,7 +70,7 @@ class Origin:
         """Its arrays, for `with`. Raises DamagedCheckpoint."""
         kind = "average" if "average" in self.manifest.buffers else WEIGHTS
         with Reader(self.path, self.manifest) as reader:
-            yield reader.buffer(kind)
+            yield Without(reader.buffer(kind), self.without)
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ def origin_at(path: str) -> Origin:
 
 def check_origin(origin: Origin, start: Start, parts: Sequence[Part], tokenizer: bytes, plugins: Plugins) -> None:
     """Raises CheckpointError where a model cannot begin with a checkpoint: another tokenizer or architecture."""
-    path, shapes = origin.path, origin.manifest.shapes
+    path, shapes = origin.path, origin.shapes
     if hashlib.sha256(tokenizer).hexdigest() != origin.manifest.tokenizer:
         raise CheckpointError(
             f"{path} was trained with another tokenizer than the corpus has: prepare the corpus with --tokenizer "
@@ -165,7 +177,7 @@ def check_origin(origin: Origin, start: Start, parts: Sequence[Part], tokenizer:
     model = [parameter for part in parts for parameter in part.parameters()]
     missing = [p.name for p in model if shapes.get(p.name) != list(p.layout.shape)]
     wanted = {p.name for p in model}
-    left = [name for name in shapes if name not in wanted]
+    left = [name for name in origin.manifest.shapes if name not in wanted]
     if start.partial and len(missing) == len(model):
         raise CheckpointError(f"{path} holds nothing of this model: {_OTHER}")
     if start.partial or not (missing or left):

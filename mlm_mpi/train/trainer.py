@@ -41,7 +41,7 @@ class Trainer:
         if place.told:
             self._catch_up(place.step)
         self.loader.start(self.engine.plan(place.step, self.rhythm.steps))
-        while not self._is_through(place):
+        while not (place.told and (self._over or place.step >= self.rhythm.steps)):
             try:
                 if place.told:
                     self._done = self._make(place.step)
@@ -54,9 +54,6 @@ class Trainer:
                 place = self.mend(self, lost, place)
                 self.loader.start(self.engine.plan(place.step, self.rhythm.steps))
         return place.step
-
-    def _is_through(self, place: Place) -> bool:
-        return place.told and (self._over or place.step >= self.rhythm.steps)
 
     def _make(self, step: int) -> tuple[StepResult, float]:
         """Step number `step`."""
@@ -106,8 +103,10 @@ class Trainer:
         better = self.search.judge(step, heldout)
         if ended := self.search.is_over and not self._over:
             self._over = True
-        elif better and not self._over and not self.rhythm.is_time(self.rhythm.save_every, step):
-            self._begin_save(step)
+        elif better and not self._over:
+            if not self.rhythm.is_time(self.rhythm.save_every, step):
+                self._begin_save(step)
+            self.keeper.publish()  # now: these weights are gone where a rank dies before it stands
         unsaved = self.keeper.save(step) if ended else None
         self.search.settle()
         return unsaved

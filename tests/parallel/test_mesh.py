@@ -214,7 +214,12 @@ FROZEN = {
     "halves": (*UNTIED, "train.schedule=zero_bubble", "start.freeze=['embed', 'block0', 'head']"),
     "top": (*GPT, "start.freeze=['embed', 'block*']", "optim.average=0.5"),
 }  # fmt: skip
-ADAPTED = (*GPT, "start.lora_rank=2", "start.lora_targets=['qkv', 'feed_forward.up', 'feed_forward.down']")
+ADAPTED = (
+    *GPT,
+    "start.checkpoint=x",
+    "start.lora_rank=2",
+    "start.lora_targets=['qkv', 'feed_forward.up', 'feed_forward.down']",
+)
 
 
 @pytest.mark.slow

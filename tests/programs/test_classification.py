@@ -1,6 +1,7 @@
 """The second case as whole programs: labelled texts, an encoder, its figures, labels of new texts."""
 
 import json
+from pathlib import Path
 
 import pytest
 from programs import Place
@@ -119,13 +120,41 @@ def test_figures_and_predictions_are_one_on_any_number_of_ranks(texts: Place) ->
     assert several.code == 0 and (texts.folder / "o.tsv").read_text() == alone.out
 
 
+def test_rows_without_text_have_no_label_and_a_pipe_stays_one(texts: Place) -> None:
+    (texts.folder / "gaps.jsonl").write_text('{"text": "the cow"}\n{"text": " "}\n{"text": null}\n{"text": "a fig"}\n')
+    done = texts.program("predict", "alone", "gaps.jsonl", "--json", "--out", "/dev/stdout")
+    told = [json.loads(line)["label"] for line in done.out.splitlines()]
+    assert told == ["animal", None, None, "fruit"] and "2 have no text" in done.err
+    assert texts.program("predict", "alone", "gaps.jsonl", "--out", "/dev/full").code != 0
+    assert Path("/dev/full").is_char_device()
+
+
+def test_labels_of_another_kind_have_another_head_and_adapters_are_merged(texts: Place) -> None:
+    (texts.folder / "others.tsv").write_text(table(240).replace("fruit", "alpha").replace("tool", "beta"))
+    tokenizer = next((texts.folder / "texts").glob("tokenizer-*.json"))
+    made = texts.program("prepare", "others.tsv", "--out", "others", "--label", "label", "--tokenizer", str(tokenizer))
+    assert made.code == 0, made.err
+    words = ("classes.toml", "--set", "train.steps=4", "--set", "start.lora_rank=2")
+    tuned = texts.program("finetune", "alone", *words, "--run", "others-run", "--set", "data.dir=others")
+    assert "and 11 more" in tuned.out, "adapters of four maps, six of the head: " + tuned.out + tuned.err
+    assert texts.program("finetune", "alone", *words, "--run", "lora").code == 0
+    assert texts.program("merge", "lora", "--out", "merged").code == 0
+    before, after = (texts.program("evaluate", run, "--json") for run in ("lora", "merged"))
+    assert json.loads(before.out)["loss"] == pytest.approx(json.loads(after.out)["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "texts_of_it"),
     [
         (("predict", "alone", "none.csv"), ("none.csv", "no file")),
         (("predict", "alone", "texts.tsv", "--text", "txt"), ("no column 'txt'", "text, label")),
         (("predict", "alone", "texts.tsv", "--rows", "0"), ("--rows 0",)),
+        (("predict", "alone", "texts.tsv", "--pair", "label"), ("single texts", "leave --pair out")),
+        (("predict", "alone", "texts.tsv", "--out", "texts.tsv"), ("whose texts are read",)),
+        (("predict", "alone", "texts.tsv", "--out", "nowhere/o.tsv"), ("nowhere/o.tsv",)),
         (("evaluate", "alone", "--confusion", "nowhere/c.png"), ("nowhere/c.png",)),
+        (("evaluate", "alone", "--confusion", "texts.tsv"), ("texts.tsv", ".png")),
+        (("train", "classes.toml", "--run", "x", "--set", "start.lora_rank=2"), ("start.lora_rank = 2", "finetune")),
         (("train", "plain.toml", "--run", "x", "--set", "task.kind=classification"), ("gpt", "several texts", "bert")),
         (("train", "plain.toml", "--run", "x", "--set", "model.kind=bert"), ("bert", "sees the tokens")),
         (

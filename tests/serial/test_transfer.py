@@ -144,8 +144,8 @@ def test_names_that_are_none():
     refused(ConfigError, lambda: freeze(parts, Start(freeze=("*",)), None), "leaves nothing to learn")
     refused(ConfigError, lambda: adapt(parts, 2, 1.0, ["atention.qkv"]), "did you mean 'attention.qkv'")
     for keys, said in {
-        ("start.lora_rank=2", "mesh.tp=2"): "set mesh.tp = 1",
-        ("start.lora_rank=2", "start.lora_targets=[]"): "needs start.lora_targets",
+        ("start.checkpoint=x", "start.lora_rank=2", "mesh.tp=2"): "set mesh.tp = 1",
+        ("start.checkpoint=x", "start.lora_rank=2", "start.lora_targets=[]"): "needs start.lora_targets",
         ("eval.patience=2",): "set eval.every, or eval.patience = 0",
     }.items():
         refused(ConfigError, lambda keys=keys: configuration.load(None, list(keys)), said)
