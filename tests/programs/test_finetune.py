@@ -217,3 +217,24 @@ def test_the_best_stays_and_patience_ends_the_run_also_after_kills(place, save, 
     assert found["step"] == step and abs(found["loss"] - best["value"]) < 1e-6
     longer = place.train("whole", None, *settings, "eval.patience=3")
     assert longer.code == 0 and json.loads((place.folder / "whole" / "DONE").read_text())["step"] > step + 2
+
+
+RANK_DIES = """
+import os, signal
+def before_step(rank, step):
+    if rank == 1 and step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_best_stays_where_a_rank_dies_in_the_step_behind_it(place):
+    """Saved in the background it would be lost with the part of the rank that has died."""
+    settings = ("eval.best=true", "eval.every=2", "train.steps=6", "optim.learning_rate=1.0", "optim.warmup_steps=6")
+    whole = place.train("whole", None, *settings)
+    best = json.loads((place.folder / "whole" / "best.json").read_text())
+    step = int(best["checkpoint"][5:])
+    assert step < 6, "the best is not the last"
+    killed = place.faulty(RANK_DIES.format(step=step), "killed", 3, *settings, recovers=True)
+    assert killed.weights == whole.weights and "lost rank 1" in killed.out + killed.err
+    assert json.loads((place.folder / "killed" / "best.json").read_text()) == best
+    assert best["checkpoint"] in place.checkpoints("killed")
