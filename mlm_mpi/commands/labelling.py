@@ -50,7 +50,10 @@ def check(args: argparse.Namespace) -> None:
     _columns(args).check()
     sides = [side for side, _ in _inputs(args)]
     if None in sides and set(sides) != {None}:
-        raise ConfigError("some inputs have a side (train=FILE) and some have none: give every one its side, or none")
+        other = next(text for side, text in _inputs(args) if side is None)
+        raise ConfigError(
+            f"some inputs have a side (train=FILE, heldout=FILE, test=FILE), and {other!r} has none: give it one"
+        )
     if args.split is not None and sides[0] is not None:
         raise ConfigError(f"--split {args.split} and inputs with a side (train=FILE) say the same twice: leave one out")
     if args.split is None and sides[0] is not None and "train" not in sides:

@@ -140,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--lowercase is of --tokenizer words, not {args.tokenizer}: leave it out")
     if args.tokenizer not in MADE and not os.access(args.tokenizer, os.F_OK):
         raise ConfigError(
-            f"--tokenizer {args.tokenizer!r} is no file: give bpe, bytes, or the path of a tokenizer.json"
+            f"--tokenizer {args.tokenizer!r} is no file: give bpe, bytes, words, or the path of a tokenizer.json"
         )
     check_encoding(args.encoding)
     labelling.check(args)

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from mlm_mpi.data.decoding import Content, Told, check_repaired, plain_name
@@ -62,6 +62,12 @@ class Columns:
                     f"{option} {column!r} is no number of a column, and with --no-header columns have no names: "
                     f"give {option} 1, 2, …"
                 )
+        texts = [
+            (option, self.wanted()[option]) for option in ("--text", "--pair", "--label") if option in self.wanted()
+        ]
+        for (option, column), (other, same) in pairwise(sorted(texts, key=lambda pair: pair[1])):
+            if column == same:
+                raise ConfigError(f"{option} and {other} are both column {column!r}: name another for one of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,7 @@ def _check_has(path: Path, header: list[str], columns: Columns) -> None:
 
 def _missing(path: Path, option: str, name: str, header: list[str]) -> DataError:
     near = nearest(name, header, every=False) or (
-        "; without a header, give --no-header and numbers" if name.isdecimal() else ""
+        "; without a header, give --no-header and numbers" if name.isdecimal() and header[:1] != ["1"] else ""
     )
     return DataError(
         f"{path} has no column {name!r}, it has {', '.join(header)[:_MOST_NAMES]!r}{near or ''}: name one with {option}"
