@@ -162,6 +162,7 @@ class Classification:
         return about | {"labels": [*self.texts.labels], "pairs": self.texts.has_pairs}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
+        assert sums.outcomes is not None, "the head tells outcomes"
         return classes.figures(sums.outcomes, self.texts.labels)
 
     def lines(self, numbers: dict[str, Any], of: str) -> list[str]:

@@ -23,7 +23,7 @@ class Sums(NamedTuple):
     loss: float
     targets: int
     parts: Mapping[str, "Sums"] = MappingProxyType({})
-    outcomes: np.ndarray = np.zeros((0, 0))
+    outcomes: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -81,14 +81,14 @@ def measure(
     return Sums(loss, int(targets), outcomes=_in_order(outcomes, mesh))
 
 
-def _in_order(mine: dict[int, np.ndarray], mesh: Mesh) -> np.ndarray:
-    """Outcomes of all micro-batches, by their number. Collective."""
+def _in_order(mine: dict[int, np.ndarray], mesh: Mesh) -> np.ndarray | None:
+    """Outcomes of all micro-batches, by their number; None where no head tells any. Collective."""
     pairs = [[number, found.tolist()] for number, found in mine.items()]
     for axis in ("dp", "pp"):
         every = mesh.group(axis).allgather(pairs, "held-out outcomes")
         pairs = sorted((pair for some in every for pair in some), key=lambda pair: pair[0])
     rows = [row for _, found in pairs for row in found]
-    return np.array(rows) if rows else np.zeros((0, 0))
+    return np.array(rows) if rows else None
 
 
 def _measure_each(
