@@ -107,12 +107,12 @@ test: $(VENV)/.installed-test  ## the test suite: serial, whole programs, and in
 	@for n in 1 2 3 4 5 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
 
 test-%: $(VENV)/.installed-test  ## the tests of tests/parallel inside mpiexec on % ranks
-	@$(MPIEXEC) -n $* $(BIN)/python tests/parallel
+	@$(MPIEXEC) -n $* $(BIN)/python tests/parallel $(if $(SLOW),,-m 'not slow')
 
 test-all: $(VENV)/.installed-test  ## also the slow tests, and one hash on every mesh of up to 8 ranks
 	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(SHARED_OUT) tests/serial
 	@MLM_MPI_TEST_SEED=fresh $(BIN)/python -m pytest -q $(PROGRAMS) tests/programs
-	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n || exit 1; done
+	@for n in 1 2 3 4 5 7 8; do $(MAKE) --no-print-directory test-$$n SLOW=1 || exit 1; done
 	@$(BIN)/python benchmarks/mesh_hashes.py --small
 
 chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault against a real training (CHAOS="--trials 20": more)
