@@ -224,6 +224,14 @@ def test_a_signal_that_comes_before_the_launcher_listens_is_repeated(site):
     assert site.lines()[1:] == [f"{pid} got USR1", "saved", "scontrol requeue 42"]
 
 
+def test_a_signal_that_comes_before_the_launcher_is_started_is_kept(site):
+    """Else it would kill the job's shell (seen in CI, where it was warned at its second second)."""
+    (site.home / "sites" / "example.sh").write_text("kill -USR1 $$\n")
+    returned, lines, err = site.run(LASTS="1", STEP="1")
+    assert returned == 0 and "requeued, 1 of 50" in err
+    assert lines[1].endswith(" got USR1") and lines[2:] == ["saved", "scontrol requeue 42"]
+
+
 def _interrupted(site: Site, number: int, code: int, **environment: str) -> str:
     """The process id of the program of a job that got a signal, and had to end with an exit code."""
     process = site.start(LASTS="1", STEP="1", **environment)
