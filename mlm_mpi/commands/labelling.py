@@ -1,4 +1,4 @@
-"""`mlm-mpi prepare --label`: its arguments and its report."""
+"""`mlm-mpi prepare --label` and `--tags`: their arguments and their report."""
 
 import argparse
 import re
@@ -8,6 +8,7 @@ from mlm_mpi.data.labelled import Cleaning
 from mlm_mpi.data.labelling import Made, Recipe
 from mlm_mpi.data.rows import Columns
 from mlm_mpi.data.sides import NAMES, side_called
+from mlm_mpi.data.words import WordColumns
 from mlm_mpi.errors import ConfigError
 
 HELDOUT, TEST = 0.1, 0.1  # what is cut where no sides are given
@@ -16,15 +17,18 @@ _WITH_SIDE = re.compile(rf"({'|'.join(map(re.escape, NAMES))})=(.+)", re.DOTALL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The arguments that --label brings with it."""
+    """The arguments that --label and --tags bring with them."""
     group = parser.add_argument_group(
-        "labelled texts",
+        "labelled texts and words",
         "With --label the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
+        "With --tags they have a word a line, its columns between tabs or blanks, and an empty line behind each\n"
+        "sentence; or they are JSON lines with a list of words and one of their labels.\n"
         "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
     )
     add = group.add_argument
-    add("--label", metavar="COLUMN", help="column with the label of each text")
-    add("--text", metavar="COLUMN", help="column with the text (text)")
+    add("--tags", action="store_true", help="each word has a label")
+    add("--label", metavar="COLUMN", help="column with the label of each text, or of words (the last, or labels)")
+    add("--text", metavar="COLUMN", help="column with the text (text), or with words (1, or tokens)")
     add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
     add("--split", metavar="COLUMN", help="column that says train, heldout (or valid, dev) or test; otherwise cut here")
     add("--test", type=float, metavar="F", help="fraction of source strings kept for the last test (0.1)")
@@ -32,21 +36,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--no-header", action="store_true", help="the files begin with a row; columns are called 1, 2, …")
 
 
+def is_asked(args: argparse.Namespace) -> bool:
+    """Whether texts or words are to have labels."""
+    return args.label is not None or bool(args.tags)
+
+
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for what --label does not go with, or what goes with it alone."""
-    if args.label is None:
+    """Raises ConfigError for what labels do not go with, or what goes with them alone."""
+    if not is_asked(args):
         for option in ("text", "pair", "split", "test", "source", "no_header"):
             if getattr(args, option) not in (None, False):
                 raise ConfigError(f"--{option.replace('_', '-')} is for labelled texts: give --label COLUMN too")
         return
+    asked = "--tags" if args.tags else "--label"
     if args.builtin:
-        raise ConfigError("--builtin has no labels: leave it out, or leave out --label")
+        raise ConfigError(f"--builtin has no labels: leave it out, or leave out {asked}")
+    for option in ("pair", "split", "source", "no-header") if args.tags else ():
+        if getattr(args, option.replace("-", "_")) not in (None, False):
+            raise ConfigError(f"--{option} does not go with --tags, sentences have none: leave it out")
     for option, default, instead in (
         ("field", "text", "--text names the column"), ("cut", "auto", "labelled texts are never cut"),
-        ("plugins", None, "tables are .csv, .tsv or .jsonl"),
+        ("plugins", None, "files are read as --help says"),
     ):  # fmt: skip
         if getattr(args, option) != default:
-            raise ConfigError(f"--{option} does not go with --label, {instead}: leave it out")
+            raise ConfigError(f"--{option} does not go with {asked}, {instead}: leave it out")
     _columns(args).check()
     sides = [side for side, _ in _inputs(args)]
     if None in sides and set(sides) != {None}:
@@ -82,8 +95,7 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
     lengths, tokenizer = manifest.lengths, manifest.tokenizer
     trained = ", trained on the training side" if tokenizer.kind in ("bpe", "words") else ""
     lines = [
-        f"rows        {found.rows:,} read, {kept:,} kept",
-        f"removed     {found.duplicates:,} exact duplicates (text and label), {found.empty:,} empty texts",
+        *_read(made),
         *([f"skipped     {found.unlabelled:,} rows without a label, first: {made.firsts['unlabelled']}"]
           if found.unlabelled else []),
         f"repaired    {found.invalid_utf8:,} invalid UTF-8, {found.control_characters:,} control characters",
@@ -94,14 +106,32 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
     ]  # fmt: skip
     for split, counts in manifest.counts.items():
         shards = [shard for shard in manifest.shards if shard.split == split]
+        sentences = f"{sum(shard.documents for shard in shards):,} sentences, " if manifest.of_words else ""
         lines.append(
-            f"{split:<12}{sum(counts):,} examples ({sum(counts) / kept:.1%}), "
-            f"{sum(shard.tokens for shard in shards):,} tokens, shards: {len(shards)}"
+            f"{split:<12}{sentences}{sum(counts):,} {'words' if manifest.of_words else 'examples'} "
+            f"({sum(counts) / kept:.1%}), {sum(shard.tokens for shard in shards):,} tokens, shards: {len(shards)}"
         )
     lines.append(f"split       {_how(made, args)}, digest {manifest.split[:12]}")
     if made.is_replaced:
         lines.append(f"replaced    the corpus that was in {args.out}")
     return "\n".join([*lines, f"{args.out} is ready after {seconds:.1f} s, content {manifest.content[:12]}"])
+
+
+def _read(made: Made) -> list[str]:
+    """What came in, and what of it was left out."""
+    manifest, found = made.manifest, made.manifest.cleaning
+    kept = sum(map(sum, manifest.counts.values()))
+    if not manifest.of_words:
+        return [
+            f"rows        {found.rows:,} read, {kept:,} kept",
+            f"removed     {found.duplicates:,} exact duplicates (text and label), {found.empty:,} empty texts",
+        ]
+    lost = f"; {found.empty:,} words are nothing but control characters" if found.empty else ""
+    return [
+        f"sentences   {found.rows:,} read, {kept:,} words{lost}",
+        *([f"duplicates  {found.duplicates:,} sentences are there twice on a side, kept: {made.firsts['duplicates']}"]
+          if found.duplicates else []),
+    ]  # fmt: skip
 
 
 def _warnings(found: Cleaning, firsts: dict[str, str], has_sources: bool) -> list[str]:
@@ -141,7 +171,9 @@ def _how(made: Made, args: argparse.Namespace) -> str:
     return f"{whole}{' and '.join(cut)} cut by {by} with seed {args.seed}"
 
 
-def _columns(args: argparse.Namespace) -> Columns:
+def _columns(args: argparse.Namespace) -> Columns | WordColumns:
+    if args.tags:
+        return WordColumns(args.text, args.label)
     text = "text" if args.text is None else args.text
     return Columns(text, args.pair, args.label, args.split, args.source, not args.no_header)
 

@@ -28,7 +28,8 @@ _EXAMPLES = """examples:
   mlm-mpi prepare texts/ 'more/*.jsonl.zst' --out corpora/mine --vocab 8192
   mlm-mpi prepare texts/ --out corpora/words --tokenizer words --lowercase --vocab 20000    # for word vectors
   mlm-mpi run -n 4 -- prepare texts/ --out corpora/mine --heldout 0.01
-  mlm-mpi prepare reviews.csv --out corpora/reviews --text review --label stars"""
+  mlm-mpi prepare reviews.csv --out corpora/reviews --text review --label stars
+  mlm-mpi prepare train=eng.train heldout=eng.testa test=eng.testb --out corpora/names --tags"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lowercase", action="store_true", help="of --tokenizer words: the same word with capitals or without")
     add(
         "--heldout", type=float, metavar="F",
-        help="fraction of characters kept for evaluation (0.05); with --label of source strings (0.1)",
+        help="fraction of characters kept for evaluation (0.05); with --label or --tags of source strings (0.1)",
     )  # fmt: skip
     add(
         "--cut", choices=("auto", "never", "always"), default="auto",
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
 
 def _made(args: argparse.Namespace, group: Ranks, told: Told) -> Callable[[float], str]:
     """Makes what is asked for; gives what makes rank 0's report from the seconds that it took."""
-    if args.label is None:
+    if not labelling.is_asked(args):
         plain = prepare(_recipe(args), group, told)
         return lambda seconds: _report(plain, args.out, args.field, seconds)
     made = prepare_labelled(labelling.recipe(args, _command(args)), group, told)
@@ -161,9 +162,10 @@ def _command(args: argparse.Namespace) -> str:
     """The command line that prepares the same corpus, options with their default left out."""
     parser = argparse.ArgumentParser()
     configure(parser)
-    parser.set_defaults(heldout=None if args.heldout is None or args.label is not None else _HELDOUT)
+    parser.set_defaults(heldout=None if args.heldout is None or labelling.is_asked(args) else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    words += [f"--{flag}" for flag in ("builtin", "lowercase", "no-header") if getattr(args, flag.replace("-", "_"))]
+    flags = ("builtin", "lowercase", "no-header", "tags")
+    words += [f"--{flag}" for flag in flags if getattr(args, flag.replace("-", "_"))]
     plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
     for name in (*plain, "label", "text", "pair", "split", "test", "source"):
         value = getattr(args, name)

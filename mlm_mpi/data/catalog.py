@@ -193,9 +193,9 @@ def _decode(content: bytes, path: Path) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
-        if isinstance(found, str) and found.startswith("labelled-"):
+        if isinstance(found, str) and found.startswith(("labelled-", "tagged-")):
             raise DataError(
-                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label, or "
+                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label or --tags, or "
                 "train a task that reads labels"
             )
         if found != FORMAT:

@@ -1,14 +1,17 @@
-"""Labelled texts as `mlm-mpi prepare --label` has stored them: a folder, its catalog, and the examples of a split.
+"""Labelled texts, or texts of labelled words, as `mlm-mpi prepare --label` or `--tags` has stored them: a folder, its
+catalog, and the examples of a split.
 
 /tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
-                   pair, without an end of text
+                   pair, or a sentence, without an end of text
 /labels   (examples,)  smallest unsigned type that holds the number of labels
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
+/tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
+                       and 1, elsewhere 0; smallest unsigned type that holds the number of labels
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,15 +32,17 @@ from mlm_mpi.data.catalog import (
     tokenizer_of,
 )  # fmt: skip
 from mlm_mpi.data.rows import LONGEST_LABEL, NO_LABEL
+from mlm_mpi.data.sentences import Sentences
 from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
 from mlm_mpi.data.sides import SPLITS
 from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
-FORMAT = "labelled-1"
+FORMAT, TAGGED = "labelled-1", "tagged-1"
 MOST_LABELS = 65_535
-_PREPARE = "run mlm-mpi prepare FILES --label COLUMN"
+_PREPARE = {False: "prepare FILES --label COLUMN", True: "prepare FILES --tags"}  # whether labels are of words
+_TASK = {False: "classification", True: "tagging"}
 _SECOND = np.dtype(np.uint32)
 
 
@@ -47,6 +52,7 @@ class Cleaning:
 
     `unlabelled`: rows without a label. `duplicates`: equal in texts, label and side to an earlier row. `conflicts`:
     texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
+    Of labelled words a row is a sentence; duplicates are kept, and `empty` counts words of control characters alone.
     """
 
     rows: int
@@ -73,7 +79,7 @@ class Lengths:
 class Manifest:
     """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
 
-    `counts`: split -> its examples of each label; a split that does not exist is not there.
+    `counts`: split -> its examples, or words, of each label; a split that does not exist is not there.
     """
 
     format: str
@@ -89,6 +95,11 @@ class Manifest:
     seed: int
     heldout: float
     test: float
+
+    @property
+    def of_words(self) -> bool:
+        """Whether each word has a label, not each text."""
+        return self.format == TAGGED
 
 
 class Example(NamedTuple):
@@ -131,18 +142,24 @@ class Labelled:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, named_by: str = "data.dir") -> "Labelled":
-        """`named_by`: the setting that gave the folder. Raises DataError: no catalog, malformed, or without labels."""
+    def open(cls, folder: str | Path, named_by: str = "data.dir", of_words: bool = False) -> "Labelled":
+        """`named_by`: the setting that gave the folder. `of_words`: each word has a label, not each text.
+
+        Raises DataError: no catalog, malformed, or without such labels.
+        """
+        prepare = f"mlm-mpi {_PREPARE[of_words]}"
         if not str(folder):  # as a path it would be the current folder
-            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare --label has written")
+            raise DataError(f"{named_by} is empty: set it to the folder that {prepare} has written")
         path = Path(folder) / FILE_NAME
         try:
             content = read_whole(path, CATALOG_BYTES, path.parent)
         except OSError as error:
             raise DataError(
-                f"no labelled texts at {folder}: cannot read {path} ({error.strerror}): {_PREPARE}, or set {named_by}"
+                f"no labelled {'words' if of_words else 'texts'} at {folder}: cannot read {path} ({error.strerror}): "
+                f"run {prepare}, or set {named_by}"
             ) from None
-        return cls(Path(folder), hashlib.sha256(content).hexdigest(), _decode(content, path, named_by))
+        manifest = _decode(content, path, named_by, of_words)
+        return cls(Path(folder), hashlib.sha256(content).hexdigest(), manifest)
 
     @property
     def content(self) -> str:
@@ -180,14 +197,39 @@ class Labelled:
 
     def examples(self, split: str) -> Examples:
         """All examples of a split, verified. Raises DataError: no such split, or a shard that is not as it was."""
+        tokens, lengths, labels, seconds = self._joined(split, self._read)
+        return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), labels, seconds)
+
+    def sentences(self, split: str) -> Sentences:
+        """All sentences of a split of labelled words, verified. Raises DataError as `examples` does."""
+        tokens, lengths, tags = self._joined(split, self._read_tagged)
+        return Sentences(tokens, np.concatenate([[0], np.cumsum(lengths)]), tags)
+
+    def _joined(self, split: str, read: Callable[[ShardEntry], tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
+        """What is read of all shards of a split, array by array."""
         if split not in self.splits:
             raise DataError(
                 f"{self.folder} has no split {split!r}, it has {', '.join(self.splits)}: use one of these, or prepare "
                 "it again with rows for it"
             )
-        parts = [self._read(entry) for entry in self.manifest.shards if entry.split == split]
-        tokens, lengths, labels, seconds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), labels, seconds)
+        parts = [read(entry) for entry in self.manifest.shards if entry.split == split]
+        return (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def _read_tagged(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
+        """(tokens, lengths, tags) of a shard."""
+        tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
+        marks = {"tags": tag_type(len(self.labels))}
+        reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, marks=marks)
+        try:
+            offsets, tags = reader.offsets().astype(np.int64), reader.column("tags")
+            tokens = reader.read(0, entry.tokens)
+        finally:
+            reader.close()
+        if tags.max() > len(self.labels):
+            raise DataError(f"shard {path} has label {tags.max() - 1} of {len(self.labels)}: {AGAIN}")
+        if not tags[offsets[:-1]].all():
+            raise DataError(f"shard {path} has a sentence whose first token has no label: {AGAIN}")
+        return tokens, np.diff(offsets), tags
 
     def _read(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
         """(tokens, lengths, labels, seconds) of a shard."""
@@ -213,6 +255,16 @@ def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
     return kinds | {"seconds": _SECOND} if has_pairs else kinds
 
 
+def tag_type(labels: int) -> np.dtype[Any]:
+    """Of the number of a label and 1, or 0. `labels`: how many there are."""
+    return np.min_scalar_type(labels)
+
+
+def sentence_digest(ids: np.ndarray, tags: np.ndarray) -> bytes:
+    """SHA-256 of a sentence's ids and of its tags, as many, as little-endian uint32."""
+    return hashlib.sha256(np.concatenate([ids, tags]).astype("<u4").tobytes()).digest()
+
+
 def example_digest(ids: np.ndarray, second: int, label: int) -> bytes:
     """SHA-256 of an example's label, of where its second text begins, and of its ids, as little-endian uint32."""
     return hashlib.sha256(np.concatenate([[label, second], ids]).astype("<u4").tobytes()).digest()
@@ -227,17 +279,24 @@ def content_digest(tokenizer_hash: str, labels: tuple[str, ...], examples: Mappi
     return whole.hexdigest()
 
 
-def _decode(content: bytes, path: Path, named_by: str) -> Manifest:
+def _decode(content: bytes, path: Path, named_by: str, of_words: bool) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
         if found in (1, catalog.FORMAT):
             raise DataError(
-                f"{path} is of a corpus without labels: prepare labelled texts with --label COLUMN, or give another "
-                f"{named_by}"
+                f"{path} is of a corpus without labels: run mlm-mpi {_PREPARE[of_words]}, or give another {named_by}"
             )
-        if found != FORMAT:
-            raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
+        if found in (FORMAT, TAGGED) and (found == TAGGED) != of_words:
+            raise DataError(
+                f"{path} has labels of {'texts' if of_words else 'words'}, not of {'words' if of_words else 'texts'}: "
+                f'set task.kind = "{_TASK[not of_words]}", or give another {named_by}'
+            )
+        if found not in (FORMAT, TAGGED):
+            raise DataError(
+                f"{path} has format {str(found)[:40]}, this version reads format "
+                f"{TAGGED if of_words else FORMAT}: {AGAIN}"
+            )
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): {AGAIN}") from None
@@ -266,9 +325,11 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
         yield f"{len(labels)} labels, {len(set(labels))} of them differ"
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
-    column_bytes = sum(kind.itemsize for kind in column_types(max(2, len(labels)), manifest.has_pairs).values())
+    kinds = {} if manifest.of_words else column_types(max(2, len(labels)), manifest.has_pairs)
+    column_bytes = sum(kind.itemsize for kind in kinds.values())
+    mark_bytes = tag_type(len(labels)).itemsize if manifest.of_words else 0
     for entry in manifest.shards:
-        most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes)
+        most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes, mark_bytes)
         yield from oddities_of(entry, SPLITS, most)
     if sum(entry.tokens for entry in manifest.shards) > MOST_TOKENS:
         yield f"more than {MOST_TOKENS} tokens"
@@ -281,7 +342,8 @@ def _odd_counts(manifest: Manifest) -> Iterator[str]:
         stored[entry.split] = stored.get(entry.split, 0) + entry.documents
     for split, examples in stored.items():
         counts = manifest.counts.get(split, ())
-        if split not in SPLITS or len(counts) != len(manifest.labels) or min(counts) < 0 or sum(counts) != examples:
+        fits = sum(counts) >= examples if manifest.of_words else sum(counts) == examples
+        if split not in SPLITS or len(counts) != len(manifest.labels) or min(counts) < 0 or not fits:
             yield f"its counts of {split[:40]!r} are not those of its shards"
         if not examples:
             yield f"split {split[:40]!r} has no examples"

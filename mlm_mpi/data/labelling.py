@@ -1,6 +1,8 @@
 """`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
+With `--tags` from sentences whose words have labels.
 
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
+             (sentences that are there twice stay: published figures are of all of them)
     train    the tokenizer, from the training side
     shards   examples are tokenised and written into DIR/.staging
     publish  tokenizer, shards and catalog are put in place, an earlier corpus is removed
@@ -15,7 +17,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,14 +25,14 @@ import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
-from mlm_mpi.data import catalog, labelled, rows, sources
+from mlm_mpi.data import catalog, labelled, rows, sources, words
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
-from mlm_mpi.data.tokenizing import encode_pairs
+from mlm_mpi.data.tokenizing import encode_pairs, encode_words
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
@@ -42,12 +44,12 @@ class Recipe:
     """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
-    from those that are given as training rows.
+    from those that are given as training rows. `columns`: of texts with a label, or of words with one each.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
     out: Path
-    columns: rows.Columns
+    columns: rows.Columns | words.WordColumns
     tokenizer: str
     vocab: int
     heldout: float
@@ -57,6 +59,11 @@ class Recipe:
     seed: int
     command: str
     lowercase: bool
+
+    @property
+    def of_words(self) -> bool:
+        """Whether each word has a label."""
+        return isinstance(self.columns, words.WordColumns)
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,10 @@ class _Example:
     place: str
     text: str
     second: str
-    label: str
+    labels: tuple[str, ...]
     side: str
     source: bytes  # SHA-256
+    words: tuple[str, ...]  # of the text, where each has a label
 
 
 def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
@@ -119,7 +127,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
     manifest = Manifest(
-        format=labelled.FORMAT,
+        format=labelled.TAGGED if recipe.of_words else labelled.FORMAT,
         content=labelled.content_digest(tokenizer.hash, labels, digests),
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
@@ -154,31 +162,38 @@ class _Found:
         self.firsts: dict[str, str] = {}
         self._recipe = recipe
         self._counts: Counter[str] = Counter()
-        self._kept: set[tuple[str, str, str, str]] = set()
+        self._kept: set[tuple[str, str, str, tuple[str, ...]]] = set()
         self._labels: set[str] = set()
         self._texts: dict[tuple[str, str], _Example] = {}  # the first example of each
         self._sources: dict[bytes, _Example] = {}
         self._odd: dict[str, set[object]] = {"conflicts": set(), "leaks": set(), "leaking_sources": set()}
 
-    def add(self, row: rows.Row, given: str | None) -> None:
+    def add(self, row: rows.Row | words.Sentence, given: str | None) -> None:
         """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
         self._counts["rows"] += 1
+        if isinstance(row, words.Sentence):
+            self._counts["empty"] += row.lost
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
         if not row.text:
-            return self._count("empty", row.place)
-        if row.label is None:
-            return self._count("unlabelled", row.place)
+            self._count("empty", row.place)
+            return
+        if not row.labels:
+            self._count("unlabelled", row.place)
+            return
         source = row.source or row.text
         recipe = self._recipe
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
-        example = _Example(row.place, row.text, row.second, row.label, side, hashlib.sha256(source.encode()).digest())
-        key = (side, row.text, row.second, row.label)
+        digest = hashlib.sha256(source.encode()).digest()
+        example = _Example(row.place, row.text, row.second, row.labels, side, digest, row.words)
+        key = (side, row.text, row.second, row.labels)
         if key in self._kept:
-            return self._count("duplicates", row.place)
+            self._count("duplicates", row.place)
+            if not recipe.of_words:
+                return
         self._kept.add(key)
-        self._labels.add(row.label)
+        self._labels.update(row.labels)
         if len(self._labels) > MOST_LABELS:
             raise DataError(
                 f"{row.place} has label number {len(self._labels):,}, at most {MOST_LABELS:,} can be told apart: is "
@@ -186,7 +201,6 @@ class _Found:
             )
         self._compare(example)
         self.examples.append(example)
-        return None
 
     def on(self, side: str) -> list[_Example]:
         """The examples of a side."""
@@ -197,9 +211,10 @@ class _Found:
         if not self.examples:
             raise DataError("no row has a text and a label: give other files, or other columns with --text and --label")
         if len(self._labels) == 1:
+            what = "words of all" if self._recipe.of_words else "all"
             raise DataError(
-                f"all {len(self.examples):,} examples have the label {self.examples[0].label!r}, and two are needed to "
-                "tell apart: give rows of another one, or another --label"
+                f"{what} {len(self.examples):,} examples have the label {self.examples[0].labels[0]!r}, and two are "
+                "needed to tell apart: give rows of another one, or another --label"
             )
         for side in ("heldout", "test"):
             if side in self.given and getattr(self._recipe, side):
@@ -229,7 +244,7 @@ class _Found:
         self._counts[what] += 1
         self.firsts.setdefault(what, place)
 
-    def _given(self, row: rows.Row, given: str | None) -> str | None:
+    def _given(self, row: rows.Row | words.Sentence, given: str | None) -> str | None:
         """The side that came with a row, or with its file."""
         column = self._recipe.columns.split
         if column is not None:
@@ -247,7 +262,7 @@ class _Found:
         """With the first one of its text, and of its source string."""
         key = (example.text, example.second)
         first = self._texts.setdefault(key, example)
-        if first.label != example.label:
+        if first.labels != example.labels:
             self._note("conflicts", key, first, example)
         if first.side != example.side:
             self._note("leaks", key, first, example)
@@ -273,14 +288,14 @@ class _Found:
 
     def _check_labels(self) -> None:
         """A model that has never seen a label can only be wrong about it."""
-        known = {example.label for example in self.examples if example.side == "train"}
-        unknown = [example for example in self.examples if example.label not in known]
+        known = {label for example in self.examples if example.side == "train" for label in example.labels}
+        unknown = [(label, example) for example in self.examples for label in example.labels if label not in known]
         if unknown:
-            first, others = unknown[0], len({example.label for example in unknown}) - 1
+            (label, first), others = unknown[0], len({label for label, _ in unknown}) - 1
             more = f" (and {others:,} more labels)" if others else ""
             remedy = "leave such rows out" if self.given else "give more rows of it, another --seed, or leave it out"
             raise DataError(
-                f"label {first.label!r} of {first.place}, which is on side {first.side}, has no row on side "
+                f"label {label!r} of {first.place}, which is on side {first.side}, has no row on side "
                 f"train{more}: {remedy}"
             )
 
@@ -300,15 +315,25 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
         told("cleaning", done, total)
 
     for side, path in files:
-        for row in rows.read(path, recipe.columns, recipe.encoding, heard):
+        for row in _rows(path, recipe, heard):
             found.add(row, side)
     found.check()
     return found
 
 
+def _rows(path: Path, recipe: Recipe, heard: Callable[[int], None]) -> Iterator[rows.Row | words.Sentence]:
+    """What may become an example."""
+    if not isinstance(recipe.columns, words.WordColumns):
+        yield from rows.read(path, recipe.columns, recipe.encoding, heard)
+        return
+    for sentence in words.read(path, recipe.columns, recipe.encoding, heard):
+        if sentence.words not in ((), (words.DOCUMENT,)):
+            yield sentence
+
+
 def _counts(found: _Found, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Split -> examples of each label."""
-    counts = Counter((example.side, example.label) for example in found.examples)
+    """Split -> examples of each label, or words."""
+    counts = Counter((example.side, label) for example in found.examples for label in example.labels)
     sides = [split for split in SPLITS if any(counts[split, label] for label in labels)]
     return {split: tuple(counts[split, label] for label in labels) for split in sides}
 
@@ -332,27 +357,51 @@ def _shards(
     recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
 ) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
     """(entries, digests of the examples of each split, tokens of all examples)."""
-    numbers = {label: number for number, label in enumerate(labels)}
+    stored = _stored_words if recipe.of_words else _stored_texts
     entries: list[ShardEntry] = []
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     lengths: list[int] = []
     parts = [(split, number, part) for split in SPLITS for number, part in enumerate(_parts(recipe, found, split))]
     for done, (split, number, part) in enumerate(parts):
         told("shards", done, len(parts))
-        ids, seconds = _encoded(part, tokenizer)
-        targets = [numbers[example.label] for example in part]
-        digests[split] += map(labelled.example_digest, ids, seconds, targets)
+        ids, found_digests, extra = stored(part, labels, tokenizer, recipe.columns.pair is not None)
+        digests[split] += found_digests
         lengths += map(len, ids)
-        values = {"labels": targets, "seconds": seconds}
-        kinds = labelled.column_types(len(labels), recipe.columns.pair is not None)
         entries.append(
             write_shard(
                 recipe.out / FOLDER, f"{split}-{number:05d}", split, ids,
                 sum(len(example.text) + len(example.second) for example in part), sum(map(_size, part)),
-                tokenizer.hash, tokenizer.vocab_size, {name: np.array(values[name], kinds[name]) for name in kinds},
+                tokenizer.hash, tokenizer.vocab_size, **extra,
             )
         )  # fmt: skip
     return entries, digests, lengths
+
+
+# ids of each example, their digests, what else a shard holds: "columns" or "marks"
+_Stored = tuple[list[np.ndarray], list[bytes], dict[str, dict[str, np.ndarray]]]
+
+
+def _stored_texts(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool) -> _Stored:
+    numbers = {label: number for number, label in enumerate(labels)}
+    ids, seconds = _encoded(part, tokenizer)
+    targets = [numbers[example.labels[0]] for example in part]
+    values, kinds = {"labels": targets, "seconds": seconds}, labelled.column_types(len(labels), pairs)
+    columns = {name: np.array(values[name], kinds[name]) for name in kinds}
+    return ids, list(map(labelled.example_digest, ids, seconds, targets)), {"columns": columns}
+
+
+def _stored_words(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool) -> _Stored:
+    numbers = {label: number + 1 for number, label in enumerate(labels)}
+    every, tags = [], []
+    found = encode_words(tokenizer, [example.words for example in part])
+    for example, (ids, begins) in zip(part, found, strict=True):
+        if not len(ids):
+            raise _no_token(example)
+        targets = np.array([numbers[label] for label in example.labels])
+        every.append(ids)
+        tags.append(np.zeros(len(ids), labelled.tag_type(len(labels))))
+        tags[-1][begins[begins >= 0]] = targets[begins >= 0]
+    return every, list(map(labelled.sentence_digest, every, tags)), {"marks": {"tags": np.concatenate(tags)}}
 
 
 def _parts(recipe: Recipe, found: _Found, split: str) -> Iterator[list[_Example]]:
@@ -383,10 +432,14 @@ def _encoded(part: Sequence[_Example], tokenizer: Tokenizer) -> tuple[list[np.nd
     found = encode_pairs(tokenizer, ((example.text, example.second) for example in part))
     for example, (tokens, second) in zip(part, found, strict=True):
         if not len(tokens):
-            raise DataError(f"the tokenizer makes no token of the text of {example.place}: give another --tokenizer")
+            raise _no_token(example)
         ids.append(tokens)
         seconds.append(second)
     return ids, seconds
+
+
+def _no_token(example: _Example) -> DataError:
+    return DataError(f"the tokenizer makes no token of the text of {example.place}: give another --tokenizer")
 
 
 def _summary(lengths: Sequence[int]) -> Lengths:

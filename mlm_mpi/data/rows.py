@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from mlm_mpi.data.decoding import Content, Told, check_repaired, plain_name
 from mlm_mpi.data.formats import jsonl
@@ -25,6 +26,7 @@ _LONGEST_FIELD = 1 << 24  # characters of CSV; a quote that is never closed woul
 NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NOTHING = clean("")
 _MOST_NAMES = 200  # characters of a list of columns
+_LOOKED_AT = 1000  # JSON lines: a field that none of them has is taken for a name that is wrong
 
 Values = tuple[str, list[str | None]]  # place, and what stands in each of the columns asked for
 
@@ -87,6 +89,13 @@ class Row:
     replaced: int
     controls: int
 
+    words: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label, if there is one."""
+        return () if self.label is None else (self.label,)
+
 
 def _unheard(size: int) -> None:
     """Nobody wants to know."""
@@ -115,15 +124,16 @@ def read(path: Path, columns: Columns, encoding: str = "utf-8", told: Told = _un
 def _row(place: str, values: dict[str, str | None]) -> Row:
     text = clean(values["--text"] or "")
     second = clean(pair) if (pair := values.get("--pair")) else _NOTHING
-    source = values.get("--source")
+    source, label = values.get("--source"), cleaned_label(values.get("--label"), place)
     return Row(
-        place, text.text.strip(), second.text.strip(), _label(values.get("--label"), place), values.get("--split"),
+        place, text.text.strip(), second.text.strip(), label, values.get("--split"),
         None if source is None else clean(source).text.strip() or None, text.replaced + second.replaced,
         text.controls + second.controls,
     )  # fmt: skip
 
 
-def _label(value: str | None, place: str) -> str | None:
+def cleaned_label(value: str | None, place: str) -> str | None:
+    """A label as it is stored, None for an empty one. Raises DataError."""
     raw = (value or "").strip()
     if NO_LABEL.search(raw):
         raise DataError(f"{place} has control characters in its label {raw[:LONGEST_LABEL]!r}: mend it")
@@ -189,12 +199,13 @@ def _check_has(path: Path, header: list[str], columns: Columns) -> None:
     """Raises DataError for a column that is missing or there twice."""
     for option, name in columns.wanted().items():
         if name not in header:
-            raise _missing(path, option, name, header)
+            raise missing(path, option, name, header)
         if header.count(name) > 1:
             raise DataError(f"{path} has {header.count(name)} columns {name!r} ({option}): rename all but one")
 
 
-def _missing(path: Path, option: str, name: str, header: list[str]) -> DataError:
+def missing(path: Path | str, option: str, name: str, header: list[str]) -> DataError:
+    """What to raise where `header` has no column `name`, which `option` gave."""
     near = nearest(name, header, every=False) or (
         "; without a header, give --no-header and numbers" if name.isdecimal() and header[:1] != ["1"] else ""
     )
@@ -204,21 +215,29 @@ def _missing(path: Path, option: str, name: str, header: list[str]) -> DataError
 
 
 def _json_lines(content: Content, columns: Columns) -> Iterator[Values]:
-    """A field that a line lacks is null there; one that all lack is missing."""
+    """A field that a line lacks is null there; one that no line has, or none of the first so many, is missing. Until
+    each field has come up lines are held back, so that who reads hears of it before the first."""
     if not columns.has_header:
         raise DataError(f"{content.path} holds JSON lines, whose fields have names: leave out --no-header")
     unseen, names = columns.wanted(), [*columns.wanted().values()]
     first: list[str] = []
+    held: list[Values] = []
     for place, line in jsonl.lines(content):
         record = jsonl.record(line, columns.text, place)
         first = first or sorted(record)
         unseen = {option: name for option, name in unseen.items() if name not in record} if unseen else unseen
-        yield place, [_plain(record.get(name), name, place) for name in names]
+        held.append((place, [plain(record.get(name), name, place) for name in names]))
+        if unseen and len(held) == _LOOKED_AT:
+            break
+        if not unseen:
+            yield from held
+            held.clear()
     for option, name in unseen.items() if first else ():
-        raise _missing(content.path, option, name, first)
+        raise missing(content.path, option, name, first)
 
 
-def _plain(value: object, name: str, place: str) -> str | None:
+def plain(value: object, name: str, place: str) -> str | None:
+    """A value of JSON as text. Raises DataError for a list or an object."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int | float):  # bool is an int

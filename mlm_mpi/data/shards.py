@@ -3,6 +3,7 @@
     /tokens   (tokens,)         smallest unsigned type that holds the vocabulary, chunked, gzip, fletcher32
     /offsets  (documents + 1,)  uint64; document d is tokens[offsets[d] : offsets[d + 1]], its end included
     /<column> (documents,)      of labelled texts: what else is known of each, such as its label
+    /<mark>   (tokens,)         of tagged ones: what else is known of each token
     attributes: format, tokenizer, split, tokens, documents, characters; texts as bytes of a fixed length
 
 The file is built in memory and written as plain bytes: h5py that meets a full disk can take the
@@ -52,21 +53,24 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def most_bytes(tokens: int, documents: int, vocab_size: int, column_bytes: int = 0) -> int:
+def most_bytes(tokens: int, documents: int, vocab_size: int, column_bytes: int = 0, mark_bytes: int = 0) -> int:
     """What a shard can need, however badly it is compressed: chunks of up to twice its numbers, and headers.
 
-    `column_bytes`: of a document in all columns.
+    `column_bytes`: of a document in all columns; `mark_bytes`: of a token in all marks.
     """
-    return 2 * (tokens * token_type(vocab_size).itemsize + (8 + column_bytes) * (documents + 1)) + (1 << 16)
+    of_token = token_type(vocab_size).itemsize + mark_bytes
+    return 2 * (tokens * of_token + (8 + column_bytes) * (documents + 1)) + (1 << 16)
 
 
 def write_shard(
     folder: Path, name: str, split: str, documents: Sequence[np.ndarray], characters: int, utf8_bytes: int,
     tokenizer_hash: str, vocab_size: int, columns: Mapping[str, np.ndarray] | None = None,
+    marks: Mapping[str, np.ndarray] | None = None,
 ) -> ShardEntry:  # fmt: skip
     """Publishes `<name>-<first 8 digits of its hash>.h5`; equal content gives equal bytes and name.
 
-    Shapes: one array of ids per document, an end of text included; columns (documents,). Raises DataError.
+    Shapes: one array of ids per document, an end of text included; columns (documents,); marks (tokens,). Raises
+    DataError.
     """
     tokens = np.concatenate(documents).astype(token_type(vocab_size))
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)
@@ -74,12 +78,12 @@ def write_shard(
         "format": FORMAT, "tokenizer": np.bytes_(tokenizer_hash), "split": np.bytes_(split), "tokens": len(tokens),
         "documents": len(documents), "characters": characters,
     }  # fmt: skip
-    columns = dict(columns or {})
-    image = _image({"tokens": tokens, "offsets": offsets, **columns}, attributes)
+    columns, marks = dict(columns or {}), dict(marks or {})
+    image = _image({"tokens": tokens, "offsets": offsets, **columns, **marks}, attributes)
     view = memoryview(image)
     try:
-        kinds = {column: values.dtype for column, values in columns.items()}
-        expected = _expected(len(tokens), len(documents), vocab_size, kinds)
+        kinds, of_tokens = ({name: values.dtype for name, values in some.items()} for some in (columns, marks))
+        expected = _expected(len(tokens), len(documents), vocab_size, kinds, of_tokens)
         hdf5.examine(lambda offset, size: view[offset : offset + size], len(image), expected)
     except hdf5.FormatError as error:
         raise DataError(f"h5py {h5py.__version__} made a shard that {error}: install an earlier h5py") from None
@@ -90,12 +94,15 @@ def write_shard(
 
 
 def _expected(
-    tokens: int, documents: int, vocab_size: int, columns: Mapping[str, np.dtype[Any]]
+    tokens: int, documents: int, vocab_size: int, columns: Mapping[str, np.dtype[Any]],
+    marks: Mapping[str, np.dtype[Any]],
 ) -> dict[str, hdf5.Expected]:  # fmt: skip
+    lengths = {name: (documents, dtype) for name, dtype in columns.items()}
+    lengths |= {name: (tokens, dtype) for name, dtype in marks.items()}
     return {
         "tokens": hdf5.Expected((tokens,), token_type(vocab_size), hdf5.PACKED),
         "offsets": hdf5.Expected((documents + 1,), np.dtype(np.uint64), hdf5.PACKED),
-    } | {name: hdf5.Expected((documents,), dtype, hdf5.PACKED) for name, dtype in columns.items()}
+    } | {name: hdf5.Expected((length,), dtype, hdf5.PACKED) for name, (length, dtype) in lengths.items()}
 
 
 def _image(arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
@@ -116,11 +123,12 @@ class ShardReader:
 
     def __init__(
         self, path: Path, entry: ShardEntry, tokenizer_hash: str, vocab_size: int, verified: Stamp | None = None,
-        columns: Mapping[str, np.dtype[Any]] | None = None,
+        columns: Mapping[str, np.dtype[Any]] | None = None, marks: Mapping[str, np.dtype[Any]] | None = None,
     ) -> None:  # fmt: skip
-        """`verified`: the stamp of the file that this process has compared before. `columns`: names and types of those
-        that it has. Raises DataError."""
-        self.path, self.entry, self._vocab_size, self._column_types = path, entry, vocab_size, dict(columns or {})
+        """`verified`: the stamp of the file that this process has compared before. `columns`, `marks`: names and types
+        of those that it has. Raises DataError."""
+        self.path, self.entry, self._vocab_size = path, entry, vocab_size
+        self._column_types, self._mark_types = dict(columns or {}), dict(marks or {})
         self._held: tuple[int, np.ndarray] | None = None  # the chunk read last, decoded
         self._file = _open(path, entry)
         try:
@@ -136,7 +144,9 @@ class ShardReader:
 
     def _examine(self, tokenizer_hash: str) -> None:
         entry = self.entry
-        datasets = _expected(entry.tokens, entry.documents, self._vocab_size, self._column_types)
+        datasets = _expected(
+            entry.tokens, entry.documents, self._vocab_size, self._column_types, self._mark_types
+        )  # fmt: skip
         try:
             found, attributes = hdf5.examine(self._fetch, entry.bytes, datasets)
         except hdf5.FormatError as error:
@@ -153,7 +163,7 @@ class ShardReader:
                     f"shard {self.path} has {name} {attributes.get(name)}, the catalog says {value}: {_AGAIN}"
                 )
         self._tokens, self._offsets = found["tokens"], found["offsets"]
-        self._columns = {name: found[name] for name in self._column_types}
+        self._columns = {name: found[name] for name in (*self._column_types, *self._mark_types)}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start … stop − 1 of this shard, in their stored type. Raises DataError."""
@@ -190,7 +200,7 @@ class ShardReader:
         return offsets
 
     def column(self, name: str) -> np.ndarray:
-        """(documents,) of a column, in its stored type. Raises DataError."""
+        """(documents,) of a column, or (tokens,) of a mark, in its stored type. Raises DataError."""
         return self._whole(self._columns[name])
 
     def _whole(self, dataset: hdf5.Dataset) -> np.ndarray:

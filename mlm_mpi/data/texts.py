@@ -8,6 +8,7 @@ import numpy as np
 from mlm_mpi import order
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example, Examples
+from mlm_mpi.data.sentences import Sentence
 from mlm_mpi.errors import DataError
 from mlm_mpi.rng import key_of, uniform
 
@@ -157,7 +158,7 @@ class Nothing:
         raise DataError("there are no texts to be read: prepare with a larger --heldout, or a file for it")
 
 
-def by_length(examples: Sequence[Example], context: int) -> list[int]:
+def by_length(examples: Sequence[Example | Sentence], context: int) -> list[int]:
     """Their places, the shortest first."""
     return sorted(range(len(examples)), key=lambda place: min(len(examples[place].ids), context))
 

@@ -1,6 +1,6 @@
 """Texts through a tokenizer, in batches that bound memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -35,6 +35,24 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> Iter
     found = encode(tokenizer, chain.from_iterable(pairs))
     for first, second in zip(found, found, strict=True):  # two at a time
         yield np.concatenate([first[:-1], second[:-1]]), len(first) - 1 if len(second) > 1 else 0
+
+
+def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, where among them each word begins, -1: it has no token) of each sentence. Shapes: (t,), (n,) int32.
+
+    Each word is encoded by itself, and by a byte-level tokenizer behind a space unless it is the first: the tokens that
+    it has in a text. Who is to label new words encodes them like this, too.
+    """
+    between = " " if tokenizer.is_byte_level else ""
+    spaced = [[between * (place > 0) + word for place, word in enumerate(words)] for words in sentences]
+    names = list(dict.fromkeys(chain.from_iterable(spaced)))
+    known = dict(zip(names, (ids[:-1] for ids in encode(tokenizer, names)), strict=True))
+    nothing = np.zeros(0, token_type(tokenizer.vocab_size))
+    for words in spaced:
+        found = [known[word] for word in words]
+        lengths = np.array([len(ids) for ids in found], np.int32)
+        begins = np.where(lengths > 0, np.cumsum(lengths) - lengths, -1).astype(np.int32)
+        yield np.concatenate([nothing, *found]), begins
 
 
 def pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -44,8 +44,9 @@ def calibration(outcomes: np.ndarray) -> tuple[float, list[tuple[int, float, flo
     return error, bins
 
 
-def figures(outcomes: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """Everything that is told of a classifier. Shapes: (n, 4): label, found label, its probability, the label's."""
+def figures(outcomes: np.ndarray, labels: Sequence[str], unit: str = "texts") -> dict[str, Any]:
+    """Everything that is told of a classifier of texts or, says `unit`, words. Shapes: (n, 4): label, found label, its
+    probability, the label's."""
     table = confusion(outcomes, len(labels))
     precision, recall, f1 = per_label(table)
     there = table.sum(axis=1)
@@ -56,29 +57,29 @@ def figures(outcomes: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     told["calibration_error"] = calibration(outcomes)[0]
     rows = zip(labels, there.tolist(), precision.tolist(), recall.tolist(), f1.tolist(), strict=True)
     told["labels"] = [
-        {"label": label, "texts": texts, "precision": p, "recall": r, "f1": f} for label, texts, p, r, f in rows
+        {"label": label, unit: texts, "precision": p, "recall": r, "f1": f} for label, texts, p, r, f in rows
     ]
     told["confusion"] = table.tolist()
     return told
 
 
-def lines(numbers: dict[str, Any], of: str) -> list[str]:
+def lines(numbers: dict[str, Any], of: str, unit: str = "texts") -> list[str]:
     """Figures in words, `of` a checkpoint: the whole, then the labels that are told worst."""
     n = numbers
     told = [
-        f"{n.get('split', 'held-out'):<20}{n['tokens']:,} texts; {of}",
+        f"{n.get('split', 'held-out'):<20}{n['tokens']:,} {unit}; {of}",
         f"accuracy            {n['accuracy']:.4f}",
-        f"F1                  {n['macro_f1']:.4f} mean of labels, {n['weighted_f1']:.4f} by their texts",
+        f"F1                  {n['macro_f1']:.4f} mean of labels, {n['weighted_f1']:.4f} by their {unit}",
         f"precision           {n['macro_precision']:.4f}, {n['weighted_precision']:.4f}",
         f"recall              {n['macro_recall']:.4f}, {n['weighted_recall']:.4f}",
-        f"loss                {n['loss']:.4f} nats per text",
+        f"loss                {n['loss']:.4f} nats per {unit[:-1]}",
         f"calibration error   {n['calibration_error']:.4f}, of {BINS} bins",
     ]
     rows = sorted(n["labels"], key=lambda row: (row["f1"], row["label"]))[:_WORST]
     for row in rows:
         told.append(
             f"  {row['label'][:40]:<18}F1 {row['f1']:.3f}, precision {row['precision']:.3f}, "
-            f"recall {row['recall']:.3f}, {row['texts']:,} texts"
+            f"recall {row['recall']:.3f}, {row[unit]:,} {unit}"
         )
     if len(n["labels"]) > len(rows):
         told.append(

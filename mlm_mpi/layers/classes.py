@@ -19,8 +19,9 @@ class ClassHead:
     `first` takes the first position of a text, `mean` the mean of all of them, and `token` the positions that the
     targets' `at` (M,) names, each of which has a label. Then GELU(norm(x) W + b) W' + b', with dropout before either
     product: a text's logits. Targets: classes (M,) int32, and weights (M,) float32 of their losses, 1 where left out.
-    Outside training the tally also has "outcomes" (M, 4) float64: label, found label, its probability, the label's; or,
-    where targets have no classes, "probabilities" (M, L) alone.
+    Outside training the tally also has "outcomes" (M, 4) float64: label, found label, its probability, the label's, and
+    what the targets' `begins` (M,) says, where they have it (which positions are the first of their text); or, where
+    targets have no classes, "probabilities" (M, L) alone.
     Source: RoBERTa's head (Liu et al., arXiv:1907.11692), with ELECTRA's GELU (Clark et al., arXiv:2003.10555).
     """
 
@@ -60,7 +61,9 @@ class ClassHead:
         found = logits.argmax(axis=1)
         losses, probabilities = _softmax(logits, targets)
         rows = module_of(logits).arange(len(targets))
-        outcomes = targets, found, probabilities[rows, found], probabilities[rows, targets]
+        assert ctx.batch is not None
+        begins = [ctx.batch.targets["begins"]] if "begins" in ctx.batch.targets else []
+        outcomes = targets, found, probabilities[rows, found], probabilities[rows, targets], *begins
         ctx.tally["loss"] = crossentropy.summed(losses, 1)  # of targets as they are, whatever their weights are
         ctx.tally["outcomes"] = module_of(logits).stack([column.astype("f8") for column in outcomes], axis=1)
 

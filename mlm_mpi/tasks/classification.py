@@ -17,7 +17,7 @@ from mlm_mpi.data.texts import Noise, Nothing, Texts, balanced, too_long
 from mlm_mpi.errors import CheckpointError, DataError
 from mlm_mpi.figures import classes, linear
 from mlm_mpi.layers.base import Least, Part, Sizes
-from mlm_mpi.layers.classes import ClassHead
+from mlm_mpi.layers.classes import ClassHead, Pooling
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train.checkpoint import Manifest
@@ -78,11 +78,16 @@ def build(config: Config, plugins: Plugins) -> "Classification":
 
 def parts(config: Config, plugins: Plugins, sizes: Sizes) -> list[Part]:
     """The model and its head; a checkpoint's, where there are no texts."""
+    return ended(config, plugins, sizes, config.task.pooling)
+
+
+def ended(config: Config, plugins: Plugins, sizes: Sizes, pooling: Pooling) -> list[Part]:
+    """The model and a classifier on it."""
     module = plugins.find("models", config.model.kind, "model.kind")
     trunk, task = module.build(config.model, sizes), config.task
     std = getattr(config.model, "init_std", 0.02)
     norm = module.final_norm(config.model)
-    head = ClassHead(trunk.width, sizes.labels, norm, task.pooling, task.dropout, std, task.smoothing)
+    head = ClassHead(trunk.width, sizes.labels, norm, pooling, task.dropout, std, task.smoothing)
     trunk.table.tied = False  # no head reads it
     return [*trunk.parts, head]
 
@@ -94,11 +99,12 @@ class Classification:
     """The task (train/task.py) on one rank."""
 
     unit = "texts"
+    of_words = False
     figures: Mapping[str, bool] = MappingProxyType({"accuracy": True, "macro_f1": True, "weighted_f1": True})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind
-        self.texts = Labelled.open(config.data.dir)
+        self.texts = Labelled.open(config.data.dir, of_words=self.of_words)
         self.texts.check_files()
         tokenizer = self.texts.tokenizer()
         self.eot = tokenizer.eot
@@ -157,7 +163,7 @@ class Classification:
 
     def about(self) -> dict[str, Any]:
         count = sum(map(sum, self.texts.manifest.counts.values()))
-        words = f"{count:,} texts of {len(self.texts.labels):,} labels, content {self.texts.content[:12]}"
+        words = f"{count:,} {self.unit} of {len(self.texts.labels):,} labels, content {self.texts.content[:12]}"
         about = {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words}
         return about | {"labels": [*self.texts.labels], "pairs": self.texts.has_pairs}
 
