@@ -63,18 +63,22 @@ def publish_all(files: Sequence[tuple[Path, bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def publishing(path: Path, size_bytes: int) -> Iterator[int]:
+def publishing(path: Path, size_bytes: int, nameless: bool = False) -> Iterator[int]:
     """A descriptor, for writing and reading, of a file that takes its name, durably, when the block has ended.
 
-    `size_bytes`: about what will be written, for the message. An OSError of the block or of what follows it becomes
-    StorageError; whatever ends the block early removes the file.
+    `size_bytes`: about what will be written, 0 if nobody knows, for the message. An OSError of the block or of what
+    follows it becomes StorageError; whatever ends the block early removes the file. `nameless`: until then it has no
+    name where the file system can do that, so that even a kill leaves nothing.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        descriptor = _create(temporary)
+        descriptor, has_name = _create_nameless(temporary) if nameless else (_create(temporary), True)
         try:
             yield descriptor
             os.fsync(descriptor)
+            if not has_name:
+                # the folder is ignored for a path from the root; without one Python does not follow the link
+                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
         finally:
             os.close(descriptor)
         temporary.replace(path)
@@ -90,6 +94,15 @@ def publishing(path: Path, size_bytes: int) -> Iterator[int]:
 def _create(path: Path) -> int:
     path.unlink(missing_ok=True)  # what somebody left under this name may be a link that leads elsewhere
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _create_nameless(path: Path) -> tuple[int, bool]:
+    """(a descriptor of a new file beside `path`, whether it has that name already)."""
+    path.unlink(missing_ok=True)
+    if Path("/proc/self/fd").is_dir():
+        with contextlib.suppress(OSError):  # NFS and others know no O_TMPFILE
+            return os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o666), False
+    return _create(path), True
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -1,27 +1,40 @@
-"""Labels of new texts: rows of a file, in their order, by any number of ranks."""
+"""Labels of new texts or words: rows or sentences of a file, in their order, by any number of ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, to_host
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data import tagged, texts, words
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example
 from mlm_mpi.data.rows import Row
-from mlm_mpi.data.texts import batch_of, by_length, kept
+from mlm_mpi.data.sentences import ENDS, Sentence
 from mlm_mpi.data.tokenizer import Tokenizer
-from mlm_mpi.data.tokenizing import encode_pairs
+from mlm_mpi.data.tokenizing import encode_pairs, encode_words
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
+
+T = TypeVar("T")
 
 
 class Round(NamedTuple):
     """Rows, the probabilities of their labels (n, L) float32, and how many of them did not fit the context."""
 
     rows: Sequence[Row]
+    probabilities: np.ndarray
+    cut: int
+
+
+class WordRound(NamedTuple):
+    """Sentences, the probabilities of the labels of all their words (w, L) float32, NaN for words that have no token or
+    lie behind the context, and how many sentences did not fit it."""
+
+    sentences: Sequence[words.Sentence]
     probabilities: np.ndarray
     cut: int
 
@@ -34,38 +47,81 @@ def predict(
 
     A file of any length: no more than a round is held. Every rank reads all rows and computes its part of them.
     """
+
+    def labelled(mine: list[Row]) -> tuple[np.ndarray, int]:
+        examples = [
+            Example(ids.astype(np.int32), second, 0)
+            for ids, second in encode_pairs(tokenizer, ((row.text, row.second) for row in mine))
+        ]
+        order, batch = texts.by_length(examples, context), None
+        if examples:
+            made = texts.batch_of([examples[number] for number in order], context, tokenizer.eot, pairs)
+            batch = replace(made, targets={})
+        found = _probabilities(chain, batch, mesh, place)
+        return found[np.argsort(order)], sum(_is_cut(example, context) for example in examples)
+
+    return (Round(*round) for round in _rounds(rows, at_once, mesh, labelled))
+
+
+def predict_words(
+    chain: Chain, tokenizer: Tokenizer, sentences: Iterator[words.Sentence], context: int, labels: int, at_once: int,
+    mesh: Mesh, place: Place,
+) -> Iterator[WordRound]:  # fmt: skip
+    """Likewise of sentences, for words that have one of so many labels. Collective."""
+
+    def labelled(mine: list[words.Sentence]) -> tuple[np.ndarray, int]:
+        encoded = list(encode_words(tokenizer, [sentence.words for sentence in mine]))
+        made = [Sentence(ids.astype(np.int32), _marked(len(ids), begins)) for ids, begins in encoded]
+        order = [number for number in texts.by_length(made, context) if len(made[number].ids)]
+        batch = None
+        if order:
+            batch = tagged.batch_of([made[number] for number in order], context, tokenizer.eot)
+            batch = replace(batch, targets={"at": batch.targets["at"]})
+        found = _probabilities(chain, batch, mesh, place)
+        first = np.cumsum([0, *(len(begins) for _, begins in encoded)])
+        table = np.full((int(first[-1]), labels), np.nan, np.float32)
+        seen = [np.flatnonzero((begins >= 0) & (begins < context - ENDS)) for _, begins in encoded]
+        if order:
+            table[np.concatenate([first[number] + seen[number] for number in order])] = found
+        return table, sum(len(ids) > context - ENDS for ids, _ in encoded)
+
+    return (WordRound(*round) for round in _rounds(sentences, at_once, mesh, labelled))
+
+
+def _rounds(
+    rows: Iterator[T], at_once: int, mesh: Mesh, labelled: Callable[[list[T]], tuple[np.ndarray, int]]
+) -> Iterator[tuple[list[T], np.ndarray, int]]:
+    """(rows, a table of all of them, how many were cut): each copy of the model has its part labelled. Collective."""
     group = mesh.group("dp")
     while True:
         with mesh.world.together("reading rows"):
             some = list(islice(rows, at_once * group.size))
         if not some:
             return
-        mine = some[group.rank * at_once : (group.rank + 1) * at_once]
-        examples = [
-            Example(ids.astype(np.int32), second, 0)
-            for ids, second in encode_pairs(tokenizer, ((row.text, row.second) for row in mine))
-        ]
-        found = _probabilities(chain, examples, context, tokenizer.eot, pairs, mesh, place)
-        cut = sum(_is_cut(example, context) for example in examples)
+        found, cut = labelled(some[group.rank * at_once : (group.rank + 1) * at_once])
         every = group.allgather([cut, found.tolist()], "probabilities of labels")
         table = np.array([row for _, part in every for row in part], np.float32)
-        yield Round(some, table, sum(part for part, _ in every))
+        yield some, table, sum(part for part, _ in every)
 
 
-def _probabilities(
-    chain: Chain, examples: list[Example], context: int, eot: int, pairs: bool, mesh: Mesh, place: Place
-) -> np.ndarray:  # fmt: skip
-    """Shapes: -> (n, L), on every rank that shares the model."""
-    found, order = np.zeros((0, 0), np.float32), by_length(examples, context)
-    if examples:
-        batch = replace(batch_of([examples[place] for place in order], context, eot, pairs), targets={})
+def _probabilities(chain: Chain, batch: Batch | None, mesh: Mesh, place: Place) -> np.ndarray:
+    """In the order of the batch, None for an empty one. Shapes: -> (n, L), on every rank that shares the model."""
+    found = np.zeros((0, 0), np.float32)
+    if batch is not None:
         ctx = Context(mesh, batch=batch.map(place.put))
         chain.forward((), ctx)
-        found = to_host(ctx.tally["probabilities"])[np.argsort(order)] if "probabilities" in ctx.tally else found
+        found = to_host(ctx.tally["probabilities"]) if "probabilities" in ctx.tally else found
     return np.array(mesh.group("pp").allgather(found.tolist(), "the last stage")[-1], np.float32)
+
+
+def _marked(tokens: int, begins: np.ndarray) -> np.ndarray:
+    """Tags that say of which tokens a label is wanted. Shapes: (n,) -> (t,) int32."""
+    tags = np.full(tokens, -1, np.int32)
+    tags[begins[begins >= 0]] = 0
+    return tags
 
 
 def _is_cut(example: Example, context: int) -> bool:
     first = example.second or len(example.ids)
     second = len(example.ids) - first
-    return kept(first, second, context) != (first, second)
+    return texts.kept(first, second, context) != (first, second)

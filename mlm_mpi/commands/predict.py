@@ -1,28 +1,37 @@
-"""`mlm-mpi predict RUN FILE`: labels of new texts, on any number of ranks. Alone it needs no MPI."""
+"""`mlm-mpi predict RUN FILE`: labels of new texts or words, on any number of ranks. Alone it needs no MPI."""
 
 import argparse
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mlm_mpi.commands import sharing
 from mlm_mpi.errors import ConfigError, StorageError
+from mlm_mpi.files import publishing
 from mlm_mpi.plug import Plugins, named
 
 if TYPE_CHECKING:  # --help and completion need no NumPy
+    import numpy as np
+
     from mlm_mpi.comm.group import Group
-    from mlm_mpi.data.rows import Row
+    from mlm_mpi.data.rows import Columns, Row
+    from mlm_mpi.data.words import Sentence
     from mlm_mpi.prediction import Round
+    from mlm_mpi.train.checkpoint import Manifest
+    from mlm_mpi.train.trained import Trained
 
 _EXAMPLES = """examples:
   mlm-mpi predict runs/reviews new.csv --text review
   mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
+  mlm-mpi predict runs/names new.conll --out named.conll
 
-A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither."""
+A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither.
+Of a model of words (prepare --tags) a line for each word: it, its label, the label's probability; empty lines stay."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +39,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
-    add("file", metavar="FILE", help="table of texts: .csv, .tsv or .jsonl, also compressed")
+    add(
+        "file",
+        metavar="FILE",
+        help="table of texts: .csv, .tsv or .jsonl; or words, one a line, or .jsonl; .gz too",
+    )
     add("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     add("--out", metavar="FILE", help="where to write (default: stdout); it appears when it is complete")
     add("--json", action="store_true", help="JSON lines instead of tab-separated ones")
     add("--all", action="store_true", help="the probabilities of all labels")
-    add("--text", default="text", metavar="COLUMN", help="column with the text (text)")
+    add("--text", metavar="COLUMN", help="column with the text (text), or with words (1, or tokens)")
     add("--pair", metavar="COLUMN", help="column with the second text, of a model of pairs")
     add("--no-header", action="store_true", help="the file begins with a row; columns are called 1, 2, …")
     add("--encoding", default="utf-8", metavar="NAME", help="of a file without a byte-order mark (utf-8)")
-    add("--rows", type=int, default=64, metavar="N", help="a rank computes this many rows at once (64)")
+    add("--rows", type=int, default=64, metavar="N", help="a rank computes this many rows or sentences at once (64)")
     add("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     add("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
     sharing.configure(parser)
@@ -48,14 +61,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
     from mlm_mpi.data.decoding import check_encoding
-    from mlm_mpi.data.rows import Columns, read
-    from mlm_mpi.prediction import predict
     from mlm_mpi.train.trained import load, note
 
     mesh, plugins = sharing.mesh_of(args, group, copies=True), Plugins()
-    columns = Columns(args.text, args.pair, has_header=not args.no_header)
     with group.together("the arguments"):
-        columns.check()
+        _columns(args).check()
         check_encoding(args.encoding)
         if not 1 <= args.rows <= 1 << 16:
             raise ConfigError(f"--rows {args.rows} must be at least 1 and at most {1 << 16}")
@@ -65,34 +75,91 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise ConfigError(f"{args.file} is no file: give a table of texts")
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
+    of_words = getattr(plugins.find("tasks", trained.config.task.kind, "task.kind"), "OF_WORDS", False)
     with group.together("a look at the model"):
-        labels = trained.manifest.labels
-        if not labels:
-            raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification")
-        if trained.manifest.pairs != (args.pair is not None):
-            remedy = "name the column of the second text with --pair" if trained.manifest.pairs else "leave --pair out"
-            raise ConfigError(
-                f"{args.run} tells labels of {'pairs' if args.pair is None else 'single texts'}: {remedy}"
-            )
-    context, cut, count, empty = trained.config.model.context, 0, 0, 0
-    rounds = predict(
-        trained.chain, trained.tokenizer, read(Path(args.file), columns, args.encoding), context, args.pair is not None,
-        args.rows, mesh, trained.place,
-    )  # fmt: skip
-    with _opened(args.out if group.rank == 0 else os.devnull, group) as out:
-        for found in rounds:
-            if not count and not args.json:
-                out.write(_header(labels, args.all))
-            cut, count = cut + found.cut, count + len(found.rows)
-            empty += sum(_is_empty(row) for row in found.rows)
-            for line in _lines(found, labels, args):
-                out.write(line)
+        _check_model(args, trained.manifest, of_words)
+    counts = Counter[str]()
+    lines = (_word_lines if of_words else _text_lines)(args, trained, counts)
+    with _opened(args.out if group.rank == 0 else os.devnull) as out:
+        for line in lines:
+            out.write(line)
     if group.rank == 0:
-        said = [f"{count:,} rows"]
-        said += [f"{cut:,} are longer than the context of {context} and have lost their ends"] if cut else []
-        said += [f"{empty:,} have no text and no label"] if empty else []
-        note("; ".join(said))
+        note("; ".join(_said(counts, trained.config.model.context, of_words)))
     return 0
+
+
+def _columns(args: argparse.Namespace) -> "Columns":
+    from mlm_mpi.data.rows import Columns
+
+    return Columns("text" if args.text is None else args.text, args.pair, has_header=not args.no_header)
+
+
+def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool) -> None:
+    """Raises ConfigError for a model that tells no labels, or others than the arguments are for."""
+    if not manifest.labels:
+        raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification or tagging")
+    if of_words:
+        for option in ("--pair", "--no-header"):
+            if getattr(args, option[2:].replace("-", "_")):
+                raise ConfigError(f"{args.run} tells labels of words, {option} is for tables of texts: leave it out")
+        if args.all and not args.json:
+            raise ConfigError("--all has no header to name the labels of words in: give --json too, or leave it out")
+    elif manifest.pairs != (args.pair is not None):
+        remedy = "name the column of the second text with --pair" if manifest.pairs else "leave --pair out"
+        raise ConfigError(f"{args.run} tells labels of {'pairs' if args.pair is None else 'single texts'}: {remedy}")
+
+
+def _text_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
+    """What is written of a table of texts; `counts` takes what a person is told. Collective."""
+    from mlm_mpi.data.rows import read
+    from mlm_mpi.prediction import predict
+
+    labels = trained.manifest.labels
+    rounds = predict(
+        trained.chain, trained.tokenizer, read(Path(args.file), _columns(args), args.encoding),
+        trained.config.model.context, args.pair is not None, args.rows, trained.mesh, trained.place,
+    )  # fmt: skip
+    for found in rounds:
+        if not counts["rows"] and not args.json:
+            yield _header(labels, args.all)
+        counts.update(rows=len(found.rows), cut=found.cut, empty=sum(map(_is_empty, found.rows)))
+        yield from _lines(found, labels, args)
+
+
+def _word_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
+    """Likewise of sentences."""
+    import numpy as np
+
+    from mlm_mpi.data.words import WordColumns, read
+    from mlm_mpi.prediction import predict_words
+
+    labels = trained.manifest.labels
+    rounds = predict_words(
+        trained.chain, trained.tokenizer, read(Path(args.file), WordColumns(args.text, labelled=False), args.encoding),
+        trained.config.model.context, len(labels), args.rows, trained.mesh, trained.place,
+    )  # fmt: skip
+    for found in rounds:
+        table = found.probabilities.reshape(-1, len(labels))
+        counts.update(
+            rows=sum(bool(sentence.words) for sentence in found.sentences), words=len(table), cut=found.cut,
+            empty=int(np.isnan(table[:, 0]).sum()),
+        )  # fmt: skip
+        start = 0
+        for sentence in found.sentences:
+            own = table[start : start + len(sentence.words)]
+            start += len(own)
+            yield _object(sentence, own, labels, args.all) if args.json else _word_table(sentence, own, labels)
+
+
+def _said(counts: Counter[str], context: int, of_words: bool) -> list[str]:
+    """What a person is told at the end."""
+    told = [f"{counts['rows']:,} sentences, {counts['words']:,} words" if of_words else f"{counts['rows']:,} rows"]
+    if counts["cut"]:
+        told.append(f"{counts['cut']:,} are longer than the context of {context} and have lost their ends")
+    if counts["empty"]:
+        nothing = "words have no label: they lie there, or have no token" if of_words else "have no text and no label"
+        told.append(f"{counts['empty']:,} {nothing}")
+    return told
 
 
 def _check_out(path: str, source: str) -> None:
@@ -105,25 +172,18 @@ def _check_out(path: str, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str | None, group: "Group") -> Iterator[IO[str]]:
+def _opened(path: str | None) -> Iterator[IO[str]]:
     """Where lines go: stdout, or a file that takes its name when all of it is written."""
     if path is None or (Path(path).exists() and not Path(path).is_file()):  # a pipe or a device stays what it is
         with contextlib.nullcontext(sys.stdout) if path is None else _plain(path) as out:
             yield out
         return
-    path = os.path.realpath(path)  # a link stays one
-    made = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(made, "w", encoding="utf-8") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        made.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}: make room or give another --out") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            made.unlink()
+    whole = Path(path).resolve()  # a link stays one
+    with (
+        publishing(whole, 0, nameless=True) as descriptor,
+        open(descriptor, "w", encoding="utf-8", closefd=False) as out,
+    ):
+        yield out
 
 
 @contextlib.contextmanager
@@ -159,6 +219,35 @@ def _lines(found: "Round", labels: list[str], args: argparse.Namespace) -> Itera
         else:
             shown = [row[best], *(row if args.all else [])]
             yield "\t".join(["" if nothing else labels[best], *("" if nothing else f"{p:.6f}" for p in shown)]) + "\n"
+
+
+def _word_table(sentence: "Sentence", table: "np.ndarray", labels: list[str]) -> str:
+    """A line for each word, and the empty ones behind the sentence. Shapes: (n, L)."""
+    lines = []
+    for word, row in zip(sentence.words, table, strict=True):
+        best = int(row.argmax())  # the first, where all are NaN
+        told = "\t" if row[best] != row[best] else f"{labels[best]}\t{row[best]:.6f}"
+        lines.append(f"{word}\t{told}\n")
+    return "".join(lines) + "\n" * sentence.empties
+
+
+def _object(sentence: "Sentence", table: "np.ndarray", labels: list[str], every: bool) -> str:
+    """A JSON line. Shapes: (n, L)."""
+    import msgspec
+
+    nothing, best = [row[0] != row[0] for row in table], table.argmax(axis=1).tolist() if len(table) else []
+    shown = list(zip(table, best, nothing, strict=True))
+    told: dict[str, object] = {
+        "tokens": sentence.words,
+        "labels": [None if gone else labels[number] for _, number, gone in shown],
+        "probabilities": [None if gone else _rounded(row[number]) for row, number, gone in shown],
+    }
+    if every:
+        told["all"] = [
+            None if gone else {label: _rounded(p) for label, p in zip(labels, row, strict=True)}
+            for row, _, gone in shown
+        ]
+    return msgspec.json.encode(told).decode() + "\n"
 
 
 def _rounded(probability: float) -> float:

@@ -195,8 +195,8 @@ def _decode(content: bytes, path: Path) -> Manifest:
         found = table.get("format") if isinstance(table, dict) else None
         if isinstance(found, str) and found.startswith(("labelled-", "tagged-")):
             raise DataError(
-                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label or --tags, or "
-                "train a task that reads labels"
+                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label or "
+                "--tags, or train a task that reads labels"
             )
         if found != FORMAT:
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")

@@ -349,9 +349,16 @@ class Run:
         show: Reporter = Progress(
             self.config.train.steps, step, log.every, self.options.quiet, before=before, unit=self.task.unit
         )
-        samples = self.sampler.samples
-        evidence = Evidence(self.folder.ledger, step, samples)
-        return Ledger(sinks, show, lambda steps: samples(steps) * self.task.row_tokens, evidence)
+        evidence = Evidence(self.folder.ledger, step, self.sampler.samples)
+        return Ledger(sinks, show, self._tokens_read, evidence)
+
+    def _tokens_read(self, steps: int) -> int:
+        """By the first so many steps. Texts that are targets differ in length: then it is the mean of an epoch."""
+        samples = self.sampler.samples(steps)
+        if self.task.unit == "tokens":
+            return samples * self.task.row_tokens
+        mean = self.task.tokens("train") / sum(self.sampler.mixture.windows)
+        return round(samples * min(mean, self.task.row_tokens))
 
     def _report(self, step: int) -> None:
         """The last words: curve, DONE, and the hash of the weights as the last line."""

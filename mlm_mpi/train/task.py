@@ -59,4 +59,4 @@ def plain_lines(numbers: dict[str, Any], of: str, own: list[str]) -> list[str]:
         f"held-out            {numbers['tokens']:,} targets; {of}",
         f"loss                {numbers['loss']:.4f} nats per target",
     ]
-    return lines + [f"{name}  {numbers[name]:.4g}" for name in own]
+    return lines + [f"{name.replace('_', ' '):<20}{numbers[name]:.4g}" for name in own]
