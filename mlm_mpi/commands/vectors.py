@@ -1,6 +1,7 @@
 """`mlm-mpi vectors RUN|FILE [WORD …]`: which words lie near others, analogies, and vectors for other programs."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,10 @@ def _vectors(args: argparse.Namespace) -> "Vectors":
 
     path = Path(args.source)
     if not path.is_dir():
-        return read(path, args.limit)
+        found = read(path, args.limit)
+        if found.repeated:
+            print(f"note: {found.repeated:,} words come again in {path}: the first of each counts", file=sys.stderr)
+        return found
     words, rows = _trained(args)
     return Vectors(words[: args.limit or None], rows[: args.limit or None])
 

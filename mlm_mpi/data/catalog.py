@@ -111,7 +111,10 @@ class Catalog:
     def split(self, name: str) -> tuple[PlacedShard, ...]:
         """The shards of "train" or "heldout" in stream order. Raises DataError for another name."""
         if name not in SPLITS:
-            raise DataError(f"the corpus has no split {name!r}: use one of {', '.join(SPLITS)}")
+            raise DataError(
+                f"{self.folder} has no split {name!r}, a corpus without labels has {' and '.join(SPLITS)}: use one of "
+                "these, or leave --split out"
+            )
         placed: list[PlacedShard] = []
         for entry in self.manifest.shards:
             if entry.split == name:

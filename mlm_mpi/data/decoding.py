@@ -27,6 +27,7 @@ LARGEST_TEXT_BYTES = 1 << 30
 LONGEST_LINE = 1 << 28  # characters of a JSON line
 _HEAD_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
+_UTF16_NULS = 8  # of so many characters UTF-16 read as bytes has one that is NUL, wherever ASCII is an eighth of a text
 _ZSTD_BYTES = 1 << 10  # a kibibyte of zstd can grow to 32 MiB
 
 _TO_TEXT = "convert it to text, or leave it out by a glob such as 'folder/*.txt'"
@@ -140,7 +141,7 @@ def read_text(path: Path, encoding: str, told: Told = _unheard) -> str:
                     "cut it into files (split -C 500M) or JSON lines"
                 )
         text = content.decode(encoding, MARK)
-    _check_nul(text, str(path))
+    _check_nul(text, path)
     return text
 
 
@@ -153,7 +154,7 @@ def read_lines(path: Path, encoding: str, told: Told = _unheard) -> Iterator[str
             number += 1
             if len(line) == LONGEST_LINE:
                 raise DataError(f"{path}:{number} has {LONGEST_LINE:,} characters or more: {TO_LINES}")
-            _check_nul(line, f"{path}:{number}")
+            _check_nul(line, path, number)
             yield line
 
 
@@ -177,7 +178,7 @@ def _opened(path: Path, encoding: str, told: Told) -> Iterator[tuple[BinaryIO, s
                 _check_is_text(path, begin)
             file.read(len(mark))
             head = begin[len(mark) :].decode(encoding, MARK)
-            _check_nul(head, str(path))
+            _check_nul(head, path)
             yield cast(BinaryIO, file), encoding, head
     except UnicodeError as error:
         raise DataError(f"cannot read {path} as {encoding} ({error}): give another --encoding") from None
@@ -270,6 +271,15 @@ def _check_is_text(path: Path, begin: bytes) -> None:
             raise DataError(f"{path} is {what}, not text: {remedy}")
 
 
-def _check_nul(text: str, where: str) -> None:
-    if "\0" in text:
-        raise DataError(f"{where} has NUL bytes: it is no text, or UTF-16 without a mark: give --encoding utf-16-le")
+def _check_nul(text: str, path: Path, first: int = 1) -> None:
+    """Raises DataError for NUL bytes. `first`: the number of the first line."""
+    count = text.count("\0")
+    if count * _UTF16_NULS > len(text):
+        raise DataError(f"{path} has NUL bytes: it is no text, or UTF-16 without a mark: give --encoding utf-16-le")
+    if count:
+        before = text[: text.index("\0")]
+        place = f"{path}:{first + before.count(chr(10))}"
+        raise DataError(
+            f"{place} has a NUL byte as character {len(before) - before.rfind(chr(10))}, which no text has: remove it "
+            "(tr -d '\\0'), or leave the file out"
+        )

@@ -34,10 +34,14 @@ _MEND = "mend it, or get the file anew"
 
 
 class Vectors(NamedTuple):
-    """Words and their vectors (N, C) float32, in the order of a file or of the tokens of a model."""
+    """Words and their vectors (N, C) float32, in the order of a file or of the tokens of a model.
+
+    `repeated`: words that the file has again, of which the first one counts.
+    """
 
     words: list[str]
     rows: np.ndarray
+    repeated: int = 0
 
 
 class Record(NamedTuple):
@@ -52,11 +56,15 @@ class Record(NamedTuple):
 
 
 def read(path: Path, most: int = 0) -> Vectors:
-    """The first `most` words, 0: all. Raises DataError: one line that names place, value and remedy."""
+    """The first `most` words, 0: all; of a word that comes again the first vector.
+
+    Raises DataError: one line that names place, value and remedy.
+    """
     words: list[str] = []
     pieces: list[np.ndarray] = []
     piece: list[np.ndarray] = []
-    for record in records(path):
+    file = Records(path)
+    for record in file:
         words.append(record.word)
         piece.append(record.row)
         if len(piece) == _PIECE_ROWS:
@@ -64,32 +72,46 @@ def read(path: Path, most: int = 0) -> Vectors:
             piece = []
         if len(words) == most:
             break
-    return Vectors(words, np.concatenate([*pieces, *([np.stack(piece)] if piece else [])]))
+    return Vectors(words, np.concatenate([*pieces, *([np.stack(piece)] if piece else [])]), file.repeated)
 
 
-def records(path: Path) -> Iterator[Record]:
-    """One word after the other, at least one. Raises DataError, for a word that comes twice too."""
-    seen: dict[bytes, str] = {}
-    with Content(path).binary() as file:
-        for where, name, row in _parsed(path, file):
-            if name in seen:
-                raise DataError(f"{where} has the word {_shown(name)} again, first in {seen[name]}: leave one out")
-            if len(seen) == MOST_WORDS:
-                raise DataError(f"{where} is word {MOST_WORDS + 1:,}, {MOST_WORDS:,} are the most: cut the file")
-            seen[name] = where.removeprefix(f"{path}:")
-            try:
-                word = name.decode()
-            except UnicodeDecodeError:
-                raise DataError(
-                    f"{where} has the word {_shown(name)}, which is not UTF-8: convert the file (iconv -t UTF-8), or "
-                    "leave the word out"
-                ) from None
-            if not np.isfinite(row).all():
-                value = row[~np.isfinite(row)][0]
-                raise DataError(f"{where} has {value} in the vector of {word[:80]!r}, not a number: leave the word out")
-            yield Record(where, word, row)
-    if not seen:
-        raise DataError(f"{path} has no word: give a file of word vectors (word2vec, GloVe, fastText .vec)")
+class Records:
+    """The words of a file, one after the other, at least one; `repeated`: so many came again and were left out so far.
+
+    Raises DataError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.repeated = path, 0
+
+    def __iter__(self) -> Iterator[Record]:
+        path, seen = self.path, set[bytes]()
+        self.repeated = 0
+        with Content(path).binary() as file:
+            for where, name, row in _parsed(path, file):
+                if name in seen:
+                    self.repeated += 1
+                    continue
+                if len(seen) == MOST_WORDS:
+                    raise DataError(f"{where} is word {MOST_WORDS + 1:,}, {MOST_WORDS:,} are the most: cut the file")
+                seen.add(name)
+                yield _record(where, name, row)
+        if not seen:
+            raise DataError(f"{path} has no word: give a file of word vectors (word2vec, GloVe, fastText .vec)")
+
+
+def _record(where: str, name: bytes, row: np.ndarray) -> Record:
+    try:
+        word = name.decode()
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{where} has the word {_shown(name)}, which is not UTF-8: convert the file (iconv -t UTF-8), or "
+            "leave the word out"
+        ) from None
+    if not np.isfinite(row).all():
+        value = row[~np.isfinite(row)][0]
+        raise DataError(f"{where} has {value} in the vector of {word[:80]!r}, not a number: leave the word out")
+    return Record(where, word, row)
 
 
 _Raw = Iterator[tuple[str, bytes, np.ndarray]]
@@ -270,14 +292,19 @@ def tokens_by_word(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 class Known(NamedTuple):
-    """Tokens whose word a file of vectors has: `ids` (n,) ascending, `rows` (n, C) float32, out of `tokens`."""
+    """Tokens whose word a file of vectors has: `ids` (n,) ascending, `rows` (n, C) float32, out of `tokens`.
+
+    `repeated`: words that the file has again, of which the first one counts.
+    """
 
     ids: np.ndarray
     rows: np.ndarray
     tokens: int
+    repeated: int = 0
 
     def __str__(self) -> str:
-        return f"vectors of {len(self.ids):,} of {self.tokens:,} tokens"
+        again = f" (the first of each word: {self.repeated:,} come again)" if self.repeated else ""
+        return f"vectors of {len(self.ids):,} of {self.tokens:,} tokens{again}"
 
     def root_mean_square(self) -> float:
         """Of all numbers: their sum is exact before it is rounded, so that every machine finds the same."""
@@ -293,7 +320,7 @@ class Known(NamedTuple):
 def known(path: Path, tokenizer: Tokenizer) -> Known:
     """The vectors that a file has for the tokens of a tokenizer: of the bare word as it is, else in small letters.
 
-    Raises DataError as `records` does, and where no token is known.
+    Raises DataError as `Records` does, and where no token is known.
     """
     exact: dict[str, list[int]] = {}
     small: dict[str, list[int]] = {}
@@ -304,7 +331,8 @@ def known(path: Path, tokenizer: Tokenizer) -> Known:
                 small.setdefault(word.lower(), []).append(number)
     rows: dict[int, np.ndarray] = {}
     second: dict[int, np.ndarray] = {}
-    for record in records(path):
+    file = Records(path)
+    for record in file:
         rows |= dict.fromkeys(exact.get(record.word, ()), record.row)
         second |= dict.fromkeys(small.get(record.word, ()), record.row)
     found = second | rows
@@ -314,7 +342,7 @@ def known(path: Path, tokenizer: Tokenizer) -> Known:
             "language, or a tokenizer of whole words (prepare --tokenizer words)"
         )
     ids = sorted(found)
-    return Known(np.array(ids), np.stack([found[number] for number in ids]), tokenizer.vocab_size)
+    return Known(np.array(ids), np.stack([found[number] for number in ids]), tokenizer.vocab_size, file.repeated)
 
 
 def initial(path: Path, found: Known, source: Source, table: str) -> Source:

@@ -91,17 +91,22 @@ class TokenEmbedding:
         if self.norm is not None:
             dx = self.norm.backward(dx, s_norm, ctx)
         dx = ctx.entered(dx, "the gradient of the embedding")
+        if not self.tokens.frozen:
+            self._add_tokens(flat(dx), ids.reshape(-1), ctx)
+        return dx
+
+    def _add_tokens(self, rows: Any, ids: Any, ctx: Context) -> None:
+        """The gradient of the table. Shapes: (N, C), (N,)."""
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0
-        rows, ids = self._shown(flat(dx), ids.reshape(-1), ctx)
+        rows, ids = self._shown(rows, ids, ctx)
         if ctx.tp.size > 1:
             here, local = self._mine(ids, ctx)
             rows, ids = rows[here], local[here]
         embedding.backward(rows, ids, tokens if summed is None else summed)
         if summed is not None and ctx.closes:
             tokens += summed
-        return dx
 
 
 class Embedding(TokenEmbedding):
@@ -182,6 +187,8 @@ class EncoderEmbedding(TokenEmbedding):
         return dx
 
     def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
+        if table.frozen:
+            return
         gradient = ctx.grad(table)
         if not ctx.accumulate:
             gradient[...] = 0.0

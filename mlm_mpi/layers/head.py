@@ -46,8 +46,8 @@ class TokenHead:
         n = ctx.entered(n, "the head's inputs")
         both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
         ctx.tally["loss"], dn = both(
-            flat(n), self.table.data, *self._wanted(ctx), ctx.grad(self.table), ctx.accumulate,
-            self.table.layout.shares, ctx.pieces(n), self.cap,
+            flat(n), self.table.data, *self._wanted(ctx), None if self.table.frozen else ctx.grad(self.table),
+            ctx.accumulate, self.table.layout.shares, ctx.pieces(n), self.cap,
         )  # fmt: skip
         dn = ctx.left(dn.reshape(n.shape), "the gradient of the head's inputs")
         return (put_back(self.norm.backward(dn, s_norm, ctx), saved, cut),)
@@ -110,18 +110,19 @@ class VocabularyParallel:
         return crossentropy.summed(losses, pieces)
 
     def loss_and_grad(
-        self, x: Array, w: Array, targets: Array, mask: Array | None, dw: Array, accumulate: bool, shares: int,
+        self, x: Array, w: Array, targets: Array, mask: Array | None, dw: Array | None, accumulate: bool, shares: int,
         pieces: int, cap: float,
     ) -> tuple[Array, Array]:  # fmt: skip
         """As `crossentropy.loss_and_grad`, w and dw (V / ranks, C); of dx my part of the sum over ranks."""
         losses, dx, parts = np.empty(x.shape[0]), np.empty_like(x), crossentropy.chunks(x, mask)
         several = len(parts) > 1
-        whole = np.empty_like(dw) if accumulate and several else dw
+        whole = np.empty_like(dw) if accumulate and several and dw is not None else dw
         for part, some in parts:
             losses[part], gradient = self._rows(x[part], w, targets[part], some, shares, cap, gradient=True)
             matmul.add(gradient, w, dx[part], False, shares // self.tp.size)
-            matmul.add(gradient.T, x[part], whole, part.start > 0 or (accumulate and not several))
-        if whole is not dw:
+            if whole is not None:
+                matmul.add(gradient.T, x[part], whole, part.start > 0 or (accumulate and not several))
+        if dw is not None and whole is not dw:
             dw += whole
         return crossentropy.summed(losses, pieces), dx
 

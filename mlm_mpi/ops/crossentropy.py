@@ -158,17 +158,19 @@ def loss_and_grad(
 ) -> tuple[Any, Any]:  # fmt: skip
     """(summed loss as in `loss`, dx); writes dw, or adds the whole of it. Shapes: as `loss`; dx (N, C).
 
-    Cost: 6·N·C·V flops; with `accumulate` and more than one chunk, memory for one more dw.
+    `dw`: None for a w that is not trained. Cost: 6·N·C·V flops, 4·N·C·V without dw; with `accumulate` and more than one
+    chunk, memory for one more dw.
     """
     xp = module_of(x)
     losses, dx, parts = xp.empty(x.shape[0]), xp.empty_like(x), chunks(x, mask)
     several = len(parts) > 1
-    whole = xp.empty_like(dw) if accumulate and several else dw
+    whole = xp.empty_like(dw) if accumulate and several and dw is not None else dw
     for part, some in parts:
         logits = logits_of(x[part], w)  # (R, V)
         losses[part] = rows(logits, targets[part], some, True, shares, cap)
         matmul.add(logits, w, dx[part], False, shares)
-        matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
+        if whole is not None:
+            matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))
         del logits  # its memory is the next chunk's
     if whole is not dw:
         dw += whole

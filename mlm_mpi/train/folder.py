@@ -36,8 +36,9 @@ _NOBODYS = re.compile(r"\..*|.+\.(log|out|err)", re.DOTALL)  # hidden, or of a j
 class RunFolder:
     """A folder held by one live run: the lock ends with the process that holds it, however it ends."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, named_by: str = "--run") -> None:
+        """`named_by`: the option that gave the folder."""
+        self.path, self.named_by = path, named_by
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.ledger = path / "ledger.jsonl"
@@ -60,13 +61,13 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
         except HeldError as holder:
             raise ConfigError(
-                f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another --run"
+                f"{self.path} is in use by a live run ({holder}): wait for it, stop it, or give another {self.named_by}"
             ) from None
         except OSError as error:
             self._remove(made)
             raise ConfigError(
                 f"cannot use {self.path} as run folder: {error.strerror}: "
-                "give another --run, on a file system with space and locks (flock)"
+                f"give another {self.named_by}, on a file system with space and locks (flock)"
             ) from None
 
     def take_over(self) -> None:
@@ -89,7 +90,7 @@ class RunFolder:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ConfigError(
                 f"{self.path} holds {', '.join(found[:3])}{more}, which no run of mlm-mpi wrote: "
-                "give another --run, or move them"
+                f"give another {self.named_by}, or move them"
             )
 
     def _remove(self, made: list[Path]) -> None:

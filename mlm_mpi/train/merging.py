@@ -26,7 +26,7 @@ def merged(run: str | Path, out: Path, plugins: Plugins) -> tuple[Path, str]:
     trained = load(run, plugins, "cpu")
     if not trained.config.start.lora_rank:
         raise ConfigError(f"{trained.checkpoint} has no adapters (start.lora_rank = 0): there is nothing to merge")
-    folder = RunFolder(out)
+    folder = RunFolder(out, "--out")
     if checkpoint.published(folder.checkpoints):
         raise ConfigError(f"{out} holds a run already: give another --out")
     folder.acquire()
