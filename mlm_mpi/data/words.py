@@ -112,6 +112,8 @@ class _Growing:
 
     def add(self, place: str, word: str, label: str | None) -> None:
         """`label`: None where none is read."""
+        if not self._words:
+            self.place = place
         cleaned = clean(word)
         text = _BLANKS.sub(" ", cleaned.text).strip()
         self._replaced, self._controls = self._replaced + cleaned.replaced, self._controls + cleaned.controls
