@@ -27,7 +27,8 @@ LARGEST_TEXT_BYTES = 1 << 30
 LONGEST_LINE = 1 << 28  # characters of a JSON line
 _HEAD_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
-_UTF16_NULS = 8  # of so many characters UTF-16 read as bytes has one that is NUL, wherever ASCII is an eighth of a text
+# UTF-16 taken for another encoding has NUL as one of so many characters, or, of few ASCII ones, what is not of it
+_UTF16_NULS, _INVALID = 8, "\udfff"
 _ZSTD_BYTES = 1 << 10  # a kibibyte of zstd can grow to 32 MiB
 
 _TO_TEXT = "convert it to text, or leave it out by a glob such as 'folder/*.txt'"
@@ -274,7 +275,7 @@ def _check_is_text(path: Path, begin: bytes) -> None:
 def _check_nul(text: str, path: Path, first: int = 1) -> None:
     """Raises DataError for NUL bytes. `first`: the number of the first line."""
     count = text.count("\0")
-    if count * _UTF16_NULS > len(text):
+    if count * _UTF16_NULS > len(text) or (count and _INVALID in text):
         raise DataError(f"{path} has NUL bytes: it is no text, or UTF-16 without a mark: give --encoding utf-16-le")
     if count:
         before = text[: text.index("\0")]

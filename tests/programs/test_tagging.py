@@ -90,6 +90,12 @@ def test_figures_and_predictions_are_one_on_any_number_of_ranks(names: Place) ->
         assert alone.code == 0 and names.program("run", "-n", "3", "--", *words).out == alone.out
 
 
+def test_steps_count_the_tokens_of_sentences(names: Place, say, monkeypatch) -> None:
+    monkeypatch.chdir(names.folder)
+    last = json.loads((names.folder / "tags" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens"] == round(30 * 18 * 1413 / 187), "not as if each filled the context"
+
+
 def test_one_hash_on_three_ranks(names: Place) -> None:
     assert names.program("run", "-n", "3", "--", *FIRST, "tags-three").weights == names.weights
 

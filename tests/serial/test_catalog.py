@@ -70,7 +70,7 @@ def test_catalog_of_another_tokenizer(corpus):
 
 def test_cheap_check_and_unknown_split(corpus):
     catalog = Catalog.open(corpus)
-    _refused(lambda: catalog.split("test"), "no split 'test'", "train, heldout")
+    _refused(lambda: catalog.split("test"), "no split 'test'", "train and heldout", "--split")
     path = corpus / catalog.split("heldout")[0].entry.file
     path.write_bytes(path.read_bytes()[:-1])
     _refused(catalog.check_files, str(path), "the catalog says")

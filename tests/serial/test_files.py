@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_mpi.files import HeldError, Lock, cannot_write, open_regular, publish, read_whole
+from mlm_mpi.files import HeldError, Lock, cannot_write, open_regular, publish, publishing, read_whole
 
 
 def refuse(path, text, **more):
@@ -87,6 +87,23 @@ lock = Lock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("knows_nameless", [True, False])
+def test_a_file_without_a_name_appears_whole(tmp_path, monkeypatch, knows_nameless):
+    if not knows_nameless:  # as NFS
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    path = tmp_path / "some"
+    path.write_text("before")
+    with publishing(path, 0, nameless=True) as descriptor:
+        os.write(descriptor, b"after")
+        assert path.read_text() == "before"
+        if knows_nameless:
+            assert [one.name for one in tmp_path.iterdir()] == ["some"], "a kill leaves nothing"
+    assert path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(KeyboardInterrupt), publishing(path, 0, nameless=True):
+        raise KeyboardInterrupt
+    assert path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):

@@ -36,6 +36,12 @@ def test_a_folder_with_files_that_no_run_wrote_is_refused_and_left_alone(tmp_pat
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "precious"}
 
 
+def test_who_names_a_folder_by_another_option_is_told_of_that(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="mine.txt, which no run of mlm-mpi wrote: give another --out, or move them"):
+        RunFolder(tmp_path, "--out").acquire()
+
+
 def test_a_folder_with_the_log_of_a_job_may_hold_a_run(tmp_path):
     (tmp_path / "job-17.log").write_text("of Slurm")
     (tmp_path / ".gitignore").touch()

@@ -112,6 +112,18 @@ def test_json_lines_with_numbers_and_null(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_field_that_the_first_thousand_lines_lack_is_refused_before_a_row_is_given(tmp_path: Path) -> None:
+    path, early, late = tmp_path / "a.jsonl", 998, 1000
+    for place, is_read in ((early, True), (late, False)):
+        lines = [{"text": "a"}] * place + [{"text": "b", "pair": "c"}] + [{"text": "d"}] * 500
+        path.write_text("\n".join(map(json.dumps, lines)))
+        found = rows.read(path, Columns("text", "pair"))
+        if is_read:
+            assert len(list(found)) == 1499
+        else:
+            refused(lambda some=found: next(some), "no column 'pair'", "it has 'text'", "--pair")
+
+
 def test_rows_to_be_labelled_need_no_label(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [("1", " b\r\n"), ("2", "")], ("id", "text"))
     assert read(path, "text") == [("a.csv:2", "b", "", None), ("a.csv:4", "", "", None)]
@@ -128,7 +140,7 @@ BAD_TABLES = {
     "empty": ("x.csv", b"", ("x.csv has no rows",)),
     "header alone": ("x.tsv", b"text\tlabel\n", ("x.tsv has no rows",)),
     "no table": ("x.md", b"text,label\n", ("x.md is no table by its name", ".jsonl")),
-    "NUL": ("x.csv", b"text,label\na\0,b\n", ("NUL bytes", "x.csv")),
+    "NUL": ("x.csv", b"text,label\na\0,b\n", ("x.csv:2 has a NUL byte as character 2", "remove it")),
     "Latin-1": ("x.csv", "text,label\nblé très âgé,b\n".encode("latin-1"), ("not in the encoding", "--encoding")),
     "label in Latin-1": ("x.csv", "text,label\na,âgé\n".encode("latin-1"), ("x.csv:2", "label", "--encoding")),
     "long label": ("x.csv", b"text,label\na," + b"b" * 201 + b"\n", ("x.csv:2 has a label of 201", "at most 200")),

@@ -11,6 +11,7 @@ from mlm_mpi.generation import Sampling, choose, continue_prompt
 from mlm_mpi.models.gpt import Settings
 from mlm_mpi.tasks.language_model import quality
 from mlm_mpi.train.measure import Sums
+from mlm_mpi.train.task import plain_lines
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
 
@@ -84,3 +85,9 @@ def test_cached_and_uncached_continuations_agree_beyond_the_context():
 
 def test_bits_per_character_compare_across_tokenizers():
     assert quality(Sums(300 * np.log(2.0), 300), 100)["bits_per_character"] == pytest.approx(3.0)
+
+
+def test_figures_of_any_task_stand_in_one_column() -> None:
+    numbers = {"tokens": 7, "loss": 1.0, "hidden_perplexity": 2.5, "nats of a guess": 3.0}
+    lines = plain_lines(numbers, "checkpoint of step 1", ["hidden_perplexity", "nats of a guess"])
+    assert lines[2:] == ["hidden perplexity   2.5", "nats of a guess     3"] and lines[1].index("1.0000") == 20

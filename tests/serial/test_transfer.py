@@ -20,7 +20,7 @@ from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.chain import Chain
 from mlm_mpi.models import gpt, llama
 from mlm_mpi.params.sources import Arrays, Drawn, Over
-from mlm_mpi.params.store import FlatStore
+from mlm_mpi.params.store import Apart, FlatStore
 from mlm_mpi.plug import Plugins
 from mlm_mpi.tasks import language_model
 from mlm_mpi.train import Eval, Start
@@ -111,6 +111,21 @@ def test_what_is_left_has_the_gradients_that_it_has_in_the_whole_model(frozen, f
         for span in some.store.spans:
             assert same_bits(some[span.parameter], wanted[span.parameter.name])
     assert ready == [3, 2, 1, 0] * 4, "buckets of empty blocks leave too"
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_nothing_is_computed_for_a_frozen_table(monkeypatch, halves):
+    asked: list[str] = []
+    missing = Apart.__missing__
+    monkeypatch.setattr(Apart, "__missing__", lambda self, p: asked.append(p.name) or missing(self, p))
+    whole, (ids, targets) = Whole(GPT, VOCABULARY, "f4"), text()
+    freeze(whole.chain.parts, Start(freeze=("embed.tokens",)), None)
+    whole.chain = Chain(whole.chain.parts)
+    whole.store = FlatStore(whole.chain.parameter_blocks(), Mesh(), "f4")
+    whole.store.initialise(1)
+    whole.gradient = whole.store.new_buffer()
+    whole.loss_and_grad(ids, targets, None, Context(), halves=halves)
+    assert "embed.tokens" not in asked
 
 
 def test_a_step_leaves_frozen_weights_alone_and_holds_no_moments_of_them():
