@@ -87,12 +87,13 @@ def lines(numbers: dict[str, Any], of: str, unit: str = "texts") -> list[str]:
         )
     if "majority_accuracy" in n:
         told.append(f"majority            {n['majority_accuracy']:.4f} accuracy, always the most frequent label")
-        linear = n.get("linear_accuracy")
-        told.append(
-            "TF-IDF + logistic   needs scikit-learn: pip install 'mlm-mpi[examples]'"
-            if linear is None
-            else f"TF-IDF + logistic   {linear:.4f} accuracy, {n['linear_macro_f1']:.4f} F1"
-        )
+        if n.get("linear_accuracy") is None:
+            told.append("TF-IDF + logistic   needs scikit-learn: pip install 'mlm-mpi[examples]'")
+        else:
+            told += [
+                f"TF-IDF + logistic   {n[f'{name}_accuracy']:.4f} accuracy, {n[f'{name}_macro_f1']:.4f} F1, of {what}"
+                for name, what in (("linear", "words"), ("characters", "1 to 4 characters"))
+            ]
     return told
 
 

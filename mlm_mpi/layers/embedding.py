@@ -1,5 +1,6 @@
 """Token and position embeddings."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mlm_mpi import order
@@ -20,6 +21,30 @@ def token_table(
     """A row of C numbers for each token. `tied`: of embedding and head; `shares`: at most, of sums over tokens."""
     layout = Layout((vocabulary, width), ("tp", None), shares=order.shares(vocabulary, shares))
     return Parameter(name, layout, init, decay=True, tied=tied)
+
+
+def _looked_up(table: Parameter, ids: Any, ctx: Context) -> Any:
+    """Its rows (B, T, C). One rank of tp has a row, the others -0, which changes nothing that is added to it."""
+    if ctx.tp.size == 1:
+        return embedding.forward(ids, table.data)
+    here, local = _here(table, ids, ctx)
+    y = embedding.forward(module_of(ids).where(here, local, 0), table.data)
+    y[~here] = -0.0
+    return ctx.left(y, "the embedding of tokens")
+
+
+def _here(table: Parameter, ids: Any, ctx: Context) -> tuple[Any, Any]:
+    """(which ids lie in my part of a table, and where there)."""
+    box = table.layout.box(ctx.mesh)
+    return (ids >= box.starts[0]) & (ids < box.stops[0]), ids - box.starts[0]
+
+
+def _mine(table: Parameter, rows: Any, ids: Any, ctx: Context) -> tuple[Any, Any]:
+    """Gradients whose ids lie in my part of a table, and where they lie there. Shapes: (N, C), (N,) -> the same."""
+    if ctx.tp.size == 1:
+        return rows, ids
+    here, local = _here(table, ids, ctx)
+    return rows[here], local[here]
 
 
 class TokenEmbedding:
@@ -47,25 +72,11 @@ class TokenEmbedding:
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         assert ctx.batch is not None, "the first part reads its ids from the context"
         ids = ctx.batch.inputs["ids"]
-        y, s_norm = self._placed(self._looked_up(ids, ctx), ctx), None
+        y, s_norm = self._placed(_looked_up(self.tokens, ids, ctx), ctx), None
         if self.norm is not None:
             y, s_norm = self.norm.forward(y, ctx)
         y, factors = self.drop.forward(y, ctx)
         return (y,), (ids, s_norm, factors)
-
-    def _looked_up(self, ids: Any, ctx: Context) -> Any:
-        """Rows of the table (B, T, C). One rank has a row, the others -0, which changes nothing that is added to it."""
-        if ctx.tp.size == 1:
-            return embedding.forward(ids, self.tokens.data)
-        here, local = self._mine(ids, ctx)
-        y = embedding.forward(module_of(ids).where(here, local, 0), self.tokens.data)
-        y[~here] = -0.0
-        return ctx.left(y, "the embedding of tokens")
-
-    def _mine(self, ids: Any, ctx: Context) -> tuple[Any, Any]:
-        """(which ids lie in my part of the table, and where there)."""
-        first, stop = self.tokens.layout.box(ctx.mesh).starts[0], self.tokens.layout.box(ctx.mesh).stops[0]
-        return (ids >= first) & (ids < stop), ids - first
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         """What the model adds for positions: nothing. Shapes: (B, T, C) -> the same, may be y itself."""
@@ -100,10 +111,7 @@ class TokenEmbedding:
         tokens, summed = ctx.grad(self.tokens), ctx.lane.get(self.tokens)
         if not self.tokens.tied and not ctx.accumulate:
             tokens[...] = 0.0
-        rows, ids = self._shown(rows, ids, ctx)
-        if ctx.tp.size > 1:
-            here, local = self._mine(ids, ctx)
-            rows, ids = rows[here], local[here]
+        rows, ids = _mine(self.tokens, *self._shown(rows, ids, ctx), ctx)
         embedding.backward(rows, ids, tokens if summed is None else summed)
         if summed is not None and ctx.closes:
             tokens += summed
@@ -144,20 +152,27 @@ class EncoderEmbedding(TokenEmbedding):
     The batch may also have, each (B, T): `segments` int32, by default 0; `places` int32, each position's in its text,
     by default its number in the row; `hidden` bool: there a vector of its own stands in the token's place, which is the
     row of BERT's [MASK], so that any tokenizer will do.
-    Source: Devlin et al., arXiv:1810.04805.
+
+    To each position is added a vector for the 2, … `ngrams` tokens that end there, a row of a table of `buckets` that a
+    hash of them names. A hidden token is hidden there too, and no n-gram reaches into another text.
+    Sources: Devlin et al., arXiv:1810.04805; n-grams: Bojanowski et al., arXiv:1607.04606, and before a transformer
+    Pagnoni et al., arXiv:2412.09871, section 3.2.1.
     """
 
     def __init__(
         self, name: str, vocabulary: int, context: int, segments: int, width: int, std: float, dropout: float,
-        norm: LayerNorm, shares: int = order.MOST,
+        norm: LayerNorm, shares: int = order.MOST, ngrams: int = 1, buckets: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm)
         self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
         self.segments = Parameter(f"{name}.segments", Layout((segments, width)), std)
         self.hidden = Parameter(f"{name}.hidden", Layout((1, width)), std)
+        self.vocabulary, self.sizes = vocabulary, range(2, ngrams + 1)
+        self.ngrams = token_table(f"{name}.ngrams", buckets, width, "zeros", False, shares) if self.sizes else None
 
     def parameters(self) -> list[Parameter]:
-        return [*super().parameters(), self.positions, self.segments, self.hidden]
+        ngrams = [] if self.ngrams is None else [self.ngrams]
+        return [*super().parameters(), self.positions, self.segments, self.hidden, *ngrams]
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         assert ctx.batch is not None
@@ -167,7 +182,25 @@ class EncoderEmbedding(TokenEmbedding):
         places, segments = (ctx.positions(array) for array in _whereabouts(ctx.batch))
         y += embedding.forward(places, self.positions.data)
         y += embedding.forward(segments, self.segments.data)
+        if self.ngrams is not None:
+            for ids, reaches in self._buckets(ctx.batch, self.ngrams):
+                found = _looked_up(self.ngrams, ids, ctx)
+                y += found * ctx.positions(reaches)[:, :, None]
         return y
+
+    def _buckets(self, batch: Batch, table: Parameter) -> Iterator[tuple[Any, Any]]:
+        """For n-grams of each size: their rows of the table, (B, T) int32, and where a text has so many tokens, (B, T)
+        bool."""
+        ids, (places, _) = batch.inputs["ids"], _whereabouts(batch)
+        xp = module_of(ids)
+        read = xp.where(batch.inputs["hidden"], self.vocabulary, ids) if "hidden" in batch.inputs else ids
+        seen = read.astype(xp.uint32)
+        keys = _mixed(seen)
+        for size in self.sizes:
+            before = xp.zeros_like(seen)
+            before[:, size - 1 :] = seen[:, : seen.shape[1] - size + 1]
+            keys = _mixed(keys ^ before)
+            yield (keys % xp.uint32(table.layout.shape[0])).astype(xp.int32), places >= size - 1
 
     def _shown(self, rows: Any, ids: Any, ctx: Context) -> tuple[Any, Any]:
         assert ctx.batch is not None
@@ -184,7 +217,21 @@ class EncoderEmbedding(TokenEmbedding):
         self._add(self.segments, rows, segments.reshape(-1), ctx)
         some = rows[:0] if hidden is None else rows[hidden.reshape(-1)]
         self._add(self.hidden, some, module_of(places).zeros(len(some), places.dtype), ctx)
+        if self.ngrams is not None:
+            self._add_ngrams(self.ngrams, rows, ctx)
         return dx
+
+    def _add_ngrams(self, table: Parameter, rows: Any, ctx: Context) -> None:
+        assert ctx.batch is not None
+        if table.frozen:
+            return
+        gradient = ctx.grad(table)
+        if not ctx.accumulate:
+            gradient[...] = 0.0
+        for ids, reaches in self._buckets(ctx.batch, table):
+            whole = reaches.reshape(-1)
+            mine, local = _mine(table, rows[whole], ids.reshape(-1)[whole], ctx)
+            embedding.backward(mine, local, gradient)
 
     def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
         if table.frozen:
@@ -193,6 +240,14 @@ class EncoderEmbedding(TokenEmbedding):
         if not ctx.accumulate:
             gradient[...] = 0.0
         embedding.backward(rows, ids, gradient)
+
+
+def _mixed(keys: Any) -> Any:
+    """uint32 whose every bit depends on all bits of the one given: the end of MurmurHash3 (Appleby, 2011)."""
+    xp = module_of(keys)
+    keys = (keys ^ (keys >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
+    keys = (keys ^ (keys >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
+    return (keys ^ (keys >> xp.uint32(16))) + xp.uint32(1)  # a zero stays none
 
 
 def _whereabouts(batch: Batch) -> tuple[Any, Any]:

@@ -40,6 +40,21 @@ class Settings:
     segments: int = key(
         2, says="A token lies in one of this many segments, such as the two texts of a pair.", unit="segments", least=1
     )
+    ngrams: int = key(
+        1,
+        says="Each run of 2 up to this many tokens has a vector too, which is added where it ends; 1 means none. Of few "
+        "texts they teach words and endings sooner than attention does.",
+        unit="tokens",
+        least=1,
+        most=8,
+        remedy="longer runs are hardly ever seen twice",
+    )
+    ngram_buckets: int = key(
+        32768,
+        says="Runs of tokens share this many vectors, each taken by a hash of its tokens.",
+        unit="vectors",
+        least=1,
+    )
     norm: Literal["post", "pre"] = key(
         "post",
         says="Layers are normalised behind the sum with what went past them, as BERT's are, or, if pre, before; then "
@@ -93,8 +108,9 @@ def _embedding(settings: Settings, sizes: Sizes) -> EncoderEmbedding:
     s = settings
     norm = LayerNorm("embed.norm", s.width, s.norm_epsilon)
     return EncoderEmbedding(
-        "embed", sizes.vocabulary, s.context, s.segments, s.width, s.init_std, s.dropout, norm, sizes.shares
-    )
+        "embed", sizes.vocabulary, s.context, s.segments, s.width, s.init_std, s.dropout, norm, sizes.shares,
+        s.ngrams, s.ngram_buckets,
+    )  # fmt: skip
 
 
 def _block(name: str, settings: Settings, shares: int = order.MOST) -> Part:

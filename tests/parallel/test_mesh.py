@@ -129,7 +129,11 @@ def outcome(engine, results):
     return [[[r.loss, r.gradient_norm, r.targets, list(r.windows), r.ranks[0][0]] for r in results], weights]
 
 
-@pytest.mark.parametrize("words", [GPT, DECODER, UNTIED, LSTM, GRU], ids=["gpt", "decoder", "untied", "lstm", "gru"])
+@pytest.mark.parametrize(
+    "words",
+    [GPT, DECODER, UNTIED, LSTM, pytest.param(GRU, marks=pytest.mark.slow)],
+    ids=["gpt", "decoder", "untied", "lstm", "gru"],
+)
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
         if (words is GRU and group.size != 2) or (words in (UNTIED, LSTM) and group.size == 8):  # wide, or slow
@@ -299,7 +303,7 @@ def test_a_rank_sends_what_the_plain_scheme_sends(group, monkeypatch):
         sent.clear()
 
 
-@pytest.mark.parametrize("words", [GPT, DECODER], ids=["gpt", "decoder"])
+@pytest.mark.parametrize("words", [GPT, pytest.param(DECODER, marks=pytest.mark.slow)], ids=["gpt", "decoder"])
 def test_any_mesh_goes_on_from_what_another_has_saved(group, words, tmp_path_factory):
     """A step on one mesh, the last one on the next, weights and moments by way of a checkpoint."""
     if group.size > (4 if words is GPT else 3):

@@ -15,6 +15,8 @@ layers = 2
 width = 32
 heads = 2
 context = 24
+ngrams = 3
+ngram_buckets = 512
 norm = "pre"
 [task]
 kind = "classification"

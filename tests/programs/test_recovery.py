@@ -443,6 +443,7 @@ def test_what_stalls_on_two_ranks_ends_the_run(place):
     assert found.code == 2 and found.err.count(": killed, and the others go on\n") == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_is_shown_where_the_job_cannot_go_on(place):
     begin = time.monotonic()
     found = place.faulty(STALLS.format(how="spin", whose=OF_ONE), "run", 3, SHORTLY)
@@ -516,6 +517,7 @@ def test_a_rank_that_is_stopped_alone_on_its_node_is_killed_by_its_lookout(place
     assert re.search(r"lookouts +3 nodes watch each other", found.out)
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_alone_on_its_node_is_shown_by_its_lookout(place, home, straight):
     fault = ALONE + STALLS.format(how="spin", whose=OF_ONE)
     found = place.faulty(fault, "run", 3, *EVERY_TWO, SHORTLY, recovers=True)

@@ -19,6 +19,7 @@ def test_the_weights_and_losses_are_those_of_one_rank(place, home, straight, ran
     assert run.err == ""
 
 
+@pytest.mark.slow
 def test_an_allreduce_comes_close(place, home, straight):
     run = place.train("run", 3, "comm.reduction=allreduce")
     assert run.code == 0, run.err

@@ -70,6 +70,15 @@ def probabilities(whole: Driven, made: Batch) -> np.ndarray:
     return whole.tally(replace(made, targets={}))["probabilities"]
 
 
+def with_ngrams(task: str, buckets: int = 50, **more) -> Driven:
+    """A model whose vectors of two and of three tokens are not zero, as they would be at the start."""
+    whole = driven(replace(SMALL, ngrams=3, ngram_buckets=buckets), task, **more)
+    whole.store.initialise(1)
+    table = whole.store.named(whole.store.data)["embed.ngrams"]
+    table[...] = np.random.default_rng(5).standard_normal(table.shape) * 0.3
+    return whole
+
+
 def made_of(task: str, filled: int = 0) -> Batch:
     return masked_batch() if task == "masked" else texts_batch(filled)
 
@@ -164,9 +173,34 @@ def test_recomputing_repeating_and_halves_give_equal_bits(task: str) -> None:
     assert all(same_bits(a, b) and same_bits(a, c) for a, b, c in zip(*found, strict=True))
 
 
-def test_a_text_does_not_see_its_neighbours() -> None:
-    whole = driven(SMALL, "first")
-    whole.store.initialise(1)
+@pytest.mark.parametrize("task", ["masked", "mean"])
+def test_runs_of_tokens_have_every_gradient(task: str) -> None:
+    whole, made, ctx = with_ngrams(task), made_of(task, 3), Context(training=True)
+    whole.gradient = poisoned(whole.store.size)
+    whole.loss_and_grad(made, ctx)
+    for span in whole.store.spans:
+        p, kept = span.parameter, whole[span.parameter].copy()
+        directional(lambda: whole.training_loss(made, ctx), p.data, kept, tol=1e-6)
+
+
+def test_runs_of_tokens_are_told_apart_by_their_order() -> None:
+    """Without places, attention and other texts: what is left to tell "ab" from "ba" are the vectors of runs."""
+    whole = with_ngrams("mean", buckets=4096)
+    named = whole.store.named(whole.store.data)
+    named["embed.positions"][...] = 0.0
+    ids = np.array([[3, 4, 4, 3]], np.int32)
+    made = Batch(0, 0, {"ids": ids, "places": np.array([[0, 1, 0, 1]], np.int32)}, {}, 2, texts=(2, 4))
+    first, second = probabilities(whole, made)
+    assert np.abs(first - second).max() > 1e-3
+    named["embed.ngrams"][...] = 0.0
+    assert np.allclose(*probabilities(whole, made), atol=1e-12)
+
+
+@pytest.mark.parametrize("ngrams", [False, True])
+def test_a_text_does_not_see_its_neighbours(ngrams: bool) -> None:
+    whole = with_ngrams("first") if ngrams else driven(SMALL, "first")
+    if not ngrams:
+        whole.store.initialise(1)
     made = texts_batch()
     other = replace(made, inputs=made.inputs | {"ids": made.inputs["ids"].copy()})
     other.inputs["ids"][0, LENGTHS[0] :] += 1
@@ -174,9 +208,11 @@ def test_a_text_does_not_see_its_neighbours() -> None:
     assert same_bits(first[0], second[0]) and not same_bits(first[1], second[1])
 
 
-def test_hidden_tokens_are_not_read() -> None:
-    whole = driven(SMALL, "masked")
-    whole.store.initialise(1)
+@pytest.mark.parametrize("ngrams", [False, True])
+def test_hidden_tokens_are_not_read(ngrams: bool) -> None:
+    whole = with_ngrams("masked") if ngrams else driven(SMALL, "masked")
+    if not ngrams:
+        whole.store.initialise(1)
     made = masked_batch()
     other = replace(
         made, inputs=made.inputs | {"ids": np.where(made.inputs["hidden"], 7, made.inputs["ids"]).astype(np.int32)}

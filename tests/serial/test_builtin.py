@@ -78,6 +78,7 @@ def test_a_text_that_is_missing_is_counted(libraries):
     assert found.items() < builtin.documents(libraries[1]).items()
 
 
+@pytest.mark.slow
 def test_this_python_holds_every_listed_document():
     found = builtin.documents()
     assert [*sorted(found)] == [*range(builtin.count())]

@@ -197,6 +197,7 @@ def peak_mib(mode: str, folder: Path) -> float:
     return json.loads(done.stdout)["peak_kib"] / 1024
 
 
+@pytest.mark.slow
 def test_a_save_takes_no_more_memory_than_its_snapshot(tmp_path):
     steps = peak_mib("steps", tmp_path)
     assert peak_mib("background", tmp_path) <= steps + STATE_MIB + 32
