@@ -170,7 +170,7 @@ BAD_WORDS = {
     "field": (("x.csv", "--label", "l", "--field", "t"), "--field does not go with --label"),
     "cut": (("x.csv", "--label", "l", "--cut", "always"), "--cut does not go with --label"),
     "plugins": (("x.csv", "--label", "l", "--plugins", "p"), "--plugins does not go with --label"),
-    "pair alone": (("x.csv", "--pair", "p"), "--pair is for labelled texts: give --label COLUMN too"),
+    "pair alone": (("x.csv", "--pair", "p"), "--pair is for labelled texts: give --label COLUMN or --tags too"),
     "test alone": (("x.csv", "--test", 0.1), "--test is for labelled texts"),
     "no header alone": (("x.csv", "--no-header"), "--no-header is for labelled texts"),
     "a name without header": (("x.csv", "--label", "l", "--no-header", "--text", 1), "--label 'l' is no number"),
