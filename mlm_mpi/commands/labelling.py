@@ -46,7 +46,8 @@ def check(args: argparse.Namespace) -> None:
     if not is_asked(args):
         for option in ("text", "pair", "split", "test", "source", "no_header"):
             if getattr(args, option) not in (None, False):
-                raise ConfigError(f"--{option.replace('_', '-')} is for labelled texts: give --label COLUMN or --tags too")
+                name = option.replace("_", "-")
+                raise ConfigError(f"--{name} is for labelled texts: give --label COLUMN or --tags too")
         return
     asked = "--tags" if args.tags else "--label"
     if args.builtin:
