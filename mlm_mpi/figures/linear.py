@@ -1,4 +1,4 @@
-"""What simple methods reach on the same split: the most frequent label, linear classifiers of words and of characters."""
+"""What simple methods reach on the same split: the most frequent label; linear classifiers of words, of characters."""
 
 import importlib
 import math
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.figures import classes
-
 
 # name -> how a text is cut into what is counted
 _CUTS: dict[str, dict[str, Any]] = {"linear": {}, "characters": {"analyzer": "char", "ngram_range": (1, 4)}}

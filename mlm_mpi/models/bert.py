@@ -42,8 +42,8 @@ class Settings:
     )
     ngrams: int = key(
         1,
-        says="Each run of 2 up to this many tokens has a vector too, which is added where it ends; 1 means none. Of few "
-        "texts they teach words and endings sooner than attention does.",
+        says="Each run of 2 up to this many tokens has a vector too, which is added where it ends; 1 means none. They "
+        "teach words and endings of few texts sooner than attention does.",
         unit="tokens",
         least=1,
         most=8,
