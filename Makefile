@@ -82,7 +82,7 @@ train: $(VENV)/.installed $(CORPUS)/catalog.json  ## prepare the built-in corpus
 example-language-id: $(VENV)/.installed-examples  ## a classifier: which of twenty languages a message is in (examples/language-id)
 	@mkdir -p corpora
 	@$(BIN)/python examples/language-id/texts.py >corpora/language-id.tsv
-	@$(BIN)/mlm-mpi prepare corpora/language-id.tsv --out corpora/language-id --label language --source english
+	@$(BIN)/mlm-mpi prepare corpora/language-id.tsv --out corpora/language-id --tokenizer bytes --label language --source english
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/language-id/config.toml --run runs/language-id
 	@$(BIN)/mlm-mpi evaluate runs/language-id --split test --baselines --confusion runs/language-id/confusion.png
 
