@@ -1,5 +1,6 @@
 """Token and position embeddings."""
 
+from dataclasses import replace
 from typing import Any
 
 from mlm_mpi import order
@@ -34,10 +35,10 @@ class TokenEmbedding:
 
     def __init__(
         self, name: str, vocabulary: int, width: int, std: float, dropout: float, tied: bool = True,
-        shares: int = order.MOST, norm: RMSNorm | LayerNorm | None = None,
+        shares: int = order.MOST, norm: RMSNorm | LayerNorm | None = None, table: Parameter | None = None,
     ) -> None:  # fmt: skip
-        """`norm`: of what is looked up; None: there is none."""
-        self.tokens = token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
+        """`norm`: of what is looked up; None: there is none. `table`: another embedding's, which looks up first."""
+        self.tokens = table or token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
         self.norm = norm
         self.drop = Dropout(name, dropout)
 
@@ -133,12 +134,84 @@ class Embedding(TokenEmbedding):
         return dx
 
 
-class EncoderEmbedding(TokenEmbedding):
+class PlacedEmbedding(TokenEmbedding):
+    """Tokens and learned positions, of several texts in a row too. Shapes: the batch's ids (B, T) -> (B, T, C).
+
+    The batch may also have `places` (B, T) int32, each position's in its text; by default its number in the row.
+    """
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float,
+        shares: int = order.MOST, norm: LayerNorm | None = None, table: Parameter | None = None,
+    ) -> None:  # fmt: skip
+        """As of `TokenEmbedding`."""
+        super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm, table=table)
+        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+
+    def parameters(self) -> list[Parameter]:
+        return [*super().parameters(), self.positions]
+
+    def _placed(self, y: Any, ctx: Context) -> Any:
+        y += embedding.forward(ctx.positions(_places(ctx)), self.positions.data)
+        return y
+
+    def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        dx = super()._backward(dy, saved, ctx)
+        self._add(self.positions, flat(dx), _places(ctx).reshape(-1), ctx)
+        return dx
+
+    def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
+        gradient = ctx.grad(table)
+        if not ctx.accumulate:
+            gradient[...] = 0.0
+        embedding.backward(rows, ids, gradient)
+
+
+class PairEmbedding:
+    """What a decoder reads and what its encoder does, of one table, each with positions of its own.
+
+    Shapes: the batch's ids (B, T) and its source's (B, S) -> (B, T, C), (B, S, C). Both are looked up in front of the
+    encoder, so that the table lies at the two ends of the model, as any tied one. Where a cache has positions, its
+    source has been read, and is not again.
+    """
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
+    ) -> None:
+        """`context`: positions of either."""
+        sizes = vocabulary, context, width, std, dropout, shares
+        self.target = PlacedEmbedding(
+            f"{name}.target", *sizes, table=token_table(f"{name}.tokens", vocabulary, width, std, True, shares)
+        )
+        self.tokens = self.target.tokens
+        self.source = PlacedEmbedding(f"{name}.source", *sizes, table=self.tokens)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.tokens, self.target.positions, self.source.positions]
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        target, s_target = self.target.forward(x, ctx)
+        if ctx.cache is not None and ctx.cache.length:
+            return target, None
+        source, s_source = self.source.forward(x, ctx.of_source())
+        return (*target, *source), (s_target, s_source)
+
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        ctx.owe(lambda at: self._backward(dy, saved, at))
+        return ()
+
+    def _backward(self, dy: Flow, saved: Any, ctx: Context) -> None:
+        """The lane closes once, when both have added to the table."""
+        now = replace(ctx, later=None)
+        self.source.backward(dy[1:], saved[1], replace(now.of_source(), closes=False))
+        self.target.backward(dy[:1], saved[0], now)
+
+
+class EncoderEmbedding(PlacedEmbedding):
     """Tokens, positions and segments, normalised. Shapes: the batch's ids (B, T) -> (B, T, C).
 
-    The batch may also have, each (B, T): `segments` int32, by default 0; `places` int32, each position's in its text,
-    by default its number in the row; `hidden` bool: there a vector of its own stands in the token's place, which is the
-    row of BERT's [MASK], so that any tokenizer will do.
+    The batch may also have, each (B, T): `places`; `segments` int32, by default 0; `hidden` bool: there a vector of its
+    own stands in the token's place, which is the row of BERT's [MASK], so that any tokenizer will do.
     Source: Devlin et al., arXiv:1810.04805.
     """
 
@@ -146,22 +219,19 @@ class EncoderEmbedding(TokenEmbedding):
         self, name: str, vocabulary: int, context: int, segments: int, width: int, std: float, dropout: float,
         norm: LayerNorm, shares: int = order.MOST,
     ) -> None:  # fmt: skip
-        super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm)
-        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+        super().__init__(name, vocabulary, context, width, std, dropout, shares, norm)
         self.segments = Parameter(f"{name}.segments", Layout((segments, width)), std)
         self.hidden = Parameter(f"{name}.hidden", Layout((1, width)), std)
 
     def parameters(self) -> list[Parameter]:
-        return [*super().parameters(), self.positions, self.segments, self.hidden]
+        return [*super().parameters(), self.segments, self.hidden]
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         assert ctx.batch is not None
-        inputs = ctx.batch.inputs
-        if "hidden" in inputs:
-            y[ctx.positions(inputs["hidden"])] = self.hidden.data[0]
-        places, segments = (ctx.positions(array) for array in _whereabouts(ctx.batch))
-        y += embedding.forward(places, self.positions.data)
-        y += embedding.forward(segments, self.segments.data)
+        if "hidden" in ctx.batch.inputs:
+            y[ctx.positions(ctx.batch.inputs["hidden"])] = self.hidden.data[0]
+        y = super()._placed(y, ctx)
+        y += embedding.forward(ctx.positions(_segments(ctx.batch)), self.segments.data)
         return y
 
     def _shown(self, rows: Any, ids: Any, ctx: Context) -> tuple[Any, Any]:
@@ -174,25 +244,24 @@ class EncoderEmbedding(TokenEmbedding):
     def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         assert ctx.batch is not None
         dx = super()._backward(dy, saved, ctx)
-        rows, (places, segments), hidden = flat(dx), _whereabouts(ctx.batch), ctx.batch.inputs.get("hidden")
-        self._add(self.positions, rows, places.reshape(-1), ctx)
+        rows, segments, hidden = flat(dx), _segments(ctx.batch), ctx.batch.inputs.get("hidden")
         self._add(self.segments, rows, segments.reshape(-1), ctx)
         some = rows[:0] if hidden is None else rows[hidden.reshape(-1)]
-        self._add(self.hidden, some, module_of(places).zeros(len(some), places.dtype), ctx)
+        self._add(self.hidden, some, module_of(segments).zeros(len(some), segments.dtype), ctx)
         return dx
 
-    def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
-        gradient = ctx.grad(table)
-        if not ctx.accumulate:
-            gradient[...] = 0.0
-        embedding.backward(rows, ids, gradient)
+
+def _places(ctx: Context) -> Any:
+    """Of each position in its text, (B, T) int32, behind those that a cache has."""
+    assert ctx.batch is not None
+    ids, places = ctx.batch.inputs["ids"], ctx.batch.inputs.get("places")
+    if places is not None:
+        return places
+    xp, start = module_of(ids), ctx.cache.length if ctx.cache is not None else 0
+    return xp.zeros_like(ids) + xp.arange(start, start + ids.shape[1], dtype=ids.dtype)
 
 
-def _whereabouts(batch: Batch) -> tuple[Any, Any]:
-    """(places, segments) of a batch, (B, T) int32 each."""
-    ids, inputs = batch.inputs["ids"], batch.inputs
-    xp = module_of(ids)
-    places = inputs.get("places")
-    if places is None:
-        places = xp.zeros_like(ids) + xp.arange(ids.shape[1], dtype=ids.dtype)
-    return places, inputs["segments"] if "segments" in inputs else xp.zeros_like(ids)
+def _segments(batch: Batch) -> Any:
+    """Of each position, (B, T) int32."""
+    ids = batch.inputs["ids"]
+    return batch.inputs["segments"] if "segments" in batch.inputs else module_of(ids).zeros_like(ids)
