@@ -1,8 +1,10 @@
 """Labelled texts as `mlm-mpi prepare --label` has stored them: a folder, its catalog, and the examples of a split.
 
+Pairs of `--target` are stored likewise: they have no labels, and the second text of each is to be made of the first.
+
 /tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
                    pair, without an end of text
-/labels   (examples,)  smallest unsigned type that holds the number of labels
+/labels   (examples,)  smallest unsigned type that holds the number of labels; not of pairs without any
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
 """
 
@@ -38,15 +40,16 @@ from mlm_mpi.files import read_whole
 FORMAT = "labelled-1"
 MOST_LABELS = 65_535
 _PREPARE = "run mlm-mpi prepare FILES --label COLUMN"
+_PREPARE_PAIRS = "run mlm-mpi prepare FILES --text COLUMN --target COLUMN, or prepare --aligned SOURCE TARGET"
 _SECOND = np.dtype(np.uint32)
 
 
-@dataclass(frozen=True)
-class Cleaning:
+class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was found in the rows read.
 
     `unlabelled`: rows without a label. `duplicates`: equal in texts, label and side to an earlier row. `conflicts`:
     texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
+    `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
     """
 
     rows: int
@@ -58,6 +61,8 @@ class Cleaning:
     leaking_sources: int
     invalid_utf8: int
     control_characters: int
+    unpaired: int = 0
+    out_of_ratio: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Lengths:
 class Manifest:
     """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
 
-    `counts`: split -> its examples of each label; a split that does not exist is not there.
+    `counts`: split -> its examples of each label, or, where there is none, of them all; a split that does not exist is
+    not there.
     """
 
     format: str
@@ -92,7 +98,8 @@ class Manifest:
 
 
 class Example(NamedTuple):
-    """Token ids (tokens,) int32 without an end of text, where the second text begins (0: none), number of the label."""
+    """Token ids (tokens,) int32 without an end of text, where the second text begins (0: none), number of the label (0
+    where there is none)."""
 
     ids: np.ndarray
     second: int
@@ -102,15 +109,17 @@ class Example(NamedTuple):
 class Examples:
     """The examples of a split in memory: 20 bytes each and 1, 2 or 4 a token. Nothing changes them, so threads share.
 
-    `lengths`: (n,) int32, tokens of each; `targets`: (n,) int32, numbers of their labels.
+    `lengths`: (n,) int32, tokens of each; `targets`: (n,) int32, numbers of their labels; `seconds`: (n,) int32, where
+    their second texts begin.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray, seconds: np.ndarray) -> None:
         """Shapes: (tokens,), (n + 1,), (n,), (n,)."""
-        self._tokens, self._offsets, self._seconds = tokens, offsets.astype(np.int64), seconds.astype(_SECOND)
+        self._tokens, self._offsets = tokens, offsets.astype(np.int64)
         self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32)
         self.targets: np.ndarray = labels.astype(np.int32)
-        for array in (self.lengths, self.targets):
+        self.seconds: np.ndarray = seconds.astype(np.int32)
+        for array in (self.lengths, self.targets, self.seconds):
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -119,7 +128,7 @@ class Examples:
     def read(self, number: int) -> Example:
         """Example 0 … n − 1; its ids are the caller's own."""
         ids = self._tokens[self._offsets[number] : self._offsets[number + 1]].astype(np.int32)
-        return Example(ids, int(self._seconds[number]), int(self.targets[number]))
+        return Example(ids, int(self.seconds[number]), int(self.targets[number]))
 
 
 @dataclass(frozen=True)
@@ -131,18 +140,28 @@ class Labelled:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, named_by: str = "data.dir") -> "Labelled":
-        """`named_by`: the setting that gave the folder. Raises DataError: no catalog, malformed, or without labels."""
+    def open(cls, folder: str | Path, named_by: str = "data.dir", pairs: bool = False) -> "Labelled":
+        """`named_by`: the setting that gave the folder. `pairs`: those of --target are wanted, which have no labels.
+
+        Raises DataError: no catalog, malformed, or the other kind of texts.
+        """
         if not str(folder):  # as a path it would be the current folder
-            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare --label has written")
+            option = "--target" if pairs else "--label"
+            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi prepare {option} has written")
         path = Path(folder) / FILE_NAME
         try:
             content = read_whole(path, CATALOG_BYTES, path.parent)
         except OSError as error:
+            what = ("pairs of texts", _PREPARE_PAIRS) if pairs else ("labelled texts", _PREPARE)
             raise DataError(
-                f"no labelled texts at {folder}: cannot read {path} ({error.strerror}): {_PREPARE}, or set {named_by}"
+                f"no {what[0]} at {folder}: cannot read {path} ({error.strerror}): {what[1]}, or set {named_by}"
             ) from None
-        return cls(Path(folder), hashlib.sha256(content).hexdigest(), _decode(content, path, named_by))
+        manifest = _decode(content, path, named_by, pairs)
+        if pairs and manifest.labels:
+            raise DataError(f"{path} is of labelled texts, not of pairs: {_PREPARE_PAIRS}, or set {named_by}")
+        if not pairs and not manifest.labels:
+            raise DataError(f"{path} is of pairs of texts without labels: {_PREPARE}, or set {named_by}")
+        return cls(Path(folder), hashlib.sha256(content).hexdigest(), manifest)
 
     @property
     def content(self) -> str:
@@ -195,21 +214,24 @@ class Labelled:
         kinds = column_types(len(self.labels), self.has_pairs)
         reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, columns=kinds)
         try:
-            lengths, labels = np.diff(reader.offsets().astype(np.int64)), reader.column("labels")
+            lengths = np.diff(reader.offsets().astype(np.int64))
+            labels = reader.column("labels") if self.labels else np.zeros(entry.documents, np.uint8)
             seconds = reader.column("seconds") if self.has_pairs else np.zeros(entry.documents, _SECOND)
             tokens = reader.read(0, entry.tokens)
         finally:
             reader.close()
-        if labels.max() >= len(self.labels):
+        if labels.max() >= max(1, len(self.labels)):
             raise DataError(f"shard {path} has label {labels.max()} of {len(self.labels)}: {AGAIN}")
         if (seconds >= lengths).any():
             raise DataError(f"shard {path} has a second text that begins behind its example: {AGAIN}")
+        if not self.labels and (seconds == 0).any():
+            raise DataError(f"shard {path} has a text without a target: {AGAIN}")
         return tokens, lengths, labels, seconds
 
 
 def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
     """The columns of a shard beside its tokens. `labels`: how many there are."""
-    kinds: dict[str, np.dtype[Any]] = {"labels": np.min_scalar_type(labels - 1)}
+    kinds: dict[str, np.dtype[Any]] = {"labels": np.min_scalar_type(labels - 1)} if labels else {}
     return kinds | {"seconds": _SECOND} if has_pairs else kinds
 
 
@@ -227,15 +249,13 @@ def content_digest(tokenizer_hash: str, labels: tuple[str, ...], examples: Mappi
     return whole.hexdigest()
 
 
-def _decode(content: bytes, path: Path, named_by: str) -> Manifest:
+def _decode(content: bytes, path: Path, named_by: str, pairs: bool) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
         if found in (1, catalog.FORMAT):
-            raise DataError(
-                f"{path} is of a corpus without labels: prepare labelled texts with --label COLUMN, or give another "
-                f"{named_by}"
-            )
+            what = "targets: prepare pairs with --target" if pairs else "labels: prepare labelled texts with --label"
+            raise DataError(f"{path} is of a corpus without {what} COLUMN, or give another {named_by}")
         if found != FORMAT:
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
@@ -262,11 +282,12 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     if not all(math.isfinite(share) and 0 <= share < 1 for share in (manifest.heldout, manifest.test)):
         yield f"heldout {manifest.heldout}, test {manifest.test}"
     labels = manifest.labels
-    if not 2 <= len(labels) <= MOST_LABELS or len(set(labels)) != len(labels):
+    are_pairs = not labels and manifest.has_pairs
+    if not (are_pairs or 2 <= len(labels) <= MOST_LABELS) or len(set(labels)) != len(labels):
         yield f"{len(labels)} labels, {len(set(labels))} of them differ"
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
-    column_bytes = sum(kind.itemsize for kind in column_types(max(2, len(labels)), manifest.has_pairs).values())
+    column_bytes = sum(kind.itemsize for kind in column_types(len(labels), manifest.has_pairs).values())
     for entry in manifest.shards:
         most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes)
         yield from oddities_of(entry, SPLITS, most)
@@ -281,7 +302,8 @@ def _odd_counts(manifest: Manifest) -> Iterator[str]:
         stored[entry.split] = stored.get(entry.split, 0) + entry.documents
     for split, examples in stored.items():
         counts = manifest.counts.get(split, ())
-        if split not in SPLITS or len(counts) != len(manifest.labels) or min(counts) < 0 or sum(counts) != examples:
+        kinds = max(1, len(manifest.labels))
+        if split not in SPLITS or len(counts) != kinds or min(counts) < 0 or sum(counts) != examples:
             yield f"its counts of {split[:40]!r} are not those of its shards"
         if not examples:
             yield f"split {split[:40]!r} has no examples"

@@ -1,5 +1,7 @@
 """`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
 
+`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first.
+
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
     train    the tokenizer, from the training side
     shards   examples are tokenised and written into DIR/.staging
@@ -42,7 +44,8 @@ class Recipe:
     """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
-    from those that are given as training rows.
+    from those that are given as training rows. `aligned`: (side or None, file, file whose lines belong to those of the
+    former). `ratio`: of pairs one text may have so many times the characters of the other; 0: any.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
@@ -57,6 +60,13 @@ class Recipe:
     seed: int
     command: str
     lowercase: bool
+    aligned: tuple[tuple[str | None, str, str], ...] = ()
+    ratio: float = 0.0
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether texts have targets instead of labels."""
+        return bool(self.columns.target or self.aligned)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
         ),
         labels=labels,
         counts=_counts(found, labels),
-        has_pairs=recipe.columns.pair is not None,
+        has_pairs=recipe.of_pairs or recipe.columns.pair is not None,
         shards=tuple(shards),
         lengths=_summary(lengths),
         cleaning=found.cleaning(),
@@ -166,19 +176,17 @@ class _Found:
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
-        if not row.text:
-            return self._count("empty", row.place)
-        if row.label is None:
-            return self._count("unlabelled", row.place)
-        source = row.source or row.text
+        if lacks := self._lacks(row):
+            return self._count(lacks, row.place)
+        source, label = row.source or row.text, row.label or ""
         recipe = self._recipe
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
-        example = _Example(row.place, row.text, row.second, row.label, side, hashlib.sha256(source.encode()).digest())
-        key = (side, row.text, row.second, row.label)
+        example = _Example(row.place, row.text, row.second, label, side, hashlib.sha256(source.encode()).digest())
+        key = (side, row.text, row.second, label)
         if key in self._kept:
             return self._count("duplicates", row.place)
         self._kept.add(key)
-        self._labels.add(row.label)
+        self._labels.add(label)
         if len(self._labels) > MOST_LABELS:
             raise DataError(
                 f"{row.place} has label number {len(self._labels):,}, at most {MOST_LABELS:,} can be told apart: is "
@@ -194,9 +202,14 @@ class _Found:
 
     def check(self) -> None:
         """Raises DataError for what nothing can be learnt from or measured with."""
+        pairs = self._recipe.of_pairs
         if not self.examples:
-            raise DataError("no row has a text and a label: give other files, or other columns with --text and --label")
-        if len(self._labels) == 1:
+            what = "target" if pairs else "label"
+            long = f", or --ratio above {self._recipe.ratio:g}" if self._counts["out_of_ratio"] else ""
+            raise DataError(
+                f"no row has a text and a {what}: give other files, other columns with --text and --{what}{long}"
+            )
+        if len(self._labels) == 1 and not pairs:
             raise DataError(
                 f"all {len(self.examples):,} examples have the label {self.examples[0].label!r}, and two are needed to "
                 "tell apart: give rows of another one, or another --label"
@@ -216,6 +229,8 @@ class _Found:
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
+        if self._recipe.of_pairs:
+            return ()
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
             return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
         return tuple(sorted(self._labels))
@@ -223,7 +238,19 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        return Cleaning(**odd, **{name: self._counts[name] for name in plain})
+        ours = ("unpaired", "out_of_ratio")
+        return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
+
+    def _lacks(self, row: rows.Row) -> str:
+        """Why a row becomes no example, a field of `Cleaning`; "" if it does."""
+        if self._recipe.of_pairs:
+            if not (row.text and row.second):
+                return "unpaired"
+            lengths = sorted((len(row.text), len(row.second)))
+            return "out_of_ratio" if 0 < self._recipe.ratio * lengths[0] < lengths[1] else ""
+        if not row.text:
+            return "empty"
+        return "unlabelled" if row.label is None else ""
 
     def _count(self, what: str, place: str) -> None:
         self._counts[what] += 1
@@ -263,7 +290,8 @@ class _Found:
         count = len(self._sources)
         if self.given and not getattr(self._recipe, side, 0.0):
             remedy = "give it some" if side == "train" else "give it some, or leave it out"
-            return f"split {side} has no row with a text and a label: {remedy}"
+            what = "target" if self._recipe.of_pairs else "label"
+            return f"split {side} has no row with a text and a {what}: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
         return (
@@ -285,32 +313,43 @@ class _Found:
             )
 
 
-def _gather(recipe: Recipe, told: Told) -> _Found:
-    named = [(side, path) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
-    files = list(dict.fromkeys(named))
-    if not files:
+def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
+    """(side or None, a table or two aligned files) of all that is read. Raises DataError where nothing is."""
+    named = [(side, (path,)) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
+    named += [(side, (Path(source), Path(target))) for side, source, target in recipe.aligned]
+    if not named:
         texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
         raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
+    return list(dict.fromkeys(named))
+
+
+def _gather(recipe: Recipe, told: Told) -> _Found:
+    tables = _tables(recipe)
     found, done = _Found(recipe), 0
-    total = sum(path.stat().st_size for _, path in files if path.is_file())
+    total = sum(path.stat().st_size for _, paths in tables for path in paths if path.is_file())
 
     def heard(size: int) -> None:
         nonlocal done
         done = min(done + size, total)  # a format may look at a beginning twice
         told("cleaning", done, total)
 
-    for side, path in files:
-        for row in rows.read(path, recipe.columns, recipe.encoding, heard):
+    for side, (path, *others) in tables:
+        if others:
+            table = rows.aligned(path, *others, recipe.encoding, heard)
+        else:
+            table = rows.read(path, recipe.columns, recipe.encoding, heard)
+        for row in table:
             found.add(row, side)
     found.check()
     return found
 
 
 def _counts(found: _Found, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Split -> examples of each label."""
+    """Split -> examples of each label, or of all."""
     counts = Counter((example.side, example.label) for example in found.examples)
-    sides = [split for split in SPLITS if any(counts[split, label] for label in labels)]
-    return {split: tuple(counts[split, label] for label in labels) for split in sides}
+    each = labels or ("",)
+    sides = [split for split in SPLITS if any(counts[split, label] for label in each)]
+    return {split: tuple(counts[split, label] for label in each) for split in sides}
 
 
 def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Tokenizer:
@@ -332,19 +371,19 @@ def _shards(
     recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
 ) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
     """(entries, digests of the examples of each split, tokens of all examples)."""
-    numbers = {label: number for number, label in enumerate(labels)}
+    numbers = {label: number for number, label in enumerate(labels or ("",))}
     entries: list[ShardEntry] = []
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     lengths: list[int] = []
     parts = [(split, number, part) for split in SPLITS for number, part in enumerate(_parts(recipe, found, split))]
     for done, (split, number, part) in enumerate(parts):
         told("shards", done, len(parts))
-        ids, seconds = _encoded(part, tokenizer)
+        ids, seconds = _encoded(part, tokenizer, recipe.of_pairs)
         targets = [numbers[example.label] for example in part]
         digests[split] += map(labelled.example_digest, ids, seconds, targets)
         lengths += map(len, ids)
         values = {"labels": targets, "seconds": seconds}
-        kinds = labelled.column_types(len(labels), recipe.columns.pair is not None)
+        kinds = labelled.column_types(len(labels), recipe.of_pairs or recipe.columns.pair is not None)
         entries.append(
             write_shard(
                 recipe.out / FOLDER, f"{split}-{number:05d}", split, ids,
@@ -377,12 +416,12 @@ def _size(example: _Example) -> int:
     return len(example.text.encode()) + len(example.second.encode())
 
 
-def _encoded(part: Sequence[_Example], tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
-    """(ids of each example, where its second text begins). Raises DataError for an example without tokens."""
+def _encoded(part: Sequence[_Example], tokenizer: Tokenizer, of_pairs: bool) -> tuple[list[np.ndarray], list[int]]:
+    """(ids of each example, where its second text begins). Raises DataError for a text without tokens."""
     ids, seconds = [], []
     found = encode_pairs(tokenizer, ((example.text, example.second) for example in part))
     for example, (tokens, second) in zip(part, found, strict=True):
-        if not len(tokens):
+        if not len(tokens) or (of_pairs and not 0 < second < len(tokens)):
             raise DataError(f"the tokenizer makes no token of the text of {example.place}: give another --tokenizer")
         ids.append(tokens)
         seconds.append(second)
