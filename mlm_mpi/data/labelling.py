@@ -315,6 +315,7 @@ class _Found:
 
 def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
     """(side or None, a table or two aligned files) of all that is read. Raises DataError where nothing is."""
+    named: list[tuple[str | None, tuple[Path, ...]]]
     named = [(side, (path,)) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
     named += [(side, (Path(source), Path(target))) for side, source, target in recipe.aligned]
     if not named:
@@ -333,11 +334,11 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
         done = min(done + size, total)  # a format may look at a beginning twice
         told("cleaning", done, total)
 
-    for side, (path, *others) in tables:
-        if others:
-            table = rows.aligned(path, *others, recipe.encoding, heard)
+    for side, paths in tables:
+        if len(paths) == 2:
+            table = rows.aligned(paths[0], paths[1], recipe.encoding, heard)
         else:
-            table = rows.read(path, recipe.columns, recipe.encoding, heard)
+            table = rows.read(paths[0], recipe.columns, recipe.encoding, heard)
         for row in table:
             found.add(row, side)
     found.check()

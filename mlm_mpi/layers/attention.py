@@ -232,12 +232,11 @@ class CrossAttention:
         return q, k, v
 
     def _looks(self, ctx: Context, q: Any, kv: Any) -> list[_Look]:
-        spans = [] if ctx.batch is None else ctx.batch.spans()
-        heads = q.shape[2] // self.width
-        if not spans:
+        batch, heads = ctx.batch, q.shape[2] // self.width
+        if batch is None or batch.source is None or not batch.texts:
             queries, keys = q.shape[1], kv.shape[1]
             return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]
-        others = ctx.of_source().batch.spans()
+        spans, others = batch.spans(), batch.source.spans()
         most = longest([(b - a, d - c) for (a, b), (c, d) in zip(spans, others, strict=True)])
         return _looks(spans, others, self.drop.of_heads(ctx, heads, *most), heads)
 

@@ -4,6 +4,7 @@ Whatever the decoder reads is looked up in front of the encoder, and flows past 
 between two blocks is crossed by the same two arrays. Where a cache has seen the memory, the decoder's flows alone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -40,13 +41,17 @@ class EncoderBlock:
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         s_block, s_norm = saved
-        owed: list[Any] = []
+        owed: list[Callable[[Context], None]] = []
         there = replace(ctx.of_source(), later=None if ctx.later is None else owed)
         memory = dy[1] if self.norm is None else self.norm.backward(dy[1], s_norm, there)
         (memory,) = self.block.backward((memory,), s_block, there)
-        for work in owed:
-            ctx.owe(lambda at, work=work: work(at.of_source()))
+        ctx.owe(lambda at: _do(owed, at.of_source()))
         return dy[0], memory
+
+
+def _do(owed: list[Callable[[Context], None]], ctx: Context) -> None:
+    for work in owed:
+        work(ctx)
 
 
 class DecoderBlock:
