@@ -83,10 +83,10 @@ def build(settings: Settings, sizes: Sizes) -> Trunk:
     embedding, encoder, decoder = _embedding(s, sizes), _Half("encoder", s, s.layers, sizes.shares), _decoder(s, sizes)
     parts: list[Part] = [embedding]
     for number in range(s.layers):
-        norm = encoder.norm("final.norm") if number == s.layers - 1 else None
+        norm = encoder.layer_norm("final.norm") if number == s.layers - 1 else None
         parts.append(EncoderBlock(encoder.encoder_block(number), norm))
     parts += [decoder.decoder_block(number) for number in range(s.decoder_layers)]
-    return Trunk(parts, decoder.norm("final.norm"), s.width, embedding.tokens)
+    return Trunk(parts, decoder.layer_norm("final.norm"), s.width, embedding.tokens)
 
 
 def _embedding(settings: Settings, sizes: Sizes) -> PairEmbedding:
@@ -108,17 +108,19 @@ class _Half:
         """Its positions all see each other."""
         name = f"block{number}"
         mixer = self._attention(f"{name}.attention", causal=False)
-        return Block(self.norm(f"{name}.norm1"), mixer, self.norm(f"{name}.norm2"), self._feed_forward(name))
+        return Block(
+            self.layer_norm(f"{name}.norm1"), mixer, self.layer_norm(f"{name}.norm2"), self._feed_forward(name)
+        )
 
     def decoder_block(self, number: int) -> DecoderBlock:
         """No position sees a later one, and all see the memory."""
         name = f"block{number}"
-        norms = [self.norm(f"{name}.norm{place}") for place in (1, 2, 3)]
+        norms = [self.layer_norm(f"{name}.norm{place}") for place in (1, 2, 3)]
         mixer, cross = self._attention(f"{name}.attention", causal=True), self._cross(f"{name}.cross")
         is_last = number == self.layers - 1
         return DecoderBlock(norms[0], mixer, norms[1], cross, norms[2], self._feed_forward(name), is_last)
 
-    def norm(self, name: str) -> LayerNorm:
+    def layer_norm(self, name: str) -> LayerNorm:
         return LayerNorm(f"{self.name}.{name}", self.settings.width, self.settings.norm_epsilon)
 
     def _attention(self, name: str, causal: bool) -> SelfAttention:
