@@ -1,4 +1,4 @@
-"""Labels of new texts: rows of a file, in their order, by any number of ranks."""
+"""Labels of new texts, or what is made of them: rows of a file, in their order, by any number of ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from mlm_mpi.data.rows import Row
 from mlm_mpi.data.texts import batch_of, by_length, kept
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_pairs
+from mlm_mpi.generation import written
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
 
@@ -35,12 +36,7 @@ def predict(
     A file of any length: no more than a round is held. Every rank reads all rows and computes its part of them.
     """
     group = mesh.group("dp")
-    while True:
-        with mesh.world.together("reading rows"):
-            some = list(islice(rows, at_once * group.size))
-        if not some:
-            return
-        mine = some[group.rank * at_once : (group.rank + 1) * at_once]
+    for some, mine in _rounds(rows, at_once, mesh):
         examples = [
             Example(ids.astype(np.int32), second, 0)
             for ids, second in encode_pairs(tokenizer, ((row.text, row.second) for row in mine))
@@ -50,6 +46,46 @@ def predict(
         every = group.allgather([cut, found.tolist()], "probabilities of labels")
         table = np.array([row for _, part in every for row in part], np.float32)
         yield Round(some, table, sum(part for part, _ in every))
+
+
+def _rounds(rows: Iterator[Row], at_once: int, mesh: Mesh) -> Iterator[tuple[list[Row], list[Row]]]:
+    """(rows of a round, those of this copy of the model). Collective."""
+    group = mesh.group("dp")
+    while True:
+        with mesh.world.together("reading rows"):
+            some = list(islice(rows, at_once * group.size))
+        if not some:
+            return
+        yield some, some[group.rank * at_once : (group.rank + 1) * at_once]
+
+
+class Written(NamedTuple):
+    """Rows, what was made of each, and how many of them did not fit the context."""
+
+    rows: Sequence[Row]
+    texts: list[str]
+    cut: int
+
+
+def write(
+    chain: Chain, tokenizer: Tokenizer, rows: Iterator[Row], context: int, at_once: int, mesh: Mesh, place: Place
+) -> Iterator[Written]:  # fmt: skip
+    """What an encoder-decoder makes of rows, in rounds as `predict` has them; none of a row without text. Collective.
+
+    Sources of one length are read together. No text depends on those beside it, nor on the number of ranks.
+    """
+    end = np.array([tokenizer.eot], np.int32)
+    for some, mine in _rounds(rows, at_once, mesh):
+        encoded = [ids.astype(np.int32) for ids, _ in encode_pairs(tokenizer, ((row.text, "") for row in mine))]
+        sources = [np.concatenate([ids, end])[:context] for ids in encoded]
+        texts = [""] * len(mine)
+        for length in sorted({len(source) for source in sources if len(source) > 1}):
+            same = [number for number, source in enumerate(sources) if len(source) == length]
+            stacked = np.stack([sources[number] for number in same])
+            for number, ids in zip(same, written(chain, stacked, context, tokenizer.eot, mesh, place), strict=True):
+                texts[number] = tokenizer.decode(ids)
+        every = mesh.group("dp").allgather([sum(len(ids) >= context for ids in encoded), texts], "what was written")
+        yield Written(some, [text for _, part in every for text in part], sum(cut for cut, _ in every))
 
 
 def _probabilities(

@@ -1,4 +1,4 @@
-"""`mlm-mpi predict RUN FILE`: labels of new texts, on any number of ranks. Alone it needs no MPI."""
+"""`mlm-mpi predict RUN FILE`: labels of new texts, or translations, on any number of ranks. Alone it needs no MPI."""
 
 import argparse
 import contextlib
@@ -15,14 +15,15 @@ from mlm_mpi.plug import Plugins, named
 if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.comm.group import Group
     from mlm_mpi.data.rows import Row
-    from mlm_mpi.prediction import Round
+    from mlm_mpi.prediction import Round, Written
 
 _EXAMPLES = """examples:
   mlm-mpi predict runs/reviews new.csv --text review
   mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
 
-A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither."""
+A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither. Of a
+model that translates: what it makes of the text, by greedy search."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
     from mlm_mpi.data.decoding import check_encoding
     from mlm_mpi.data.rows import Columns, read
-    from mlm_mpi.prediction import predict
+    from mlm_mpi.prediction import Round, Written, predict, write
     from mlm_mpi.train.trained import load, note
 
     mesh, plugins = sharing.mesh_of(args, group, copies=True), Plugins()
@@ -65,34 +66,46 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise ConfigError(f"{args.file} is no file: give a table of texts")
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
+    writes = trained.config.task.kind == "translation"
     with group.together("a look at the model"):
         labels = trained.manifest.labels
-        if not labels:
+        if writes:
+            _check_writes(args)
+        elif not labels:
             raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification")
-        if trained.manifest.pairs != (args.pair is not None):
+        elif trained.manifest.pairs != (args.pair is not None):
             remedy = "name the column of the second text with --pair" if trained.manifest.pairs else "leave --pair out"
             raise ConfigError(
                 f"{args.run} tells labels of {'pairs' if args.pair is None else 'single texts'}: {remedy}"
             )
     context, cut, count, empty = trained.config.model.context, 0, 0, 0
-    rounds = predict(
-        trained.chain, trained.tokenizer, read(Path(args.file), columns, args.encoding), context, args.pair is not None,
-        args.rows, mesh, trained.place,
-    )  # fmt: skip
+    rows, model = read(Path(args.file), columns, args.encoding), (trained.chain, trained.tokenizer)
+    rounds: Iterator[Round | Written]
+    if writes:
+        rounds = write(*model, rows, context, args.rows, mesh, trained.place)
+    else:
+        rounds = predict(*model, rows, context, args.pair is not None, args.rows, mesh, trained.place)
     with _opened(args.out if group.rank == 0 else os.devnull, group) as out:
         for found in rounds:
-            if not count and not args.json:
+            if not count and not args.json and not writes:
                 out.write(_header(labels, args.all))
             cut, count = cut + found.cut, count + len(found.rows)
             empty += sum(_is_empty(row) for row in found.rows)
-            for line in _lines(found, labels, args):
+            for line in _lines(found, labels, args) if isinstance(found, Round) else _texts(found, args.json):
                 out.write(line)
     if group.rank == 0:
         said = [f"{count:,} rows"]
         said += [f"{cut:,} are longer than the context of {context} and have lost their ends"] if cut else []
-        said += [f"{empty:,} have no text and no label"] if empty else []
+        said += [f"{empty:,} have no text and no {'translation' if writes else 'label'}"] if empty else []
         note("; ".join(said))
     return 0
+
+
+def _check_writes(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what is of labels alone."""
+    for option in ("all", "pair"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option} is for runs that tell labels, and {args.run} translates: leave it out")
 
 
 def _check_out(path: str, source: str) -> None:
@@ -142,6 +155,17 @@ def _is_empty(row: "Row") -> bool:
 def _header(labels: list[str], every: bool) -> str:
     names = ["label", "probability", *(labels if every else [])]
     return "\t".join(names) + "\n"
+
+
+def _texts(found: "Written", as_json: bool) -> Iterator[str]:
+    """One line each, whatever line ends a text may have."""
+    for text in found.texts:
+        if as_json:
+            import msgspec
+
+            yield msgspec.json.encode({"text": text}).decode() + "\n"
+        else:
+            yield " ".join(text.splitlines()) + "\n"
 
 
 def _lines(found: "Round", labels: list[str], args: argparse.Namespace) -> Iterator[str]:

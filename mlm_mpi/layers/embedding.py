@@ -171,8 +171,8 @@ class PairEmbedding:
     """What a decoder reads and what its encoder does, of one table, each with positions of its own.
 
     Shapes: the batch's ids (B, T) and its source's (B, S) -> (B, T, C), (B, S, C). Both are looked up in front of the
-    encoder, so that the table lies at the two ends of the model, as any tied one. Where a cache has positions, its
-    source has been read, and is not again.
+    encoder, so that the table lies at the two ends of the model, as any tied one. A batch that has no source goes on
+    where a cache is, which has what was made of it.
     """
 
     def __init__(
@@ -190,8 +190,9 @@ class PairEmbedding:
         return [self.tokens, self.target.positions, self.source.positions]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        assert ctx.batch is not None, "the first part reads its ids from the context"
         target, s_target = self.target.forward(x, ctx)
-        if ctx.cache is not None and ctx.cache.length:
+        if ctx.batch.source is None:
             return target, None
         source, s_source = self.source.forward(x, ctx.of_source())
         return (*target, *source), (s_target, s_source)

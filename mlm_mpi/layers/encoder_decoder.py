@@ -1,7 +1,7 @@
 """Blocks of an encoder-decoder. Between them flow what the decoder has (B, T, C), and the memory so far (B, S, C).
 
 Whatever the decoder reads is looked up in front of the encoder, and flows past its blocks. So every cut of a pipeline
-between two blocks is crossed by the same two arrays. Where a cache has seen the memory, the decoder's flows alone.
+between two blocks is crossed by the same two arrays. Where the batch has no source, the decoder's flows alone.
 """
 
 from collections.abc import Callable

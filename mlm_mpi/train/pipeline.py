@@ -165,7 +165,8 @@ class Slice(Chain):
         kind, flows = ("activations", self._into) if tag == _ACTIVATIONS else ("gradients", self._out)
         stage = source % self.pp.size
         what, arrays = f"the {kind} of micro-batch {ctx.micro_batch} from stage {stage}", []
-        for flow in flows:
+        assert ctx.batch is not None
+        for flow in flows if ctx.batch.source is not None else ["batch"]:
             arrays.append(self._empty(ctx.of_source() if flow == "source" else ctx))
             self._receive(_bytes(arrays[-1]), stage, _KINDS * self.number + tag, what)
         return tuple(arrays)

@@ -116,7 +116,21 @@ def test_figures_are_one_on_any_mesh(pairs: Place) -> None:
     assert "perplexity" in pairs.program("evaluate", "alone").out
 
 
-def test_it_continues_no_text_and_tells_no_labels(pairs: Place) -> None:
+def test_it_continues_no_prompt_and_tells_no_labels(pairs: Place) -> None:
     pairs.program("generate", "alone", "--prompt", "red").refused("translation", "continues no text")
-    (pairs.folder / "new.txt").write_text("red blue\n")
-    pairs.program("predict", "alone", "new.txt").refused("tells no labels")
+    (pairs.folder / "new.csv").write_text("text\nred blue\n")
+    pairs.program("predict", "alone", "new.csv", "--all").refused("--all is for runs that tell labels", "translates")
+
+
+def test_what_it_writes_is_one_on_any_mesh(pairs: Place) -> None:
+    assert pairs.program("train", "pairs.toml", "--run", "writes", *keys(*LEARNS)).code == 0
+    texts = ["red blue green", "black", "", "green red red blue"]
+    (pairs.folder / "new.csv").write_text("text,number\n" + "".join(f"{text},1\n" for text in texts))
+    alone = pairs.program("predict", "writes", "new.csv", "--out", "o.txt")
+    assert alone.code == 0 and "4 rows; 1 have no text and no translation" in alone.err
+    out = (pairs.folder / "o.txt").read_text()
+    assert out.splitlines() == [" ".join(text.split()[::-1]) for text in texts]
+    for ranks, words in (("3", ("--rows", "1")), ("4", ("--tp", "2", "--pp", "2"))):
+        assert pairs.program("run", "-n", ranks, "--", "predict", "writes", "new.csv", *words).out == out
+    told = pairs.program("predict", "writes", "new.csv", "--json").out.splitlines()
+    assert [json.loads(line)["text"] for line in told] == out.splitlines()

@@ -11,6 +11,7 @@ from whole import Driven
 
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.translation import Pair, pairs_batch
+from mlm_mpi.generation import written
 from mlm_mpi.layers.attention import KeyValueCache
 from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.chain import Chain
@@ -142,6 +143,19 @@ def test_cached_logits_are_the_uncached_ones(rows: int) -> None:
         found.append(logits(whole, step, cache))
         cache.advance(stop - start)
     assert np.allclose(np.concatenate(found, axis=1), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_greedy_search_takes_the_likeliest_token_each_time() -> None:
+    """By the logits of all that is written so far; a text does not depend on those beside it."""
+    whole, random = drawn(SMALL), np.random.default_rng(2)
+    sources, end = random.integers(0, VOCABULARY, (4, 6)).astype(np.int32), 5
+    found = written(whole.chain, sources, SMALL.context, end)
+    assert found == [written(whole.chain, row[None], SMALL.context, end)[0] for row in sources]
+    for source, text in zip(sources, found, strict=True):
+        ids = np.array([[end, *text]], np.int32)[:, : SMALL.context]
+        batch = Batch(0, 0, {"ids": ids}, {}, 0, source=Batch(0, 0, {"ids": source[None]}, {}, 0))
+        best = logits(whole, batch)[0].argmax(axis=1).tolist()
+        assert best[: len(text)] == text and (len(text) == SMALL.context or best[len(text)] == end)
 
 
 @pytest.mark.parametrize("count", [7, 1030])
