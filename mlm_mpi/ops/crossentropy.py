@@ -133,11 +133,10 @@ def smooth(gradient: Any, targets: Any, mask: Any, smoothing: float, columns: in
 
     Shapes: gradient (R, V), or what a rank has of V = `columns`; targets (R,), mask (R,) or None.
     """
-    values = wide(gradient)
-    counted = module_of(values).ones(len(targets), bool) if mask is None else mask
-    here = (counted & (targets >= 0)).nonzero()[0]
-    values[here, targets[here]] += smoothing
-    values -= (counted.astype(values.dtype) * (smoothing / columns))[:, None]
+    xp, values, here = module_of(gradient), wide(gradient), targets >= 0
+    counted = xp.ones(len(targets), values.dtype) if mask is None else mask.astype(values.dtype)
+    values[xp.arange(len(targets)), xp.where(here, targets, 0)] += counted * here * smoothing
+    values -= (counted * (smoothing / columns))[:, None]
     if values is not gradient:
         gradient[...] = values
 
