@@ -73,27 +73,22 @@ class _Look(NamedTuple):
 
 
 def _looks(
-    queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]], draw: Draw | None, heads: int
+    queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]], drop: Dropout, ctx: Context, heads: int
 ) -> list[_Look]:  # fmt: skip
     """Those of texts [start, stop), each to the keys in its place. Neighbours of equal lengths attend together.
 
-    `draw`: of the probabilities of all of them, (texts, heads, longest, longest).
+    Probabilities are drawn as of texts that are all as long as the longest one.
     """
     lengths = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
-    shape = (len(lengths), heads, *longest(lengths))
-    looks, number = [], 0
+    most = max(length for length, _ in lengths), max(other for _, other in lengths)
+    draw, looks, number = drop.of_heads(ctx, heads, *most), [], 0
     for (length, other), some in groupby(lengths):
-        own = None if draw is None else draw.cut(shape, (number, 0, 0, 0))
+        own = None if draw is None else draw.cut((len(lengths), heads, *most), (number, 0, 0, 0))
         count = len(list(some))
         runs = _Run(queries[number][0], count, length), _Run(keys[number][0], count, other)
         looks.append(_Look(*runs, own, 0))
         number += count
     return looks
-
-
-def longest(lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The largest numbers of queries and of keys."""
-    return max(length for length, _ in lengths), max(other for _, other in lengths)
 
 
 class SelfAttention:
@@ -131,8 +126,7 @@ class SelfAttention:
             share = order.share_length(keys, self.most) if ctx.cache is None else 0
             row = _Run(0, 0, keys)
             return [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), share)]
-        most = max(stop - start for start, stop in spans)
-        looks = _looks(spans, spans, self.drop.of_heads(ctx, heads, most, most), heads)
+        looks = _looks(spans, spans, self.drop, ctx, heads)
         return [look._replace(share=order.share_length(look.keys.length, self.most)) for look in looks]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
@@ -170,8 +164,8 @@ class CrossAttention:
     """Positions that attend to all of a memory. Shapes: x (B, T, C), memory (B, S, C) -> (B, T, C).
 
     tp cuts whole heads: queries by dim 1, keys and values by dim 2, the projection by rows. Texts that lie one behind
-    the other in a row each attend to the one in their place of the batch's source. Where no probability is a sum over
-    ranks there are no shares of positions. Source: Vaswani et al., arXiv:1706.03762, section 3.2.3.
+    the other in a row each attend to the one in their place of the batch's source. A rank has whole heads and all
+    positions here, so no sum over positions has shares. Source: Vaswani et al., arXiv:1706.03762, section 3.2.3.
     """
 
     def __init__(
@@ -236,9 +230,7 @@ class CrossAttention:
         if batch is None or batch.source is None or not batch.texts:
             queries, keys = q.shape[1], kv.shape[1]
             return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]
-        spans, others = batch.spans(), batch.source.spans()
-        most = longest([(b - a, d - c) for (a, b), (c, d) in zip(spans, others, strict=True)])
-        return _looks(spans, others, self.drop.of_heads(ctx, heads, *most), heads)
+        return _looks(batch.spans(), batch.source.spans(), self.drop, ctx, heads)
 
 
 def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:

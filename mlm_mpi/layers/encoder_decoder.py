@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mlm_mpi.layers.attention import CrossAttention
-from mlm_mpi.layers.base import Array, Context, Flow, Layer, Part
+from mlm_mpi.layers.base import Context, Flow, Layer, Part
 from mlm_mpi.layers.block import Branch, Norm
 from mlm_mpi.params.store import Parameter
 
@@ -90,11 +90,8 @@ class DecoderBlock:
         d, *later = dy
         d = self.norm3.backward(self.mlp.backward(d, s_mlp, ctx), s_norm3, ctx, add=d)
         dx, memory = self.cross.backward(d, s_cross, ctx)
+        if later:
+            memory += later[0]
         d = self.norm2.backward(dx, s_norm2, ctx, add=d)
         d = self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d)
-        return d, self._summed(memory, later)
-
-    @staticmethod
-    def _summed(memory: Array, later: list[Array]) -> Array:
-        """The memory's gradient, of this block and of those behind it."""
-        return later[0] + memory if later else memory
+        return d, memory
