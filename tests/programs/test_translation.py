@@ -38,7 +38,7 @@ every = 3
 [log]
 curve = false
 """
-LEARNS = ("model.dropout=0.0", "train.steps=70", "train.rows=16", "checkpoint.every=0", "eval.every=0")
+LEARNS = ("model.dropout=0.0", "train.steps=150", "train.rows=16", "checkpoint.every=0", "eval.every=0")
 WORDS = ("red", "green", "blue", "black")
 
 
@@ -66,11 +66,17 @@ def pairs(home: Place) -> Place:
     return home
 
 
-def test_it_learns_to_reverse(pairs: Place) -> None:
-    """By chance a token costs about 1.4 nats, of texts whose lengths are known; who is certain pays 0.1 for it."""
+@pytest.fixture(scope="module")
+def learns(pairs: Place) -> Place:
+    """A longer run beside them."""
     assert pairs.program("train", "pairs.toml", "--run", "learns", *keys(*LEARNS)).code == 0
-    told = json.loads(pairs.program("evaluate", "learns", "--split", "test", "--json").out)
-    assert told["loss"] < 0.5 and 1 < told["perplexity"] < 1.65
+    return pairs
+
+
+def test_it_learns_to_reverse(learns: Place) -> None:
+    """By chance a token costs about 1.4 nats, of texts whose lengths are known; who is certain pays 0.1 for it."""
+    told = json.loads(learns.program("evaluate", "learns", "--split", "test", "--json").out)
+    assert told["loss"] < 0.3 and 1 < told["perplexity"] < 1.35
 
 
 def test_one_hash_on_a_mesh_of_stages_and_tensor_parallel_ranks(pairs: Place) -> None:
@@ -122,15 +128,14 @@ def test_it_continues_no_prompt_and_tells_no_labels(pairs: Place) -> None:
     pairs.program("predict", "alone", "new.csv", "--all").refused("--all is for runs that tell labels", "translates")
 
 
-def test_what_it_writes_is_one_on_any_mesh(pairs: Place) -> None:
-    assert pairs.program("train", "pairs.toml", "--run", "writes", *keys(*LEARNS)).code == 0
+def test_what_it_writes_is_one_on_any_mesh(learns: Place) -> None:
     texts = ["red blue green", "black", "", "green red red blue"]
-    (pairs.folder / "new.csv").write_text("text,number\n" + "".join(f"{text},1\n" for text in texts))
-    alone = pairs.program("predict", "writes", "new.csv", "--out", "o.txt")
+    (learns.folder / "new.csv").write_text("text,number\n" + "".join(f"{text},1\n" for text in texts))
+    alone = learns.program("predict", "learns", "new.csv", "--out", "o.txt")
     assert alone.code == 0 and "4 rows; 1 have no text and no translation" in alone.err
-    out = (pairs.folder / "o.txt").read_text()
+    out = (learns.folder / "o.txt").read_text()
     assert out.splitlines() == [" ".join(text.split()[::-1]) for text in texts]
     for ranks, words in (("3", ("--rows", "1")), ("4", ("--tp", "2", "--pp", "2"))):
-        assert pairs.program("run", "-n", ranks, "--", "predict", "writes", "new.csv", *words).out == out
-    told = pairs.program("predict", "writes", "new.csv", "--json").out.splitlines()
+        assert learns.program("run", "-n", ranks, "--", "predict", "learns", "new.csv", *words).out == out
+    told = learns.program("predict", "learns", "new.csv", "--json").out.splitlines()
     assert [json.loads(line)["text"] for line in told] == out.splitlines()
