@@ -58,16 +58,21 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
     return int(order[min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)])
 
 
-def logits(chain: Chain, ids: Array, cache: KeyValueCache | None = None, mesh: Mesh | None = None) -> Array | None:
+def logits(
+    chain: Chain, ids: Array, cache: KeyValueCache | None = None, mesh: Mesh | None = None, source: Array = None
+) -> Array | None:  # fmt: skip
     """Shapes: ids (B, T) -> (B, T, V); with a cache, T new positions after those it holds.
+
+    `source` (B, S): what an encoder reads; with a cache of an encoder-decoder it is given once, with the first ids.
 
     Where ranks of a mesh share the model, this one's part of it: (B, T, V / tp) of the last stage, None of the others.
     Collective over pp and tp.
     """
     mesh = mesh or Mesh()
-    ctx = Context(mesh, batch=Batch(0, 0, {"ids": ids}, {}, 0), cache=cache)
+    read = None if source is None else Batch(0, 0, {"ids": source}, {}, 0)
+    ctx = Context(mesh, batch=Batch(0, 0, {"ids": ids}, {}, 0, source=read), cache=cache)
     last = mesh.coord("pp") == mesh.size("pp") - 1
-    (hidden,), _ = (chain.without_last_part() if last else chain).forward((), ctx)
+    (hidden, *_), _ = (chain.without_last_part() if last else chain).forward((), ctx)
     found = chain.parts[-1].logits(hidden, ctx) if last else None  # type: ignore[attr-defined]  # a head of tokens
     if cache is not None:
         cache.advance(ids.shape[1])
@@ -106,3 +111,34 @@ def continue_prompt(
         if len(held) > context:
             held = held[-max(1, context // 2) :]
             cache, unread = KeyValueCache(context), list(held)
+
+
+def written(
+    chain: Chain, sources: np.ndarray, context: int, eot: int, mesh: Mesh | None = None, place: Place | None = None
+) -> list[list[int]]:  # fmt: skip
+    """What an encoder-decoder makes of each source, the likeliest token after the other (greedy search), up to an end
+    of text, which is left out, or to the end of the context.
+
+    Shapes: sources (B, S). Collective over the ranks that share the model. Equal logits: the first token's.
+    """
+    place, mesh = place or cpu(), mesh or Mesh()
+    cache, source = KeyValueCache(context), place.put(sources)
+    ids, out = np.full((len(sources), 1), eot, np.int32), [np.empty((len(sources), 0), np.int32)]
+    ended = np.zeros(len(sources), bool)
+    while cache.length < context and not ended.all():
+        found = logits(chain, place.put(ids), cache, mesh, source if len(out) == 1 else None)
+        ids = _likeliest(found, len(sources), mesh)
+        out.append(ids)
+        ended |= ids[:, 0] == eot
+    texts = np.concatenate(out, axis=1).tolist()
+    return [text[: text.index(eot)] if eot in text else text for text in texts]
+
+
+def _likeliest(found: Array | None, rows: int, mesh: Mesh) -> np.ndarray:
+    """The tokens that follow the last position of each row, (B, 1), on all ranks that share the model. Collective."""
+    tokens = np.full(rows, -1, np.int32)
+    if found is not None:
+        mine = np.ascontiguousarray(to_host(wide(found[:, -1])))
+        parts = mesh.group("tp").allgather_array(mine.reshape(-1), "the logits").reshape(-1, *mine.shape)
+        tokens = np.concatenate(list(parts), axis=1).argmax(axis=1).astype(np.int32)
+    return mesh.group("pp").allgather_array(tokens, "the next tokens")[-1][:, None]

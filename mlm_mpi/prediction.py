@@ -1,4 +1,5 @@
-"""Labels of new texts or words: rows or sentences of a file, in their order, by any number of ranks."""
+"""Labels of new texts or words, or what is made of texts: rows or sentences of a file, in their order, by any number of
+ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mlm_mpi.data.rows import Row
 from mlm_mpi.data.sentences import ENDS, Sentence
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_pairs, encode_words
+from mlm_mpi.generation import written
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
 
@@ -93,15 +95,51 @@ def _rounds(
 ) -> Iterator[tuple[list[T], np.ndarray, int]]:
     """(rows, a table of all of them, how many were cut): each copy of the model has its part labelled. Collective."""
     group = mesh.group("dp")
+    for some, mine in _shares(rows, at_once, mesh):
+        found, cut = labelled(mine)
+        every = group.allgather([cut, found.tolist()], "probabilities of labels")
+        table = np.array([row for _, part in every for row in part], np.float32)
+        yield some, table, sum(part for part, _ in every)
+
+
+def _shares(rows: Iterator[T], at_once: int, mesh: Mesh) -> Iterator[tuple[list[T], list[T]]]:
+    """(rows of a round, those of this copy of the model). Collective."""
+    group = mesh.group("dp")
     while True:
         with mesh.world.together("reading rows"):
             some = list(islice(rows, at_once * group.size))
         if not some:
             return
-        found, cut = labelled(some[group.rank * at_once : (group.rank + 1) * at_once])
-        every = group.allgather([cut, found.tolist()], "probabilities of labels")
-        table = np.array([row for _, part in every for row in part], np.float32)
-        yield some, table, sum(part for part, _ in every)
+        yield some, some[group.rank * at_once : (group.rank + 1) * at_once]
+
+
+class Written(NamedTuple):
+    """Rows, what was made of each, and how many of them did not fit the context."""
+
+    rows: Sequence[Row]
+    texts: list[str]
+    cut: int
+
+
+def write(
+    chain: Chain, tokenizer: Tokenizer, rows: Iterator[Row], context: int, at_once: int, mesh: Mesh, place: Place
+) -> Iterator[Written]:  # fmt: skip
+    """What an encoder-decoder makes of rows, in rounds as `predict` has them; none of a row without text. Collective.
+
+    Sources of one length are read together. No text depends on those beside it, nor on the number of ranks.
+    """
+    end = np.array([tokenizer.eot], np.int32)
+    for some, mine in _shares(rows, at_once, mesh):
+        encoded = [ids.astype(np.int32) for ids, _ in encode_pairs(tokenizer, ((row.text, "") for row in mine))]
+        sources = [np.concatenate([ids, end])[:context] for ids in encoded]
+        texts = [""] * len(mine)
+        for length in sorted({len(source) for source in sources if len(source) > 1}):
+            same = [number for number, source in enumerate(sources) if len(source) == length]
+            stacked = np.stack([sources[number] for number in same])
+            for number, ids in zip(same, written(chain, stacked, context, tokenizer.eot, mesh, place), strict=True):
+                texts[number] = tokenizer.decode(ids)
+        every = mesh.group("dp").allgather([sum(len(ids) >= context for ids in encoded), texts], "what was written")
+        yield Written(some, [text for _, part in every for text in part], sum(cut for cut, _ in every))
 
 
 def _probabilities(chain: Chain, batch: Batch | None, mesh: Mesh, place: Place) -> np.ndarray:

@@ -16,7 +16,6 @@ from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.models import gpt
 from mlm_mpi.params.store import FlatStore
 from mlm_mpi.plug import Plugins
-from mlm_mpi.tasks import language_model
 from mlm_mpi.train.build import build
 from mlm_mpi.train.engine import Engine
 from mlm_mpi.train.start import freeze
@@ -120,7 +119,7 @@ class Driven:
 def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None) -> Engine:
     """What a run of this configuration trains with; its weights are zero."""
     plugins = Plugins()
-    parts = language_model.parts(config, plugins, Sizes(vocabulary))
+    parts = plugins.find("tasks", config.task.kind, "task.kind").parts(config, plugins, Sizes(vocabulary))
     if config.start.lora_rank:
         adapt(parts, config.start.lora_rank, config.start.lora_alpha, config.start.lora_targets)
     freeze(parts, config.start, None)

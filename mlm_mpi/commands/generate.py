@@ -53,8 +53,12 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     kind = trained.config.task.kind
-    both_ways = getattr(trained.plugins.find("tasks", kind, "task.kind"), "BOTH_WAYS", False)
-    if both_ways or (mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits")):
+    task = trained.plugins.find("tasks", kind, "task.kind")
+    if (
+        getattr(task, "BOTH_WAYS", False)
+        or getattr(task, "NEEDS", ())
+        or (mesh.size("pp") == 1 and not hasattr(trained.chain.parts[-1], "logits"))
+    ):
         raise agreed(
             ConfigError(f'{args.run} was trained for task.kind = "{kind}", which continues no text: give another run')
         )

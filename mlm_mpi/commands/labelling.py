@@ -1,6 +1,7 @@
-"""`mlm-mpi prepare --label` and `--tags`: their arguments and their report."""
+"""`mlm-mpi prepare --label`, `--tags`, `--target` and `--aligned`: their arguments and their report."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -12,15 +13,16 @@ from mlm_mpi.data.words import WordColumns
 from mlm_mpi.errors import ConfigError
 
 HELDOUT, TEST = 0.1, 0.1  # what is cut where no sides are given
+RATIO = 9.0  # as in Moses' clean-corpus-n, there of words
 _MOST_LINES = 20  # labels
 _WITH_SIDE = re.compile(rf"({'|'.join(map(re.escape, NAMES))})=(.+)", re.DOTALL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The arguments that --label and --tags bring with them."""
+    """The arguments that --label, --tags and --target bring with them."""
     group = parser.add_argument_group(
-        "labelled texts and words",
-        "With --label the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
+        "labelled texts and words, and pairs of texts",
+        "With --label or --target the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
         "With --tags they have a word a line, its columns between tabs or blanks, and an empty line behind each\n"
         "sentence; or they are JSON lines with a list of words and one of their labels.\n"
         "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
@@ -28,30 +30,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--tags", action="store_true", help="each word has a label")
     add("--label", metavar="COLUMN", help="column with the label of each text, or of words (the last, or labels)")
+    add("--target", metavar="COLUMN", help="column with what is to be made of each text, such as its translation")
+    add(
+        "--aligned", nargs=2, action="append", metavar=("SOURCE", "TARGET"),
+        help="two text files instead of tables: what is to be made of a line is the other's line of that number",
+    )  # fmt: skip
     add("--text", metavar="COLUMN", help="column with the text (text), or with words (1, or tokens)")
     add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
     add("--split", metavar="COLUMN", help="column that says train, heldout (or valid, dev) or test; otherwise cut here")
     add("--test", type=float, metavar="F", help="fraction of source strings kept for the last test (0.1)")
     add("--source", metavar="COLUMN", help="rows equal in this column stay on one side (the text)")
+    add("--ratio", type=float, default=RATIO, metavar="N", help="leave out pairs of a text and one N times as long (9)")
     add("--no-header", action="store_true", help="the files begin with a row; columns are called 1, 2, …")
 
 
-def is_asked(args: argparse.Namespace) -> bool:
-    """Whether texts or words are to have labels."""
-    return args.label is not None or bool(args.tags)
+def asked(args: argparse.Namespace) -> list[str]:
+    """Which of the options is given that make the inputs rows instead of plain text; --label may come with --tags."""
+    given = [f"--{name}" for name in ("tags", "label", "target", "aligned") if getattr(args, name) not in (None, False)]
+    return [option for option in given if option != "--label" or not args.tags]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for what labels do not go with, or what goes with them alone."""
-    if not is_asked(args):
+    """Raises ConfigError for what these options do not go with, or what goes with them alone."""
+    given = asked(args)
+    if not given:
         for option in ("text", "pair", "split", "test", "source", "no_header"):
             if getattr(args, option) not in (None, False):
                 name = option.replace("_", "-")
                 raise ConfigError(f"--{name} is for labelled texts: give --label COLUMN or --tags too")
-        return
-    asked = "--tags" if args.tags else "--label"
+    elif len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} make different things of the inputs: leave one out")
+    else:
+        _check_rows(args, given[0])
+    if given not in (["--target"], ["--aligned"]) and args.ratio != RATIO:
+        raise ConfigError("--ratio is for pairs of texts: give --target COLUMN too")
+
+
+def _check_rows(args: argparse.Namespace, kind: str) -> None:
+    """Raises ConfigError. `kind`: the option that makes rows of the inputs."""
     if args.builtin:
-        raise ConfigError(f"--builtin has no labels: leave it out, or leave out {asked}")
+        what = "labels" if kind in ("--label", "--tags") else "targets"
+        raise ConfigError(f"--builtin has no {what}: leave it out, or leave out {kind}")
     for option in ("pair", "split", "source", "no-header") if args.tags else ():
         if getattr(args, option.replace("-", "_")) not in (None, False):
             raise ConfigError(f"--{option} does not go with --tags, sentences have none: leave it out")
@@ -60,11 +79,32 @@ def check(args: argparse.Namespace) -> None:
         ("plugins", None, "files are read as --help says"),
     ):  # fmt: skip
         if getattr(args, option) != default:
-            raise ConfigError(f"--{option} does not go with {asked}, {instead}: leave it out")
+            raise ConfigError(f"--{option} does not go with {kind}, {instead}: leave it out")
+    if kind != "--label" and args.pair is not None:
+        raise ConfigError(f"--pair is a second text to tell a label of, and {kind} gives none: leave it out")
+    if kind == "--aligned":
+        _check_aligned(args)
+    if not (args.ratio == 0 or 1 <= args.ratio < math.inf):
+        raise ConfigError(f"--ratio {args.ratio:g} must be 1 or more, or 0 for pairs of any lengths")
     _columns(args).check()
-    sides = [side for side, _ in _inputs(args)]
+    _check_sides(args)
+
+
+def _check_aligned(args: argparse.Namespace) -> None:
+    """Raises ConfigError: files of lines have no columns."""
+    if args.inputs:
+        raise ConfigError(f"--aligned files are all that is read, and {args.inputs[0]!r} is given too: leave it out")
+    for option in ("text", "split", "source", "no_header"):
+        if getattr(args, option) not in (None, False):
+            raise ConfigError(f"--{option.replace('_', '-')} is of tables, and --aligned files are none: leave it out")
+
+
+def _check_sides(args: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    named = [*_inputs(args), *((side, source) for side, source, _ in _aligned(args))]
+    sides = [side for side, _ in named]
     if None in sides and set(sides) != {None}:
-        other = next(text for side, text in _inputs(args) if side is None)
+        other = next(text for side, text in named if side is None)
         raise ConfigError(
             f"some inputs have a side (train=FILE, heldout=FILE, test=FILE), and {other!r} has none: give it one"
         )
@@ -85,7 +125,7 @@ def recipe(args: argparse.Namespace, command: str) -> Recipe:
     """What the arguments ask for. `command`: the command line to be written down."""
     return Recipe(
         _inputs(args), Path(args.out), _columns(args), args.tokenizer, args.vocab, *_fractions(args), args.encoding,
-        args.shard_mib, args.seed, command, args.lowercase,
+        args.shard_mib, args.seed, command, args.lowercase, _aligned(args), args.ratio,
     )  # fmt: skip
 
 
@@ -99,9 +139,11 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
         *_read(made),
         *([f"skipped     {found.unlabelled:,} rows without a label, first: {made.firsts['unlabelled']}"]
           if found.unlabelled else []),
+        *([f"skipped     {found.out_of_ratio:,} pairs of a text and one over {args.ratio:g} times as long, first: "
+           f"{made.firsts['out_of_ratio']}"] if found.out_of_ratio else []),
         f"repaired    {found.invalid_utf8:,} invalid UTF-8, {found.control_characters:,} control characters",
         *_warnings(found, made.firsts, manifest.has_pairs or args.source is not None),
-        *_labels(made),
+        *(_labels(made) if manifest.labels else []),
         f"lengths     median {lengths.median:,} tokens, 95 % at most {lengths.most:,}, longest {lengths.longest:,}",
         f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}{trained}",
     ]  # fmt: skip
@@ -123,9 +165,11 @@ def _read(made: Made) -> list[str]:
     manifest, found = made.manifest, made.manifest.cleaning
     kept = sum(map(sum, manifest.counts.values()))
     if not manifest.of_words:
+        first = f", first: {made.firsts['unpaired']}" if found.unpaired else ""
         return [
             f"rows        {found.rows:,} read, {kept:,} kept",
-            f"removed     {found.duplicates:,} exact duplicates (text and label), {found.empty:,} empty texts",
+            f"removed     {found.duplicates:,} exact duplicates (text and {'label' if manifest.labels else 'target'}), "
+            f"{found.empty + found.unpaired:,} empty texts{first}",
         ]
     lost = f"; {found.empty:,} words are nothing but control characters" if found.empty else ""
     return [
@@ -176,17 +220,26 @@ def _columns(args: argparse.Namespace) -> Columns | WordColumns:
     if args.tags:
         return WordColumns(args.text, args.label)
     text = "text" if args.text is None else args.text
-    return Columns(text, args.pair, args.label, args.split, args.source, not args.no_header)
+    return Columns(text, args.pair, args.label, args.split, args.source, not args.no_header, args.target)
 
 
 def _inputs(args: argparse.Namespace) -> tuple[tuple[str | None, str], ...]:
     """(side, file) of each input."""
-    matches = [(_WITH_SIDE.fullmatch(text), text) for text in args.inputs]
-    return tuple((side_called(match[1]), match[2]) if match else (None, text) for match, text in matches)
+    return tuple(map(_sided, args.inputs))
+
+
+def _aligned(args: argparse.Namespace) -> tuple[tuple[str | None, str, str], ...]:
+    """(side, file, file of its targets) of each pair; the side stands before the former."""
+    return tuple((*_sided(source), target) for source, target in args.aligned or ())
+
+
+def _sided(text: str) -> tuple[str | None, str]:
+    match = _WITH_SIDE.fullmatch(text)
+    return (side_called(match[1]), match[2]) if match else (None, text)
 
 
 def _fractions(args: argparse.Namespace) -> tuple[float, float]:
     """(heldout, test): nothing is cut where sides are given, unless it is asked for."""
-    is_given = args.split is not None or any(side for side, _ in _inputs(args))
+    is_given = args.split is not None or any(side for side, *_ in (*_inputs(args), *_aligned(args)))
     heldout, test = (0.0, 0.0) if is_given else (HELDOUT, TEST)
     return heldout if args.heldout is None else args.heldout, test if args.test is None else args.test

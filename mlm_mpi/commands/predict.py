@@ -1,4 +1,5 @@
-"""`mlm-mpi predict RUN FILE`: labels of new texts or words, on any number of ranks. Alone it needs no MPI."""
+"""`mlm-mpi predict RUN FILE`: labels of new texts or words, or translations, on any number of ranks. Alone it needs no
+MPI."""
 
 import argparse
 import contextlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.comm.group import Group
     from mlm_mpi.data.rows import Columns, Row
     from mlm_mpi.data.words import Sentence
-    from mlm_mpi.prediction import Round
+    from mlm_mpi.prediction import Round, Written
     from mlm_mpi.train.checkpoint import Manifest
     from mlm_mpi.train.trained import Trained
 
@@ -31,7 +32,8 @@ _EXAMPLES = """examples:
   mlm-mpi predict runs/names new.conll --out named.conll
 
 A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither.
-Of a model of words (prepare --tags) a line for each word: it, its label, the label's probability; empty lines stay."""
+Of a model of words (prepare --tags) a line for each word: it, its label, the label's probability; empty lines stay.
+Of a model that translates: what it makes of the text, by greedy search."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -75,16 +77,17 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise ConfigError(f"{args.file} is no file: give a table of texts")
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
-    of_words = getattr(plugins.find("tasks", trained.config.task.kind, "task.kind"), "OF_WORDS", False)
+    task = plugins.find("tasks", trained.config.task.kind, "task.kind")
+    of_words, writes = (getattr(task, name, False) for name in ("OF_WORDS", "WRITES"))
     with group.together("a look at the model"):
-        _check_model(args, trained.manifest, of_words)
+        _check_model(args, trained.manifest, of_words, writes)
     counts = Counter[str]()
-    lines = (_word_lines if of_words else _text_lines)(args, trained, counts)
+    made = _word_lines if of_words else _written_lines if writes else _text_lines
     with _opened(args.out if group.rank == 0 else os.devnull) as out:
-        for line in lines:
+        for line in made(args, trained, counts):
             out.write(line)
     if group.rank == 0:
-        note("; ".join(_said(counts, trained.config.model.context, of_words)))
+        note("; ".join(_said(counts, trained.config.model.context, of_words, writes)))
     return 0
 
 
@@ -94,11 +97,17 @@ def _columns(args: argparse.Namespace) -> "Columns":
     return Columns("text" if args.text is None else args.text, args.pair, has_header=not args.no_header)
 
 
-def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool) -> None:
+def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool, writes: bool) -> None:
     """Raises ConfigError for a model that tells no labels, or others than the arguments are for."""
-    if not manifest.labels:
-        raise ConfigError(f"{args.run} tells no labels: give a run whose task.kind is classification or tagging")
-    if of_words:
+    if writes:
+        for option in ("all", "pair"):
+            if getattr(args, option):
+                raise ConfigError(f"--{option} is for runs that tell labels, and {args.run} translates: leave it out")
+    elif not manifest.labels:
+        raise ConfigError(
+            f"{args.run} tells no labels: give a run whose task.kind is classification, tagging or translation"
+        )
+    elif of_words:
         for option in ("--pair", "--no-header"):
             if getattr(args, option[2:].replace("-", "_")):
                 raise ConfigError(f"{args.run} tells labels of words, {option} is for tables of texts: leave it out")
@@ -126,6 +135,20 @@ def _text_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[st
         yield from _lines(found, labels, args)
 
 
+def _written_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
+    """Likewise of what is made of texts."""
+    from mlm_mpi.data.rows import read
+    from mlm_mpi.prediction import write
+
+    rounds = write(
+        trained.chain, trained.tokenizer, read(Path(args.file), _columns(args), args.encoding),
+        trained.config.model.context, args.rows, trained.mesh, trained.place,
+    )  # fmt: skip
+    for found in rounds:
+        counts.update(rows=len(found.rows), cut=found.cut, empty=sum(map(_is_empty, found.rows)))
+        yield from _texts(found, args.json)
+
+
 def _word_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
     """Likewise of sentences."""
     import numpy as np
@@ -151,13 +174,14 @@ def _word_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[st
             yield _object(sentence, own, labels, args.all) if args.json else _word_table(sentence, own, labels)
 
 
-def _said(counts: Counter[str], context: int, of_words: bool) -> list[str]:
+def _said(counts: Counter[str], context: int, of_words: bool, writes: bool) -> list[str]:
     """What a person is told at the end."""
     told = [f"{counts['rows']:,} sentences, {counts['words']:,} words" if of_words else f"{counts['rows']:,} rows"]
     if counts["cut"]:
         told.append(f"{counts['cut']:,} are longer than the context of {context} and have lost their ends")
     if counts["empty"]:
-        nothing = "words have no label: they lie there, or have no token" if of_words else "have no text and no label"
+        nothing = f"have no text and no {'translation' if writes else 'label'}"
+        nothing = "words have no label: they lie there, or have no token" if of_words else nothing
         told.append(f"{counts['empty']:,} {nothing}")
     return told
 
@@ -202,6 +226,17 @@ def _is_empty(row: "Row") -> bool:
 def _header(labels: list[str], every: bool) -> str:
     names = ["label", "probability", *(labels if every else [])]
     return "\t".join(names) + "\n"
+
+
+def _texts(found: "Written", as_json: bool) -> Iterator[str]:
+    """One line each, whatever line ends a text may have."""
+    for text in found.texts:
+        if as_json:
+            import msgspec
+
+            yield msgspec.json.encode({"text": text}).decode() + "\n"
+        else:
+            yield " ".join(text.splitlines()) + "\n"
 
 
 def _lines(found: "Round", labels: list[str], args: argparse.Namespace) -> Iterator[str]:

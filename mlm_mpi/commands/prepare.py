@@ -29,7 +29,9 @@ _EXAMPLES = """examples:
   mlm-mpi prepare texts/ --out corpora/words --tokenizer words --lowercase --vocab 20000    # for word vectors
   mlm-mpi run -n 4 -- prepare texts/ --out corpora/mine --heldout 0.01
   mlm-mpi prepare reviews.csv --out corpora/reviews --text review --label stars
-  mlm-mpi prepare train=eng.train heldout=eng.testa test=eng.testb --out corpora/names --tags"""
+  mlm-mpi prepare train=eng.train heldout=eng.testa test=eng.testb --out corpora/names --tags
+  mlm-mpi prepare pairs.tsv --out corpora/enfr --text english --target french
+  mlm-mpi prepare --aligned texts.en texts.fr --out corpora/enfr"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lowercase", action="store_true", help="of --tokenizer words: the same word with capitals or without")
     add(
         "--heldout", type=float, metavar="F",
-        help="fraction of characters kept for evaluation (0.05); with --label or --tags of source strings (0.1)",
+        help="fraction of characters kept for evaluation (0.05); of source strings with --label and its like (0.1)",
     )  # fmt: skip
     add(
         "--cut", choices=("auto", "never", "always"), default="auto",
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace, group: Ranks) -> int:
 
 def _made(args: argparse.Namespace, group: Ranks, told: Told) -> Callable[[float], str]:
     """Makes what is asked for; gives what makes rank 0's report from the seconds that it took."""
-    if not labelling.is_asked(args):
+    if not labelling.asked(args):
         plain = prepare(_recipe(args), group, told)
         return lambda seconds: _report(plain, args.out, args.field, seconds)
     made = prepare_labelled(labelling.recipe(args, _command(args)), group, told)
@@ -123,7 +125,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("prepare needs --out DIR, the folder that the corpus is written to: --out corpora/mine")
     if not args.out:
         raise ConfigError("--out '' names no folder: give one")
-    if not args.inputs and not args.builtin:
+    if not args.inputs and not args.builtin and not args.aligned:
         raise ConfigError("prepare has no input: give files, folders or globs, or --builtin")
     if not args.field:
         raise ConfigError("--field '' names no field: give the one that holds the text")
@@ -162,12 +164,13 @@ def _command(args: argparse.Namespace) -> str:
     """The command line that prepares the same corpus, options with their default left out."""
     parser = argparse.ArgumentParser()
     configure(parser)
-    parser.set_defaults(heldout=None if args.heldout is None or labelling.is_asked(args) else _HELDOUT)
+    parser.set_defaults(heldout=None if args.heldout is None or labelling.asked(args) else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
     flags = ("builtin", "lowercase", "no-header", "tags")
     words += [f"--{flag}" for flag in flags if getattr(args, flag.replace("-", "_"))]
     plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
-    for name in (*plain, "label", "text", "pair", "split", "test", "source"):
+    words += [word for pair in args.aligned or () for word in ("--aligned", *pair)]
+    for name in (*plain, "label", "target", "text", "pair", "split", "test", "source", "ratio"):
         value = getattr(args, name)
         if value != parser.get_default(name):
             flag = "--" + name.replace("_", "-")

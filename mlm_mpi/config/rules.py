@@ -155,6 +155,12 @@ def _check_readable(config: Config, plugins: Plugins) -> None:
         f'model.kind = "{config.model.kind}" does not read {" and ".join(lacks)}, which task.kind = '
         f'"{config.task.kind}" gives it: set model.kind = "{next(able, "?") if lacks else ""}", or another task.kind',
     )
+    unread = [need for need in getattr(model, "READS", ()) if need not in needs]
+    _require(
+        not unread,
+        f'model.kind = "{config.model.kind}" reads {" and ".join(unread)}, which task.kind = "{config.task.kind}" does '
+        'not give it: set task.kind = "translation", or another model.kind',
+    )
     _require(
         not getattr(model, "BOTH_WAYS", False) or getattr(task, "BOTH_WAYS", False),
         f'model.kind = "{config.model.kind}" sees the tokens that task.kind = "{config.task.kind}" predicts: set '

@@ -15,6 +15,7 @@ class Batch:
     targets ids (B, T) int32, mask (B, T) bool where some do not count.
     `texts`: where each of several texts ends that lie one behind the other in row 0, the only one, so that no text is
     padded; what lies behind the last is filled up. () where a row is a text.
+    `source`: what an encoder reads, where a decoder reads the batch: as many rows or texts. It has no targets.
     """
 
     step: int
@@ -24,12 +25,14 @@ class Batch:
     count: int
     digest: int = 0
     texts: tuple[int, ...] = ()
+    source: "Batch | None" = None
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """The same with every array changed, for example brought to a GPU."""
         inputs = {name: change(array) for name, array in self.inputs.items()}
         targets = {name: change(array) for name, array in self.targets.items()}
-        return replace(self, inputs=inputs, targets=targets)
+        source = None if self.source is None else self.source.map(change)
+        return replace(self, inputs=inputs, targets=targets, source=source)
 
     def spans(self) -> list[tuple[int, int]]:
         """[start, stop) of each text of row 0; [] where rows are texts."""
@@ -37,4 +40,5 @@ class Batch:
 
     def arrays(self) -> list[Any]:
         """All arrays, in a fixed order."""
-        return [*self.inputs.values(), *self.targets.values()]
+        source = [] if self.source is None else self.source.arrays()
+        return [*self.inputs.values(), *self.targets.values(), *source]

@@ -1,9 +1,11 @@
 """Labelled texts, or texts of labelled words, as `mlm-mpi prepare --label` or `--tags` has stored them: a folder, its
 catalog, and the examples of a split.
 
+Pairs of `--target` are stored likewise: they have no labels, and the second text of each is to be made of the first.
+
 /tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
                    pair, or a sentence, without an end of text
-/labels   (examples,)  smallest unsigned type that holds the number of labels
+/labels   (examples,)  smallest unsigned type that holds the number of labels; not of pairs without any
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
 /tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
                        and 1, elsewhere 0; smallest unsigned type that holds the number of labels
@@ -14,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,18 +43,32 @@ from mlm_mpi.files import read_whole
 
 FORMAT, TAGGED = "labelled-1", "tagged-1"
 MOST_LABELS = 65_535
-_PREPARE = {False: "prepare FILES --label COLUMN", True: "prepare FILES --tags"}  # whether labels are of words
-_TASK = {False: "classification", True: "tagging"}
+Kind = Literal["texts", "words", "pairs"]  # each text has a label, each word has one, each text has a target
+
+
+class _Ways(NamedTuple):
+    """What a kind of texts is called, how it is prepared, and for which task."""
+
+    name: str
+    prepare: str
+    task: str
+
+
+_WAYS: dict[Kind, _Ways] = {
+    "texts": _Ways("labels of texts", "prepare FILES --label COLUMN", "classification"),
+    "words": _Ways("labels of words", "prepare FILES --tags", "tagging"),
+    "pairs": _Ways("pairs of texts", "prepare FILES --target COLUMN (or prepare --aligned A B)", "translation"),
+}
 _SECOND = np.dtype(np.uint32)
 
 
-@dataclass(frozen=True)
-class Cleaning:
+class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was found in the rows read.
 
     `unlabelled`: rows without a label. `duplicates`: equal in texts, label and side to an earlier row. `conflicts`:
     texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
     Of labelled words a row is a sentence; duplicates are kept, and `empty` counts words of control characters alone.
+    `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
     """
 
     rows: int
@@ -64,6 +80,8 @@ class Cleaning:
     leaking_sources: int
     invalid_utf8: int
     control_characters: int
+    unpaired: int = 0
+    out_of_ratio: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,8 @@ class Lengths:
 class Manifest:
     """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
 
-    `counts`: split -> its examples, or words, of each label; a split that does not exist is not there.
+    `counts`: split -> its examples, or words, of each label, or of all where there is none; a split that does not exist
+    is not there.
     """
 
     format: str
@@ -97,13 +116,21 @@ class Manifest:
     test: float
 
     @property
+    def kind(self) -> Kind:
+        """What has a label or a target."""
+        if self.of_words:
+            return "words"
+        return "texts" if self.labels else "pairs"
+
+    @property
     def of_words(self) -> bool:
         """Whether each word has a label, not each text."""
         return self.format == TAGGED
 
 
 class Example(NamedTuple):
-    """Token ids (tokens,) int32 without an end of text, where the second text begins (0: none), number of the label."""
+    """Token ids (tokens,) int32 without an end of text, where the second text begins (0: none), number of the label (0
+    where there is none)."""
 
     ids: np.ndarray
     second: int
@@ -113,15 +140,17 @@ class Example(NamedTuple):
 class Examples:
     """The examples of a split in memory: 20 bytes each and 1, 2 or 4 a token. Nothing changes them, so threads share.
 
-    `lengths`: (n,) int32, tokens of each; `targets`: (n,) int32, numbers of their labels.
+    `lengths`: (n,) int32, tokens of each; `targets`: (n,) int32, numbers of their labels; `seconds`: (n,) int32, where
+    their second texts begin.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray, seconds: np.ndarray) -> None:
         """Shapes: (tokens,), (n + 1,), (n,), (n,)."""
-        self._tokens, self._offsets, self._seconds = tokens, offsets.astype(np.int64), seconds.astype(_SECOND)
+        self._tokens, self._offsets = tokens, offsets.astype(np.int64)
         self.lengths: np.ndarray = np.diff(self._offsets).astype(np.int32)
         self.targets: np.ndarray = labels.astype(np.int32)
-        for array in (self.lengths, self.targets):
+        self.seconds: np.ndarray = seconds.astype(np.int32)
+        for array in (self.lengths, self.targets, self.seconds):
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -130,7 +159,7 @@ class Examples:
     def read(self, number: int) -> Example:
         """Example 0 … n − 1; its ids are the caller's own."""
         ids = self._tokens[self._offsets[number] : self._offsets[number + 1]].astype(np.int32)
-        return Example(ids, int(self._seconds[number]), int(self.targets[number]))
+        return Example(ids, int(self.seconds[number]), int(self.targets[number]))
 
 
 @dataclass(frozen=True)
@@ -142,23 +171,29 @@ class Labelled:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: str | Path, named_by: str = "data.dir", of_words: bool = False) -> "Labelled":
-        """`named_by`: the setting that gave the folder. `of_words`: each word has a label, not each text.
+    def open(cls, folder: str | Path, named_by: str = "data.dir", kind: Kind = "texts") -> "Labelled":
+        """`named_by`: the setting that gave the folder. `kind`: what is wanted.
 
-        Raises DataError: no catalog, malformed, or without such labels.
+        Raises DataError: no catalog, malformed, or of another kind.
         """
-        prepare = f"mlm-mpi {_PREPARE[of_words]}"
+        wanted = _WAYS[kind]
         if not str(folder):  # as a path it would be the current folder
-            raise DataError(f"{named_by} is empty: set it to the folder that {prepare} has written")
+            raise DataError(f"{named_by} is empty: set it to the folder that mlm-mpi {wanted.prepare} has written")
         path = Path(folder) / FILE_NAME
         try:
             content = read_whole(path, CATALOG_BYTES, path.parent)
         except OSError as error:
             raise DataError(
-                f"no labelled {'words' if of_words else 'texts'} at {folder}: cannot read {path} ({error.strerror}): "
-                f"run {prepare}, or set {named_by}"
+                f"no {wanted.name} at {folder}: cannot read {path} ({error.strerror}): run mlm-mpi "
+                f"{wanted.prepare}, or set {named_by}"
             ) from None
-        manifest = _decode(content, path, named_by, of_words)
+        manifest = _decode(content, path, named_by, wanted)
+        if manifest.kind != kind:
+            found = _WAYS[manifest.kind]
+            raise DataError(
+                f'{path} has {found.name}, not {wanted.name}: set task.kind = "{found.task}", or give another '
+                f"{named_by}"
+            )
         return cls(Path(folder), hashlib.sha256(content).hexdigest(), manifest)
 
     @property
@@ -237,21 +272,24 @@ class Labelled:
         kinds = column_types(len(self.labels), self.has_pairs)
         reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, columns=kinds)
         try:
-            lengths, labels = np.diff(reader.offsets().astype(np.int64)), reader.column("labels")
+            lengths = np.diff(reader.offsets().astype(np.int64))
+            labels = reader.column("labels") if self.labels else np.zeros(entry.documents, np.uint8)
             seconds = reader.column("seconds") if self.has_pairs else np.zeros(entry.documents, _SECOND)
             tokens = reader.read(0, entry.tokens)
         finally:
             reader.close()
-        if labels.max() >= len(self.labels):
+        if labels.max() >= max(1, len(self.labels)):
             raise DataError(f"shard {path} has label {labels.max()} of {len(self.labels)}: {AGAIN}")
         if (seconds >= lengths).any():
             raise DataError(f"shard {path} has a second text that begins behind its example: {AGAIN}")
+        if not self.labels and (seconds == 0).any():
+            raise DataError(f"shard {path} has a text without a target: {AGAIN}")
         return tokens, lengths, labels, seconds
 
 
 def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
     """The columns of a shard beside its tokens. `labels`: how many there are."""
-    kinds: dict[str, np.dtype[Any]] = {"labels": np.min_scalar_type(labels - 1)}
+    kinds: dict[str, np.dtype[Any]] = {"labels": np.min_scalar_type(labels - 1)} if labels else {}
     return kinds | {"seconds": _SECOND} if has_pairs else kinds
 
 
@@ -279,24 +317,16 @@ def content_digest(tokenizer_hash: str, labels: tuple[str, ...], examples: Mappi
     return whole.hexdigest()
 
 
-def _decode(content: bytes, path: Path, named_by: str, of_words: bool) -> Manifest:
+def _decode(content: bytes, path: Path, named_by: str, wanted: _Ways) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
         if found in (1, catalog.FORMAT):
             raise DataError(
-                f"{path} is of a corpus without labels: run mlm-mpi {_PREPARE[of_words]}, or give another {named_by}"
-            )
-        if found in (FORMAT, TAGGED) and (found == TAGGED) != of_words:
-            raise DataError(
-                f"{path} has labels of {'texts' if of_words else 'words'}, not of {'words' if of_words else 'texts'}: "
-                f'set task.kind = "{_TASK[not of_words]}", or give another {named_by}'
+                f"{path} is of a corpus without {wanted.name}: run mlm-mpi {wanted.prepare}, or give another {named_by}"
             )
         if found not in (FORMAT, TAGGED):
-            raise DataError(
-                f"{path} has format {str(found)[:40]}, this version reads format "
-                f"{TAGGED if of_words else FORMAT}: {AGAIN}"
-            )
+            raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): {AGAIN}") from None
@@ -321,11 +351,12 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     if not all(math.isfinite(share) and 0 <= share < 1 for share in (manifest.heldout, manifest.test)):
         yield f"heldout {manifest.heldout}, test {manifest.test}"
     labels = manifest.labels
-    if not 2 <= len(labels) <= MOST_LABELS or len(set(labels)) != len(labels):
+    are_pairs = not labels and manifest.has_pairs
+    if not (are_pairs or 2 <= len(labels) <= MOST_LABELS) or len(set(labels)) != len(labels):
         yield f"{len(labels)} labels, {len(set(labels))} of them differ"
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
-    kinds = {} if manifest.of_words else column_types(max(2, len(labels)), manifest.has_pairs)
+    kinds = {} if manifest.of_words else column_types(len(labels), manifest.has_pairs)
     column_bytes = sum(kind.itemsize for kind in kinds.values())
     mark_bytes = tag_type(len(labels)).itemsize if manifest.of_words else 0
     for entry in manifest.shards:
@@ -343,7 +374,7 @@ def _odd_counts(manifest: Manifest) -> Iterator[str]:
     for split, examples in stored.items():
         counts = manifest.counts.get(split, ())
         fits = sum(counts) >= examples if manifest.of_words else sum(counts) == examples
-        if split not in SPLITS or len(counts) != len(manifest.labels) or min(counts) < 0 or not fits:
+        if split not in SPLITS or len(counts) != max(1, len(manifest.labels)) or min(counts) < 0 or not fits:
             yield f"its counts of {split[:40]!r} are not those of its shards"
         if not examples:
             yield f"split {split[:40]!r} has no examples"

@@ -1,6 +1,8 @@
 """`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
 With `--tags` from sentences whose words have labels.
 
+`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first.
+
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
              (sentences that are there twice stay: published figures are of all of them)
     train    the tokenizer, from the training side
@@ -44,7 +46,9 @@ class Recipe:
     """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
-    from those that are given as training rows. `columns`: of texts with a label, or of words with one each.
+    from those that are given as training rows. `columns`: of texts with a label, or of words with one each. `aligned`:
+    (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one text may have so many
+    times the characters of the other; 0: any.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
@@ -59,6 +63,18 @@ class Recipe:
     seed: int
     command: str
     lowercase: bool
+    aligned: tuple[tuple[str | None, str, str], ...] = ()
+    ratio: float = 0.0
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether texts have targets instead of labels."""
+        return bool(self.columns.target or self.aligned)
+
+    @property
+    def has_seconds(self) -> bool:
+        """Whether an example is two texts."""
+        return self.of_pairs or self.columns.pair is not None
 
     @property
     def of_words(self) -> bool:
@@ -136,7 +152,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
         ),
         labels=labels,
         counts=_counts(found, labels),
-        has_pairs=recipe.columns.pair is not None,
+        has_pairs=recipe.has_seconds,
         shards=tuple(shards),
         lengths=_summary(lengths),
         cleaning=found.cleaning(),
@@ -176,24 +192,21 @@ class _Found:
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
-        if not row.text:
-            self._count("empty", row.place)
+        if lacks := self._lacks(row):
+            self._count(lacks, row.place)
             return
-        if not row.labels:
-            self._count("unlabelled", row.place)
-            return
-        source = row.source or row.text
-        recipe = self._recipe
+        source, recipe = row.source or row.text, self._recipe
+        labels = ("",) if recipe.of_pairs else row.labels
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         digest = hashlib.sha256(source.encode()).digest()
-        example = _Example(row.place, row.text, row.second, row.labels, side, digest, row.words)
-        key = (side, row.text, row.second, row.labels)
+        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words)
+        key = (side, row.text, row.second, labels)
         if key in self._kept:
             self._count("duplicates", row.place)
             if not recipe.of_words:
                 return
         self._kept.add(key)
-        self._labels.update(row.labels)
+        self._labels.update(labels)
         if len(self._labels) > MOST_LABELS:
             raise DataError(
                 f"{row.place} has label number {len(self._labels):,}, at most {MOST_LABELS:,} can be told apart: is "
@@ -208,9 +221,14 @@ class _Found:
 
     def check(self) -> None:
         """Raises DataError for what nothing can be learnt from or measured with."""
+        pairs = self._recipe.of_pairs
         if not self.examples:
-            raise DataError("no row has a text and a label: give other files, or other columns with --text and --label")
-        if len(self._labels) == 1:
+            what = "target" if pairs else "label"
+            long = f", or --ratio above {self._recipe.ratio:g}" if self._counts["out_of_ratio"] else ""
+            raise DataError(
+                f"no row has a text and a {what}: give other files, other columns with --text and --{what}{long}"
+            )
+        if len(self._labels) == 1 and not pairs:
             what = "words of all" if self._recipe.of_words else "all"
             raise DataError(
                 f"{what} {len(self.examples):,} examples have the label {self.examples[0].labels[0]!r}, and two are "
@@ -231,6 +249,8 @@ class _Found:
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
+        if self._recipe.of_pairs:
+            return ()
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
             return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
         return tuple(sorted(self._labels))
@@ -238,7 +258,19 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        return Cleaning(**odd, **{name: self._counts[name] for name in plain})
+        ours = ("unpaired", "out_of_ratio")
+        return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
+
+    def _lacks(self, row: rows.Row | words.Sentence) -> str:
+        """Why a row becomes no example, a field of `Cleaning`; "" if it does."""
+        if self._recipe.of_pairs:
+            if not (row.text and row.second):
+                return "unpaired"
+            lengths = sorted((len(row.text), len(row.second)))
+            return "out_of_ratio" if 0 < self._recipe.ratio * lengths[0] < lengths[1] else ""
+        if not row.text:
+            return "empty"
+        return "" if row.labels else "unlabelled"
 
     def _count(self, what: str, place: str) -> None:
         self._counts[what] += 1
@@ -278,7 +310,8 @@ class _Found:
         count = len(self._sources)
         if self.given and not getattr(self._recipe, side, 0.0):
             remedy = "give it some" if side == "train" else "give it some, or leave it out"
-            return f"split {side} has no row with a text and a label: {remedy}"
+            what = "target" if self._recipe.of_pairs else "label"
+            return f"split {side} has no row with a text and a {what}: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
         return (
@@ -300,42 +333,55 @@ class _Found:
             )
 
 
-def _gather(recipe: Recipe, told: Told) -> _Found:
-    named = [(side, path) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
-    files = list(dict.fromkeys(named))
-    if not files:
+def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
+    """(side or None, a table or two aligned files) of all that is read. Raises DataError where nothing is."""
+    named: list[tuple[str | None, tuple[Path, ...]]]
+    named = [(side, (path,)) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
+    named += [(side, (Path(source), Path(target))) for side, source, target in recipe.aligned]
+    if not named:
         texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
         raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
+    return list(dict.fromkeys(named))
+
+
+def _gather(recipe: Recipe, told: Told) -> _Found:
+    tables = _tables(recipe)
     found, done = _Found(recipe), 0
-    total = sum(path.stat().st_size for _, path in files if path.is_file())
+    total = sum(path.stat().st_size for _, paths in tables for path in paths if path.is_file())
 
     def heard(size: int) -> None:
         nonlocal done
         done = min(done + size, total)  # a format may look at a beginning twice
         told("cleaning", done, total)
 
-    for side, path in files:
-        for row in _rows(path, recipe, heard):
+    for side, paths in tables:
+        for row in _rows(paths, recipe, heard):
             found.add(row, side)
     found.check()
     return found
 
 
-def _rows(path: Path, recipe: Recipe, heard: Callable[[int], None]) -> Iterator[rows.Row | words.Sentence]:
-    """What may become an example."""
-    if not isinstance(recipe.columns, words.WordColumns):
-        yield from rows.read(path, recipe.columns, recipe.encoding, heard)
+def _rows(
+    paths: tuple[Path, ...], recipe: Recipe, heard: Callable[[int], None]
+) -> Iterator[rows.Row | words.Sentence]:  # fmt: skip
+    """What may become an example, of a table or of two aligned files."""
+    if len(paths) == 2:
+        yield from rows.aligned(paths[0], paths[1], recipe.encoding, heard)
         return
-    for sentence in words.read(path, recipe.columns, recipe.encoding, heard):
+    if not isinstance(recipe.columns, words.WordColumns):
+        yield from rows.read(paths[0], recipe.columns, recipe.encoding, heard)
+        return
+    for sentence in words.read(paths[0], recipe.columns, recipe.encoding, heard):
         if sentence.words not in ((), (words.DOCUMENT,)):
             yield sentence
 
 
 def _counts(found: _Found, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Split -> examples of each label, or words."""
+    """Split -> examples of each label, or words; of all examples where there are no labels."""
     counts = Counter((example.side, label) for example in found.examples for label in example.labels)
-    sides = [split for split in SPLITS if any(counts[split, label] for label in labels)]
-    return {split: tuple(counts[split, label] for label in labels) for split in sides}
+    each = labels or ("",)
+    sides = [split for split in SPLITS if any(counts[split, label] for label in each)]
+    return {split: tuple(counts[split, label] for label in each) for split in sides}
 
 
 def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Tokenizer:
@@ -364,7 +410,7 @@ def _shards(
     parts = [(split, number, part) for split in SPLITS for number, part in enumerate(_parts(recipe, found, split))]
     for done, (split, number, part) in enumerate(parts):
         told("shards", done, len(parts))
-        ids, found_digests, extra = stored(part, labels, tokenizer, recipe.columns.pair is not None)
+        ids, found_digests, extra = stored(part, labels, tokenizer, recipe.has_seconds)
         digests[split] += found_digests
         lengths += map(len, ids)
         entries.append(
@@ -382,8 +428,8 @@ _Stored = tuple[list[np.ndarray], list[bytes], dict[str, dict[str, np.ndarray]]]
 
 
 def _stored_texts(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool) -> _Stored:
-    numbers = {label: number for number, label in enumerate(labels)}
-    ids, seconds = _encoded(part, tokenizer)
+    numbers = {label: number for number, label in enumerate(labels or ("",))}
+    ids, seconds = _encoded(part, tokenizer, of_pairs=not labels)
     targets = [numbers[example.labels[0]] for example in part]
     values, kinds = {"labels": targets, "seconds": seconds}, labelled.column_types(len(labels), pairs)
     columns = {name: np.array(values[name], kinds[name]) for name in kinds}
@@ -426,12 +472,12 @@ def _size(example: _Example) -> int:
     return len(example.text.encode()) + len(example.second.encode())
 
 
-def _encoded(part: Sequence[_Example], tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
-    """(ids of each example, where its second text begins). Raises DataError for an example without tokens."""
+def _encoded(part: Sequence[_Example], tokenizer: Tokenizer, of_pairs: bool) -> tuple[list[np.ndarray], list[int]]:
+    """(ids of each example, where its second text begins). Raises DataError for a text without tokens."""
     ids, seconds = [], []
     found = encode_pairs(tokenizer, ((example.text, example.second) for example in part))
     for example, (tokens, second) in zip(part, found, strict=True):
-        if not len(tokens):
+        if not len(tokens) or (of_pairs and not 0 < second < len(tokens)):
             raise _no_token(example)
         ids.append(tokens)
         seconds.append(second)

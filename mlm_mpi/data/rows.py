@@ -4,7 +4,8 @@
     .tsv      a row a line, fields between tabs; quotes are plain characters, as in GLUE's files
     .jsonl    an object a line (.ndjson too); numbers, true and false become their JSON text
 
-`prepare --label` reads these, and so does who predicts labels of new texts. Empty lines are no rows.
+`prepare --label` and `--target` read these, and so does who predicts labels of new texts. Empty lines are no rows. Two
+files whose lines belong together (`aligned`) are a table of two columns.
 """
 
 import csv
@@ -12,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ LONGEST_LABEL = 200  # characters
 _LONGEST_FIELD = 1 << 24  # characters of CSV; a quote that is never closed would swallow the file
 NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NOTHING = clean("")
+_MARKED = "\udfff"  # what is not of its encoding is decoded to (`text.MARK`)
 _MOST_NAMES = 200  # characters of a list of columns
 _LOOKED_AT = 1000  # JSON lines: a field that none of them has is taken for a name that is wrong
 
@@ -35,8 +37,8 @@ Values = tuple[str, list[str | None]]  # place, and what stands in each of the c
 class Columns:
     """Which columns of a table are read.
 
-    `pair`: a second text; `split`: the side that a row is on; `source`: what may not stand on two sides.
-    `has_header`: otherwise columns are called "1", "2", ….
+    `pair`: a second text; `target`: one that is to be made of the text; `split`: the side that a row is on; `source`:
+    what may not stand on two sides. `has_header`: otherwise columns are called "1", "2", ….
     """
 
     text: str = "text"
@@ -45,12 +47,13 @@ class Columns:
     split: str | None = None
     source: str | None = None
     has_header: bool = True
+    target: str | None = None
 
     def wanted(self) -> dict[str, str]:
         """Option -> column, of those that are read."""
         given = {
-            "--text": self.text, "--pair": self.pair, "--label": self.label, "--split": self.split,
-            "--source": self.source,
+            "--text": self.text, "--pair": self.pair, "--target": self.target, "--label": self.label,
+            "--split": self.split, "--source": self.source,
         }  # fmt: skip
         return {option: column for option, column in given.items() if column is not None}
 
@@ -64,9 +67,7 @@ class Columns:
                     f"{option} {column!r} is no number of a column, and with --no-header columns have no names: "
                     f"give {option} 1, 2, …"
                 )
-        texts = [
-            (option, self.wanted()[option]) for option in ("--text", "--pair", "--label") if option in self.wanted()
-        ]
+        texts = [(option, column) for option, column in self.wanted().items() if option not in ("--split", "--source")]
         for (option, column), (other, same) in pairwise(sorted(texts, key=lambda pair: pair[1])):
             if column == same:
                 raise ConfigError(f"{option} and {other} are both column {column!r}: name another for one of them")
@@ -76,7 +77,7 @@ class Columns:
 class Row:
     """A row of a table. Texts are cleaned (`text.clean`), blanks at their ends are gone; `text` may be empty.
 
-    `place`: file:line. `second`: "" without a pair. `label`, `split`, `source`: None where the row has none.
+    `place`: file:line. `second`: "" without a pair or target. `label`, `split`, `source`: None where the row has none.
     `replaced`, `controls`: what cleaning found.
     """
 
@@ -121,9 +122,34 @@ def read(path: Path, columns: Columns, encoding: str = "utf-8", told: Told = _un
         raise DataError(f"{path} has no rows: fill it, or leave it out")
 
 
+def aligned(source: Path, target: Path, encoding: str = "utf-8", told: Told = _unheard) -> Iterator[Row]:
+    """A row for each line of a file, and for the line of the same number of another, which is to be made of it.
+
+    Raises DataError: the first line that has no partner, and as `read` does.
+    """
+    lines = [Content(path, encoding, told=told).lines() for path in (source, target)]
+    number, replaced, characters = 0, [0, 0], [0, 0]
+    for number, (text, other) in enumerate(zip_longest(*lines), 1):
+        if text is None or other is None:
+            longer, shorter = (target, source) if text is None else (source, target)
+            raise DataError(
+                f"{longer}:{number} has no partner, {shorter} ends with line {number - 1:,}: mend the files, in which "
+                "lines of one number belong together"
+            )
+        row = _row(f"{source}:{number}", {"--text": text, "--target": other})
+        for place, raw in enumerate((text, other)):
+            replaced[place] += raw.count(_MARKED)
+            characters[place] += len(raw)
+        yield row
+    for place, path in enumerate((source, target)):
+        check_repaired(path, replaced[place], characters[place])
+    if not number:
+        raise DataError(f"{source} has no lines: fill it, or leave it out")
+
+
 def _row(place: str, values: dict[str, str | None]) -> Row:
     text = clean(values["--text"] or "")
-    second = clean(pair) if (pair := values.get("--pair")) else _NOTHING
+    second = clean(other) if (other := values.get("--pair") or values.get("--target")) else _NOTHING
     source, label = values.get("--source"), cleaned_label(values.get("--label"), place)
     return Row(
         place, text.text.strip(), second.text.strip(), label, values.get("--split"),

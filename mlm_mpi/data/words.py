@@ -42,6 +42,7 @@ class WordColumns:
 
     pair: ClassVar[None] = None
     split: ClassVar[None] = None
+    target: ClassVar[None] = None
 
     def check(self) -> None:
         """Raises ConfigError for a column that no file has."""

@@ -1,5 +1,6 @@
-"""Multi-head self-attention with a fused query-key-value projection, and the key/value cache."""
+"""Multi-head attention, of positions to each other and to a memory, and the cache of keys and values."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ from mlm_mpi.params.store import Parameter, equal
 class KeyValueCache:
     """Keys and values of the positions seen so far, per layer; `length` positions are valid.
 
-    `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name.
+    `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name. `memory`: keys
+    and values (B, S, 2 C) of what an encoder has made, by the layer's name; they are computed once.
     """
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
         self.states: dict[str, tuple[Any, ...]] = {}
+        self.memory: dict[str, Any] = {}
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def extend(self, name: str, k: Any, v: Any) -> tuple[Any, Any]:
@@ -40,16 +43,13 @@ class KeyValueCache:
         self.length += positions
 
 
-class _Look(NamedTuple):
-    """Who attends to each other: the positions of each row, or of each of some texts of one length that lie one behind
-    the other in row 0, from `start` on; with what its backward needs."""
+class _Run(NamedTuple):
+    """The positions of each row, or of each of some texts of one length that lie one behind the other in row 0, from
+    `start` on."""
 
     start: int
     texts: int  # 0: rows
     length: int
-    draw: Draw | None
-    share: int
-    lse: Any = None
 
     @property
     def stop(self) -> int:
@@ -60,6 +60,35 @@ class _Look(NamedTuple):
         if not self.texts:
             return array
         return array[0, self.start : self.stop].reshape(self.texts, self.length, *array.shape[2:])
+
+
+class _Look(NamedTuple):
+    """Whose queries attend to whose keys, with what its backward needs."""
+
+    queries: _Run
+    keys: _Run
+    draw: Draw | None
+    share: int
+    lse: Any = None
+
+
+def _looks(
+    queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]], drop: Dropout, ctx: Context, heads: int
+) -> list[_Look]:  # fmt: skip
+    """Those of texts [start, stop), each to the keys in its place. Neighbours of equal lengths attend together.
+
+    Probabilities are drawn as of texts that are all as long as the longest one.
+    """
+    lengths = [(b - a, d - c) for (a, b), (c, d) in zip(queries, keys, strict=True)]
+    most = max(length for length, _ in lengths), max(other for _, other in lengths)
+    draw, looks, number = drop.of_heads(ctx, heads, *most), [], 0
+    for (length, other), some in groupby(lengths):
+        own = None if draw is None else draw.cut((len(lengths), heads, *most), (number, 0, 0, 0))
+        count = len(list(some))
+        runs = _Run(queries[number][0], count, length), _Run(keys[number][0], count, other)
+        looks.append(_Look(*runs, own, 0))
+        number += count
+    return looks
 
 
 class SelfAttention:
@@ -95,16 +124,10 @@ class SelfAttention:
         spans = [] if ctx.batch is None else ctx.batch.spans()
         if not spans:
             share = order.share_length(keys, self.most) if ctx.cache is None else 0
-            return [_Look(0, 0, keys, self.drop.of_heads(ctx, heads, keys), share)]
-        lengths = [stop - start for start, stop in spans]
-        longest, looks, number = max(lengths), [], 0
-        draw, shape = self.drop.of_heads(ctx, heads, longest), (len(spans), heads, longest, longest)
-        for length, some in groupby(lengths):
-            own = None if draw is None else draw.cut(shape, (number, 0, 0, 0))
-            count = len(list(some))
-            looks.append(_Look(spans[number][0], count, length, own, order.share_length(length, self.most)))
-            number += count
-        return looks
+            row = _Run(0, 0, keys)
+            return [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), share)]
+        looks = _looks(spans, spans, self.drop, ctx, heads)
+        return [look._replace(share=order.share_length(look.keys.length, self.most)) for look in looks]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to."""
@@ -113,13 +136,13 @@ class SelfAttention:
         heads, past = qkv.shape[2] // (3 * self.width), 0 if ctx.cache is None else ctx.cache.length
         found, looks = [], []
         for look in self._looks(ctx, heads, past + qkv.shape[1]):
-            q, k, v = self._split(look.own(qkv))
+            q, k, v = self._split(look.queries.own(qkv))
             if ctx.cache is not None:
                 k, v = ctx.cache.extend(self.name, k, v)
             o, lse = attention.forward(q, k, v, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = _in_row(found, looks, qkv.shape[1]) if looks[0].texts else found[0]
+        o = _in_row(found, looks, qkv.shape[1])
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, looks, starts, s_project)
 
@@ -128,18 +151,102 @@ class SelfAttention:
         do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
         dqkv = module_of(dy).empty_like(qkv)
         for look in looks:
+            run = look.queries
             attention.backward(
-                look.own(do), *self._split(look.own(qkv)), look.own(o), look.lse, *self._split(look.own(dqkv)),
+                run.own(do), *self._split(run.own(qkv)), run.own(o), look.lse, *self._split(run.own(dqkv)),
                 self.causal, draw=look.draw, share=look.share, starts=starts,
             )  # fmt: skip
-        if looks[-1].texts:
-            dqkv[:, looks[-1].stop :] = 0.0  # nobody has looked at what fills the row up
+        _clear_behind(dqkv, looks[-1].queries)
         return self.qkv.backward(dqkv, x, ctx)
 
 
+class CrossAttention:
+    """Positions that attend to all of a memory. Shapes: x (B, T, C), memory (B, S, C) -> (B, T, C).
+
+    tp cuts whole heads: queries by dim 1, keys and values by dim 2, the projection by rows. Texts that lie one behind
+    the other in a row each attend to the one in their place of the batch's source. A rank has whole heads and all
+    positions here, so no sum over positions has shares. Source: Vaswani et al., arXiv:1706.03762, section 3.2.3.
+    """
+
+    def __init__(
+        self, name: str, heads: int, project: ResidualLinear, std: float, drop: Dropout, shares: int = order.MOST
+    ) -> None:
+        """As of `SelfAttention`."""
+        self.name, self.heads, self.project, self.drop = name, heads, project, drop
+        width, self.width = project.inputs, project.inputs // heads
+        self.query = Linear(
+            f"{name}.query", width, width, std, 1, self.width, shares, matrices=(equal(1, heads, self.width),)
+        )
+        each = equal(1, 2), equal(2, heads, self.width)
+        self.key_value = Linear(f"{name}.key_value", width, (2, width), std, 2, self.width, shares, matrices=each)
+
+    def parameters(self) -> list[Parameter]:
+        return [*self.query.parameters(), *self.key_value.parameters(), *self.project.parameters()]
+
+    def forward(self, x: Any, memory: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
+        """`residual` or None: what the result is added to. `memory`: None where the cache has seen it."""
+        q, kv = self.query.forward(x, ctx)[0], self._remembered(memory, ctx)
+        found, looks = [], []
+        for look in self._looks(ctx, q, kv):
+            arrays = self._split(look.queries.own(q), look.keys.own(kv))
+            o, lse = attention.forward(*arrays, causal=False, draw=look.draw)
+            found.append(o)  # (B, T, H, D)
+            looks.append(look._replace(lse=lse))
+        o = _in_row(found, looks, q.shape[1])
+        y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
+        return y, (x, memory, q, kv, o, looks, s_project)
+
+    def backward(self, dy: Any, saved: Any, ctx: Context) -> tuple[Any, Any]:
+        """(gradient of x, gradient of the memory)."""
+        x, memory, q, kv, o, looks, s_project = saved
+        do = self.project.backward(dy, s_project, ctx).reshape(o.shape)
+        dq, dkv = module_of(dy).empty_like(q), module_of(dy).empty_like(kv)
+        for look in looks:
+            rows, keys = look.queries, look.keys
+            attention.backward(
+                rows.own(do), *self._split(rows.own(q), keys.own(kv)), rows.own(o), look.lse,
+                *self._split(rows.own(dq), keys.own(dkv)), causal=False, draw=look.draw,
+            )  # fmt: skip
+        _clear_behind(dq, looks[-1].queries)
+        _clear_behind(dkv, looks[-1].keys)
+        return self.query.backward(dq, x, ctx), self.key_value.backward(dkv, memory, ctx)
+
+    def _remembered(self, memory: Any, ctx: Context) -> Any:
+        """Keys and values (B, S, 2 C), of all positions and this rank's heads."""
+        if ctx.cache is None:
+            return self.key_value.forward(memory, ctx)[0]
+        if self.name not in ctx.cache.memory:
+            ctx.cache.memory[self.name] = self.key_value.forward(memory, ctx)[0]
+        return ctx.cache.memory[self.name]
+
+    def _split(self, q: Any, kv: Any) -> tuple[Any, Any, Any]:
+        """Queries, keys and values by head, (B, H, T, D) and twice (B, H, S, D), views."""
+        q = q.reshape(*q.shape[:2], -1, self.width).swapaxes(1, 2)
+        k, v = kv.reshape(*kv.shape[:2], 2, -1, self.width).transpose(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def _looks(self, ctx: Context, q: Any, kv: Any) -> list[_Look]:
+        batch, heads = ctx.batch, q.shape[2] // self.width
+        if batch is None or batch.source is None or not batch.texts:
+            queries, keys = q.shape[1], kv.shape[1]
+            return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]
+        return _looks(batch.spans(), batch.source.spans(), self.drop, ctx, heads)
+
+
 def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
-    """Values of texts where they lie in their row, zeros behind them. Shapes: (texts, t, H, D) each -> (1, T, H, D)."""
+    """Values where their queries lie: of rows as they are, of texts in their row, zeros behind them.
+
+    Shapes: (texts, t, H, D) each -> (1, T, H, D).
+    """
+    if not looks[0].queries.texts:
+        return parts[0]
     o = module_of(parts[0]).zeros((1, length, *parts[0].shape[2:]), parts[0].dtype)
     for part, look in zip(parts, looks, strict=True):
-        look.own(o)[...] = part
+        look.queries.own(o)[...] = part
     return o
+
+
+def _clear_behind(gradient: Any, last: _Run) -> None:
+    """Nobody has looked at what fills the row up behind its texts."""
+    if last.texts:
+        gradient[:, last.stop :] = 0.0

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
@@ -68,6 +68,11 @@ class Context:
         """The same for arrays of which each tp rank has all rows."""
         return replace(self, mesh=replace(self.mesh, sequence=False)) if self.cuts_positions else self
 
+    def of_source(self) -> "Context":
+        """The same for an encoder, which reads the batch's source."""
+        assert self.batch is not None and self.batch.source is not None, "the batch has no source"
+        return replace(self, batch=self.batch.source)
+
     def left(self, part: Array, what: str) -> Array:
         """Σ over tp ranks of their parts, of my positions. Shapes: (B, T, C) -> (B, t, C); over `part` where t is T."""
         return scattered(self.tp, part, what) if self.cuts_positions else joined(self.tp, part, what)
@@ -114,6 +119,11 @@ class Part(Protocol):
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]: ...
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow: ...
+
+
+def flows_into(part: Part) -> tuple[Literal["batch", "source"], ...]:
+    """Whose positions each array has that flows into a part: the batch's, unless the part says otherwise (`INTO`)."""
+    return getattr(part, "INTO", ("batch",))
 
 
 def elements(part: Layer | Part) -> int:

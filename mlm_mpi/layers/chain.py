@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlm_mpi.backend.arrays import deposit
-from mlm_mpi.layers.base import Array, Context, Flow, Part
+from mlm_mpi.layers.base import Array, Context, Flow, Part, flows_into
 from mlm_mpi.params.store import Parameter
 
 Ready = Callable[[int], None]
@@ -148,7 +148,7 @@ class Recomputed:
     """
 
     def __init__(self, part: Part) -> None:
-        self.part = part
+        self.part, self.INTO = part, flows_into(part)
 
     def parameters(self) -> list[Parameter]:
         return self.part.parameters()

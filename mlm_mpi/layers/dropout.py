@@ -35,13 +35,13 @@ class Dropout:
         batch, length, width = shape
         return draw.cut((batch, length * ctx.tp.size, width), (0, length * ctx.tp.rank, 0))
 
-    def of_heads(self, ctx: Context, heads: int, length: int) -> dropout.Draw | None:
-        """The draw of what this rank holds, `heads` of them, of attention's probabilities (B, H, T, T)."""
+    def of_heads(self, ctx: Context, heads: int, queries: int, keys: int) -> dropout.Draw | None:
+        """The draw of what this rank holds, `heads` of them, of attention's probabilities (B, H, T, S)."""
         draw, tp = self.draw(ctx), ctx.tp
         if draw is None or tp.size == 1:
             return draw
-        one = length * length
-        return draw._replace(start=tp.rank * heads * one, strides=(tp.size * heads * one, one, length, 1))
+        one = queries * keys
+        return draw._replace(start=tp.rank * heads * one, strides=(tp.size * heads * one, one, keys, 1))
 
     def forward(self, x: Any, ctx: Context) -> tuple[Any, Any]:
         draw = self.of_rows(ctx, x.shape) if self.active(ctx) else None

@@ -1,6 +1,7 @@
 """Token and position embeddings."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mlm_mpi import order
@@ -59,10 +60,10 @@ class TokenEmbedding:
 
     def __init__(
         self, name: str, vocabulary: int, width: int, std: float, dropout: float, tied: bool = True,
-        shares: int = order.MOST, norm: RMSNorm | LayerNorm | None = None,
+        shares: int = order.MOST, norm: RMSNorm | LayerNorm | None = None, table: Parameter | None = None,
     ) -> None:  # fmt: skip
-        """`norm`: of what is looked up; None: there is none."""
-        self.tokens = token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
+        """`norm`: of what is looked up; None: there is none. `table`: another embedding's, which looks up first."""
+        self.tokens = table or token_table(f"{name}.tokens", vocabulary, width, std, tied, shares)
         self.norm = norm
         self.drop = Dropout(name, dropout)
 
@@ -146,12 +147,87 @@ class Embedding(TokenEmbedding):
         return dx
 
 
-class EncoderEmbedding(TokenEmbedding):
+class PlacedEmbedding(TokenEmbedding):
+    """Tokens and learned positions, of several texts in a row too. Shapes: the batch's ids (B, T) -> (B, T, C).
+
+    The batch may also have `places` (B, T) int32, each position's in its text; by default its number in the row.
+    """
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float,
+        shares: int = order.MOST, norm: LayerNorm | None = None, table: Parameter | None = None,
+    ) -> None:  # fmt: skip
+        """As of `TokenEmbedding`."""
+        super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm, table=table)
+        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+
+    def parameters(self) -> list[Parameter]:
+        return [*super().parameters(), self.positions]
+
+    def _placed(self, y: Any, ctx: Context) -> Any:
+        y += embedding.forward(ctx.positions(_places(ctx)), self.positions.data)
+        return y
+
+    def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
+        dx = super()._backward(dy, saved, ctx)
+        self._add(self.positions, flat(dx), _places(ctx).reshape(-1), ctx)
+        return dx
+
+    def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
+        if table.frozen:
+            return
+        gradient = ctx.grad(table)
+        if not ctx.accumulate:
+            gradient[...] = 0.0
+        embedding.backward(rows, ids, gradient)
+
+
+class PairEmbedding:
+    """What a decoder reads and what its encoder does, of one table, each with positions of its own.
+
+    Shapes: the batch's ids (B, T) and its source's (B, S) -> (B, T, C), (B, S, C). Both are looked up in front of the
+    encoder, so that the table lies at the two ends of the model, as any tied one. A batch that has no source goes on
+    where a cache is, which has what was made of it.
+    """
+
+    def __init__(
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
+    ) -> None:
+        """`context`: positions of either."""
+        sizes = vocabulary, context, width, std, dropout, shares
+        self.target = PlacedEmbedding(
+            f"{name}.target", *sizes, table=token_table(f"{name}.tokens", vocabulary, width, std, True, shares)
+        )
+        self.tokens = self.target.tokens
+        self.source = PlacedEmbedding(f"{name}.source", *sizes, table=self.tokens)
+
+    def parameters(self) -> list[Parameter]:
+        return [self.tokens, self.target.positions, self.source.positions]
+
+    def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
+        assert ctx.batch is not None, "the first part reads its ids from the context"
+        target, s_target = self.target.forward(x, ctx)
+        if ctx.batch.source is None:
+            return target, None
+        source, s_source = self.source.forward(x, ctx.of_source())
+        return (*target, *source), (s_target, s_source)
+
+    def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
+        ctx.owe(lambda at: self._backward(dy, saved, at))
+        return ()
+
+    def _backward(self, dy: Flow, saved: Any, ctx: Context) -> None:
+        """The lane closes once, when both have added to the table."""
+        now = replace(ctx, later=None)
+        self.source.backward(dy[1:], saved[1], replace(now.of_source(), closes=False))
+        self.target.backward(dy[:1], saved[0], now)
+
+
+class EncoderEmbedding(PlacedEmbedding):
     """Tokens, positions and segments, normalised. Shapes: the batch's ids (B, T) -> (B, T, C).
 
-    The batch may also have, each (B, T): `segments` int32, by default 0; `places` int32, each position's in its text,
-    by default its number in the row; `hidden` bool: there a vector of its own stands in the token's place, which is the
-    row of BERT's [MASK], so that any tokenizer will do.
+    The batch may also have, each (B, T): `places`; `segments` int32, by default 0; `hidden` bool: there a vector of its
+    own stands in the token's place, which is the row of BERT's [MASK], so that any tokenizer will do.
 
     To each position is added a vector for the 2, … `ngrams` tokens that end there, a row of a table of `buckets` that a
     hash of them names. A hidden token is hidden there too, and no n-gram reaches into another text.
@@ -163,8 +239,7 @@ class EncoderEmbedding(TokenEmbedding):
         self, name: str, vocabulary: int, context: int, segments: int, width: int, std: float, dropout: float,
         norm: LayerNorm, shares: int = order.MOST, ngrams: int = 1, buckets: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(name, vocabulary, width, std, dropout, shares=shares, norm=norm)
-        self.positions = Parameter(f"{name}.positions", Layout((context, width)), std)
+        super().__init__(name, vocabulary, context, width, std, dropout, shares, norm)
         self.segments = Parameter(f"{name}.segments", Layout((segments, width)), std)
         self.hidden = Parameter(f"{name}.hidden", Layout((1, width)), std)
         self.vocabulary, self.sizes = vocabulary, range(2, ngrams + 1)
@@ -172,28 +247,27 @@ class EncoderEmbedding(TokenEmbedding):
 
     def parameters(self) -> list[Parameter]:
         ngrams = [] if self.ngrams is None else [self.ngrams]
-        return [*super().parameters(), self.positions, self.segments, self.hidden, *ngrams]
+        return [*super().parameters(), self.segments, self.hidden, *ngrams]
 
     def _placed(self, y: Any, ctx: Context) -> Any:
         assert ctx.batch is not None
-        inputs = ctx.batch.inputs
-        if "hidden" in inputs:
-            y[ctx.positions(inputs["hidden"])] = self.hidden.data[0]
-        places, segments = (ctx.positions(array) for array in _whereabouts(ctx.batch))
-        y += embedding.forward(places, self.positions.data)
-        y += embedding.forward(segments, self.segments.data)
+        if "hidden" in ctx.batch.inputs:
+            y[ctx.positions(ctx.batch.inputs["hidden"])] = self.hidden.data[0]
+        y = super()._placed(y, ctx)
+        y += embedding.forward(ctx.positions(_segments(ctx.batch)), self.segments.data)
         if self.ngrams is not None:
-            for ids, reaches in self._buckets(ctx.batch, self.ngrams):
+            for ids, reaches in self._buckets(ctx, self.ngrams):
                 found = _looked_up(self.ngrams, ids, ctx)
                 y += found * ctx.positions(reaches)[:, :, None]
         return y
 
-    def _buckets(self, batch: Batch, table: Parameter) -> Iterator[tuple[Any, Any]]:
+    def _buckets(self, ctx: Context, table: Parameter) -> Iterator[tuple[Any, Any]]:
         """For n-grams of each size: their rows of the table, (B, T) int32, and where a text has so many tokens, (B, T)
         bool."""
-        ids, (places, _) = batch.inputs["ids"], _whereabouts(batch)
+        assert ctx.batch is not None
+        ids, places, hidden = ctx.batch.inputs["ids"], _places(ctx), ctx.batch.inputs.get("hidden")
         xp = module_of(ids)
-        read = xp.where(batch.inputs["hidden"], self.vocabulary, ids) if "hidden" in batch.inputs else ids
+        read = ids if hidden is None else xp.where(hidden, self.vocabulary, ids)
         seen = read.astype(xp.uint32)
         keys = _mixed(seen)
         for size in self.sizes:
@@ -212,34 +286,24 @@ class EncoderEmbedding(TokenEmbedding):
     def _backward(self, dy: Any, saved: Any, ctx: Context) -> Any:
         assert ctx.batch is not None
         dx = super()._backward(dy, saved, ctx)
-        rows, (places, segments), hidden = flat(dx), _whereabouts(ctx.batch), ctx.batch.inputs.get("hidden")
-        self._add(self.positions, rows, places.reshape(-1), ctx)
+        rows, segments, hidden = flat(dx), _segments(ctx.batch), ctx.batch.inputs.get("hidden")
         self._add(self.segments, rows, segments.reshape(-1), ctx)
         some = rows[:0] if hidden is None else rows[hidden.reshape(-1)]
-        self._add(self.hidden, some, module_of(places).zeros(len(some), places.dtype), ctx)
+        self._add(self.hidden, some, module_of(segments).zeros(len(some), segments.dtype), ctx)
         if self.ngrams is not None:
             self._add_ngrams(self.ngrams, rows, ctx)
         return dx
 
     def _add_ngrams(self, table: Parameter, rows: Any, ctx: Context) -> None:
-        assert ctx.batch is not None
         if table.frozen:
             return
         gradient = ctx.grad(table)
         if not ctx.accumulate:
             gradient[...] = 0.0
-        for ids, reaches in self._buckets(ctx.batch, table):
+        for ids, reaches in self._buckets(ctx, table):
             whole = reaches.reshape(-1)
             mine, local = _mine(table, rows[whole], ids.reshape(-1)[whole], ctx)
             embedding.backward(mine, local, gradient)
-
-    def _add(self, table: Parameter, rows: Any, ids: Any, ctx: Context) -> None:
-        if table.frozen:
-            return
-        gradient = ctx.grad(table)
-        if not ctx.accumulate:
-            gradient[...] = 0.0
-        embedding.backward(rows, ids, gradient)
 
 
 def _mixed(keys: Any) -> Any:
@@ -250,11 +314,17 @@ def _mixed(keys: Any) -> Any:
     return (keys ^ (keys >> xp.uint32(16))) + xp.uint32(1)  # a zero stays none
 
 
-def _whereabouts(batch: Batch) -> tuple[Any, Any]:
-    """(places, segments) of a batch, (B, T) int32 each."""
-    ids, inputs = batch.inputs["ids"], batch.inputs
-    xp = module_of(ids)
-    places = inputs.get("places")
-    if places is None:
-        places = xp.zeros_like(ids) + xp.arange(ids.shape[1], dtype=ids.dtype)
-    return places, inputs["segments"] if "segments" in inputs else xp.zeros_like(ids)
+def _places(ctx: Context) -> Any:
+    """Of each position in its text, (B, T) int32, behind those that a cache has."""
+    assert ctx.batch is not None
+    ids, places = ctx.batch.inputs["ids"], ctx.batch.inputs.get("places")
+    if places is not None:
+        return places
+    xp, start = module_of(ids), ctx.cache.length if ctx.cache is not None else 0
+    return xp.zeros_like(ids) + xp.arange(start, start + ids.shape[1], dtype=ids.dtype)
+
+
+def _segments(batch: Batch) -> Any:
+    """Of each position, (B, T) int32."""
+    ids = batch.inputs["ids"]
+    return batch.inputs["segments"] if "segments" in batch.inputs else module_of(ids).zeros_like(ids)

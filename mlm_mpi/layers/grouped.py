@@ -77,7 +77,7 @@ class GroupedAttention:
         q, k, v = *queries_and_key(turned), unit_of(units, -1)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
-        draw = self.drop.of_heads(ctx, q.shape[1] * q.shape[2], k.shape[2])
+        draw = self.drop.of_heads(ctx, q.shape[1] * q.shape[2], k.shape[2], k.shape[2])
         starts = self.starts(units, ctx, start)
         share = order.share_length(k.shape[2], self.most) if ctx.cache is None else 0
         o, lse = attention.forward(q, k, v, draw=draw, share=share, starts=starts)  # (B, T, H, D)

@@ -21,8 +21,9 @@ class TokenHead:
     computed of the others; behind the `count` of the batch they are filled up.
     """
 
-    def __init__(self, trunk: Trunk) -> None:
-        self.norm, self.table, self.cap = trunk.norm, trunk.table, trunk.cap
+    def __init__(self, trunk: Trunk, smoothing: float = 0.0) -> None:
+        """`smoothing`: the part of a target in training that all tokens share (Szegedy et al., arXiv:1512.00567)."""
+        self.norm, self.table, self.cap, self.smoothing = trunk.norm, trunk.table, trunk.cap, smoothing
 
     def parameters(self) -> list[Parameter]:
         """Its own: a tied table belongs to the embedding."""
@@ -47,7 +48,7 @@ class TokenHead:
         both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
         ctx.tally["loss"], dn = both(
             flat(n), self.table.data, *self._wanted(ctx), None if self.table.frozen else ctx.grad(self.table),
-            ctx.accumulate, self.table.layout.shares, ctx.pieces(n), self.cap,
+            ctx.accumulate, self.table.layout.shares, ctx.pieces(n), self.cap, self.smoothing,
         )  # fmt: skip
         dn = ctx.left(dn.reshape(n.shape), "the gradient of the head's inputs")
         return (put_back(self.norm.backward(dn, s_norm, ctx), saved, cut),)
@@ -98,7 +99,7 @@ class VocabularyParallel:
 
     def __init__(self, table: Parameter, ctx: Context) -> None:
         self.tp, box = ctx.tp, table.layout.box(ctx.mesh)
-        self.first, self.stop = box.starts[0], box.stops[0]
+        self.first, self.stop, self.columns = box.starts[0], box.stops[0], table.layout.shape[0]
 
     def loss(
         self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, pieces: int, cap: float
@@ -106,19 +107,19 @@ class VocabularyParallel:
         """Shapes and result: those of `crossentropy.loss`, w (V / ranks, C)."""
         losses = np.empty(x.shape[0])
         for part, some in crossentropy.chunks(x, mask):
-            losses[part], _ = self._rows(x[part], w, targets[part], some, shares, cap, gradient=False)
+            losses[part], _ = self._rows(x[part], w, targets[part], some, shares, cap, False, 0.0)
         return crossentropy.summed(losses, pieces)
 
     def loss_and_grad(
         self, x: Array, w: Array, targets: Array, mask: Array | None, dw: Array | None, accumulate: bool, shares: int,
-        pieces: int, cap: float,
+        pieces: int, cap: float, smoothing: float = 0.0,
     ) -> tuple[Array, Array]:  # fmt: skip
         """As `crossentropy.loss_and_grad`, w and dw (V / ranks, C); of dx my part of the sum over ranks."""
         losses, dx, parts = np.empty(x.shape[0]), np.empty_like(x), crossentropy.chunks(x, mask)
         several = len(parts) > 1
         whole = np.empty_like(dw) if accumulate and several and dw is not None else dw
         for part, some in parts:
-            losses[part], gradient = self._rows(x[part], w, targets[part], some, shares, cap, gradient=True)
+            losses[part], gradient = self._rows(x[part], w, targets[part], some, shares, cap, True, smoothing)
             matmul.add(gradient, w, dx[part], False, shares // self.tp.size)
             if whole is not None:
                 matmul.add(gradient.T, x[part], whole, part.start > 0 or (accumulate and not several))
@@ -127,22 +128,31 @@ class VocabularyParallel:
         return crossentropy.summed(losses, pieces), dx
 
     def _rows(
-        self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, cap: float, gradient: bool
+        self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, cap: float, gradient: bool,
+        smoothing: float,
     ) -> tuple[Array, Array]:  # fmt: skip
         """(losses (R,), gradient of my logits (R, V / ranks)), as `crossentropy.rows` has them."""
         logits = crossentropy.capped(crossentropy.logits_of(x, w), cap)
         kept = logits.copy() if cap and gradient else None
         here, local = (targets >= self.first) & (targets < self.stop), targets - self.first
         wanted = np.where(here, logits[np.arange(len(targets)), np.where(here, local, 0)], -0.0).astype(logits.dtype)
+        plain = [crossentropy.logit_sums(logits, shares // self.tp.size)] if smoothing else []
         top = largest(self.tp, logits.max(axis=1), "the largest logits")
         sums = crossentropy.exponentials(logits, top, shares // self.tp.size)
-        sums, wanted = np.split(joined_rows(self.tp, np.concatenate([sums, wanted]), "sums over the vocabulary"), 2)
+        sent = [sums, wanted, *plain]
+        sums, wanted, *plain = np.split(
+            joined_rows(self.tp, np.concatenate(sent), "sums over the vocabulary"), len(sent)
+        )
         losses = crossentropy.losses(sums, top, wanted)
+        local = np.where(here, local, -1).astype(targets.dtype)
         if gradient:
-            crossentropy.gradient(logits, sums, np.where(here, local, -1).astype(targets.dtype), kept, cap)
+            crossentropy.gradient(logits, sums, local, kept, cap)
         if mask is not None:
             losses[~mask] = 0.0
             logits[~mask] = 0.0
+        if smoothing:
+            losses += smoothing * crossentropy.above_mean(wanted, plain[0], self.columns, mask)
+            crossentropy.smooth(logits, local, mask, smoothing, self.columns)
         return losses, logits
 
 

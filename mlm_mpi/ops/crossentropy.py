@@ -7,6 +7,9 @@ summed in *pieces*, equal groups of rows that a tree joins, of which a chunk may
 
 Logits z may have a soft cap, so that none is greater: l = cap·tanh(z/cap), slope 1 − (l/cap)²; a cap of 0 is none.
 Source: Gemma team, "Gemma 2", arXiv:2408.00118, section 2.
+
+Targets may be smoothed: a part ε of each is shared by all V tokens. Then the loss is greater by ε·(wanted logit − mean
+logit of its row), the gradient is softmax − (1 − ε) onehot − ε/V. Source: Szegedy et al., arXiv:1512.00567, section 7.
 """
 
 import math
@@ -109,6 +112,35 @@ def gradient(exponentials: Any, totals: Any, targets: Any, capped: Any = None, c
         exponentials *= _slope(capped, cap)
 
 
+def logit_sums(logits: Any, shares: int = 1) -> Any:
+    """Sums over the columns, in shares, float32 or float64. Shapes: (R, V) -> (R,)."""
+    xp = module_of(logits)
+    sums = xp.empty((logits.shape[0], 1), wide(logits[:0]).dtype)
+    matmul.add(logits, xp.ones((logits.shape[1], 1), logits.dtype), sums, False, shares)
+    return sums[:, 0]
+
+
+def above_mean(wanted: Any, sums: Any, columns: int, mask: Any) -> Any:
+    """How far wanted logits are above the mean of their rows, float64, 0 where masked. Shapes: (R,), (R,) -> (R,)."""
+    above = wanted.astype("f8") - sums.astype("f8") / columns
+    if mask is not None:
+        above[~mask] = 0.0
+    return above
+
+
+def smooth(gradient: Any, targets: Any, mask: Any, smoothing: float, columns: int) -> None:
+    """softmax − onehot becomes softmax − (1 − ε) onehot − ε/V. A target below zero lies among other columns.
+
+    Shapes: gradient (R, V), or what a rank has of V = `columns`; targets (R,), mask (R,) or None.
+    """
+    xp, values, here = module_of(gradient), wide(gradient), targets >= 0
+    counted = xp.ones(len(targets), values.dtype) if mask is None else mask.astype(values.dtype)
+    values[xp.arange(len(targets)), xp.where(here, targets, 0)] += counted * here * smoothing
+    values -= (counted * (smoothing / columns))[:, None]
+    if values is not gradient:
+        gradient[...] = values
+
+
 def _rows_at_once(x: Any) -> int:
     return CHUNK_ROWS if isinstance(x, np.ndarray) else GPU_CHUNK_ROWS
 
@@ -154,20 +186,26 @@ def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces
 
 def loss_and_grad(
     x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool, shares: int = 1, pieces: int = 1,
-    cap: float = 0.0,
+    cap: float = 0.0, smoothing: float = 0.0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(summed loss as in `loss`, dx); writes dw, or adds the whole of it. Shapes: as `loss`; dx (N, C).
 
-    `dw`: None for a w that is not trained. Cost: 6·N·C·V flops, 4·N·C·V without dw; with `accumulate` and more than one
-    chunk, memory for one more dw.
+    `dw`: None for a w that is not trained. `smoothing`: ε of the targets, of logits without a cap.
+
+    Cost: 6·N·C·V flops, 4·N·C·V without dw; with `accumulate` and more than one chunk, memory for one more dw.
     """
     xp = module_of(x)
     losses, dx, parts = xp.empty(x.shape[0]), xp.empty_like(x), chunks(x, mask)
     several = len(parts) > 1
     whole = xp.empty_like(dw) if accumulate and several and dw is not None else dw
     for part, some in parts:
-        logits = logits_of(x[part], w)  # (R, V)
-        losses[part] = rows(logits, targets[part], some, True, shares, cap)
+        logits, wanted = logits_of(x[part], w), targets[part]  # (R, V), (R,)
+        if smoothing:
+            known, sums = logits[xp.arange(len(wanted)), wanted], logit_sums(logits, shares)
+        losses[part] = rows(logits, wanted, some, True, shares, cap)
+        if smoothing:
+            losses[part] += smoothing * above_mean(known, sums, w.shape[0], some)
+            smooth(logits, wanted, some, smoothing, w.shape[0])
         matmul.add(logits, w, dx[part], False, shares)
         if whole is not None:
             matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))

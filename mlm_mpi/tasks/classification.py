@@ -104,7 +104,7 @@ class Classification:
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind
-        self.texts = Labelled.open(config.data.dir, of_words=self.of_words)
+        self.texts = Labelled.open(config.data.dir, kind="words" if self.of_words else "texts")
         self.texts.check_files()
         tokenizer = self.texts.tokenizer()
         self.eot = tokenizer.eot

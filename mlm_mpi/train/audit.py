@@ -93,16 +93,26 @@ class Audit:
 
 def shared(engine: "Engine", batch: Batch | None) -> Batch:
     """The batch that one rank has. Collective."""
-    plain = None
-    if batch is not None:
-        kinds = [
-            {name: [str(array.dtype), array.shape, array.reshape(-1).tolist()] for name, array in arrays.items()}
-            for arrays in (batch.inputs, batch.targets)
-        ]
-        plain = [batch.step, batch.index, *kinds, batch.count, list(batch.texts)]
-    every = engine.group.allgather(plain, "an audited micro-batch")
-    step, index, inputs, targets, count, texts = next(one for one in every if one is not None)
-    return Batch(step, index, _arrays(inputs), _arrays(targets), count, texts=tuple(texts))
+    every = engine.group.allgather(None if batch is None else _plain(batch), "an audited micro-batch")
+    return _batch(next(one for one in every if one is not None))
+
+
+def _plain(batch: Batch) -> list[Any]:
+    """Lists and numbers, which a message may hold."""
+    kinds = [
+        {name: [str(array.dtype), array.shape, array.reshape(-1).tolist()] for name, array in arrays.items()}
+        for arrays in (batch.inputs, batch.targets)
+    ]
+    source = None if batch.source is None else _plain(batch.source)
+    return [batch.step, batch.index, *kinds, batch.count, list(batch.texts), source]
+
+
+def _batch(plain: list[Any]) -> Batch:
+    step, index, inputs, targets, count, texts, source = plain
+    return Batch(
+        step, index, _arrays(inputs), _arrays(targets), count, texts=tuple(texts),
+        source=None if source is None else _batch(source),
+    )  # fmt: skip
 
 
 def _arrays(plain: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -132,10 +132,13 @@ def stage_of(
     learning = next(n for n, part in enumerate(parts) if any(not p.frozen for p in part.parameters()))
     borrowed = shared if pp.rank == pp.size - 1 else []
     mine = [
-        Slice(parts[first:stop], number, len(cuts), pp, width, place.compute, table, learning < first)
+        Slice(
+            parts[first:stop], number, len(cuts), pp, width, place.compute, table, learning < first,
+            parts[stop] if stop < len(parts) else None,
+        )
         for number, (first, stop) in enumerate(cuts)
         if number % pp.size == pp.rank
-    ]
+    ]  # fmt: skip
     return Stage(mine, in_words(cuts, costs, pp.size)), borrowed
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlm_mpi.comm.group import Group
-from mlm_mpi.layers.base import Context, Flow, Part
+from mlm_mpi.layers.base import Context, Flow, Part, flows_into
 from mlm_mpi.layers.chain import Chain, Owed, Ready, Weights, nobody_waits
 from mlm_mpi.params.store import Parameter
 
@@ -71,22 +71,25 @@ class Slice(Chain):
 
     def __init__(
         self, parts: Sequence[Part], number: int, slices: int, pp: Group, width: int, dtype: Any,
-        table: Parameter | None, learns_before: bool = True,
+        table: Parameter | None, learns_before: bool = True, behind: Part | None = None,
     ) -> None:  # fmt: skip
-        """Between slices flow arrays (B, T, `width`). `table`: the one that first and last slice share and train, if
-        any. `learns_before`: whether a slice before this one has something to learn, and waits for gradients.
+        """Between slices flow arrays (B, T, `width`), as many as the part behind the cut takes, and of such lengths.
+
+        `table`: the one that first and last slice share and train, if any. `learns_before`: whether a slice before this
+        one has something to learn, and waits for gradients. `behind`: the part that what flows out goes to.
         """
         super().__init__(parts)
         self.learns_before = learns_before and number > 0
         if self.learns_before:
             self.floor = 0
         self.number, self.pp, self.width, self.dtype = number, pp, width, dtype
+        self._into, self._out = flows_into(self.parts[0]), () if behind is None else flows_into(behind)
         self.first, self.last = number == 0, number == slices - 1
         self.table = table if self.first or self.last else None
         self._head_sum: Any = None  # over a lane, where input halves form the table's gradient
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, list[Any]]:
-        x = () if self.first else self._received(ctx, self.number - 1, _ACTIVATIONS, "activations")
+        x = () if self.first else self._received(ctx, self.number - 1, _ACTIVATIONS)
         y, kept = super().forward(x, ctx)
         if not self.last:
             self._send(y, self.number + 1, _ACTIVATIONS)
@@ -138,7 +141,7 @@ class Slice(Chain):
 
     def _dy(self, ctx: Context) -> Flow:
         nobody_learns = self.floor == len(self.parts)  # here or before: no gradient comes
-        return () if self.last or nobody_learns else self._received(ctx, self.number + 1, _GRADIENTS, "gradients")
+        return () if self.last or nobody_learns else self._received(ctx, self.number + 1, _GRADIENTS)
 
     def _give_dx(self, dx: Flow) -> None:
         if self.learns_before:
@@ -157,14 +160,23 @@ class Slice(Chain):
         for array in flow:
             self.pp.mail.send(_bytes(np.ascontiguousarray(array)), to % self.pp.size, _KINDS * to + tag)
 
-    def _received(self, ctx: Context, source: int, tag: int, what: str) -> Flow:
+    def _received(self, ctx: Context, source: int, tag: int) -> Flow:
+        """Activations of the slice before, or gradients of the one behind."""
+        kind, flows = ("activations", self._into) if tag == _ACTIVATIONS else ("gradients", self._out)
+        stage = source % self.pp.size
+        what, arrays = f"the {kind} of micro-batch {ctx.micro_batch} from stage {stage}", []
+        assert ctx.batch is not None
+        for flow in flows if ctx.batch.source is not None else ["batch"]:
+            arrays.append(self._empty(ctx.of_source() if flow == "source" else ctx))
+            self._receive(_bytes(arrays[-1]), stage, _KINDS * self.number + tag, what)
+        return tuple(arrays)
+
+    def _empty(self, ctx: Context) -> np.ndarray:
+        """Room for what this rank has of all positions of a batch: (B, t, C)."""
         assert ctx.batch is not None
         batch, length = ctx.batch.inputs["ids"].shape
         length //= ctx.tp.size if ctx.cuts_positions else 1
-        array, stage = np.empty((batch, length, self.width), self.dtype), source % self.pp.size
-        what = f"the {what} of micro-batch {ctx.micro_batch} from stage {stage}"
-        self._receive(_bytes(array), stage, _KINDS * self.number + tag, what)
-        return (array,)
+        return np.empty((batch, length, self.width), self.dtype)
 
     def _receive(self, array: Any, rank: int, tag: int, what: str) -> None:
         self.pp.wait(self.pp.mail.receive(array, rank, tag), what)

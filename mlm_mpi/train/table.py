@@ -40,8 +40,9 @@ def plan_rows(
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"
     shared_out = f", ZeRO-{config.mesh.zero}" if config.mesh.zero else ""
     shape = f"{train.micro_batches} micro-batches of {train.rows} × {task.row_tokens}"
-    if task.unit != "tokens":
-        shape = f"{task.unit}: {train.micro_batches} micro-batches of {train.rows}, up to {task.row_tokens} tokens each"
+    sample = getattr(task, "sample", task.unit)
+    if sample != "tokens":
+        shape = f"{sample}: {train.micro_batches} micro-batches of {train.rows}, up to {task.row_tokens} tokens each"
     averaged = f"held-out text is measured with the moving average of weights, decay {config.optim.average:g}"
     return [
         ("mesh", f"{machine.mesh}: {ranks} rank{'s' * (ranks > 1)}, {where}{shared_out}"),
@@ -52,7 +53,7 @@ def plan_rows(
             else []
         ),
         ("model", f"{task.model}: {size}"),
-        ("step", f"{samples * task.row_tokens:,} tokens: {shape}" if task.unit == "tokens" else f"{samples:,} {shape}"),
+        ("step", f"{samples * task.row_tokens:,} tokens: {shape}" if sample == "tokens" else f"{samples:,} {shape}"),
         ("run", f"{steps}, {read} {task.tokens('train'):,} tokens"),
         *task.notes(),
         *_mixture(mixture, drawn),

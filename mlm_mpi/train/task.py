@@ -11,7 +11,10 @@ from mlm_mpi.train.measure import Sums
 
 
 class Task(Protocol):
-    """Data, model and head of a run on one rank; opening it has verified what can be verified without reading all."""
+    """Data, model and head of a run on one rank; opening it has verified what can be verified without reading all.
+
+    A task whose samples are no rows of tokens, though its targets are tokens, has their name too, `sample`: "pairs".
+    """
 
     model: str  # the kind of the model, for the start table
     vocabulary: int

@@ -13,10 +13,11 @@ from mlm_mpi.backend.arrays import BFLOAT16, cpu, to_host
 from mlm_mpi.backend.arrays import gpu as gpu_place
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data.batch import Batch
+from mlm_mpi.data.translation import Pair, pairs_batch
 from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.classes import ClassHead
 from mlm_mpi.layers.head import TokenHead
-from mlm_mpi.models import bert
+from mlm_mpi.models import bert, encoder_decoder
 from mlm_mpi.optim import Shared, adamw, lion, muon
 from mlm_mpi.params.clip import clip_factor, norm
 from mlm_mpi.params.layout import Layout
@@ -142,6 +143,39 @@ def test_an_encoder_equals_numpy(gpu, products, made, norm, pooling, dropout):
     none = [name for name, value in exact[3].items() if not value.any()]  # texts hide nothing
     assert not any(found[3].pop(name).any() for name in none)
     errors = {name: error(value, exact[3][name]) for name, value in found[3].items()}
+    assert max(errors.values()) < of_gradient, errors
+    assert not fallen
+    assert all(by.startswith("CUDA kernel") for op, by in served.items() if op not in REFERENCES), served
+
+
+PAIRS = encoder_decoder.Settings(
+    layers=1, width=2 * HEAD, heads=2, context=24, feed_forward=2 * HEAD, dropout=0.1, init_std=0.1
+)
+
+
+def translated(place, dtype):
+    """(loss, loss outside training, gradients) of an encoder-decoder, more queries than keys and fewer, both filled."""
+    trunk = encoder_decoder.build(PAIRS, Sizes(VOCABULARY))
+    whole = Driven([*trunk.parts, TokenHead(trunk, 0.1)], dtype, place)
+    whole.store.initialise(7)
+    rng, some = np.random.default_rng(3), []
+    for source, target in ((5, 9), (12, 3)):
+        some.append(Pair(*(rng.integers(0, VOCABULARY, n).astype(np.int32) for n in (source, target, target))))
+    batch = pairs_batch(some, 0).map(place.put)
+    loss = float(whole.loss_and_grad(batch, Context(training=True, seed=1)))
+    gradients = {name: to_host(view).copy() for name, view in whole.store.named(whole.gradient).items()}
+    return loss, float(whole.tally(batch)["loss"]), gradients
+
+
+@pytest.mark.parametrize("products", ["float32", "bf16"])
+def test_an_encoder_decoder_equals_numpy(gpu, products):
+    *losses, gradients = translated(gpu_place(np.float32, products, 0), np.float32)
+    served, fallen = registry.serving(), registry.fallbacks()
+    choice.select("off")
+    *exact, wanted = translated(cpu("f8"), "f8")
+    of_loss, of_gradient = BOUNDS[products][0], BOUNDS[products][2]
+    assert losses == pytest.approx(exact, rel=4 * of_loss)  # 12 targets, not 144
+    errors = {name: error(value, wanted[name]) for name, value in gradients.items()}
     assert max(errors.values()) < of_gradient, errors
     assert not fallen
     assert all(by.startswith("CUDA kernel") for op, by in served.items() if op not in REFERENCES), served

@@ -100,9 +100,9 @@ def test_evaluate_and_generate_take_the_files_too(home, whole, say):
 def test_a_resume_without_the_files_or_with_others_is_one_line(home, whole, say):
     first = home.program(*home.words("resumed", None, "--plugins", "mine"), "--max-steps", "2")
     assert first.code == 0, first.err
-    home.train("resumed", None).refused('model.kind = "bag" is none of bert, gpt')
+    home.train("resumed", None).refused('model.kind = "bag" is none of bert, encoder_decoder')
     resumed, other = home.folder / "resumed", home.folder / "other"
-    say("evaluate", resumed).refused('model.kind = "bag" is none of bert, gpt')
+    say("evaluate", resumed).refused('model.kind = "bag" is none of bert, encoder_decoder')
     shutil.copytree(MINE, home.folder / "other")
     with (home.folder / "other" / "optim" / "signs.py").open("a") as file:
         file.write("# changed\n")
@@ -140,7 +140,7 @@ def test_the_check_of_a_model(home, tmp_path, right, wrong, said):
 
 def test_the_current_folder_is_never_searched(home):
     shutil.copytree(MINE / "models", home.folder / "models", dirs_exist_ok=True)
-    home.train("here", None).refused('model.kind = "bag" is none of bert, gpt')
+    home.train("here", None).refused('model.kind = "bag" is none of bert, encoder_decoder')
 
 
 def test_a_file_that_does_not_load_is_one_line(home, tmp_path):

@@ -165,7 +165,10 @@ def test_words_of_other_labels_have_another_head(names: Place) -> None:
         (("predict", "tags", "names.conll", "--pair", "2"), ("labels of words, --pair",)),
         (("predict", "tags", "names.conll", "--all"), ("--all has no header", "--json")),
         (("predict", "tags", "short.jsonl"), ("short.jsonl:1 has no column 'tokens'", "'text'")),
-        (("evaluate", "tags", "--data", "corpus"), ("corpus without labels", "prepare FILES --tags", "--data")),
+        (
+            ("evaluate", "tags", "--data", "corpus"),
+            ("without labels of words", "prepare FILES --tags", "--data"),
+        ),
         (("generate", "tags"), ("tagging",)),
         (("train", "tags.toml", "--run", "x", "--set", "model.context=2"), ("model.context = 2", "3 is the least")),
         (
@@ -174,7 +177,7 @@ def test_words_of_other_labels_have_another_head(names: Place) -> None:
         ),
         (
             ("train", "tags.toml", "--run", "x", "--set", "task.kind=classification"),
-            ("has labels of words, not of texts", 'task.kind = "tagging"'),
+            ("has labels of words, not labels of texts", 'task.kind = "tagging"'),
         ),
     ],
 )

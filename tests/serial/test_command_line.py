@@ -101,7 +101,7 @@ MISTAKES = {
     TRAIN + "--set data.dir=7": "--set: data.dir = 7 must be a string, not a whole number: write '\"7\"'",
     TRAIN + "--set optim.lr=1": "--set: unknown key optim.lr; known: average, beta1, beta2, clip, decay_fraction, ",
     TRAIN + "--set trian.steps=5": "--set: unknown section [trian]; did you mean 'train'?",
-    TRAIN + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of bert, gpt, gru, llama, lstm, skipgram',
+    TRAIN + "--set model.kind=rnn": '--set: model.kind = "rnn" is none of bert, encoder_decoder, gpt, gru',
     TRAIN
     + "--set comm.reduction=nccl": 'comm.reduction = "nccl" needs backend.device = "gpu", not "cpu": set that, or ',
     "sweep ok.toml --out s --over optim.lr=1,2": "unknown key optim.lr; known: average, beta1, beta2, clip, ",

@@ -206,6 +206,7 @@ NOT_ZERO = [
     "model.segments", "model.ngrams", "model.ngram_buckets", "task.rate",
 ]  # fmt: skip
 NOT_NEGATIVE = [
+    "model.decoder_layers",
     "model.feed_forward", "train.lanes", "eval.every", "eval.windows", "checkpoint.every", "optim.warmup_steps",
     "optim.weight_decay", "optim.clip", "train.seed", "optim.learning_rate", "model.init_std", "backend.memory_gib",
     "model.dropout", "optim.beta1", "optim.beta2", "optim.final_fraction", "optim.momentum", "model.logit_cap",
@@ -353,7 +354,7 @@ def test_a_kind_of_the_users_own_declares_its_keys(plugins: Plugins) -> None:
     assert refused("model.depth=3", plugins=plugins).endswith(
         '"mine" knows it: take it out, or set model.kind = "mine"'
     )
-    assert "is none of bert, gpt" in refused(*mine, "model.depth=3")
+    assert "is none of bert, encoder_decoder" in refused(*mine, "model.depth=3")
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_folders_of_both_kinds_replace_each_other_and_name_each_other(
     assert "replaced" in capsys.readouterr().out and not list(out.glob("test-*"))
     prepared(tmp_path, reviews)
     assert len(list(out.iterdir())) == 6
-    refused(lambda: Labelled.open(tmp_path / "none"), "no labelled texts at", "--label COLUMN")
+    refused(lambda: Labelled.open(tmp_path / "none"), "no labels of texts at", "--label COLUMN")
     refused(lambda: Labelled.open("", "x.y"), "x.y is empty")
 
 

@@ -16,7 +16,8 @@ PATH = (
     "rng.py", "exact.py", "cut.py", "order.py", "params", "layers", "ops", "models", "optim", "rates", "schedules",
     "comm/tree.py", "comm/buckets.py", "comm/reductions", "backend/arrays.py", "backend/registry.py", "backend/sums.py",
     "backend/cpu", "data/batch.py", "data/sampler.py", "data/loader.py", "data/stream.py", "data/objectives",
-    "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py", "data/warmup.py",
+    "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py", "data/translation.py",
+    "data/warmup.py",
     "train/assignment.py", "train/audit.py", "train/build.py", "train/captured.py", "train/engine.py", "train/guard.py",
     "train/replicas.py",
 )  # fmt: skip
@@ -39,6 +40,8 @@ ALLOWED = {
     ("data/texts.py", "Noise.apart", "chosen[:second].sum"): "whole numbers",
     ("data/texts.py", "batch_of", "np.cumsum"): "whole numbers",
     ("data/texts.py", "too_long", "needed > context.sum"): "whole numbers",
+    ("data/translation.py", "_row", "np.cumsum"): "whole numbers",
+    ("data/translation.py", "too_long", "needed > context.sum"): "whole numbers",
     ("data/mixture.py", "Joined.__init__", "np.cumsum"): "whole numbers",
     ("data/pairs.py", "Noise.__init__", "np.cumsum"): "whole numbers",
     ("data/pairs.py", "Pairs._left_over", "np.cumsum"): "whole numbers",

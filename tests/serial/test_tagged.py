@@ -118,7 +118,7 @@ def stored(tmp_path: Path, capsys) -> Labelled:
     (tmp_path / "test").write_text("German B-MISC\nEU B-ORG\n")
     given = (f"train={tmp_path / 'train'}", f"test={tmp_path / 'test'}")
     run_prepare(*given, "--out", tmp_path / "out", "--tags", "--tokenizer", "bytes")
-    return Labelled.open(tmp_path / "out", of_words=True)
+    return Labelled.open(tmp_path / "out", kind="words")
 
 
 def test_what_is_stored_is_what_was_read(stored: Labelled, capsys) -> None:
@@ -144,7 +144,7 @@ def test_equal_words_have_equal_bytes_and_the_other_kind_is_named(stored: Labell
     given = (f"train={tmp_path / 'train.jsonl'}", f"test={tmp_path / 'test.jsonl'}", "--text", "w", "--label", "l")
     run_prepare(*given, "--out", stored.folder, "--tags", "--tokenizer", "bytes")
     assert {path.name: path.read_bytes() for path in stored.folder.iterdir() if path.name != "prepared.json"} == before
-    with pytest.raises(DataError, match='has labels of words, not of texts: set task.kind = "tagging"'):
+    with pytest.raises(DataError, match='has labels of words, not labels of texts: set task.kind = "tagging"'):
         Labelled.open(stored.folder)
 
 

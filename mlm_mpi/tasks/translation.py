@@ -1,0 +1,133 @@
+"""Writing a text that is made of another, such as its translation, by an encoder-decoder."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from mlm_mpi.config import Config
+from mlm_mpi.config.keys import key
+from mlm_mpi.config.rules import shares
+from mlm_mpi.data.labelled import Examples, Labelled
+from mlm_mpi.data.objectives import Samples
+from mlm_mpi.data.texts import Nothing
+from mlm_mpi.data.translation import TextPairs, too_long
+from mlm_mpi.errors import CheckpointError, DataError
+from mlm_mpi.layers.base import Least, Part, Sizes
+from mlm_mpi.layers.head import TokenHead
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks import language_model
+from mlm_mpi.train.checkpoint import Manifest
+from mlm_mpi.train.corpus import origin
+from mlm_mpi.train.measure import Sums
+
+WRITES = True  # predictions are texts
+NEEDS = ("several texts a row", "a source text")  # of a model: it reads such batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the model learns: to write the targets of texts."""
+
+    kind: str = key("translation", says="The model is trained for this task.", room="tasks")
+    smoothing: float = key(
+        0.1,
+        says="This part of a target is shared by all tokens, against certainty beyond evidence; held-out losses are "
+        "without it.",
+        least=0,
+        below=1,
+    )
+    too_long: Literal["refuse", "cut"] = key(
+        "refuse",
+        says="Pairs of which a side is longer than the context are refused, or cut at their ends and counted.",
+    )
+
+
+def build(config: Config, plugins: Plugins) -> "Translation":
+    """The task over the pairs in `data.dir`. Raises DataError."""
+    return Translation(config, plugins)
+
+
+def parts(config: Config, plugins: Plugins, sizes: Sizes) -> list[Part]:
+    """The model and its head; a checkpoint's, where there are no texts."""
+    trunk = plugins.find("models", config.model.kind, "model.kind").build(config.model, sizes)
+    return [*trunk.parts, TokenHead(trunk, config.task.smoothing)]
+
+
+least = language_model.least
+
+
+class Translation:
+    """The task (train/task.py) on one rank."""
+
+    unit, sample = "tokens", "pairs"
+    figures: Mapping[str, bool] = MappingProxyType({"perplexity": False})
+
+    def __init__(self, config: Config, plugins: Plugins) -> None:
+        self.config, self.plugins, self.model = config, plugins, config.model.kind
+        self.texts = Labelled.open(config.data.dir, kind="pairs")
+        self.texts.check_files()
+        tokenizer = self.texts.tokenizer()
+        self.eot = tokenizer.eot
+        self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
+        self.width, self.row_tokens, self.content = config.model.width, config.model.context, self.texts.content[:12]
+        self._read: dict[str, Examples] = {}
+
+    def examples(self, split: str) -> Examples:
+        """Those of a split, all of which stay in memory. Raises DataError."""
+        if split not in self._read:
+            self._read[split] = self.texts.examples(split)
+        return self._read[split]
+
+    def samples(self, split: str) -> Samples:
+        if split == "heldout" and split not in self.texts.splits:
+            return Nothing()
+        examples = self.examples(split)
+        cut, longest = too_long(examples, self.row_tokens)
+        if cut and self.config.task.too_long == "refuse":
+            raise DataError(
+                f"{cut:,} pairs of {split} in {self.texts.folder} do not fit model.context = {self.row_tokens}, the "
+                f'longest side needs {longest}: set model.context = {longest}, or task.too_long = "cut"'
+            )
+        return TextPairs(examples, self.row_tokens, self.eot)
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Lines of the start table."""
+        train = self.examples("train")
+        cut, longest = too_long(train, self.row_tokens)
+        long = f"; {cut:,} are cut, the longest side has {longest:,} tokens" if cut else ""
+        source, target = (int(lengths.sum()) for lengths in (train.seconds, train.lengths - train.seconds))
+        return [("pairs", f"{len(train):,} for training, {source:,} tokens of sources, {target:,} of targets{long}")]
+
+    def tokens(self, split: str) -> int:
+        return int(self.examples(split).lengths.sum()) if split in self.texts.splits else 0
+
+    def parts(self) -> list[Part]:
+        return parts(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)))
+
+    def least(self, rows: int) -> Least:
+        return least(self.config, self.plugins, Sizes(self.vocabulary, shares(self.config)), rows)
+
+    def about(self) -> dict[str, Any]:
+        count = sum(map(sum, self.texts.manifest.counts.values()))
+        words = f"{count:,} pairs of texts, content {self.texts.content[:12]}"
+        return {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "pairs": True}
+
+    def quality(self, sums: Sums) -> dict[str, Any]:
+        return {"perplexity": math.exp(min(sums.mean, 700.0))}
+
+    def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
+        return [
+            f"held-out pairs      {numbers['tokens']:,} tokens of targets, ends of text among them; {of}",
+            f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}",
+        ]
+
+    def refuse_other(self, path: Path, manifest: Manifest) -> None:
+        if manifest.tokenizer != self.hash or manifest.catalog != self.texts.digest:
+            what = "tokenizer" if manifest.tokenizer != self.hash else "catalog"
+            raise CheckpointError(
+                f"{path} was trained on another {what} than {self.texts.folder} holds: set data.dir to its own, "
+                f"{origin(manifest)}, or give another --run"
+            )

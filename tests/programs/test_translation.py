@@ -1,0 +1,141 @@
+"""The third case as whole programs: pairs of texts, an encoder-decoder that learns to reverse, one hash on any mesh."""
+
+import itertools
+import json
+
+import pytest
+from programs import Place
+
+from mlm_mpi.backend.cpu import library
+
+pytestmark = pytest.mark.slow  # tests/parallel and tests/serial say it sooner
+
+CONFIG = """
+[model]
+kind = "encoder_decoder"
+layers = 1
+decoder_layers = 2
+width = 32
+heads = 2
+context = 8
+dropout = 0.1
+init_std = 0.1
+[task]
+kind = "translation"
+[data]
+dir = "pairs"
+[train]
+steps = 6
+micro_batches = 4
+rows = 8
+[optim]
+learning_rate = 5e-3
+warmup_steps = 3
+[checkpoint]
+every = 3
+[eval]
+every = 3
+[log]
+curve = false
+"""
+LEARNS = ("model.dropout=0.0", "train.steps=150", "train.rows=16", "checkpoint.every=0", "eval.every=0")
+WORDS = ("red", "green", "blue", "black")
+
+
+def table() -> str:
+    """All texts of one to five words, and each from its end to its beginning."""
+    every = (some for count in range(1, 5) for some in itertools.product(WORDS, repeat=count))
+    return "text\treversed\n" + "".join(f"{' '.join(some)}\t{' '.join(some[::-1])}\n" for some in every)
+
+
+def keys(*words: str) -> list[str]:
+    return [part for word in words for part in ("--set", word)]
+
+
+@pytest.fixture(scope="module")
+def pairs(home: Place) -> Place:
+    """Pairs and a configuration in a folder, and a run of one rank."""
+    (home.folder / "pairs.tsv").write_text(table())
+    (home.folder / "pairs.toml").write_text(CONFIG)
+    columns = ("--text", "text", "--target", "reversed", "--vocab", "272")
+    made = home.program("prepare", "pairs.tsv", "--out", "pairs", *columns)
+    assert made.code == 0, made.err
+    alone = home.program("train", "pairs.toml", "--run", "alone")
+    assert alone.code == 0, alone.err
+    home.weights = alone.weights
+    return home
+
+
+@pytest.fixture(scope="module")
+def learns(pairs: Place) -> Place:
+    """A longer run beside them."""
+    assert pairs.program("train", "pairs.toml", "--run", "learns", *keys(*LEARNS)).code == 0
+    return pairs
+
+
+def test_it_learns_to_reverse(learns: Place) -> None:
+    """By chance a token costs about 1.4 nats, of texts whose lengths are known; who is certain pays 0.1 for it."""
+    told = json.loads(learns.program("evaluate", "learns", "--split", "test", "--json").out)
+    assert told["loss"] < 0.3 and 1 < told["perplexity"] < 1.35
+
+
+def test_one_hash_on_a_mesh_of_stages_and_tensor_parallel_ranks(pairs: Place) -> None:
+    words = keys("mesh.pp=2", "mesh.tp=2", "train.schedule=one_f_one_b")
+    assert (
+        pairs.program("run", "-n", "4", "--", "train", "pairs.toml", "--run", "four", *words).weights == pairs.weights
+    )
+
+
+MESHES = {
+    "three": (3, ()), "tp": (2, ("mesh.tp=2",)), "sequence": (2, ("mesh.tp=2", "mesh.sequence=true")),
+    "pp": (2, ("mesh.pp=2", "train.schedule=one_f_one_b")), "zero": (2, ("mesh.zero=3",)),
+    "halves": (3, ("mesh.pp=3", "train.schedule=zero_bubble", "train.recompute=true")),
+    "chunks": (2, ("mesh.pp=2", "mesh.chunks=2", "train.schedule=interleaved")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_hash_on_meshes(pairs: Place, mesh: str) -> None:
+    ranks, words = MESHES[mesh]
+    run = ("run", "-n", str(ranks), "--", "train", "pairs.toml", "--run", mesh, *keys(*words))
+    assert pairs.program(*run).weights == pairs.weights
+
+
+@pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
+def test_one_hash_in_bf16_on_two_ranks(pairs: Place) -> None:
+    words = ("train", "pairs.toml", *keys("numerics.products=bf16"), "--run")
+    alone = pairs.program(*words, "bf16", MLM_MPI_BF16="portable")
+    two = pairs.program("run", "-n", "2", "--", *words, "bf16-two", MLM_MPI_BF16="portable")
+    assert two.weights == alone.weights and "bf16 products in plain C" in alone.out
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_weights(pairs: Place) -> None:
+    assert pairs.program("train", "pairs.toml", "--run", "stopped", "--max-steps", "4").code == 0
+    again = pairs.program("run", "-n", "2", "--", "train", "pairs.toml", "--run", "stopped")
+    assert again.weights == pairs.weights
+
+
+def test_figures_are_one_on_any_mesh(pairs: Place) -> None:
+    alone = pairs.program("evaluate", "alone", "--json").out
+    for ranks, words in ((3, ()), (2, ("--tp", "2")), (2, ("--pp", "2"))):
+        assert pairs.program("run", "-n", str(ranks), "--", "evaluate", "alone", "--json", *words).out == alone
+    assert "perplexity" in pairs.program("evaluate", "alone").out
+
+
+def test_it_continues_no_prompt_and_tells_no_labels(pairs: Place) -> None:
+    pairs.program("generate", "alone", "--prompt", "red").refused("translation", "continues no text")
+    (pairs.folder / "new.csv").write_text("text\nred blue\n")
+    pairs.program("predict", "alone", "new.csv", "--all").refused("--all is for runs that tell labels", "translates")
+
+
+def test_what_it_writes_is_one_on_any_mesh(learns: Place) -> None:
+    texts = ["red blue green", "black", "", "green red red blue"]
+    (learns.folder / "new.csv").write_text("text,number\n" + "".join(f"{text},1\n" for text in texts))
+    alone = learns.program("predict", "learns", "new.csv", "--out", "o.txt")
+    assert alone.code == 0 and "4 rows; 1 have no text and no translation" in alone.err
+    out = (learns.folder / "o.txt").read_text()
+    assert out.splitlines() == [" ".join(text.split()[::-1]) for text in texts]
+    for ranks, words in (("3", ("--rows", "1")), ("4", ("--tp", "2", "--pp", "2"))):
+        assert learns.program("run", "-n", ranks, "--", "predict", "learns", "new.csv", *words).out == out
+    told = learns.program("predict", "learns", "new.csv", "--json").out.splitlines()
+    assert [json.loads(line)["text"] for line in told] == out.splitlines()
