@@ -168,7 +168,7 @@ def _lines(made: "Explanation", out: Path) -> list[str]:
         f"question      {made.question}, of {len(made.tokens)} positions",
         f"answer        {best}",
         f"explained     {a.output!r}, probability {a.probability:.3f}, {a.score} {a.value:.4f}",
-        f"attributions  {a.total:.4f} in all, {a.difference:.4f} more than {a.baseline}; {a.steps} steps",
+        f"attributions  {a.total:.4f} in all, {a.difference:.4f} more than {a.baseline} have; {a.steps} steps",
         f"attention     {len(made.maps)} layers" if made.maps else "attention     none in this model",
         f"written to {out} ({out.stat().st_size / 1000:,.0f} kB) and {out.with_suffix('.png').name}",
     ]

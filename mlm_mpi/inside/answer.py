@@ -109,7 +109,7 @@ def integrated_gradients(
         slope += weight * to_host(wide(_gradient(parts, x, question, ctx, score)))[0].astype("f8")
     values = (slope * difference).sum(axis=1)[: len(question.tokens)]
     began = _logits(parts, start, question, ctx)
-    baseline = "the end of a text in each place" if path.baseline == "end" else "zeros"
+    baseline = "ends of text" if path.baseline == "end" else "zeros"
     return Attribution(
         question.name(target), float(_softmax(logits[None])[0, target]), path.score, score(logits)[0], baseline,
         score(began)[0], path.steps, values,

@@ -18,6 +18,7 @@ const make = (name, text, parent) => {
 };
 const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 const quoted = (token) => `“${visible(token)}”`;
+const number = (x, digits = 4) => x.toFixed(digits).replace("-", "−");
 const percent = (p) => (p >= 0.0995 ? Math.round(100 * p) : (100 * p).toPrecision(2)) + " %";
 const at = (position) => `${position} ${quoted(data.tokens[position])}`;
 
@@ -36,13 +37,14 @@ const paint = (element, kind, level) => {
   element.style.backgroundColor = `rgb(${rgb.join(" ")})`;
   element.style.color = luminance(rgb) > 0.179 ? "#000" : "#fff";
 };
-const legend = (id, kind, from, to) => {
-  const box = $(id), canvas = document.createElement("canvas");
+const legend = (id, kind, what, ticks) => {  // ticks: [place from 0 to 1, text]
+  const bar = document.createElement("div"), canvas = make("canvas", undefined, bar);
   canvas.width = 256; canvas.height = 1;
   const context = canvas.getContext("2d"), image = context.createImageData(256, 1);
   for (let i = 0; i < 256; i++) image.data.set([...colour(kind, i), 255], 4 * i);
   context.putImageData(image, 0, 0);
-  box.replaceChildren(make("span", from), canvas, make("span", to));
+  for (const [place, text] of ticks) make("span", text, bar).style.left = `${100 * place}%`;
+  $(id).replaceChildren(make("span", what), bar);
 };
 
 // A row of tokens of which one is reached by Tab, and the others by arrow keys ------------------------------------------
@@ -75,34 +77,34 @@ const row = (id, look, keep) => {
 const ig = data.attribution, most = Math.max(...ig.values.map(Math.abs), 1e-12);
 const says = (position) => {
   $("given-readout").textContent =
-    `Position ${at(position)} adds ${ig.values[position].toFixed(4)} to the ${ig.score} of ${quoted(ig.output)}.`;
+    `Position ${at(position)} adds ${number(ig.values[position])} to the ${ig.score} of ${quoted(ig.output)}.`;
 };
 const given = row("given", says, says);
 given.forEach((button, position) => {
-  button.setAttribute("aria-label", `${data.tokens[position]}, adds ${ig.values[position].toFixed(3)}`);
+  button.setAttribute("aria-label", `${data.tokens[position]}, adds ${number(ig.values[position], 3)}`);
 });
 $("model").textContent = data.model;
 $("lead").textContent = `The model is asked ${data.question}. Explained is ${quoted(ig.output)}, to which it gives ` +
   `${percent(ig.probability)}.`;
-$("account").textContent = `Its ${ig.score} is ${ig.value.toFixed(4)}, and ${ig.baseline_value.toFixed(4)} of the baseline, ` +
-  `${ig.baseline}. The difference is ${ig.difference.toFixed(4)}; what the tokens add makes ${ig.total.toFixed(4)} ` +
-  `(${ig.steps} steps).`;
+$("account").textContent = `Its ${ig.score} is ${number(ig.value)}; where the text is replaced by ${ig.baseline}, it is ` +
+  `${number(ig.baseline_value)}. What the tokens add makes ${number(ig.total)} of the difference of ` +
+  `${number(ig.difference)} (${ig.steps} steps).`;
 const drawGiven = () => {
   given.forEach((button, position) => paint(button, "sign", 127.5 + 127.5 * ig.values[position] / most));
-  legend("sign-legend", "sign", `−${most.toFixed(2)} against`, `+${most.toFixed(2)} for`);
+  legend("sign-legend", "sign", `against and for, in ${ig.score}`,
+    [[0, `−${most.toPrecision(3)}`], [0.5, "0"], [1, `+${most.toPrecision(3)}`]]);
 };
 
 // Who attends to whom ---------------------------------------------------------------------------------------------------
 
-const shownHeads = () => (data.layers[state.layer].heads === 1 || state.head ? 1 : data.layers[state.layer].heads);
-const weight = (layer, head, from, to) => {  // head 0: the mean; 255 is all
+const weight = (layer, head, from, to) => {  // a probability, of which the map has the root; head 0: the mean
   const heads = data.layers[layer].heads, map = maps[layer], one = length * length, cell = from * length + to;
-  if (head) return map[(head - 1) * one + cell];
   let sum = 0;
-  for (let i = 0; i < heads; i++) sum += map[i * one + cell];
-  return sum / heads;
+  for (let i = head ? head - 1 : 0; i < (head || heads); i++) sum += (map[i * one + cell] / 255) ** 2;
+  return head ? sum : sum / heads;
 };
-const shade = (level) => 255 * Math.sqrt(level / 255);  // small ones can be told apart; the legend says so
+const shade = (p) => 255 * Math.sqrt(p);  // so that small ones can be told apart
+const roots = [0, 5, 25, 50, 100].map((p) => [Math.sqrt(p / 100), `${p} %`]);
 const drawMap = (canvas, layer, head) => {
   canvas.width = canvas.height = length;
   const context = canvas.getContext("2d"), image = context.createImageData(length, length);
@@ -113,8 +115,7 @@ const drawMap = (canvas, layer, head) => {
     }
   context.putImageData(image, 0, 0);
 };
-const headName = () => (state.head ? `head ${state.head}` : shownHeads() > 1 || data.layers[state.layer].mean
-  ? "the mean of its heads" : "its head");
+const headName = () => (state.head ? `head ${state.head}` : "the mean of its heads");
 const drawTokens = () => {
   const { layer, head, token, way } = state;
   const levels = data.tokens.map((_, other) => (way === "sees" ? weight(layer, head, token, other)
@@ -123,10 +124,10 @@ const drawTokens = () => {
     paint(button, "amount", shade(levels[other]));
     button.classList.toggle("chosen", other === token);
     button.setAttribute("aria-pressed", other === state.kept);
-    button.setAttribute("aria-label", `${data.tokens[other]}, ${percent(levels[other] / 255)}`);
+    button.setAttribute("aria-label", `${data.tokens[other]}, ${percent(levels[other])}`);
   });
   const best = levels.map((level, other) => [level, other]).sort((a, b) => b[0] - a[0]).slice(0, 5)
-    .filter(([level]) => level > 0).map(([level, other]) => `${at(other)} ${percent(level / 255)}`);
+    .filter(([level]) => level > 0).map(([level, other]) => `${at(other)} ${percent(level)}`);
   $("attended-readout").textContent = `Position ${at(token)} ${way === "sees" ? "sees" : "is seen by"} ` +
     `${best.join(", ") || "nobody"}.`;
   document.querySelectorAll("#lens .chosen").forEach((cell) => cell.classList.remove("chosen"));
@@ -144,10 +145,10 @@ const drawAttention = () => {
 const look = (position) => { state.token = position; drawTokens(); };
 const keep = (position) => { state.kept = state.token = position; drawTokens(); };
 const fillHeads = () => {
-  const { heads } = data.layers[state.layer];
-  state.head = heads === 1 && !data.layers[state.layer].mean ? 1 : Math.min(state.head, data.layers[state.layer].mean ? 0 : heads);
-  const names = Array.from({ length: data.layers[state.layer].mean ? 0 : heads }, (_, i) => [i + 1, String(i + 1)]);
-  if (heads > 1 || data.layers[state.layer].mean) names.unshift([0, "mean of all"]);
+  const { heads, mean } = data.layers[state.layer], told = mean ? 0 : heads;
+  state.head = told === 1 ? 1 : Math.min(state.head, told);
+  const names = Array.from({ length: told }, (_, i) => [i + 1, String(i + 1)]);
+  if (told !== 1) names.unshift([0, "mean of all"]);
   $("head").replaceChildren(...names.map(([value, text]) => Object.assign(make("option", text), { value })));
   $("head").value = state.head;
 };
@@ -159,9 +160,9 @@ const startAttention = () => {
   }
   attended = row("attended", look, keep);
   $("attended").addEventListener("mouseleave", () => look(state.kept));
-  data.layers.forEach((layer, number) => {
-    const option = make("option", String(number + 1), $("layer"));
-    option.value = number; option.title = layer.name;
+  data.layers.forEach((layer, index) => {
+    const option = make("option", String(index + 1), $("layer"));
+    option.value = index; option.title = layer.name;
   });
   $("layer").value = state.layer;
   fillHeads();
@@ -175,22 +176,22 @@ const startAttention = () => {
   };
   $("map").addEventListener("mousemove", (event) => {
     const [from, to] = cell(event);
-    $("map-readout").textContent = `${at(from)} looks at ${at(to)}: ${percent(weight(state.layer, state.head, from, to) / 255)}.`;
+    $("map-readout").textContent = `${at(from)} looks at ${at(to)}: ${percent(weight(state.layer, state.head, from, to))}.`;
   });
   $("map").addEventListener("click", (event) => keep(cell(event)[state.way === "sees" ? 0 : 1]));
   const most = Math.max(...data.layers.map((layer) => layer.heads));
   $("all").style.gridTemplateColumns = `auto repeat(${most}, auto)`;
-  data.layers.forEach((layer, number) => {
-    make("span", String(number + 1), $("all"));
+  data.layers.forEach((layer, index) => {
+    make("span", String(index + 1), $("all"));
     for (let head = 1; head <= most; head++) {
       if (head > layer.heads) { make("span", "", $("all")); continue; }
       const button = make("button", undefined, $("all"));
-      button.type = "button"; button.dataset.layer = number; button.dataset.head = layer.mean ? 0 : head;
-      button.setAttribute("aria-label", `Layer ${number + 1}, ${layer.mean ? "mean of heads" : `head ${head}`}`);
+      button.type = "button"; button.dataset.layer = index; button.dataset.head = layer.mean ? 0 : head;
+      button.setAttribute("aria-label", `Layer ${index + 1}, ${layer.mean ? "mean of heads" : `head ${head}`}`);
       make("canvas", undefined, button);
       button.addEventListener("click", () => {
-        state.layer = number; state.head = layer.mean ? 0 : head;
-        $("layer").value = number; fillHeads(); drawAttention();
+        state.layer = index; state.head = layer.mean ? 0 : head;
+        $("layer").value = index; fillHeads(); drawAttention();
       });
     }
   });
@@ -202,8 +203,8 @@ const drawAll = () => document.querySelectorAll("#all button").forEach((button) 
 // What each layer would say -----------------------------------------------------------------------------------------------
 
 const cells = [];
-const told = (number, place) => {
-  const line = data.lens[number];
+const told = (index, place) => {
+  const line = data.lens[index];
   const best = line.top[place].map(([word, p]) => `${quoted(data.words[word])} ${percent(p)}`).join(", ");
   const came = line.came[place] === null ? "" : `; what came had ${percent(line.came[place])}`;
   $("lens-readout").textContent = `${line.name}, at ${data.places.length === length ? at(place) : "the text"}: ${best}${came}.`;
@@ -211,17 +212,17 @@ const told = (number, place) => {
 const startLens = () => {
   const head = make("tr", undefined, make("thead", undefined, $("lens"))), body = make("tbody", undefined, $("lens"));
   make("th", "", head);
-  data.places.forEach((place, number) => {
+  data.places.forEach((place, index) => {
     const th = make("th", visible(place), head);
-    th.scope = "col"; th.dataset.place = number;
+    th.scope = "col"; th.dataset.place = index;
   });
-  data.lens.map((line, number) => [line, number]).reverse().forEach(([line, number]) => {
+  data.lens.map((line, index) => [line, index]).reverse().forEach(([line, index]) => {
     const tr = make("tr", undefined, body);
     make("th", line.name, tr).scope = "row";
     line.top.forEach((best, place) => {
       const td = make("td", visible(data.words[best[0][0]]), tr);
       td.tabIndex = -1; td.dataset.place = place;
-      const show = () => told(number, place);
+      const show = () => told(index, place);
       td.addEventListener("mouseenter", show); td.addEventListener("focus", show);
       td.addEventListener("click", () => { td.focus(); if (data.layers.length && data.places.length === length) keep(place); });
       cells.push({ td, best: best[0][1], came: line.came[place] });
@@ -237,19 +238,20 @@ const startLens = () => {
     event.preventDefault();
     cells[now].td.tabIndex = -1; cells[to].td.tabIndex = 0; cells[to].td.focus();
   });
+  $("shades").hidden = cells.every(({ came }) => came === null);
   document.querySelectorAll("[name=shade]").forEach((input) =>
     input.addEventListener("change", () => { state.shade = input.value; drawLens(); }));
 };
 const drawLens = () => {
-  cells.forEach((cell) => paint(cell.td, "amount", 255 * Math.sqrt(cell[state.shade] ?? 0)));
-  legend("lens-legend", "amount", "0 %", "100 %, by the root of it");
+  cells.forEach((cell) => paint(cell.td, "amount", shade(cell[state.shade] ?? 0)));
+  legend("lens-legend", "amount", "probability", roots);
 };
 
 // All of it -----------------------------------------------------------------------------------------------------------------
 
 const draw = () => {
   drawGiven();
-  if (data.layers.length) { drawAll(); drawAttention(); legend("amount-legend", "amount", "0 %", "100 %, by the root of it"); }
+  if (data.layers.length) { drawAll(); drawAttention(); legend("amount-legend", "amount", "attention", roots); }
   drawLens();
 };
 $("limits").textContent = data.limits;

@@ -54,11 +54,11 @@ def _data(told: Explanation, layer: int, head: int) -> dict[str, Any]:
         maps = {name: p.mean(axis=0, keepdims=True) for name, p in maps.items()}
     words: dict[str, int] = {}
     a = told.attribution
-    limits = "Attention is rounded to 1/255, other probabilities to four digits"
+    limits = "Attention is told to 0.4 %, small ones more finely (a byte holds the root), other numbers to four digits"
     return {
         "model": told.model, "question": told.question, "tokens": told.tokens, "places": told.places, "at": told.at,
         "layer": layer, "head": 0 if mean else head,
-        "layers": [{"name": name, "heads": len(p), "mean": mean, "map": _bytes(p)} for name, p in maps.items()],
+        "layers": [{"name": name, "heads": len(p), "mean": mean, "map": _bytes(np.sqrt(p))} for name, p in maps.items()],
         "lens": [_lens(row, words) for row in told.lens], "words": [*words],
         "attribution": {
             "output": a.output, "probability": a.probability, "score": a.score, "value": a.value,
