@@ -1,7 +1,6 @@
 """`mlm-mpi explain RUN TEXT --out FILE.html`: what a model looks at in a text, as a page and a picture. On one rank."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,9 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 
     if group.size > 1:
         raise agreed(
-            ConfigError(f"explain is the work of one rank, the launcher gave {group.size}: start it without mlm-mpi run")
+            ConfigError(
+                f"explain is the work of one rank, the launcher gave {group.size}: start it without mlm-mpi run"
+            )
         )
     out = _checked(args)
     plugins = named(args.plugins)
@@ -84,9 +85,9 @@ def _checked(args: argparse.Namespace) -> Path:
     for path in (out, out.with_suffix(".png")):
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} is there already: remove it, or give another --out")
-    if not args.text.strip():
+    if not args.text:
         raise ConfigError("TEXT is empty: give some words")
-    if args.pair is not None and not args.pair.strip():
+    if args.pair == "":
         raise ConfigError("--pair is empty: give some words, or leave it out")
     for name, value, most in (("steps", args.steps, _MOST_STEPS), ("top", args.top, 100)):
         if not 1 <= value <= most:
@@ -95,14 +96,17 @@ def _checked(args: argparse.Namespace) -> Path:
 
 
 def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) -> "Question":
-    """What this model can be asked. Raises ConfigError where it is none of the kinds that can, DataError of the text."""
+    """What this model can be asked. Raises ConfigError where that is nothing, DataError of the text."""
+    from mlm_mpi.data.text import clean
     from mlm_mpi.inside.question import hidden_token, label_of, next_token
 
     kind, labels = trained.config.task.kind, trained.manifest.labels
     if not hasattr(trained.chain.parts[-1], "logits_backward"):
-        raise ConfigError(f'{args.run} was trained for task.kind = "{kind}", which says nothing of a text: give another')
-    text, pair = (None if words is None else _words(words) for words in (args.text, args.pair))
-    assert text is not None
+        raise ConfigError(
+            f'{args.run} was trained for task.kind = "{kind}", which says nothing of a text: give another'
+        )
+    text = clean(args.text).text  # as the corpus was; a command line may hold any bytes
+    pair = None if args.pair is None else clean(args.pair).text
     context = trained.config.model.context
     if labels:
         if args.at is not None:
@@ -116,13 +120,6 @@ def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) ->
     both_ways = getattr(plugins.find("tasks", kind, "task.kind"), "BOTH_WAYS", False)
     ask = hidden_token if both_ways else next_token
     return ask(trained.tokenizer, text, context, args.at, args.target)
-
-
-def _words(text: str) -> str:
-    """A command line may hold any bytes."""
-    from mlm_mpi.data.text import clean
-
-    return clean(text.encode(sys.getfilesystemencoding(), "surrogateescape")).text
 
 
 def _explained(args: argparse.Namespace, trained: "Trained", question: "Question") -> "Explanation":

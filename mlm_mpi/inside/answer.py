@@ -98,16 +98,16 @@ def integrated_gradients(
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
     """
     (text,), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, path.baseline)
-    difference = to_host(wide(text - start)).astype("f8")[0]  # (T, C)
+    way = wide(text) - wide(start)
     logits = _logits(parts, text, question, ctx)
     target = int(logits.argmax()) if question.target is None else question.target
     score = _scorer(target, path.score)
     points, weights = np.polynomial.legendre.leggauss(path.steps)
-    slope = np.zeros_like(difference)
-    for point, weight in zip((points + 1.0) / 2.0, weights / 2.0, strict=True):
-        x = (start + (text - start) * point).astype(text.dtype)
-        slope += weight * to_host(wide(_gradient(parts, x, question, ctx, score)))[0].astype("f8")
-    values = (slope * difference).sum(axis=1)[: len(question.tokens)]
+    slope = np.zeros(way.shape)
+    for point, weight in zip((points + 1.0) / 2.0, weights / 2.0, strict=True):  # from [−1, 1] to [0, 1]
+        x = (wide(start) + way * way.dtype.type(point)).astype(text.dtype)
+        slope += weight * to_host(wide(_gradient(parts, x, question, ctx, score))).astype("f8")
+    values = (slope * to_host(way)).sum(axis=2)[0, : len(question.tokens)]
     began = _logits(parts, start, question, ctx)
     baseline = "ends of text" if path.baseline == "end" else "zeros"
     return Attribution(

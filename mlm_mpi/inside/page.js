@@ -19,7 +19,7 @@ const make = (name, text, parent) => {
 const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 const quoted = (token) => `“${visible(token)}”`;
 const number = (x, digits = 4) => x.toFixed(digits).replace("-", "−");
-const percent = (p) => (p >= 0.0995 ? Math.round(100 * p) : (100 * p).toPrecision(2)) + " %";
+const percent = (p) => (p >= 0.0995 || p === 0 ? Math.round(100 * p) : (100 * p).toPrecision(2)) + "\u00a0%";
 const at = (position) => `${position} ${quoted(data.tokens[position])}`;
 
 // Colours -------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ const weight = (layer, head, from, to) => {  // a probability, of which the map 
   return head ? sum : sum / heads;
 };
 const shade = (p) => 255 * Math.sqrt(p);  // so that small ones can be told apart
-const roots = [0, 5, 25, 50, 100].map((p) => [Math.sqrt(p / 100), `${p} %`]);
+const roots = [0, 5, 25, 50, 100].map((p) => [Math.sqrt(p / 100), `${p}\u00a0%`]);
 const drawMap = (canvas, layer, head) => {
   canvas.width = canvas.height = length;
   const context = canvas.getContext("2d"), image = context.createImageData(length, length);

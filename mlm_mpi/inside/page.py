@@ -58,7 +58,7 @@ def _data(told: Explanation, layer: int, head: int) -> dict[str, Any]:
     return {
         "model": told.model, "question": told.question, "tokens": told.tokens, "places": told.places, "at": told.at,
         "layer": layer, "head": 0 if mean else head,
-        "layers": [{"name": name, "heads": len(p), "mean": mean, "map": _bytes(np.sqrt(p))} for name, p in maps.items()],
+        "layers": [{"name": name, "heads": len(p), "mean": mean, "map": _bytes(p**0.5)} for name, p in maps.items()],
         "lens": [_lens(row, words) for row in told.lens], "words": [*words],
         "attribution": {
             "output": a.output, "probability": a.probability, "score": a.score, "value": a.value,

@@ -55,7 +55,9 @@ def hidden_token(tokenizer: Tokenizer, text: str, context: int, at: int | None, 
     """Of a model that sees both ways: which token is the at-th of the text, hidden. Raises as `next_token`."""
     found = _encoded(tokenizer, text, context, 2)
     if at is None:
-        raise ConfigError(f"this model is asked for a hidden token: give its number by --at, {_listed(tokenizer, found)}")
+        raise ConfigError(
+            f"this model is asked for a hidden token: give its number by --at, {_listed(tokenizer, found)}"
+        )
     _check_at(at, tokenizer, found)
     ids = np.array([[tokenizer.eot, *found, tokenizer.eot]], np.int32)
     hidden = np.zeros(ids.shape, bool)
