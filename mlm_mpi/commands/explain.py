@@ -123,13 +123,12 @@ def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) ->
 
 
 def _explained(args: argparse.Namespace, trained: "Trained", question: "Question") -> "Explanation":
-    from mlm_mpi.inside.answer import Path as Line
-    from mlm_mpi.inside.answer import explain
+    from mlm_mpi.inside.answer import Integration, explain
 
     name = f"{Path(args.run).resolve().name}, step {trained.step}"
     name += ", moving average of its weights" if trained.averaged else ""
-    path = Line(args.score, args.baseline, args.steps)
-    return explain(trained.chain.parts, question, trained.place, trained.tokenizer.eot, path, args.top, name)
+    integration = Integration(args.score, args.baseline, args.steps)
+    return explain(trained.chain.parts, question, trained.place, trained.tokenizer.eot, integration, args.top, name)
 
 
 def _layer(args: argparse.Namespace, made: "Explanation") -> int:

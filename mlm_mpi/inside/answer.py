@@ -16,7 +16,7 @@ Score = Literal["logit", "log-probability"]
 Baseline = Literal["end", "zero"]
 
 
-class Path(NamedTuple):
+class Integration(NamedTuple):
     """How gradients are integrated: what of an output, from which baseline, at how many points."""
 
     score: Score = "logit"
@@ -34,7 +34,7 @@ class _Unread(dict[Parameter, Array]):
 
 
 def explain(
-    parts: Sequence[Part], question: Question, place: Place, eot: int, path: Path, top: int, model: str
+    parts: Sequence[Part], question: Question, place: Place, eot: int, integration: Integration, top: int, model: str
 ) -> Explanation:  # fmt: skip
     """All of it. `parts`: the model and its head, which has `logits` and `logits_backward`. `eot`: ends a text.
     `top`: so many of the likeliest outputs are told.
@@ -42,7 +42,7 @@ def explain(
     ctx = Context(batch=question.batch.map(place.put), gradients=_Unread())
     flows = walk(parts, ctx)
     lens = logit_lens(parts, flows, question, ctx, top)
-    attribution = integrated_gradients(parts, question, ctx, eot, path)
+    attribution = integrated_gradients(parts, question, ctx, eot, integration)
     tokens, at = question.tokens, question.at
     maps = attention_maps(parts, flows, ctx, len(tokens))
     places = ["the text"] if at is None else tokens
@@ -81,39 +81,53 @@ def logit_lens(
     rows = []
     for name, flow in zip(names, flows, strict=True):
         p = _softmax(to_host(wide(head.logits(flow[0], ctx)))[0, : len(question.came)].astype("f8"))
-        best = np.argsort(-p, axis=1, kind="stable")[:, :top]
+        best = _likeliest(p, top)
         told = [[(question.name(int(i)), float(p[at, i])) for i in some] for at, some in enumerate(best)]
         came = np.where(question.came < 0, np.nan, p[np.arange(len(p)), np.maximum(question.came, 0)])
         rows.append(Row(name, told, came))
     return rows
 
 
+def _likeliest(p: np.ndarray, top: int) -> np.ndarray:
+    """The numbers of the largest of each row, the largest first. Shapes: (P, V) -> (P, top)."""
+    best = np.argpartition(-p, min(top, p.shape[1]) - 1, axis=1)[:, :top]
+    return np.take_along_axis(best, np.argsort(-np.take_along_axis(p, best, 1), axis=1, kind="stable"), 1)
+
+
 def integrated_gradients(
-    parts: Sequence[Part], question: Question, ctx: Context, eot: int, path: Path
+    parts: Sequence[Part], question: Question, ctx: Context, eot: int, integration: Integration
 ) -> Attribution:  # fmt: skip
     """How much each position adds to the score of an output: (x − x') · ∫ ∂F/∂x along the straight path from x' to x.
 
     x is what the first part gives of the text; x' what it gives of as many ends of text ("end"), so that positions are
-    the same and tokens differ, or nothing ("zero"). The integral is a Gauss-Legendre sum of `steps` gradients.
+    the same and tokens differ, or nothing ("zero"). The integral is a sum of `steps` gradients.
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
     """
-    (text,), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, path.baseline)
+    (text,), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
     way = wide(text) - wide(start)
     logits = _logits(parts, text, question, ctx)
     target = int(logits.argmax()) if question.target is None else question.target
-    score = _scorer(target, path.score)
-    points, weights = np.polynomial.legendre.leggauss(path.steps)
+    score = _scorer(target, integration.score)
+    points, weights = _points(integration.steps)
     slope = np.zeros(way.shape)
-    for point, weight in zip((points + 1.0) / 2.0, weights / 2.0, strict=True):  # from [−1, 1] to [0, 1]
+    for point, weight in zip(points, weights, strict=True):
         x = (wide(start) + way * way.dtype.type(point)).astype(text.dtype)
         slope += weight * to_host(wide(_gradient(parts, x, question, ctx, score))).astype("f8")
     values = (slope * to_host(way)).sum(axis=2)[0, : len(question.tokens)]
     began = _logits(parts, start, question, ctx)
-    baseline = "ends of text" if path.baseline == "end" else "zeros"
+    baseline = "ends of text" if integration.baseline == "end" else "zeros"
     return Attribution(
-        question.name(target), float(_softmax(logits[None])[0, target]), path.score, score(logits)[0], baseline,
-        score(began)[0], path.steps, values,
+        question.name(target), float(_softmax(logits[None])[0, target]), integration.score, score(logits)[0], baseline,
+        score(began)[0], integration.steps, values,
     )  # fmt: skip
+
+
+def _points(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where on [0, 1] an integrand is asked for, and its weights: α = s² with Gauss-Legendre's points s, so that most
+    lie near the baseline, where normalised activations turn fastest."""
+    s, weights = np.polynomial.legendre.leggauss(count)
+    s = (s + 1.0) / 2.0
+    return s * s, weights * s  # dα = 2 s ds, and ds is half of that on [−1, 1]
 
 
 def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Array:

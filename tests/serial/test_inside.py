@@ -73,7 +73,7 @@ def asked(kind: str, target: str | None = None) -> question.Question:
 def explained(
     kind: str, score: str = "logit", steps: int = 1, target: str | None = None, dtype: str = "f8"
 ) -> Explanation:
-    path = answer.Path(score, "end", steps)
+    path = answer.Integration(score, "end", steps)
     parts = model_of(kind, dtype).chain.parts
     return answer.explain(parts, asked(kind, target), cpu(dtype), TOKENS.eot, path, 3, "model")
 
@@ -140,7 +140,7 @@ def test_attributions_add_up(kind: str, score: str) -> None:
 
 def test_what_comes_behind_adds_nothing() -> None:
     made = question.next_token(TOKENS, TEXT, 40, 5, None)
-    told = answer.explain(model_of("gpt").chain.parts, made, cpu("f8"), TOKENS.eot, answer.Path(), 1, "model")
+    told = answer.explain(model_of("gpt").chain.parts, made, cpu("f8"), TOKENS.eot, answer.Integration(), 1, "model")
     assert told.attribution.output == TEXT[4] and told.attribution.values[1:5].all()
     assert not told.attribution.values[5:].any()
 
@@ -151,7 +151,7 @@ def test_of_a_linear_model_one_step_is_exact() -> None:
     model.store.initialise(0)
     made, table = asked("gpt", "z"), embedding.tokens.data
     for baseline, start in (("end", table[TOKENS.eot]), ("zero", 0.0)):
-        path = answer.Path("logit", baseline, 1)
+        path = answer.Integration("logit", baseline, 1)
         told = answer.explain(model.chain.parts, made, cpu("f8"), TOKENS.eot, path, 1, "model").attribution
         wanted = np.zeros(len(made.tokens))
         wanted[-1] = (table[ord(TEXT[-1])] - start) @ table[ord("z")]
