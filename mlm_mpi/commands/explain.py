@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.inside.question import Question
     from mlm_mpi.train.trained import Trained
 
-_MOST_STEPS = 4096
+_MOST_STEPS, _MOST_TOP = 1 << 20, 100
 _LOOSE = 0.01  # a gap from which a note says that the sum of attributions is no good account
 
 _EXAMPLES = """examples:
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--baseline", choices=("end", "zero"), default="end",
         help="what the text is compared with: ends of text in the place of its tokens, or zeros (end)",
     )  # fmt: skip
-    add("--steps", type=int, default=64, metavar="N", help="gradients on the way from there to the text (64)")
+    add("--steps", type=int, default=512, metavar="N", help="at most so many gradients on the way to the text (512)")
     add("--layer", type=int, metavar="N", help="the layer of the picture, which the page opens with (the last)")
     add("--head", type=int, default=0, metavar="N", help="the head that the page opens with (0: the mean of all)")
     add("--top", type=int, default=5, metavar="N", help="so many of the likeliest tokens of each layer (5)")
@@ -79,6 +79,8 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 
 def _checked(args: argparse.Namespace) -> Path:
     """Where the page goes. Raises ConfigError before anything is computed."""
+    from mlm_mpi.inside.answer import LEAST
+
     out = Path(args.out)
     if not args.out or out.suffix.lower() != ".html" or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out!r} is no .html file in a folder that exists: give another path")
@@ -89,9 +91,9 @@ def _checked(args: argparse.Namespace) -> Path:
         raise ConfigError("TEXT is empty: give some words")
     if args.pair == "":
         raise ConfigError("--pair is empty: give some words, or leave it out")
-    for name, value, most in (("steps", args.steps, _MOST_STEPS), ("top", args.top, 100)):
-        if not 1 <= value <= most:
-            raise ConfigError(f"--{name} {value} must be at least 1 and at most {most}")
+    for name, value, least, most in (("steps", args.steps, LEAST, _MOST_STEPS), ("top", args.top, 1, _MOST_TOP)):
+        if not least <= value <= most:
+            raise ConfigError(f"--{name} {value} must be at least {least} and at most {most}")
     return out
 
 
@@ -164,7 +166,7 @@ def _lines(made: "Explanation", out: Path) -> list[str]:
         f"question      {made.question}, of {len(made.tokens)} positions",
         f"answer        {best}",
         f"explained     {a.output!r}, probability {a.probability:.3f}, {a.score} {a.value:.4f}",
-        f"attributions  {a.total:.4f} in all, {a.difference:.4f} more than {a.baseline} have; {a.steps} steps",
+        f"attributions  {a.total:.4f} in all, {a.difference:.4f} more than {a.baseline} have; {a.steps} gradients",
         f"attention     {len(made.maps)} layers" if made.maps else "attention     none in this model",
         f"written to {out} ({out.stat().st_size / 1000:,.0f} kB) and {out.with_suffix('.png').name}",
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,13 +16,17 @@ from mlm_mpi.params.store import Parameter
 Score = Literal["logit", "log-probability"]
 Baseline = Literal["end", "zero"]
 
+_POINTS = 8  # gradients in a piece of the way
+LEAST = 4 * _POINTS
+_ENOUGH, _SMALL = 1e-4, 1e-3  # of the larger score, which counts as no smaller than that
+
 
 class Integration(NamedTuple):
-    """How gradients are integrated: what of an output, from which baseline, at how many points."""
+    """How gradients are integrated: what of an output, from which baseline, at how many points at most."""
 
     score: Score = "logit"
     baseline: Baseline = "end"
-    steps: int = 64
+    steps: int = 512
 
 
 class _Unread(dict[Parameter, Array]):
@@ -100,7 +105,7 @@ def integrated_gradients(
     """How much each position adds to the score of an output: (x − x') · ∫ ∂F/∂x along the straight path from x' to x.
 
     x is what the first part gives of the text; x' what it gives of as many ends of text ("end"), so that positions are
-    the same and tokens differ, or nothing ("zero"). The integral is a sum of `steps` gradients.
+    the same and tokens differ, or nothing ("zero").
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
     """
     (text,), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
@@ -108,26 +113,62 @@ def integrated_gradients(
     logits = _logits(parts, text, question, ctx)
     target = int(logits.argmax()) if question.target is None else question.target
     score = _scorer(target, integration.score)
-    points, weights = _points(integration.steps)
-    slope = np.zeros(way.shape)
-    for point, weight in zip(points, weights, strict=True):
-        x = (wide(start) + way * way.dtype.type(point)).astype(text.dtype)
-        slope += weight * to_host(wide(_gradient(parts, x, question, ctx, score))).astype("f8")
-    values = (slope * to_host(way)).sum(axis=2)[0, : len(question.tokens)]
+
+    def value(point: float) -> float:
+        return score(_logits(parts, at(point), question, ctx))[0]
+
+    def rate(point: float) -> np.ndarray:
+        gradient = wide(_gradient(parts, at(point), question, ctx, score))
+        return to_host((gradient * way).sum(axis=2))[0, : len(question.tokens)].astype("f8")
+
+    def at(point: float) -> Array:
+        return (wide(start) + way * way.dtype.type(point)).astype(text.dtype)
+
+    values, asked = along(rate, value, integration.steps)
     began = _logits(parts, start, question, ctx)
     baseline = "ends of text" if integration.baseline == "end" else "zeros"
     return Attribution(
         question.name(target), float(_softmax(logits[None])[0, target]), integration.score, score(logits)[0], baseline,
-        score(began)[0], integration.steps, values,
+        score(began)[0], asked, values,
     )  # fmt: skip
 
 
-def _points(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where on [0, 1] an integrand is asked for, and its weights: α = s² with Gauss-Legendre's points s, so that most
-    lie near the baseline, where normalised activations turn fastest."""
-    s, weights = np.polynomial.legendre.leggauss(count)
-    s = (s + 1.0) / 2.0
-    return s * s, weights * s  # dα = 2 s ds, and ds is half of that on [−1, 1]
+class _Piece(NamedTuple):
+    """Of the way: its ends, the values there, what is integrated over it (T,), and how far that is from their gain."""
+
+    ends: tuple[float, float]
+    values: tuple[float, float]
+    total: np.ndarray
+    gap: float
+
+
+def along(
+    rate: Callable[[float], np.ndarray], value: Callable[[float], float], most: int
+) -> tuple[np.ndarray, int]:  # fmt: skip
+    """(∫ rate over [0, 1], how often it was asked for), where Σ rate is the derivative of value. Shapes: (T,).
+
+    The way goes in pieces, each by eight points of Gauss and Legendre. Each has to account for what the value gains on
+    it; the one that is farthest from it is halved, until they all are near enough, or `most` would be exceeded. So a
+    normalised activation that turns within a hundredth of the way, as it passes near zero, is not missed.
+    """
+    points, weights = np.polynomial.legendre.leggauss(_POINTS)
+
+    def piece(ends: tuple[float, float], values: tuple[float, float]) -> _Piece:
+        half = (ends[1] - ends[0]) / 2.0
+        rates = [rate(ends[0] + half * (1.0 + point)) for point in points]
+        total = half * (weights @ np.array(rates))
+        return _Piece(ends, values, total, abs(float(total.sum()) - values[1] + values[0]))
+
+    edges = [(edge, value(edge)) for edge in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    pieces = [piece((a, b), (before, after)) for (a, before), (b, after) in pairwise(edges)]
+    enough = _ENOUGH * max(abs(edges[0][1]), abs(edges[-1][1]), _SMALL)
+    while sum(one.gap for one in pieces) > enough and (len(pieces) + 1) * _POINTS <= most:
+        worst = pieces.pop(max(range(len(pieces)), key=lambda number: pieces[number].gap))
+        (a, b), (before, after) = worst.ends, worst.values
+        middle = (a + b) / 2.0
+        between = value(middle)
+        pieces += [piece((a, middle), (before, between)), piece((middle, b), (between, after))]
+    return sum((one.total for one in pieces), np.zeros_like(pieces[0].total)), len(pieces) * _POINTS
 
 
 def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Array:

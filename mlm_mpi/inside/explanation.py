@@ -28,7 +28,7 @@ class Attribution:
     value: float
     baseline: str  # what the path begins at
     baseline_value: float
-    steps: int
+    steps: int  # gradients that were asked for
     values: np.ndarray
 
     @property
@@ -44,7 +44,7 @@ class Attribution:
     @property
     def gap(self) -> float:
         """How far the sum is from it, as a part of the largest number in the account."""
-        return abs(self.total - self.difference) / max(abs(self.value), abs(self.baseline_value), 1e-12)
+        return abs(self.total - self.difference) / max(abs(self.value), abs(self.baseline_value), 1e-3)
 
 
 @dataclass(frozen=True)

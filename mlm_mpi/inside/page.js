@@ -88,7 +88,7 @@ $("lead").textContent = `The model is asked ${data.question}. Explained is ${quo
   `${percent(ig.probability)}.`;
 $("account").textContent = `Its ${ig.score} is ${number(ig.value)}; where the text is replaced by ${ig.baseline}, it is ` +
   `${number(ig.baseline_value)}. What the tokens add makes ${number(ig.total)} of the difference of ` +
-  `${number(ig.difference)} (${ig.steps} steps).`;
+  `${number(ig.difference)} (${ig.steps} gradients).`;
 const drawGiven = () => {
   given.forEach((button, position) => paint(button, "sign", 127.5 + 127.5 * ig.values[position] / most));
   legend("sign-legend", "sign", `against and for, in ${ig.score}`,
