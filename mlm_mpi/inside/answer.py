@@ -175,7 +175,7 @@ def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Array:
     """What the path begins at: (1, T, C)."""
     assert ctx.batch is not None
     ids = ctx.batch.inputs["ids"]
-    ends = replace(ctx.batch, inputs=ctx.batch.inputs | {"ids": module_of(ids).full_like(ids, eot)})
+    ends = replace(ctx.batch, inputs=ctx.batch.inputs | {"ids": module_of(ids).zeros_like(ids) + ids.dtype.type(eot)})
     (start,), _ = first.forward((), replace(ctx, batch=ends))
     return start if kind == "end" else module_of(start).zeros_like(start)
 
