@@ -32,6 +32,7 @@ setup(
     package_data={
         "mlm_mpi.backend.cuda": ["cublas.json"],
         "mlm_mpi.data": ["builtin.bin"],
+        "mlm_mpi.inside": ["page.css", "page.html", "page.js"],
         "mlm_mpi.kernels": ["README.md", "cpu/*", "cuda/*.cu", "cuda/*.cuh", "cuda/*.txt"],
     },
     ext_modules=[

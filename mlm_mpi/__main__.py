@@ -35,6 +35,11 @@ COMMANDS = {
     ),
     "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
     "predict": ("mlm_mpi.commands.predict", True, "labels of the texts in a file (also under mpiexec)"),
+    "explain": (
+        "mlm_mpi.commands.explain",
+        True,
+        "attention, logit lens and attributions of a text, as a page and a picture",
+    ),
     "merge": ("mlm_mpi.commands.merge", True, "put the adapters of a fine-tuned run into its weights"),
     "vectors": ("mlm_mpi.commands.vectors", False, "neighbours of words, analogies, .vec files"),
     "sweep": ("mlm_mpi.commands.sweep", False, "try values of keys: successive halving, and a table"),

@@ -159,6 +159,23 @@ class SelfAttention:
         _clear_behind(dqkv, looks[-1].queries)
         return self.qkv.backward(dqkv, x, ctx)
 
+    def maps(self, x: Any, ctx: Context) -> Any:
+        """Who attends to whom, in float64: rows look at columns. Shapes: (B, T, C) -> (B, H, T, T).
+
+        Texts that lie one behind the other see nothing of each other, and nobody looks at what fills their row up.
+        """
+        qkv, _ = self.qkv.forward(x, ctx)
+        spans = [] if ctx.batch is None else ctx.batch.spans()
+        starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")
+        if not spans:
+            return attention.probabilities(*self._split(qkv)[:2], self.causal, starts)
+        batch, length, _ = qkv.shape
+        found = module_of(x).zeros((batch, qkv.shape[2] // (3 * self.width), length, length))
+        for start, stop in spans:
+            own = self._split(qkv[:, start:stop])[:2]
+            found[:, :, start:stop, start:stop] = attention.probabilities(*own, self.causal)
+        return found
+
 
 class CrossAttention:
     """Positions that attend to all of a memory. Shapes: x (B, T, C), memory (B, S, C) -> (B, T, C).

@@ -1,6 +1,6 @@
 """The pre-norm transformer block, composed of what it is given, and feed-forward halves."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mlm_mpi.layers.base import Array, Context, Flow
 from mlm_mpi.layers.linear import Linear, ResidualLinear, flat
@@ -21,6 +21,15 @@ class Branch(Protocol):
     def parameters(self) -> list[Parameter]: ...
     def forward(self, x: Array, ctx: Context, residual: Array = None) -> tuple[Array, Any]: ...
     def backward(self, dy: Array, saved: Any, ctx: Context) -> Array: ...
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A mixer whose positions look at each other. Shapes: (B, T, C) -> (B, H, T, T), rows look at columns."""
+
+    name: str
+
+    def maps(self, x: Array, ctx: Context) -> Array: ...
 
 
 class FeedForward:
@@ -99,6 +108,10 @@ class Block:
         d = self.norm2.backward(self.mlp.backward(dy[0], s_mlp, ctx), s_norm2, ctx, add=dy[0])
         return (self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d),)
 
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Array]:
+        """Who attends to whom in it, by the name of what attends. Shapes: (B, T, C) -> (B, H, T, T)."""
+        return _maps(self.mixer, self.norm1.forward(x[0], ctx)[0], ctx)
+
 
 class PostNormBlock:
     """norm1(x + mixer(x)), then norm2 of that and mlp of it. Shapes: (B, T, C) -> (B, T, C).
@@ -125,3 +138,12 @@ class PostNormBlock:
         db = self.norm2.backward(dy[0], s_norm2, ctx)
         da = self.norm1.backward(self.mlp.backward(db, s_mlp, ctx) + db, s_norm1, ctx)
         return (self.mixer.backward(da, s_mixer, ctx) + da,)
+
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Array]:
+        """As `Block.maps`."""
+        return _maps(self.mixer, x[0], ctx)
+
+
+def _maps(mixer: Branch, x: Array, ctx: Context) -> dict[str, Array]:
+    """Those of a mixer that has some; a mean over positions, say, has none."""
+    return {mixer.name: mixer.maps(x, ctx)} if isinstance(mixer, Attends) else {}

@@ -56,6 +56,15 @@ class ClassHead:
         dpooled = self._logits_backward(_rounded(dlogits, logits.dtype).reshape(logits.shape), kept, ctx)
         return (self._pooled_backward(dpooled, saved, cut),)
 
+    def logits(self, hidden: Array, ctx: Context) -> Array:
+        """Shapes: (1, t, C) -> (1, M, L)."""
+        return self._logits(self._pooled(hidden, ctx), ctx.uncut())[0]
+
+    def logits_backward(self, dlogits: Array, hidden: Array, ctx: Context) -> Array:
+        """The gradient of what `logits` was given. Shapes: as `logits`."""
+        kept = self._logits(self._pooled(hidden, ctx), ctx.uncut())[1]
+        return self._pooled_backward(self._logits_backward(dlogits, kept, ctx.uncut()), hidden, ctx)
+
     def _tell(self, logits: Array, ctx: Context) -> None:
         targets = self._targets(ctx)[0]
         found = logits.argmax(axis=1)

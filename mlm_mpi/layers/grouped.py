@@ -71,9 +71,7 @@ class GroupedAttention:
         """`residual` or None: what the result is added to."""
         units = self._units(self.qkv.forward(x, ctx)[0])
         start = ctx.cache.length if ctx.cache is not None else 0
-        cos, sin = self.positions.at(x, start, units.shape[1])
-        gain = None if self.gain is None else self.gain.data
-        turned, inverse = rotary.forward(units[..., :-1, :], cos, sin, gain, self.epsilon or 0.0)  # (B, T, G, g + 1, D)
+        turned, inverse = self._turn(units, start)
         q, k, v = *queries_and_key(turned), unit_of(units, -1)
         if ctx.cache is not None:
             k, v = ctx.cache.extend(self.name, k, v)
@@ -95,6 +93,19 @@ class GroupedAttention:
         )  # fmt: skip
         self._turn_back(dturned, units[..., :-1, :], inverse, ctx)
         return self.qkv.backward(dunits.reshape(*units.shape[:2], -1), x, ctx)
+
+    def maps(self, x: Any, ctx: Context) -> Any:
+        """Who attends to whom, in float64: rows look at columns. Shapes: (B, T, C) -> (B, H, T, T)."""
+        units = self._units(self.qkv.forward(x, ctx)[0])
+        q, k = queries_and_key(self._turn(units, 0)[0])
+        return attention.probabilities(q, k, starts=self.starts(units, ctx, 0))
+
+    def _turn(self, units: Any, start: int) -> tuple[Any, Any]:
+        """`rotary.forward` of queries and keys from position `start` on: (B, T, G, g + 2, D) -> (B, T, G, g + 1, D)."""
+        cos, sin = self.positions.at(units, start, units.shape[1])
+        gain = None if self.gain is None else self.gain.data
+        turned: tuple[Any, Any] = rotary.forward(units[..., :-1, :], cos, sin, gain, self.epsilon or 0.0)
+        return turned
 
     def _turn_back(self, dturned: Any, units: Any, inverse: Any, ctx: Context) -> None:
         """Gradients before normalisation and rotation, over those behind; the gains are those of all ranks' groups."""

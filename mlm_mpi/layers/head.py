@@ -59,6 +59,15 @@ class TokenHead:
         logits = matmul.product(flat(n), self.table.data.T)
         return (crossentropy.capped(logits, self.cap) if self.cap else logits).reshape(*hidden.shape[:2], -1)
 
+    def logits_backward(self, dlogits: Array, hidden: Array, ctx: Context) -> Array:
+        """The gradient of what `logits` was given, on one rank; the table's is not formed. Shapes: as `logits`."""
+        n, s_norm = self.norm.forward(hidden, ctx)
+        dlogits = flat(dlogits)
+        if self.cap:
+            capped = flat(self.logits(hidden, ctx))
+            dlogits = dlogits * (1.0 - (capped / self.cap) ** 2)
+        return self.norm.backward(matmul.product(dlogits, self.table.data).reshape(n.shape), s_norm, ctx)
+
     def _wanted(self, ctx: Context) -> tuple[Array, Array | None]:
         assert ctx.batch is not None, "a head reads its targets from the context"
         targets, mask = ctx.batch.targets["ids"], ctx.batch.targets.get("mask")
