@@ -47,7 +47,9 @@ class Dialogues:
         """
         ends = np.flatnonzero(self._answers & (self._tokens == eot)) + 1
         last = np.searchsorted(ends, np.minimum(self._offsets[:-1] + context, self._offsets[1:]), side="right") - 1
-        found = np.where(last >= 0, ends[np.maximum(last, 0)] - self._offsets[:-1], 0) if len(ends) else self.lengths * 0
+        found = (
+            np.where(last >= 0, ends[np.maximum(last, 0)] - self._offsets[:-1], 0) if len(ends) else self.lengths * 0
+        )
         return np.maximum(found, 0).astype(np.int32)
 
 

@@ -83,7 +83,7 @@ class Dialogue:
         if long and (self.config.task.too_long == "refuse" or not len(rows)):
             raise DataError(
                 f"{long:,} dialogues of {split} in {self.texts.folder} do not fit model.context = {context}, the "
-                f'longest needs {longest}: set model.context = {longest}'
+                f"longest needs {longest}: set model.context = {longest}"
                 + (', or task.too_long = "cut"' if len(rows) else "")
             )
         return rows
