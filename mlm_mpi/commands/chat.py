@@ -46,11 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
     if group.size > 1:
-        raise agreed(
-            ConfigError(
-                f"chat has one keyboard, and the launcher gave {group.size} ranks: start it without mlm-mpi run"
-            )
-        )
+        ranks = group.size
+        raise agreed(ConfigError(f"chat has one keyboard, and the launcher gave {ranks} ranks: leave mlm-mpi run out"))
     sampling = drawing.sampling(args)
     trained = _loaded(args, group)
     conversation = _conversation(trained, args, sampling)
@@ -110,7 +107,7 @@ def _in_terminal(conversation: "Conversation") -> None:
             continue
         try:
             if line.startswith("/"):
-                is_told = is_told and not line == "/reset"
+                is_told = is_told and line != "/reset"
                 print(_obeyed(conversation, line), flush=True)
             elif line:
                 pieces = conversation.answer(line)

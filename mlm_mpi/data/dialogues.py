@@ -45,19 +45,18 @@ class Dialogues:
 
         Shapes: -> (n,) int32.
         """
-        ends = np.flatnonzero(self._answers & (self._tokens == eot)) + 1
-        last = np.searchsorted(ends, np.minimum(self._offsets[:-1] + context, self._offsets[1:]), side="right") - 1
-        found = (
-            np.where(last >= 0, ends[np.maximum(last, 0)] - self._offsets[:-1], 0) if len(ends) else self.lengths * 0
-        )
-        return np.maximum(found, 0).astype(np.int32)
+        ends = np.concatenate([[0], np.flatnonzero(self._answers & (self._tokens == eot)) + 1])  # of answers
+        starts, stops = self._offsets[:-1], self._offsets[1:]
+        last = ends[np.searchsorted(ends, np.minimum(starts + context, stops), side="right") - 1]
+        return np.maximum(last - starts, 0).astype(np.int32)
 
 
 class Rows:
     """The samples of a split: rows of dialogues, in their order, each cut behind the last answer that fits.
 
-    A row reads an end of text, then a dialogue, and has to find its answers and their ends of text: the targets (teacher
-    forcing). `lost`: dialogues without an answer that fits, which are left out.
+    A row reads an end of text, then a dialogue, and has to find its answers and their ends of text: the targets
+    (teacher forcing). `lost`: dialogues without an answer that fits, which are left out; `cut`: the others that do not
+    fit.
     """
 
     def __init__(self, dialogues: Dialogues, context: int, eot: int) -> None:

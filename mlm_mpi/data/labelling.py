@@ -51,8 +51,8 @@ class Recipe:
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
     from those that are given as training rows. `columns`: of texts with a label, of words with one each, or of
-    dialogues. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one text may have so many
-    times the characters of the other; 0: any.
+    dialogues. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one
+    text may have so many times the characters of the other; 0: any.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
