@@ -32,7 +32,7 @@ _PROMPT = "> "
 _EXAMPLES = """examples:
   mlm-mpi chat runs/talks
   mlm-mpi chat runs/talks --system "Be brief." --temperature 0.5 --top-p 0.9
-  mlm-mpi chat runs/talks < questions.txt          # one answer a line
+  echo "How are you?" | mlm-mpi chat runs/talks          # through a pipe: an answer in a line for each line
 In a terminal /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
 
 

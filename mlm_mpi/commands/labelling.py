@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
         for option in ("text", "pair", "split", "test", "source", "no_header"):
             if getattr(args, option) not in (None, False):
                 name = option.replace("_", "-")
-                raise ConfigError(f"--{name} is for labelled texts: give --label COLUMN, --tags or --chat too")
+                raise ConfigError(f"--{name} is for labelled texts: give --label COLUMN or --tags too")
     elif len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} make different things of the inputs: leave one out")
     else:
