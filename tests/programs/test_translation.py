@@ -3,6 +3,8 @@
 import itertools
 import json
 
+from pathlib import Path
+
 import pytest
 from programs import Place
 
@@ -53,14 +55,15 @@ def keys(*words: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pairs(home: Place) -> Place:
+def pairs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Place:
     """Pairs and a configuration in a folder, and a run of one rank."""
+    home = Place(tmp_path_factory.mktemp("pairs"), corpus)
     (home.folder / "pairs.tsv").write_text(table())
     (home.folder / "pairs.toml").write_text(CONFIG)
     columns = ("--text", "text", "--target", "reversed", "--vocab", "272")
     made = home.program("prepare", "pairs.tsv", "--out", "pairs", *columns)
     assert made.code == 0, made.err
-    alone = home.program("train", "pairs.toml", "--run", "reverses")
+    alone = home.program("train", "pairs.toml", "--run", "alone")
     assert alone.code == 0, alone.err
     home.weights = alone.weights
     return home
@@ -116,16 +119,16 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(pairs: Place) -> None:
 
 
 def test_figures_are_one_on_any_mesh(pairs: Place) -> None:
-    alone = pairs.program("evaluate", "reverses", "--json").out
+    alone = pairs.program("evaluate", "alone", "--json").out
     for ranks, words in ((3, ()), (2, ("--tp", "2")), (2, ("--pp", "2"))):
-        assert pairs.program("run", "-n", str(ranks), "--", "evaluate", "reverses", "--json", *words).out == alone
-    assert "perplexity" in pairs.program("evaluate", "reverses").out
+        assert pairs.program("run", "-n", str(ranks), "--", "evaluate", "alone", "--json", *words).out == alone
+    assert "perplexity" in pairs.program("evaluate", "alone").out
 
 
 def test_it_continues_no_prompt_and_tells_no_labels(pairs: Place) -> None:
-    pairs.program("generate", "reverses", "--prompt", "red").refused("translation", "continues no text")
+    pairs.program("generate", "alone", "--prompt", "red").refused("translation", "continues no text")
     (pairs.folder / "new.csv").write_text("text\nred blue\n")
-    pairs.program("predict", "reverses", "new.csv", "--all").refused("--all is for runs that tell labels", "translates")
+    pairs.program("predict", "alone", "new.csv", "--all").refused("--all is for runs that tell labels", "translates")
 
 
 def test_what_it_writes_is_one_on_any_mesh(learns: Place) -> None:
