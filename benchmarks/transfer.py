@@ -1,6 +1,6 @@
 """What pre-training is worth: the classifier of examples/sentiment, fine-tuned and from scratch, by seeds.
 
-    make example-sentiment            # texts, corpora, the pre-trained encoder in runs/sentiment-texts
+    make example-sentiment            # corpora, the pre-trained encoder in runs/visitors
     python benchmarks/transfer.py --seeds 3 --record
 
 Both arms see the same labelled texts in the same order, with the settings of finetune.toml and the best of their
@@ -51,8 +51,8 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--run", type=Path, default=Path("runs/sentiment-texts"), help="the pre-trained encoder")
-    parser.add_argument("--data", default="corpora/sentiment", help="the labelled texts")
+    parser.add_argument("--run", type=Path, default=Path("runs/visitors"), help="the pre-trained encoder")
+    parser.add_argument("--data", default="corpora/critics", help="the labelled texts")
     parser.add_argument("--scratch", nargs="*", default=SCRATCH, metavar="KEY=VALUE", help="of what begins with a draw")
     args = parser.parse_args()
     config, drawn = str(EXAMPLE / "finetune.toml"), settings_of(args.run)
