@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
@@ -51,6 +52,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--at-once", type=int, default=1, help="so many trainings side by side")
     parser.add_argument("--run", type=Path, default=Path("runs/visitors"), help="the pre-trained encoder")
     parser.add_argument("--data", default="corpora/critics", help="the labelled texts")
     parser.add_argument("--scratch", nargs="*", default=SCRATCH, metavar="KEY=VALUE", help="of what begins with a draw")
@@ -60,11 +62,22 @@ def main() -> None:
     report = harness.Report("transfer", "What pre-training is worth", args)
     report.head("seed", "scratch, held out", "tuned, held out", "scratch, test", "tuned, test", "points, test")
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
+        runs = []
         for seed in range(args.seeds):
             common = ("--set", f"data.dir={args.data}", "--set", f"train.seed={seed}")
-            scratch = accuracies(Path(folder) / "scratch", args.ranks, "train", config, *common, *drawn)
-            tuned = accuracies(Path(folder) / "tuned", args.ranks, "finetune", str(args.run), config, *common)
+            arms = {
+                "scratch": ("train", config, *common, *drawn),
+                "tuned": ("finetune", str(args.run), config, *common),
+            }
+            runs.append(
+                [
+                    pool.submit(accuracies, Path(folder) / f"{arm}-{seed}", args.ranks, *words)
+                    for arm, words in arms.items()
+                ]
+            )
+        for seed, pair in enumerate(runs):
+            (scratch, tuned) = (run.result() for run in pair)
             found.append((scratch[0], tuned[0], scratch[1], tuned[1]))
             report.row(seed, *(f"{one:.4f}" for one in found[-1]), f"{100 * (tuned[1] - scratch[1]):+.1f}")
     means = [sum(column) / len(found) for column in zip(*found, strict=True)]
