@@ -103,7 +103,9 @@ def _columns(args: argparse.Namespace) -> "Columns":
 def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool, writes: bool) -> None:
     """Raises ConfigError for a model that tells no labels, or others than the arguments are for."""
     if not writes and searching.given(args):
-        raise ConfigError(f"{searching.given(args)[0]} is for runs that translate, and {args.run} is none: leave it out")
+        raise ConfigError(
+            f"{searching.given(args)[0]} is for runs that translate, and {args.run} is none: leave it out"
+        )
     if writes:
         for option in ("all", "pair"):
             if getattr(args, option):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _WORD = re.compile(r"\w+")
-_ROUNDS = 5  # of expectation maximisation, as Brown et al. do and as has become usual
+_ROUNDS = 5  # of expectation maximisation
 _NOTHING = ""  # what target words come from that no source word explains
 
 
@@ -15,30 +15,38 @@ def learned(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Each word of the sources, in small letters, and the word of the targets that it becomes most often; of equal
     ones that which is seen first."""
     sides = [[_WORD.findall(text.lower()) for text in pair] for pair in pairs]
-    sources, targets = ({word: number for number, word in enumerate(words)} for words in _words(sides))
-    links = [
-        np.stack(np.meshgrid([sources[word] for word in (_NOTHING, *source)], [targets[word] for word in target]), -1)
+    sources = [*dict.fromkeys([_NOTHING, *(word for source, _ in sides for word in source)])]
+    targets = [*dict.fromkeys(word for _, target in sides for word in target)]
+    numbers = [{word: number for number, word in enumerate(words)} for words in (sources, targets)]
+    codes = [
+        (np.array([numbers[0][word] for word in (_NOTHING, *source)]), np.array([numbers[1][word] for word in target]))
         for source, target in sides
-    ]  # (target words, source words and nothing, 2) of each pair
-    rows = np.concatenate([np.zeros((0, 2), np.int64), *(link.reshape(-1, 2) for link in links)])
-    widths = np.concatenate([np.zeros(0, np.int64), *(np.full(link.shape[0], link.shape[1]) for link in links)])
-    places = np.repeat(np.arange(len(widths)), widths)  # which target word a row is to explain
-    kinds, which = np.unique(rows[:, 0] * len(targets) + rows[:, 1], return_inverse=True)
-    of_source, likely = kinds // max(1, len(targets)), np.ones(len(kinds))
+        if target
+    ]
+    if not codes:
+        return {}
+    word, became, likely = _probabilities(codes)
+    best: dict[str, str] = {}
+    for row in np.lexsort((became, -likely)):
+        best.setdefault(sources[word[row]], targets[became[row]])
+    del best[_NOTHING]
+    return best
+
+
+def _probabilities(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(numbers of a source's word, of a target's, probability that the former becomes the latter) of all words that
+    meet in a pair. Shapes: (s,), (t,) each -> (n,) each."""
+    sources = np.concatenate([np.tile(source, len(target)) for source, target in pairs])
+    targets = np.concatenate([np.repeat(target, len(source)) for source, target in pairs])
+    widths = np.concatenate([np.full(len(target), len(source)) for source, target in pairs])
+    places = np.repeat(np.arange(len(widths)), widths)  # the occurrence of a target's word that is to be explained
+    kinds, kind = np.unique(np.stack([sources, targets]), axis=1, return_inverse=True)
+    kind, likely = kind.reshape(-1), np.ones(kinds.shape[1])  # NumPy 2.0.0 gives it two axes
     for _ in range(_ROUNDS):
-        shares = likely[which] / np.bincount(places, likely[which])[places]
-        likely = np.bincount(which, shares)
-        likely /= np.bincount(of_source, likely)[of_source]
-    names, other, best = [*sources], [*targets], dict[str, str]()
-    for kind in np.lexsort((kinds, -likely)):  # kinds of one source word are in the order of target words
-        best.setdefault(names[of_source[kind]], other[int(kinds[kind]) % len(targets)])
-    return {word: became for word, became in best.items() if word != _NOTHING}
-
-
-def _words(sides: Sequence[Sequence[Sequence[str]]]) -> tuple[dict[str, None], dict[str, None]]:
-    """Those of sources, nothing before them, and of targets, each once, in their order."""
-    sources = dict.fromkeys([_NOTHING, *(word for source, _ in sides for word in source)])
-    return sources, dict.fromkeys(word for _, target in sides for word in target)
+        share = likely[kind] / np.bincount(places, likely[kind])[places]
+        counts = np.bincount(kind, share)
+        likely = counts / np.bincount(kinds[0], counts)[kinds[0]]
+    return kinds[0], kinds[1], likely
 
 
 def translated(text: str, dictionary: Mapping[str, str]) -> str:

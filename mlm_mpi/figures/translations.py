@@ -44,7 +44,9 @@ def lines(numbers: dict[str, Any]) -> list[str]:
     """Figures in words, of a model and of simple methods, those that there are."""
     n, told = numbers, list[str]()
     if "bleu" in n:
-        told += [f"{name:<20}{n[key]:.2f}, {n[f'{key}_signature']}" for name, key in (("BLEU", "bleu"), ("chrF", "chrf"))]
+        told += [
+            f"{name:<20}{n[key]:.2f}, {n[f'{key}_signature']}" for name, key in (("BLEU", "bleu"), ("chrF", "chrf"))
+        ]
     for name, what in (("copy", "source as it is"), ("dictionary", "word by word")):
         if n.get(f"{name}_bleu") is not None:
             told.append(f"{what:<20}{n[f'{name}_bleu']:.2f} BLEU, {n[f'{name}_chrf']:.2f} chrF")

@@ -43,7 +43,10 @@ class KeyValueCache:
         self.length += positions
 
     def take(self, rows: Any) -> None:
-        """Goes on with these rows of the batch, each as often as it is named. Shapes: (n,) int64, where the arrays are."""
+        """Goes on with these rows of the batch, each as often as it is named.
+
+        Shapes: (n,) int64, where the arrays are.
+        """
         self._held = {name: (self._taken(k, rows), self._taken(v, rows)) for name, (k, v) in self._held.items()}
         self.states = {name: tuple(array[rows] for array in arrays) for name, arrays in self.states.items()}
         self.memory = {name: array[rows] for name, array in self.memory.items()}

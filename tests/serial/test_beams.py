@@ -1,4 +1,4 @@
-"""Beam search: equal to a search of all texts, to greedy search where it is as narrow; ends, places, penalties, ties."""
+"""Beam search: equal to a search of all texts, to greedy search where it is narrow; ends, places, penalties, ties."""
 
 import itertools
 import math
@@ -102,7 +102,9 @@ def test_greedy_search_misses_what_two_beams_find() -> None:
 
 def test_a_hypothesis_that_ends_gives_its_place_up_and_a_search_ends_when_none_can_win() -> None:
     chain = Table([[0.3, 0.6, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]])
-    assert made(chain, 2) == [] and chain.rows == [1, 1, 1, 1, 1], "0.6 · 0.8³ and more are likelier than 0.3, then none"
+    assert made(chain, 2) == [] and chain.rows == [1, 1, 1, 1, 1], (
+        "0.6 · 0.8³ and more are likelier than 0.3, then none"
+    )
     chain.rows.clear()
     assert made(chain, 2, penalty=3.0) == [1] * 6 and chain.rows == [1] * 6, "a long one counts less, to the last"
     chain.rows.clear()
