@@ -99,7 +99,7 @@ example-sentiment: $(VENV)/.installed-examples  ## pre-training, then a classifi
 example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: messages of programs from English to French (examples/translation)
 	@mkdir -p corpora
 	@$(BIN)/python examples/translation/pairs.py >corpora/translation.tsv
-	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 1024
+	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 2048
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/translation/config.toml --run runs/translation
 	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --baselines
 
