@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train example-language-id example-sentiment test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
+.PHONY: help install train example-language-id example-sentiment example-translation test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -96,6 +96,13 @@ example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/visitors
 	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors examples/sentiment/finetune.toml --run runs/critics
 	@$(BIN)/mlm-mpi evaluate runs/critics --best --split test --baselines
+
+example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: messages of programs from English to French (examples/translation)
+	@mkdir -p corpora
+	@$(BIN)/python examples/translation/pairs.py >corpora/translation.tsv
+	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 2048
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/translation/config.toml --run runs/translation
+	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --baselines
 
 # ranks of tests start a thousand times, 0.4 s sooner each where our modules are compiled once and not by each of them
 test test-%: export PYTHONDONTWRITEBYTECODE :=
