@@ -128,11 +128,13 @@ chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault aga
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
 SANITIZED := build/sanitize/libcpu.so
+SANITIZERS := -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC \
+  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(SANITIZED): $(wildcard kernels/cpu/*)
-	@mkdir -p $(@D)
-	@$(CC) -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared \
-	  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-	  kernels/cpu/level_*.c kernels/cpu/bf16_*.c kernels/cpu/dispatch.c -o $@ -lm
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@ls kernels/cpu/level_*.c kernels/cpu/bf16_*.c kernels/cpu/dispatch.c | \
+	  xargs -P 2 -I{} sh -c '$(CC) $(SANITIZERS) -c {} -o $(@D)/$$(basename {}).o'
+	@$(CC) $(SANITIZERS) -shared $(@D)/*.o -o $@ -lm
 
 test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
