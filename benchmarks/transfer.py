@@ -1,11 +1,12 @@
 """What pre-training is worth: the classifier of examples/sentiment, fine-tuned and from scratch, by seeds.
 
-    make example-sentiment            # texts, corpora, the pre-trained encoder in runs/sentiment-texts
+    make example-sentiment            # corpora, the pre-trained encoder in runs/visitors
     python benchmarks/transfer.py --seeds 3 --record
 
-Both see the same labelled texts for the same number of steps with the same settings but `start.checkpoint` and, because
-a drawn encoder learns faster with it, `--scratch-rate` as learning rate; the model of one has the sizes of the other.
-Accuracy on the test side, which nothing was chosen by.
+Both arms see the same labelled texts in the same order, with the settings of finetune.toml and the best of their
+checkpoints by held-out accuracy; the model of one has the sizes of the other. A drawn encoder begins without
+`start.checkpoint` and has, by `--scratch KEY=VALUE`, its own best learning rate and number of steps, chosen on the
+held-out side like those of finetune.toml. Of the test side, which nothing was chosen by, is the last figure of each.
 """
 
 import json
@@ -13,12 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
 
 EXAMPLE = harness.HERE.parent / "examples" / "sentiment"
-MODEL = ("layers", "width", "heads", "context", "norm", "kind")
+MODEL = ("kind", "layers", "width", "heads", "context", "norm")
+SCRATCH = ("optim.learning_rate=2e-3", "optim.warmup_steps=40", "train.steps=180", "eval.every=60")
 
 
 def ran(*words: str) -> str:
@@ -28,40 +31,57 @@ def ran(*words: str) -> str:
     ).stdout  # fmt: skip
 
 
-def accuracy(run: Path, ranks: int, *words: str) -> float:
-    """Trains on some ranks, then measures."""
-    ran("run", "-n", str(ranks), "--", *words, "--run", str(run), "--quiet")
-    return float(json.loads(ran("evaluate", str(run), "--split", "test", "--json"))["accuracy"])
+def accuracies(run: Path, ranks: int, *words: str) -> tuple[float, float]:
+    """Trains on some ranks, then measures the best weights: accuracy held out, and on the test side."""
+    ran(*(("run", "-n", str(ranks), "--") if ranks > 1 else ()), *words, "--run", str(run), "--quiet")
+    heldout = float(json.loads((run / "best.json").read_text())["value"])
+    test = float(json.loads(ran("evaluate", str(run), "--best", "--split", "test", "--json"))["accuracy"])
+    shutil.rmtree(run)
+    return heldout, test
+
+
+def settings_of(run: Path) -> list[str]:
+    """The sizes of a trained model, as words of a command line."""
+    manifest = json.loads(next(run.glob("checkpoints/*/manifest.json")).read_text())["manifest"]
+    return [word for key in MODEL for word in ("--set", f"model.{key}={manifest['config']['model'][key]}")]
 
 
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--run", default="runs/sentiment-texts", help="the pre-trained encoder")
-    parser.add_argument("--data", default="corpora/sentiment", help="the labelled texts")
-    parser.add_argument("--scratch-rate", default="2e-3", help="learning rate of what begins with drawn weights")
+    parser.add_argument("--at-once", type=int, default=1, help="so many trainings side by side")
+    parser.add_argument("--run", type=Path, default=Path("runs/visitors"), help="the pre-trained encoder")
+    parser.add_argument("--data", default="corpora/critics", help="the labelled texts")
+    parser.add_argument("--scratch", nargs="*", default=SCRATCH, metavar="KEY=VALUE", help="of what begins with a draw")
     args = parser.parse_args()
-    settings = json.loads(next(Path(args.run).glob("checkpoints/*/manifest.json")).read_text())["manifest"]["config"]
-    model = [word for key in MODEL for word in ("--set", f"model.{key}={settings['model'][key]}")]
+    config, drawn = str(EXAMPLE / "finetune.toml"), settings_of(args.run)
+    drawn += [word for setting in args.scratch for word in ("--set", setting)]
     report = harness.Report("transfer", "What pre-training is worth", args)
-    report.head("seed", "from scratch", "pre-trained, fine-tuned", "points")
+    report.head("seed", "scratch, held out", "tuned, held out", "scratch, test", "tuned, test", "points, test")
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
+        runs = []
         for seed in range(args.seeds):
             common = ("--set", f"data.dir={args.data}", "--set", f"train.seed={seed}")
-            config = str(EXAMPLE / "finetune.toml")
-            rate = ("--set", f"optim.learning_rate={args.scratch_rate}")
-            runs = Path(folder) / f"scratch-{seed}", Path(folder) / f"tuned-{seed}"
-            scratch = accuracy(runs[0], args.ranks, "train", config, *common, *model, *rate)
-            tuned = accuracy(runs[1], args.ranks, "finetune", args.run, config, *common)
-            found.append((scratch, tuned))
-            report.row(seed, f"{scratch:.4f}", f"{tuned:.4f}", f"{100 * (tuned - scratch):+.1f}")
-            for run in runs:
-                shutil.rmtree(run)
+            arms = {
+                "scratch": ("train", config, *common, *drawn),
+                "tuned": ("finetune", str(args.run), config, *common),
+            }
+            runs.append(
+                [
+                    pool.submit(accuracies, Path(folder) / f"{arm}-{seed}", args.ranks, *words)
+                    for arm, words in arms.items()
+                ]
+            )
+        for seed, pair in enumerate(runs):
+            (scratch, tuned) = (run.result() for run in pair)
+            found.append((scratch[0], tuned[0], scratch[1], tuned[1]))
+            report.row(seed, *(f"{one:.4f}" for one in found[-1]), f"{100 * (tuned[1] - scratch[1]):+.1f}")
     means = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    report.row("mean", *(f"{one:.4f}" for one in means), f"{100 * (means[3] - means[2]):+.1f}")
     report.say()
-    report.say(f"Means {means[0]:.4f} and {means[1]:.4f}: {100 * (means[1] - means[0]):+.1f} points.")
+    report.say(f"From scratch with {' '.join(args.scratch)}.")
     report.save()
 
 

@@ -111,34 +111,3 @@ def continue_prompt(
         if len(held) > context:
             held = held[-max(1, context // 2) :]
             cache, unread = KeyValueCache(context), list(held)
-
-
-def written(
-    chain: Chain, sources: np.ndarray, context: int, eot: int, mesh: Mesh | None = None, place: Place | None = None
-) -> list[list[int]]:  # fmt: skip
-    """What an encoder-decoder makes of each source, the likeliest token after the other (greedy search), up to an end
-    of text, which is left out, or to the end of the context.
-
-    Shapes: sources (B, S). Collective over the ranks that share the model. Equal logits: the first token's.
-    """
-    place, mesh = place or cpu(), mesh or Mesh()
-    cache, source = KeyValueCache(context), place.put(sources)
-    ids, out = np.full((len(sources), 1), eot, np.int32), [np.empty((len(sources), 0), np.int32)]
-    ended = np.zeros(len(sources), bool)
-    while cache.length < context and not ended.all():
-        found = logits(chain, place.put(ids), cache, mesh, source if len(out) == 1 else None)
-        ids = _likeliest(found, len(sources), mesh)
-        out.append(ids)
-        ended |= ids[:, 0] == eot
-    texts = np.concatenate(out, axis=1).tolist()
-    return [text[: text.index(eot)] if eot in text else text for text in texts]
-
-
-def _likeliest(found: Array | None, rows: int, mesh: Mesh) -> np.ndarray:
-    """The tokens that follow the last position of each row, (B, 1), on all ranks that share the model. Collective."""
-    tokens = np.full(rows, -1, np.int32)
-    if found is not None:
-        mine = np.ascontiguousarray(to_host(wide(found[:, -1])))
-        parts = mesh.group("tp").allgather_array(mine.reshape(-1), "the logits").reshape(-1, *mine.shape)
-        tokens = np.concatenate(list(parts), axis=1).argmax(axis=1).astype(np.int32)
-    return mesh.group("pp").allgather_array(tokens, "the next tokens")[-1][:, None]

@@ -4,11 +4,12 @@ ranks."""
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, to_host
+from mlm_mpi.beams import Beams, written
 from mlm_mpi.comm.mesh import Mesh
 from mlm_mpi.data import tagged, texts, words
 from mlm_mpi.data.batch import Batch
@@ -17,7 +18,6 @@ from mlm_mpi.data.rows import Row
 from mlm_mpi.data.sentences import ENDS, Sentence
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_pairs, encode_words
-from mlm_mpi.generation import written
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
 
@@ -113,33 +113,40 @@ def _shares(rows: Iterator[T], at_once: int, mesh: Mesh) -> Iterator[tuple[list[
         yield some, some[group.rank * at_once : (group.rank + 1) * at_once]
 
 
-class Written(NamedTuple):
+class Written(NamedTuple, Generic[T]):
     """Rows, what was made of each, and how many of them did not fit the context."""
 
-    rows: Sequence[Row]
+    rows: Sequence[T]
     texts: list[str]
     cut: int
 
 
 def write(
-    chain: Chain, tokenizer: Tokenizer, rows: Iterator[Row], context: int, at_once: int, mesh: Mesh, place: Place
-) -> Iterator[Written]:  # fmt: skip
-    """What an encoder-decoder makes of rows, in rounds as `predict` has them; none of a row without text. Collective.
+    chain: Chain, tokenizer: Tokenizer, rows: Iterator[T], sources: Callable[[Sequence[T]], list[np.ndarray]],
+    context: int, at_once: int, beams: Beams, mesh: Mesh, place: Place,
+) -> Iterator[Written[T]]:  # fmt: skip
+    """What an encoder-decoder makes of rows, in rounds as `predict` has them; nothing of an empty one. Collective.
 
-    Sources of one length are read together. No text depends on those beside it, nor on the number of ranks.
+    `sources`: the token ids of some rows, without an end of text; of a table's, `encoded`. Sources of one length are
+    read together. No text depends on those beside it, nor on the number of ranks.
     """
     end = np.array([tokenizer.eot], np.int32)
     for some, mine in _shares(rows, at_once, mesh):
-        encoded = [ids.astype(np.int32) for ids, _ in encode_pairs(tokenizer, ((row.text, "") for row in mine))]
-        sources = [np.concatenate([ids, end])[:context] for ids in encoded]
+        ended = [np.concatenate([ids, end]) for ids in sources(mine)]
         texts = [""] * len(mine)
-        for length in sorted({len(source) for source in sources if len(source) > 1}):
-            same = [number for number, source in enumerate(sources) if len(source) == length]
-            stacked = np.stack([sources[number] for number in same])
-            for number, ids in zip(same, written(chain, stacked, context, tokenizer.eot, mesh, place), strict=True):
+        for length in sorted({min(len(ids), context) for ids in ended if len(ids) > 1}):
+            same = [number for number, ids in enumerate(ended) if min(len(ids), context) == length]
+            stacked = np.stack([ended[number][:context] for number in same])
+            made = written(chain, stacked, context, tokenizer.eot, beams, mesh, place)
+            for number, ids in zip(same, made, strict=True):
                 texts[number] = tokenizer.decode(ids)
-        every = mesh.group("dp").allgather([sum(len(ids) >= context for ids in encoded), texts], "what was written")
+        every = mesh.group("dp").allgather([sum(len(ids) > context for ids in ended), texts], "what was written")
         yield Written(some, [text for _, part in every for text in part], sum(cut for cut, _ in every))
+
+
+def encoded(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The token ids of texts, (t,) int32 each, without an end of text."""
+    return [ids.astype(np.int32) for ids, _ in encode_pairs(tokenizer, ((row.text, "") for row in rows))]
 
 
 def _probabilities(chain: Chain, batch: Batch | None, mesh: Mesh, place: Place) -> np.ndarray:

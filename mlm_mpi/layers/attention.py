@@ -42,6 +42,21 @@ class KeyValueCache:
         """Counts positions that every layer has appended."""
         self.length += positions
 
+    def take(self, rows: Any) -> None:
+        """Goes on with these rows of the batch, each as often as it is named.
+
+        Shapes: (n,) int64, where the arrays are.
+        """
+        self._held = {name: (self._taken(k, rows), self._taken(v, rows)) for name, (k, v) in self._held.items()}
+        self.states = {name: tuple(array[rows] for array in arrays) for name, arrays in self.states.items()}
+        self.memory = {name: array[rows] for name, array in self.memory.items()}
+
+    def _taken(self, array: Any, rows: Any) -> Any:
+        """Nothing is copied behind the valid positions. Shapes: (B, H, context, D) -> (n, H, context, D)."""
+        taken = module_of(array).empty((len(rows), *array.shape[1:]), array.dtype)
+        taken[:, :, : self.length] = array[:, :, : self.length][rows]
+        return taken
+
 
 class _Run(NamedTuple):
     """The positions of each row, or of each of some texts of one length that lie one behind the other in row 0, from

@@ -1,11 +1,14 @@
 """Writing a text that is made of another, such as its translation, by an encoder-decoder."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
+
+import numpy as np
 
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
@@ -13,8 +16,10 @@ from mlm_mpi.config.rules import shares
 from mlm_mpi.data.labelled import Examples, Labelled
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.texts import Nothing
+from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.translation import TextPairs, too_long
 from mlm_mpi.errors import CheckpointError, DataError
+from mlm_mpi.figures import translations
 from mlm_mpi.layers.base import Least, Part, Sizes
 from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.plug import Plugins
@@ -69,11 +74,15 @@ class Translation:
         self.config, self.plugins, self.model = config, plugins, config.model.kind
         self.texts = Labelled.open(config.data.dir, kind="pairs")
         self.texts.check_files()
-        tokenizer = self.texts.tokenizer()
+        tokenizer = self._tokenizer
         self.eot = tokenizer.eot
         self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
         self.width, self.row_tokens, self.content = config.model.width, config.model.context, self.texts.content[:12]
         self._read: dict[str, Examples] = {}
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self.texts.tokenizer()
 
     def examples(self, split: str) -> Examples:
         """Those of a split, all of which stay in memory. Raises DataError."""
@@ -115,13 +124,33 @@ class Translation:
         words = f"{count:,} pairs of texts, content {self.texts.content[:12]}"
         return {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "pairs": True}
 
+    def sources(self, split: str) -> list[np.ndarray]:
+        """Token ids (t,) int32 of the sources of a split, without an end of text."""
+        examples = self.examples(split)
+        return [one.ids[: one.second] for one in map(examples.read, range(len(examples)))]
+
+    def texts_of(self, split: str) -> list[tuple[str, str]]:
+        """(source, target) of a split's pairs."""
+        examples, decode = self.examples(split), self._tokenizer.decode
+        read = map(examples.read, range(len(examples)))
+        return [(decode(one.ids[: one.second].tolist()), decode(one.ids[one.second :].tolist())) for one in read]
+
+    def translated(self, split: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Figures of what was made of its sources. Where sacrebleu is installed."""
+        return translations.figures(texts, [target for _, target in self.texts_of(split)])
+
+    def baselines(self, split: str) -> dict[str, Any]:
+        return translations.baselines(self.texts_of("train"), self.texts_of(split))
+
     def quality(self, sums: Sums) -> dict[str, Any]:
         return {"perplexity": math.exp(min(sums.mean, 700.0))}
 
     def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
+        where = f"{numbers.get('split', 'held-out')} pairs"
         return [
-            f"held-out pairs      {numbers['tokens']:,} tokens of targets, ends of text among them; {of}",
+            f"{where:<20}{numbers['tokens']:,} tokens of targets, ends of text among them; {of}",
             f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}",
+            *translations.lines(numbers),
         ]
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:

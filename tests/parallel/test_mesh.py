@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import batches, tiny_config
 from whole import engine_of
 
+from mlm_mpi.beams import Beams, written
 from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, scattered
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
@@ -196,6 +197,25 @@ def test_ranks_that_share_a_model_draw_the_tokens_of_one(group, words):
         if pp * tp == group.size:
             found = continued(words, mesh(group, pp, tp))
             assert found == expected, f"pp {pp}, tp {tp}"
+
+
+def test_beam_search_writes_the_same_on_every_mesh(group):
+    """By ranks that share the model, of which each keeps the keys and values of its own layers and heads."""
+    if group.size not in (2, 3, 4):
+        pytest.skip("two, three and four ranks say it")
+    expected = alone(group, PAIRS, searched)
+    for pp, tp in meshes(group.size):
+        if pp * tp == group.size:
+            assert searched(PAIRS, mesh(group, pp, tp)) == expected, f"pp {pp}, tp {tp}"
+
+
+def searched(words: tuple[str, ...], on: Mesh):
+    """What is made of some sources with one beam and with three."""
+    config = tiny_config(*words)
+    engine = engine_of(config, VOCABULARY, on)
+    engine.machine.store.initialise(config.train.seed)
+    sources = np.random.default_rng(1).integers(0, VOCABULARY, (3, 5)).astype(np.int32)
+    return [written(engine.machine.chain, sources, 8, 0, Beams(width), on) for width in (1, 3)]
 
 
 def continued(words: tuple[str, ...], on: Mesh):

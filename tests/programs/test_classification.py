@@ -54,8 +54,9 @@ def table(rows: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def texts(home: Place) -> Place:
+def texts(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Place:
     """Labelled texts and a configuration in a folder, and a run of one rank."""
+    home = Place(tmp_path_factory.mktemp("texts"), corpus)
     (home.folder / "texts.tsv").write_text(table(240))
     (home.folder / "classes.toml").write_text(CONFIG)
     (home.folder / "plain.toml").write_text('[data]\ndir = "texts"\n')

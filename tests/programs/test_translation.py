@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from programs import Place
@@ -53,8 +54,9 @@ def keys(*words: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pairs(home: Place) -> Place:
+def pairs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Place:
     """Pairs and a configuration in a folder, and a run of one rank."""
+    home = Place(tmp_path_factory.mktemp("pairs"), corpus)
     (home.folder / "pairs.tsv").write_text(table())
     (home.folder / "pairs.toml").write_text(CONFIG)
     columns = ("--text", "text", "--target", "reversed", "--vocab", "272")
@@ -137,5 +139,26 @@ def test_what_it_writes_is_one_on_any_mesh(learns: Place) -> None:
     assert out.splitlines() == [" ".join(text.split()[::-1]) for text in texts]
     for ranks, words in (("3", ("--rows", "1")), ("4", ("--tp", "2", "--pp", "2"))):
         assert learns.program("run", "-n", ranks, "--", "predict", "learns", "new.csv", *words).out == out
+    wide = ("predict", "learns", "new.csv", "--beams", "3", "--length-penalty", "1")
+    assert learns.program("run", "-n", "4", "--", *wide, "--tp", "2", "--pp", "2").out == learns.program(*wide).out
     told = learns.program("predict", "learns", "new.csv", "--json").out.splitlines()
     assert [json.loads(line)["text"] for line in told] == out.splitlines()
+
+
+def test_figures_of_translations_beside_those_of_simple_methods(learns: Place) -> None:
+    pytest.importorskip("sacrebleu")
+    words = ("evaluate", "learns", "--split", "test", "--translate", "--beams", "2", "--baselines")
+    told = json.loads(learns.program(*words, "--json").out)
+    assert told["chrf"] > 90 > told["copy_chrf"] and told["bleu"] > told["copy_bleu"]
+    assert told["bleu_signature"].startswith("nrefs:1|case:mixed|") and "nc:6|nw:0" in told["chrf_signature"]
+    lines = learns.program("run", "-n", "3", "--", *words).out.splitlines()
+    assert [line[:14] for line in lines[2:]] == ["BLEU          ", "chrF          ", "source as it i", "word by word  "]
+    assert f"{told['chrf']:.2f}, {told['chrf_signature']}" in lines[3]
+
+
+def test_options_of_search_go_with_what_is_written(pairs: Place) -> None:
+    pairs.program("evaluate", "alone", "--beams", "2").refused("--beams is for what a model writes", "--translate")
+    pairs.program("evaluate", "alone", "--translate", "--beams", "0").refused("--beams 0 must be at least 1")
+    (pairs.folder / "one.csv").write_text("text\nred blue\n")
+    predict = ("predict", "alone", "one.csv")
+    pairs.program(*predict, "--length-penalty", "1").refused("compares the texts of several beams: give --beams 4")

@@ -9,9 +9,9 @@ import pytest
 from numerics import directional, poisoned, same_bits
 from whole import Driven
 
+from mlm_mpi.beams import written
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.translation import Pair, pairs_batch
-from mlm_mpi.generation import written
 from mlm_mpi.layers.attention import KeyValueCache
 from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.chain import Chain

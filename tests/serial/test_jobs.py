@@ -195,7 +195,7 @@ def test_an_error_that_a_new_start_would_meet_again_is_not_requeued(site):
 def test_requeues_have_a_limit(site):
     returned, lines, err = site.run(STEP="1", CODE="1", SLURM_RESTART_COUNT="50")
     assert (returned, len(lines)) == (1, 1)
-    assert "requeued 50 times" in err and "requeued, " not in err
+    assert "requeued 50 times" in err and "requeue " not in err
 
 
 def test_srun_is_the_other_way_to_start(site):
@@ -228,7 +228,7 @@ def test_a_signal_that_comes_before_the_launcher_is_started_is_kept(site):
     """Else it would kill the job's shell (seen in CI, where it was warned at its second second)."""
     (site.home / "sites" / "example.sh").write_text("kill -USR1 $$\n")
     returned, lines, err = site.run(LASTS="1", STEP="1")
-    assert returned == 0 and "requeued, 1 of 50" in err
+    assert returned == 0 and "requeue 1 of 50" in err
     assert lines[1].endswith(" got USR1") and lines[2:] == ["saved", "scontrol requeue 42"]
 
 
@@ -252,13 +252,13 @@ def test_the_log_says_how_to_stop_without_losing_work(site):
 
 def test_a_requeue_is_counted(site):
     """Slurm sets no count at the first start."""
-    assert site.run(STEP="1")[2] == "train.sbatch: requeued, 1 of 50\n"
-    assert site.run(STEP="1", SLURM_RESTART_COUNT="6", MAX_REQUEUES="7")[2].endswith("requeued, 7 of 7\n")
+    assert site.run(STEP="1")[2] == "train.sbatch: requeue 1 of 50\n"
+    assert site.run(STEP="1", SLURM_RESTART_COUNT="6", MAX_REQUEUES="7")[2].endswith("requeue 7 of 7\n")
 
 
 def test_a_requeue_that_slurm_refuses_is_none(site):
     code, _, err = site.run(STEP="1", SCONTROL="1")
-    assert (code, err) == (1, "train.sbatch: not requeued: submit again\n")
+    assert (code, err.splitlines()[-1]) == (1, "train.sbatch: not requeued: submit again")
 
 
 def test_further_arguments_arrive_as_they_were_written(site):
@@ -304,7 +304,7 @@ def test_junk_from_slurm_runs_no_code_and_stops_no_run(site, name, junk):
     code, lines, err = site.run(STEP="1", CODE="1", **{name: junk})
     number = 9 if (name, junk) == ("SLURM_RESTART_COUNT", "08") else 1
     assert (code, lines[1:]) == (0, ["scontrol requeue 42"])
-    assert err.splitlines()[-1] == f"train.sbatch: requeued, {number} of 50"
+    assert err.splitlines()[-1] == f"train.sbatch: requeue {number} of 50"
     assert not (site.work / "x").exists() and not Path("/x").exists()
 
 
@@ -527,7 +527,7 @@ def test_an_array_is_a_run_for_each_task(site):
     assert site.started("mlm-mpi")[2:] == ["train", "c.toml", "--run", "runs/50%/seed-7", "--set", "train.seed=7"]
     assert site.lines()[-1] == "scontrol requeue 42_7"
     said = site.said("runs/50%/seed-7", "42_7")
-    assert "--signal=TERM 42_7 " in said and "requeued, 1 of 50" in said
+    assert "--signal=TERM 42_7 " in said and "requeue 1 of 50" in said
 
 
 @pytest.mark.parametrize("option", ["--array=0-3", "-a0-3", "SBATCH_ARRAY_INX"])

@@ -64,7 +64,7 @@ class Job:
 
     def requeued(self, number: int = 1) -> None:
         """Asserts that its log says so."""
-        assert f"train.sbatch: requeued, {number} of 50\n" in self.text()
+        assert f"train.sbatch: requeue {number} of 50\n" in self.text()
 
     def leaves(self, state: str, restarts: int | None = None) -> None:
         """Waits until none of its processes is left, then asserts what Slurm says of it and that its log is clean."""
