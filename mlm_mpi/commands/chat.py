@@ -32,8 +32,9 @@ _PROMPT = "> "
 _EXAMPLES = """examples:
   mlm-mpi chat runs/talks
   mlm-mpi chat runs/talks --system "Be brief." --temperature 0.5 --top-p 0.9
-  echo "How are you?" | mlm-mpi chat runs/talks          # through a pipe: an answer in a line for each line
-In a terminal /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
+
+In a terminal /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D leaves. Through a pipe each line is
+answered in a line: echo "How are you?" | mlm-mpi chat runs/talks"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -77,7 +77,9 @@ class Rows:
         for row, number in enumerate(numbers):
             start = 0
             for dialogue in range(*self._rows[number]):
-                count, found = int(self._kept[dialogue]), self.dialogues.read(dialogue)
+                if not (count := int(self._kept[dialogue])):
+                    continue
+                found = self.dialogues.read(dialogue)
                 own = slice(start, start + count)
                 ids[row, start + 1 : start + count] = found.ids[: count - 1]
                 wanted[row, own], mask[row, own] = found.ids[:count], found.answers[:count]

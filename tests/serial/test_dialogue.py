@@ -155,13 +155,13 @@ def dialogues(*said: tuple[Message, ...]) -> Dialogues:
 def test_targets_are_the_answers_and_no_dialogue_sees_another() -> None:
     two = (Message("user", "b"), Message("assistant", "c"))
     some, length = dialogues(TALK, two, two), len("user\nb_assistant\nc_")
-    rows = Rows(some, 2 * length + 3, BYTES.eot)
+    rows = Rows(some, 2 * length + 2, BYTES.eot)
     assert rows.lost == 1 and rows.cut == 0 and len(rows) == 1, "the first answer of TALK does not fit"
     batch = rows.batch([0], 3, 1, rows=2)
     ids, starts, wanted, mask = (*batch.inputs.values(), batch.targets["ids"], batch.targets["mask"])
-    assert ids.shape == starts.shape == wanted.shape == mask.shape == (2, 2 * length + 3)
+    assert ids.shape == starts.shape == wanted.shape == mask.shape == (2, 2 * length + 2)
     assert wanted[mask].tolist() == [*b"c", BYTES.eot] * 2 and batch.count == 4 == mask.sum()
-    assert starts[0].tolist() == [0] * length + [length] * length + [2 * length] * 3
+    assert starts[0].tolist() == [0] * length + [length] * length + [2 * length] * 2
     assert (ids[0, [0, length, 2 * length]] == BYTES.eot).all() and (
         ids[0, 1 : 2 * length] == wanted[0, : 2 * length - 1]
     ).all()
@@ -190,9 +190,9 @@ def test_what_does_not_fit_is_refused_where_that_is_asked_for(tmp_path: Path) ->
     longer = ("model.context=48",)
     assert "1 are cut at a message" in task_of(found, *longer).notes()[0][1]
     assert len(task_of(found, *longer).samples("heldout")) == 0, "there is none"
-    with pytest.raises(DataError, match="1 dialogues of train .* set model.context = 78, or task.too_long"):
+    with pytest.raises(DataError, match="1 dialogues of train .* set model.context = 77, or task.too_long"):
         task_of(found, *longer, "task.too_long=refuse").samples("train")
-    with pytest.raises(DataError, match="21 dialogues of train .* set model.context = 78$"):
+    with pytest.raises(DataError, match="21 dialogues of train .* set model.context = 77$"):
         task_of(found, "model.context=8").samples("train")
     with pytest.raises(ConfigError, match='model.kind = "skipgram"'):
         task_of(found, "model.kind=skipgram")
