@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm_mpi.data.batch import Batch
+from mlm_mpi.data.tokenizer import Tokenizer
 
 
 class Dialogue(NamedTuple):
@@ -40,6 +41,16 @@ class Dialogues:
         """Tokens of all answers, their ends of text among them."""
         return int(self._answers.sum())
 
+    def grams(self, order: int, kept: np.ndarray, eot: int) -> np.ndarray:
+        """Each token of an answer behind the order − 1 before it, of the first `kept` tokens of each dialogue.
+
+        Shapes: (n,) -> (grams, order).
+        """
+        before = np.concatenate([np.full(order - 1, eot, self._tokens.dtype), self._tokens])
+        places = np.arange(len(self._tokens)) - np.repeat(self._offsets[:-1], self.lengths)
+        wanted = self._answers & (places < np.repeat(kept, self.lengths))
+        return np.lib.stride_tricks.sliding_window_view(before, order)[wanted]
+
     def fitting(self, context: int, eot: int) -> np.ndarray:
         """How many tokens of each lie within the context, up to the end of an answer; 0: not even the first answer.
 
@@ -59,9 +70,9 @@ class Rows:
     fit.
     """
 
-    def __init__(self, dialogues: Dialogues, context: int, eot: int) -> None:
-        self.dialogues, self.context, self.eot = dialogues, context, eot
-        self._kept = dialogues.fitting(context, eot)
+    def __init__(self, dialogues: Dialogues, context: int, tokenizer: Tokenizer) -> None:
+        self.dialogues, self.context, self.eot, self._tokenizer = dialogues, context, tokenizer.eot, tokenizer
+        self._kept = dialogues.fitting(context, self.eot)
         self._rows = packed(self._kept, context)
         self.lost = int((self._kept == 0).sum())
         self.cut = int((self._kept < dialogues.lengths).sum()) - self.lost
@@ -87,6 +98,18 @@ class Rows:
                 start += count
             starts[row, start:] = start
         return Batch(step, index, {"ids": ids, "starts": starts}, {"ids": wanted, "mask": mask}, int(mask.sum()))
+
+    def bytes(self, count: int) -> int:
+        """The size in UTF-8 of what the answers of the first `count` rows say."""
+        return sum(self._size(number) for number in range(self._rows[count - 1][1] if count else 0))
+
+    def grams(self, order: int) -> np.ndarray:
+        """Targets behind the tokens before them, as `Dialogues.grams`."""
+        return self.dialogues.grams(order, self._kept, self.eot)
+
+    def _size(self, number: int) -> int:
+        ids, answers = (every[: self._kept[number]] for every in self.dialogues.read(number))
+        return len(self._tokenizer.decode(ids[answers].tolist()).encode())
 
 
 def packed(lengths: np.ndarray, room: int) -> list[tuple[int, int]]:

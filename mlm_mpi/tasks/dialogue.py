@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
+from mlm_mpi.data import baselines
 from mlm_mpi.data.dialogues import Dialogues, Rows
 from mlm_mpi.data.labelled import Labelled
 from mlm_mpi.data.objectives import Samples
@@ -51,7 +52,7 @@ class Dialogue:
     """The task (train/task.py) on one rank."""
 
     unit = "tokens"
-    figures: Mapping[str, bool] = MappingProxyType({"perplexity": False})
+    figures: Mapping[str, bool] = MappingProxyType({"perplexity": False, "bits_per_byte": False})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config, self.plugins, self.model = config, plugins, config.model.kind
@@ -62,7 +63,7 @@ class Dialogue:
             )
         self.texts = Labelled.open(config.data.dir, kind="dialogues")
         self.texts.check_files()
-        tokenizer = self.texts.tokenizer()
+        self._tokenizer = tokenizer = self.texts.tokenizer()
         self.eot = tokenizer.eot
         self.tokenizer, self.hash, self.vocabulary = tokenizer.content, tokenizer.hash, tokenizer.vocab_size
         self.width, self.row_tokens = getattr(config.model, "width", 0), config.model.context
@@ -89,7 +90,7 @@ class Dialogue:
         return rows
 
     def _rows(self, split: str) -> Rows:
-        return Rows(self.dialogues(split), self.row_tokens, self.eot)
+        return Rows(self.dialogues(split), self.row_tokens, self._tokenizer)
 
     def notes(self) -> list[tuple[str, str]]:
         train, rows = self.dialogues("train"), self._rows("train")
@@ -115,13 +116,27 @@ class Dialogue:
         return {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words}
 
     def quality(self, sums: Sums) -> dict[str, Any]:
-        return {"perplexity": math.exp(min(sums.mean, 700.0))}
+        bits = sums.loss / math.log(2) / max(sums.bytes, 1)
+        return {"perplexity": math.exp(min(sums.mean, 700.0)), "bits_per_byte": bits, "bytes": sums.bytes}
+
+    def baselines(self, split: str) -> dict[str, Any]:
+        """N-grams of the same targets, counted in those of the training side."""
+        train, rows = self._rows("train").grams(3), self._rows(split)
+        other, size = rows.grams(3), rows.bytes(len(rows))
+        return {
+            f"{name}_bits_per_byte": baselines.ngram_bits(train[:, -n:], other[:, -n:], self.vocabulary) / size
+            for n, name in ((1, "unigram"), (3, "trigram"))
+        }
 
     def lines(self, numbers: dict[str, Any], of: str) -> list[str]:
-        return [
-            f"held-out answers    {numbers['tokens']:,} tokens, ends of text among them; {of}",
+        where = f"{numbers.get('split', 'held-out')} answers"
+        told = [
+            f"{where:<20}{numbers['tokens']:,} tokens, ends of text among them, {numbers['bytes']:,} bytes; {of}",
             f"loss                {numbers['loss']:.4f} nats per token, perplexity {numbers['perplexity']:.2f}",
+            f"bits per byte       {numbers['bits_per_byte']:.3f}",
         ]
+        simple = [name for name in ("unigram", "trigram") if f"{name}_bits_per_byte" in numbers]
+        return told + [f"  {name} tokens    {numbers[f'{name}_bits_per_byte']:.3f}" for name in simple]
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         if manifest.tokenizer != self.hash or manifest.catalog != self.texts.digest:

@@ -155,7 +155,7 @@ def dialogues(*said: tuple[Message, ...]) -> Dialogues:
 def test_targets_are_the_answers_and_no_dialogue_sees_another() -> None:
     two = (Message("user", "b"), Message("assistant", "c"))
     some, length = dialogues(TALK, two, two), len("user\nb_assistant\nc_")
-    rows = Rows(some, 2 * length + 2, BYTES.eot)
+    rows = Rows(some, 2 * length + 2, BYTES)
     assert rows.lost == 1 and rows.cut == 0 and len(rows) == 1, "the first answer of TALK does not fit"
     batch = rows.batch([0], 3, 1, rows=2)
     ids, starts, wanted, mask = (*batch.inputs.values(), batch.targets["ids"], batch.targets["mask"])
@@ -173,7 +173,7 @@ def test_long_dialogues_are_cut_behind_the_last_answer_that_fits() -> None:
     some = dialogues(turn * 3, turn, (*turn, Message("user", "x" * 80), TALK[2]))
     assert some.fitting(2 * length + 5, BYTES.eot).tolist() == [2 * length, length, length]
     assert some.fitting(length - 1, BYTES.eot).tolist() == [0, 0, 0] and some.answers == 6 * 6
-    rows = Rows(some, 2 * length + 5, BYTES.eot)
+    rows = Rows(some, 2 * length + 5, BYTES)
     assert (rows.cut, rows.lost, len(rows)) == (2, 0, 2)
     assert packed(np.array([0, 3, 0, 4, 2, 5, 0]), 7) == [(0, 4), (4, 7)] and packed(np.array([0, 0]), 7) == []
 
