@@ -31,7 +31,7 @@ def conversations() -> dict[str, Any]:
 
 
 def exchanges(turns: list[list[Message]]) -> Iterator[list[Message]]:
-    """What the user says, and what the assistant replies, as `prepare --chat` reads them; not what nobody replied to."""
+    """What the user says, and what the assistant replies, pairs as `prepare --chat` reads them."""
     said = ["\n".join(text for one in turn if (text := " ".join(one["text"].split()))) for turn in turns]
     for question, answer in zip(said[::2], said[1::2], strict=False):
         if question and answer:
