@@ -64,7 +64,7 @@ def place_of_talks(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Pl
     home = Place(tmp_path_factory.mktemp("talks"), corpus)
     (home.folder / "talks.jsonl").write_text(talks())
     (home.folder / "talks.toml").write_text(CONFIG)
-    made = home.program("prepare", "talks.jsonl", "--out", "talks", "--chat", "--tokenizer", "bytes")
+    made = home.program("prepare", "talks.jsonl", "--out", "talks", "--chat", "--vocab", "264")
     assert made.code == 0, made.err
     home.weights = home.program("train", "talks.toml", "--run", "alone").weights
     return home
@@ -120,7 +120,9 @@ def test_a_language_model_goes_on_with_dialogues(place_of_talks: Place) -> None:
     plain = CONFIG.replace('"dialogue"', '"language_model"').replace('"talks"', f'"{home.corpus}"')
     (home.folder / "plain.toml").write_text(plain)
     assert home.program("train", "plain.toml", "--run", "plain").code == 0
-    (home.folder / "tuned.toml").write_text("[task]" + CONFIG.partition("[task]")[2])
+    assert home.program("prepare", "talks.jsonl", "--out", "bytes", "--chat", "--tokenizer", "bytes").code == 0
+    tuned = "[task]" + CONFIG.partition("[task]")[2].replace('"talks"', '"bytes"')
+    (home.folder / "tuned.toml").write_text(tuned)
     tuned = home.program("finetune", "plain", "tuned.toml", "--run", "tuned")
     two = home.program("run", "-n", "2", "--", "finetune", "plain", "tuned.toml", "--run", "tuned-two")
     assert tuned.weights == two.weights != home.weights and "start             weights " in tuned.out
@@ -143,7 +145,7 @@ def test_it_answers_through_a_pipe(learns: Place) -> None:
     command = [sys.executable, "-P", "-m", "mlm_mpi", "chat", "learns", "--temperature", "0"]
     done = subprocess.run(command, cwd=learns.folder, input=asked, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "woof\nmoo\n"), done
-    assert done.stderr == "(forgotten)\nmlm-mpi: line 5 of stdin: no command '/wat'\n"
+    assert done.stderr == "(forgotten)\nmlm-mpi: line 5 of stdin: no command '/wat'; known: /help, /reset, /save\n"
     learns.program("chat", "learns", "--temperature", "-1").refused("--temperature -1.0")
     learns.program("train", "talks.toml", "--run", "other", *keys("task.kind=language_model")).refused("prepare")
 
@@ -158,7 +160,7 @@ def test_it_talks_in_a_terminal(learns: Place) -> None:
         terminal.type(text + b"\r")
         terminal.until(lambda lines: lines[-1] == ">" and answer in lines[-2], 30)
 
-    terminal.until(lambda lines: lines[-1] == ">", 60)
+    terminal.until(lambda lines: lines[-1:] == [">"], 60)
     assert "/help lists commands" in terminal.lines[0]
     ask(b"/help", "Ctrl-D  leave")
     terminal.type(b"\x03")
