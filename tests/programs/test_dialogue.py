@@ -157,8 +157,10 @@ def test_it_talks_in_a_terminal(learns: Place) -> None:
     terminal = Terminal(command, learns.folder)
 
     def ask(text: bytes, answer: str) -> None:
+        before = len(terminal.lines)
         terminal.type(text + b"\r")
-        terminal.until(lambda lines: lines[-1] == ">" and answer in lines[-2], 30)
+        terminal.until(lambda lines: len(lines) > before and lines[-1] == ">", 30)
+        assert answer in terminal.lines[-2], terminal.lines
 
     terminal.until(lambda lines: lines[-1:] == [">"], 60)
     assert "/help lists commands" in terminal.lines[0]
