@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import Place
+from programs import Place, make_text, prepare
 
 from mlm_mpi.backend.cpu import library
 
@@ -173,9 +173,15 @@ SPANS = (  # context and widths stay those of the translation
 
 def test_what_spans_have_taught_is_fine_tuned_to_translate(pairs: Place) -> None:
     """One hash on any mesh, in both; the rows of sentinels are left out, and said to be."""
-    (pairs.folder / "plain.txt").write_text("\n\n".join(" ".join(WORDS) * (1 + n % 7) for n in range(300)))
-    tokenizer = ("--tokenizer", next((pairs.folder / "alone" / "checkpoints").glob("*/tokenizer.json")))
-    assert pairs.program("prepare", "plain.txt", "--out", "plain", "--heldout", "0.1", *map(str, tokenizer)).code == 0
+    tokenizer = next((pairs.folder / "alone" / "checkpoints").glob("*/tokenizer.json"))
+    prepare(
+        make_text(pairs.folder / "plain-text"),
+        pairs.folder / "plain",
+        "--tokenizer",
+        str(tokenizer),
+        "--heldout",
+        "0.1",
+    )
     train = ("train", "pairs.toml", *keys(*SPANS), "--run")
     spans = pairs.program(*train, "spans")
     assert spans.code == 0 and "sentinels behind the" in spans.out, spans.err
