@@ -12,6 +12,7 @@ from mlm_mpi.__main__ import main
 from mlm_mpi.config.reader import load
 from mlm_mpi.conversation import Conversation
 from mlm_mpi.data import template
+from mlm_mpi.data.baselines import ngram_bits
 from mlm_mpi.data.dialogues import Dialogues, Rows, packed
 from mlm_mpi.data.labelled import Labelled
 from mlm_mpi.data.template import Message, Template
@@ -176,6 +177,18 @@ def test_long_dialogues_are_cut_behind_the_last_answer_that_fits() -> None:
     rows = Rows(some, 2 * length + 5, BYTES)
     assert (rows.cut, rows.lost, len(rows)) == (2, 0, 2)
     assert packed(np.array([0, 3, 0, 4, 2, 5, 0]), 7) == [(0, 4), (4, 7)] and packed(np.array([0, 0]), 7) == []
+
+
+def test_ngrams_are_counted_by_hand_and_targets_have_the_bytes_of_what_answers_say() -> None:
+    """After 7, 1 came twice and 2 once: two kinds, each with its share of the unigrams beside it."""
+    training, heldout = np.array([[7, 1], [7, 1], [7, 2], [8, 3]]), np.array([[7, 1], [7, 3], [9, 1]])
+    one, three = (2 + 3 / 16) / 7, (1 + 3 / 16) / 7  # 1 and 3 among four tokens of three kinds, a vocabulary of 16
+    wanted = [(2 + 2 * one) / 5, 2 * three / 5, one]
+    assert ngram_bits(training, heldout, 16) == pytest.approx(-np.log2(wanted).sum())
+    said = (Message("user", "ü"), Message("assistant", "é!"), Message("user", "b"), Message("assistant", "c"))
+    rows = Rows(dialogues(said, said), 64, BYTES)
+    assert rows.bytes(len(rows)) == 2 * len("é!c".encode()) and rows.bytes(0) == 0
+    assert rows.grams(2)[:2].tolist() == [[ord("\n"), 0xC3], [0xC3, 0xA9]] and len(rows.grams(3)) == 2 * (3 + 1 + 2)
 
 
 def task_of(found: Labelled, *words: str) -> Dialogue:
