@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help install train example-language-id example-sentiment example-translation test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
+.PHONY: help install train example-language-id example-sentiment example-translation example-chat test test-all test-sanitize test-cuda-cpu test-cuda-sanitize kernels test-isa test-slurm chaos lint docs bench gpu-check clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -103,6 +103,14 @@ example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: message
 	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 2048
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/translation/config.toml --run runs/translation
 	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --baselines
+
+example-chat: $(VENV)/.installed-examples  ## a decoder that replies: conversations of two people (examples/chat)
+	@mkdir -p corpora
+	@$(BIN)/python examples/chat/dialogues.py corpora/dialogues
+	@$(BIN)/mlm-mpi prepare train=corpora/dialogues/train.jsonl heldout=corpora/dialogues/heldout.jsonl test=corpora/dialogues/test.jsonl --out corpora/chat --chat --vocab 4096
+	@$(BIN)/mlm-mpi run -n 2 -- train examples/chat/config.toml --run runs/chat
+	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/chat --split test --baselines
+	@printf 'Hi! How are you?\nWhat do you like to do for fun?\n' | $(BIN)/mlm-mpi chat runs/chat --tokens 60
 
 # ranks of tests start a thousand times, 0.4 s sooner each where our modules are compiled once and not by each of them
 test test-%: export PYTHONDONTWRITEBYTECODE :=

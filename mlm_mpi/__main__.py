@@ -34,6 +34,7 @@ COMMANDS = {
         "held-out loss and bits per character of a run (also under mpiexec)",
     ),
     "generate": ("mlm_mpi.commands.generate", True, "continue a prompt with a trained run (also under mpiexec)"),
+    "chat": ("mlm_mpi.commands.chat", True, "talk with a model of dialogues, in a terminal or through a pipe"),
     "predict": ("mlm_mpi.commands.predict", True, "labels of the texts in a file (also under mpiexec)"),
     "explain": (
         "mlm_mpi.commands.explain",

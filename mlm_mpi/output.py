@@ -43,6 +43,11 @@ class Output(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there
         return self._encoding
 
+    @property
+    def errors(self) -> str:  # type: ignore[override]  # a plain attribute there
+        """`input` edits lines of a terminal only where it is told."""
+        return "replace"
+
     def isatty(self) -> bool:
         return self._at_once
 

@@ -5,7 +5,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING
 
-from mlm_mpi.commands import sharing
+from mlm_mpi.commands import drawing, sharing
 from mlm_mpi.errors import ConfigError, agreed
 from mlm_mpi.plug import Plugins, named
 
@@ -22,20 +22,8 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mlm-mpi generate`."""
     parser.epilog = _EXAMPLES
-    parser.add_argument("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="where to calculate (default: where it was trained)")
-    parser.add_argument("--plugins", metavar="DIR", help="the folder of plug-ins that the model was trained with")
+    drawing.configure(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue (default: a new document)")
-    parser.add_argument(
-        "--tokens", type=int, default=200, metavar="N", help="at most this many new tokens (default 200)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest token (default 0.8)"
-    )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another text")
     sharing.configure(parser)
 
 
@@ -47,9 +35,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 
     mesh, sampling, plugins = sharing.mesh_of(args, group, copies=False), Sampling(), Plugins()
     with group.together("the arguments"):
-        if not 1 <= args.tokens <= sys.maxsize:
-            raise ConfigError(f"--tokens {args.tokens} must be at least 1 and at most {sys.maxsize}")
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        sampling = drawing.sampling(args)
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     kind = trained.config.task.kind

@@ -1,14 +1,16 @@
-"""`mlm-mpi prepare --label`, `--tags`, `--target` and `--aligned`: their arguments and their report."""
+"""`mlm-mpi prepare --label`, `--tags`, `--target`, `--aligned` and `--chat`: their arguments and their report."""
 
 import argparse
 import math
 import re
 from pathlib import Path
 
+from mlm_mpi.data.chats import FIELD, ChatColumns
 from mlm_mpi.data.labelled import Cleaning
 from mlm_mpi.data.labelling import Made, Recipe
 from mlm_mpi.data.rows import Columns
 from mlm_mpi.data.sides import NAMES, side_called
+from mlm_mpi.data.template import ROLES
 from mlm_mpi.data.words import WordColumns
 from mlm_mpi.errors import ConfigError
 
@@ -19,12 +21,14 @@ _WITH_SIDE = re.compile(rf"({'|'.join(map(re.escape, NAMES))})=(.+)", re.DOTALL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The arguments that --label, --tags and --target bring with them."""
+    """The arguments that --label, --tags, --target and --chat bring with them."""
     group = parser.add_argument_group(
-        "labelled texts and words, and pairs of texts",
+        "labelled texts and words, pairs of texts, dialogues",
         "With --label or --target the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
         "With --tags they have a word a line, its columns between tabs or blanks, and an empty line behind each\n"
         "sentence; or they are JSON lines with a list of words and one of their labels.\n"
+        "With --chat they are JSON lines with a list of messages, each with a role (system, user, assistant) and a\n"
+        "content.\n"
         "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
     )
     add = group.add_argument
@@ -35,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--aligned", nargs=2, action="append", metavar=("SOURCE", "TARGET"),
         help="two text files instead of tables: what is to be made of a line is the other's line of that number",
     )  # fmt: skip
-    add("--text", metavar="COLUMN", help="column with the text (text), or with words (1, or tokens)")
+    add("--chat", action="store_true", help="each line is a dialogue, whose answers are learnt")
+    add("--text", metavar="COLUMN", help="column with the text (text), words (1, or tokens) or messages (messages)")
     add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
     add("--split", metavar="COLUMN", help="column that says train, heldout (or valid, dev) or test; otherwise cut here")
     add("--test", type=float, metavar="F", help="fraction of source strings kept for the last test (0.1)")
@@ -46,7 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def asked(args: argparse.Namespace) -> list[str]:
     """Which of the options is given that make the inputs rows instead of plain text; --label may come with --tags."""
-    given = [f"--{name}" for name in ("tags", "label", "target", "aligned") if getattr(args, name) not in (None, False)]
+    names = ("tags", "label", "target", "aligned", "chat")
+    given = [f"--{name}" for name in names if getattr(args, name) not in (None, False)]
     return [option for option in given if option != "--label" or not args.tags]
 
 
@@ -69,11 +75,12 @@ def check(args: argparse.Namespace) -> None:
 def _check_rows(args: argparse.Namespace, kind: str) -> None:
     """Raises ConfigError. `kind`: the option that makes rows of the inputs."""
     if args.builtin:
-        what = "labels" if kind in ("--label", "--tags") else "targets"
+        what = {"--label": "labels", "--tags": "labels", "--chat": "answers"}.get(kind, "targets")
         raise ConfigError(f"--builtin has no {what}: leave it out, or leave out {kind}")
-    for option in ("pair", "split", "source", "no-header") if args.tags else ():
+    for option in ("pair", "split", "source", "no-header") if args.tags or args.chat else ():
         if getattr(args, option.replace("-", "_")) not in (None, False):
-            raise ConfigError(f"--{option} does not go with --tags, sentences have none: leave it out")
+            of = "sentences" if args.tags else "dialogues"
+            raise ConfigError(f"--{option} does not go with {kind}, {of} have none: leave it out")
     for option, default, instead in (
         ("field", "text", "--text names the column"), ("cut", "auto", "labelled texts are never cut"),
         ("plugins", None, "files are read as --help says"),
@@ -142,16 +149,17 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
         *([f"skipped     {found.out_of_ratio:,} pairs of a text and one over {args.ratio:g} times as long, first: "
            f"{made.firsts['out_of_ratio']}"] if found.out_of_ratio else []),
         f"repaired    {found.invalid_utf8:,} invalid UTF-8, {found.control_characters:,} control characters",
-        *_warnings(found, made.firsts, manifest.has_pairs or args.source is not None),
+        *_warnings(found, made.firsts, manifest.has_pairs or args.source is not None or args.chat),
         *(_labels(made) if manifest.labels else []),
         f"lengths     median {lengths.median:,} tokens, 95 % at most {lengths.most:,}, longest {lengths.longest:,}",
         f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}{trained}",
     ]  # fmt: skip
+    what = {"words": "words", "dialogues": "dialogues"}.get(manifest.kind, "examples")
     for split, counts in manifest.counts.items():
         shards = [shard for shard in manifest.shards if shard.split == split]
         sentences = f"{sum(shard.documents for shard in shards):,} sentences, " if manifest.of_words else ""
         lines.append(
-            f"{split:<12}{sentences}{sum(counts):,} {'words' if manifest.of_words else 'examples'} "
+            f"{split:<12}{sentences}{sum(counts):,} {what} "
             f"({sum(counts) / kept:.1%}), {sum(shard.tokens for shard in shards):,} tokens, shards: {len(shards)}"
         )
     lines.append(f"split       {_how(made, args)}, digest {manifest.split[:12]}")
@@ -164,6 +172,8 @@ def _read(made: Made) -> list[str]:
     """What came in, and what of it was left out."""
     manifest, found = made.manifest, made.manifest.cleaning
     kept = sum(map(sum, manifest.counts.values()))
+    if manifest.kind == "dialogues":
+        return _read_dialogues(found, made.firsts, kept)
     if not manifest.of_words:
         first = f", first: {made.firsts['unpaired']}" if found.unpaired else ""
         return [
@@ -176,6 +186,18 @@ def _read(made: Made) -> list[str]:
         f"sentences   {found.rows:,} read, {kept:,} words{lost}",
         *([f"duplicates  {found.duplicates:,} sentences are there twice on a side, kept: {made.firsts['duplicates']}"]
           if found.duplicates else []),
+    ]  # fmt: skip
+
+
+def _read_dialogues(found: Cleaning, firsts: dict[str, str], kept: int) -> list[str]:
+    empty, odd = (f", first: {firsts[name]}" if name in firsts else "" for name in ("empty", "odd_roles"))
+    return [
+        f"dialogues   {found.rows:,} read, {kept:,} kept",
+        f"removed     {found.duplicates:,} exact duplicates, {found.empty:,} with an empty message or no answer{empty}",
+        *([f"skipped     {found.odd_roles:,} dialogues with a role other than {', '.join(ROLES)}, or with {ROLES[0]} "
+           f"behind the first message{odd}"] if found.odd_roles else []),
+        *([f"left out    {found.unanswered:,} messages behind the last answer of their dialogue"]
+          if found.unanswered else []),
     ]  # fmt: skip
 
 
@@ -211,12 +233,14 @@ def _how(made: Made, args: argparse.Namespace) -> str:
     cut = [name for name in ("heldout", "test") if getattr(made.manifest, name)]
     if not cut:
         return "as given" if made.is_given else "all for training"
-    by = f"column {args.source!r}" if args.source is not None else "text"
+    by = f"column {args.source!r}" if args.source is not None else "first user message" if args.chat else "text"
     whole = "as given, " if made.is_given else ""
     return f"{whole}{' and '.join(cut)} cut by {by} with seed {args.seed}"
 
 
-def _columns(args: argparse.Namespace) -> Columns | WordColumns:
+def _columns(args: argparse.Namespace) -> Columns | WordColumns | ChatColumns:
+    if args.chat:
+        return ChatColumns(FIELD if args.text is None else args.text)
     if args.tags:
         return WordColumns(args.text, args.label)
     text = "text" if args.text is None else args.text

@@ -2,6 +2,7 @@
 catalog, and the examples of a split.
 
 Pairs of `--target` are stored likewise: they have no labels, and the second text of each is to be made of the first.
+So are dialogues of `--chat`: each is a document, its messages ended by ends of text (`template`).
 
 /tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
                    pair, or a sentence, without an end of text
@@ -9,6 +10,7 @@ Pairs of `--target` are stored likewise: they have no labels, and the second tex
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
 /tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
                        and 1, elsewhere 0; smallest unsigned type that holds the number of labels
+/answers  (tokens,)    uint8, of dialogues, which have none of these: 1 where a token is of an answer, else 0
 """
 
 import hashlib
@@ -21,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from mlm_mpi.data import catalog
+from mlm_mpi.data import catalog, template
 from mlm_mpi.data.catalog import (
     AGAIN,
     CATALOG_BYTES,
@@ -33,6 +35,7 @@ from mlm_mpi.data.catalog import (
     oddities_of,
     tokenizer_of,
 )  # fmt: skip
+from mlm_mpi.data.dialogues import Dialogues
 from mlm_mpi.data.rows import LONGEST_LABEL, NO_LABEL
 from mlm_mpi.data.sentences import Sentences
 from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
@@ -41,9 +44,9 @@ from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
-FORMAT, TAGGED = "labelled-1", "tagged-1"
+FORMAT, TAGGED, CHATS = "labelled-1", "tagged-1", "dialogues-1"
 MOST_LABELS = 65_535
-Kind = Literal["texts", "words", "pairs"]  # each text has a label, each word has one, each text has a target
+Kind = Literal["texts", "words", "pairs", "dialogues"]  # a label each text, or each word; a target each text; answers
 
 
 class _Ways(NamedTuple):
@@ -58,8 +61,10 @@ _WAYS: dict[Kind, _Ways] = {
     "texts": _Ways("labels of texts", "prepare FILES --label COLUMN", "classification"),
     "words": _Ways("labels of words", "prepare FILES --tags", "tagging"),
     "pairs": _Ways("pairs of texts", "prepare FILES --target COLUMN (or prepare --aligned A B)", "translation"),
+    "dialogues": _Ways("dialogues", "prepare FILES --chat", "dialogue"),
 }
 _SECOND = np.dtype(np.uint32)
+ANSWERS = {"answers": np.dtype(np.uint8)}  # the marks of dialogues
 
 
 class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,6 +74,8 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
     Of labelled words a row is a sentence; duplicates are kept, and `empty` counts words of control characters alone.
     `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
+    Of dialogues a row is one; `empty`: with an empty message, or without an answer; `odd_roles`: with an unknown role,
+    or with system behind the first message; `unanswered`: messages left out behind the last answer.
     """
 
     rows: int
@@ -82,6 +89,8 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     control_characters: int
     unpaired: int = 0
     out_of_ratio: int = 0
+    odd_roles: int = 0
+    unanswered: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,11 @@ class Lengths:
     longest: int
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
 
     `counts`: split -> its examples, or words, of each label, or of all where there is none; a split that does not exist
-    is not there.
+    is not there. `template`: how dialogues became tokens; "" where there are none.
     """
 
     format: str
@@ -114,12 +122,13 @@ class Manifest:
     seed: int
     heldout: float
     test: float
+    template: str = ""
 
     @property
     def kind(self) -> Kind:
-        """What has a label or a target."""
-        if self.of_words:
-            return "words"
+        """What has a label, a target or answers."""
+        if self.format != FORMAT:
+            return "words" if self.of_words else "dialogues"
         return "texts" if self.labels else "pairs"
 
     @property
@@ -240,6 +249,11 @@ class Labelled:
         tokens, lengths, tags = self._joined(split, self._read_tagged)
         return Sentences(tokens, np.concatenate([[0], np.cumsum(lengths)]), tags)
 
+    def dialogues(self, split: str) -> Dialogues:
+        """All dialogues of a split, verified. Raises DataError as `examples` does."""
+        tokens, lengths, answers = self._joined(split, self._read_dialogues)
+        return Dialogues(tokens, np.concatenate([[0], np.cumsum(lengths)]), answers)
+
     def _joined(self, split: str, read: Callable[[ShardEntry], tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
         """What is read of all shards of a split, array by array."""
         if split not in self.splits:
@@ -265,6 +279,20 @@ class Labelled:
         if not tags[offsets[:-1]].all():
             raise DataError(f"shard {path} has a sentence whose first token has no label: {AGAIN}")
         return tokens, np.diff(offsets), tags
+
+    def _read_dialogues(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
+        """(tokens, lengths, answers) of a shard."""
+        tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
+        reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, marks=ANSWERS)
+        try:
+            lengths, answers = np.diff(reader.offsets().astype(np.int64)), reader.column("answers")
+            tokens = reader.read(0, entry.tokens)
+        finally:
+            reader.close()
+        last = np.cumsum(lengths) - 1
+        if answers.max() > 1 or not (answers[last].all() and (tokens[last] == tokenizer.eot).all()):
+            raise DataError(f"shard {path} has a dialogue that does not end with an answer: {AGAIN}")
+        return tokens, lengths, answers
 
     def _read(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
         """(tokens, lengths, labels, seconds) of a shard."""
@@ -299,7 +327,7 @@ def tag_type(labels: int) -> np.dtype[Any]:
 
 
 def sentence_digest(ids: np.ndarray, tags: np.ndarray) -> bytes:
-    """SHA-256 of a sentence's ids and of its tags, as many, as little-endian uint32."""
+    """SHA-256 of a sentence's or dialogue's ids and of its tags or answers, as many, as little-endian uint32."""
     return hashlib.sha256(np.concatenate([ids, tags]).astype("<u4").tobytes()).digest()
 
 
@@ -325,7 +353,7 @@ def _decode(content: bytes, path: Path, named_by: str, wanted: _Ways) -> Manifes
             raise DataError(
                 f"{path} is of a corpus without {wanted.name}: run mlm-mpi {wanted.prepare}, or give another {named_by}"
             )
-        if found not in (FORMAT, TAGGED):
+        if found not in (FORMAT, TAGGED, CHATS):
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -350,15 +378,19 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
             yield f"digest {digest[:80]!r}"
     if not all(math.isfinite(share) and 0 <= share < 1 for share in (manifest.heldout, manifest.test)):
         yield f"heldout {manifest.heldout}, test {manifest.test}"
-    labels = manifest.labels
-    are_pairs = not labels and manifest.has_pairs
-    if not (are_pairs or 2 <= len(labels) <= MOST_LABELS) or len(set(labels)) != len(labels):
+    labels, chats = manifest.labels, manifest.kind == "dialogues"
+    if manifest.template != (template.NAME if chats else ""):
+        yield f"chat template {manifest.template[:80]!r}"
+    if chats and (labels or manifest.has_pairs):
+        yield "dialogues with labels or pairs"
+    has_none = chats or (not labels and manifest.has_pairs)
+    if not (has_none or 2 <= len(labels) <= MOST_LABELS) or len(set(labels)) != len(labels):
         yield f"{len(labels)} labels, {len(set(labels))} of them differ"
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
-    kinds = {} if manifest.of_words else column_types(len(labels), manifest.has_pairs)
+    kinds = column_types(len(labels), manifest.has_pairs) if manifest.format == FORMAT else {}
     column_bytes = sum(kind.itemsize for kind in kinds.values())
-    mark_bytes = tag_type(len(labels)).itemsize if manifest.of_words else 0
+    mark_bytes = 0 if manifest.format == FORMAT else tag_type(len(labels)).itemsize
     for entry in manifest.shards:
         most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes, mark_bytes)
         yield from oddities_of(entry, SPLITS, most)

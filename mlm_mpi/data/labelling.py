@@ -1,7 +1,8 @@
 """`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
 With `--tags` from sentences whose words have labels.
 
-`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first.
+`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first,
+and `--chat` with dialogues, whose answers are to be learnt.
 
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
              (sentences that are there twice stay: published figures are of all of them)
@@ -27,18 +28,21 @@ import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
-from mlm_mpi.data import catalog, labelled, rows, sources, words
+from mlm_mpi.data import catalog, chats, labelled, rows, sources, template, words
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
+from mlm_mpi.data.template import Message, Template
 from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
 from mlm_mpi.data.tokenizing import encode_pairs, encode_words
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
 _MIB = 1 << 20
+_Columns = rows.Columns | words.WordColumns | chats.ChatColumns
+_Row = rows.Row | words.Sentence | chats.Dialogue
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class Recipe:
     """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
-    from those that are given as training rows. `columns`: of texts with a label, or of words with one each. `aligned`:
-    (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one text may have so many
-    times the characters of the other; 0: any.
+    from those that are given as training rows. `columns`: of texts with a label, of words with one each, or of
+    dialogues. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one
+    text may have so many times the characters of the other; 0: any.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
     out: Path
-    columns: rows.Columns | words.WordColumns
+    columns: _Columns
     tokenizer: str
     vocab: int
     heldout: float
@@ -81,6 +85,18 @@ class Recipe:
         """Whether each word has a label."""
         return isinstance(self.columns, words.WordColumns)
 
+    @property
+    def of_chats(self) -> bool:
+        """Whether rows are dialogues."""
+        return isinstance(self.columns, chats.ChatColumns)
+
+    @property
+    def wants(self) -> str:
+        """What a text is to have."""
+        if self.of_chats:
+            return "answer"
+        return "target" if self.of_pairs else "label"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -104,7 +120,8 @@ class _Example:
     labels: tuple[str, ...]
     side: str
     source: bytes  # SHA-256
-    words: tuple[str, ...]  # of the text, where each has a label
+    words: tuple[str, ...] = ()  # of the text, where each has a label
+    messages: tuple[Message, ...] = ()  # of a dialogue
 
 
 def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
@@ -121,7 +138,9 @@ def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
 
 def _prepare(recipe: Recipe, told: Told) -> Made:
     if recipe.tokenizer not in MADE:
-        Tokenizer.load(recipe.tokenizer)  # a bad one is told now
+        given = Tokenizer.load(recipe.tokenizer)  # a bad one is told now
+        if recipe.of_chats:
+            Template(given)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the other ranks only wait
     folder = CorpusFolder(recipe.out)
     try:
@@ -142,9 +161,10 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     labels = found.labels()
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
+    name, of_format = (template.NAME, labelled.CHATS) if recipe.of_chats else ("", labelled.FORMAT)
     manifest = Manifest(
-        format=labelled.TAGGED if recipe.of_words else labelled.FORMAT,
-        content=labelled.content_digest(tokenizer.hash, labels, digests),
+        format=labelled.TAGGED if recipe.of_words else of_format,
+        content=labelled.content_digest(tokenizer.hash, (name,) if name else labels, digests),
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
             f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash,
@@ -159,6 +179,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
         seed=recipe.seed,
         heldout=recipe.heldout,
         test=recipe.test,
+        template=name,
     )  # fmt: skip
     prepared = Prepared(recipe.command, platform.python_version(), __version__, manifest.content)
     publish_all([
@@ -184,11 +205,12 @@ class _Found:
         self._sources: dict[bytes, _Example] = {}
         self._odd: dict[str, set[object]] = {"conflicts": set(), "leaks": set(), "leaking_sources": set()}
 
-    def add(self, row: rows.Row | words.Sentence, given: str | None) -> None:
+    def add(self, row: _Row, given: str | None) -> None:
         """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
         self._counts["rows"] += 1
         if isinstance(row, words.Sentence):
             self._counts["empty"] += row.lost
+        messages = row.messages if isinstance(row, chats.Dialogue) else ()
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
@@ -199,13 +221,14 @@ class _Found:
         labels = ("",) if recipe.of_pairs else row.labels
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         digest = hashlib.sha256(source.encode()).digest()
-        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words)
+        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words, messages)
         key = (side, row.text, row.second, labels)
         if key in self._kept:
             self._count("duplicates", row.place)
             if not recipe.of_words:
                 return
         self._kept.add(key)
+        self._counts["unanswered"] += row.unanswered if isinstance(row, chats.Dialogue) else 0
         self._labels.update(labels)
         if len(self._labels) > MOST_LABELS:
             raise DataError(
@@ -221,14 +244,19 @@ class _Found:
 
     def check(self) -> None:
         """Raises DataError for what nothing can be learnt from or measured with."""
-        pairs = self._recipe.of_pairs
+        what, labels = self._recipe.wants, self._recipe.wants == "label"
+        if not self.examples and self._recipe.of_chats:
+            odd = f"; {self._counts['odd_roles']:,} have odd roles" if self._counts["odd_roles"] else ""
+            raise DataError(
+                f"no dialogue has an answer and no empty message{odd}: give others, whose roles are "
+                f"{', '.join(template.ROLES)}"
+            )
         if not self.examples:
-            what = "target" if pairs else "label"
             long = f", or --ratio above {self._recipe.ratio:g}" if self._counts["out_of_ratio"] else ""
             raise DataError(
                 f"no row has a text and a {what}: give other files, other columns with --text and --{what}{long}"
             )
-        if len(self._labels) == 1 and not pairs:
+        if len(self._labels) == 1 and labels:
             what = "words of all" if self._recipe.of_words else "all"
             raise DataError(
                 f"{what} {len(self.examples):,} examples have the label {self.examples[0].labels[0]!r}, and two are "
@@ -249,7 +277,7 @@ class _Found:
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
-        if self._recipe.of_pairs:
+        if self._recipe.wants != "label":
             return ()
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
             return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
@@ -258,11 +286,13 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        ours = ("unpaired", "out_of_ratio")
+        ours = ("unpaired", "out_of_ratio", "odd_roles", "unanswered")
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
-    def _lacks(self, row: rows.Row | words.Sentence) -> str:
+    def _lacks(self, row: _Row) -> str:
         """Why a row becomes no example, a field of `Cleaning`; "" if it does."""
+        if isinstance(row, chats.Dialogue):
+            return "odd_roles" if row.is_odd else "empty" * row.is_empty
         if self._recipe.of_pairs:
             if not (row.text and row.second):
                 return "unpaired"
@@ -276,7 +306,7 @@ class _Found:
         self._counts[what] += 1
         self.firsts.setdefault(what, place)
 
-    def _given(self, row: rows.Row | words.Sentence, given: str | None) -> str | None:
+    def _given(self, row: _Row, given: str | None) -> str | None:
         """The side that came with a row, or with its file."""
         column = self._recipe.columns.split
         if column is not None:
@@ -310,8 +340,8 @@ class _Found:
         count = len(self._sources)
         if self.given and not getattr(self._recipe, side, 0.0):
             remedy = "give it some" if side == "train" else "give it some, or leave it out"
-            what = "target" if self._recipe.of_pairs else "label"
-            return f"split {side} has no row with a text and a {what}: {remedy}"
+            what = "an answer" if self._recipe.of_chats else f"a text and a {self._recipe.wants}"
+            return f"split {side} has no row with {what}: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
         return (
@@ -363,10 +393,13 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
 
 def _rows(
     paths: tuple[Path, ...], recipe: Recipe, heard: Callable[[int], None]
-) -> Iterator[rows.Row | words.Sentence]:  # fmt: skip
+) -> Iterator[_Row]:  # fmt: skip
     """What may become an example, of a table or of two aligned files."""
     if len(paths) == 2:
         yield from rows.aligned(paths[0], paths[1], recipe.encoding, heard)
+        return
+    if isinstance(recipe.columns, chats.ChatColumns):
+        yield from chats.read(paths[0], recipe.columns, recipe.encoding, heard)
         return
     if not isinstance(recipe.columns, words.WordColumns):
         yield from rows.read(paths[0], recipe.columns, recipe.encoding, heard)
@@ -389,6 +422,8 @@ def _tokenizer(recipe: Recipe, training: Sequence[_Example], told: Told) -> Toke
     every = -(-total // TRAINING_CHARACTERS)
 
     def texts() -> Iterator[str]:
+        if recipe.of_chats:
+            yield from 2 * [template.header(role) for role in template.ROLES]  # a word that comes up once is unknown
         done = 0
         for example in training[::every]:
             told("tokenizer", done, total)
@@ -403,7 +438,7 @@ def _shards(
     recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
 ) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
     """(entries, digests of the examples of each split, tokens of all examples)."""
-    stored = _stored_words if recipe.of_words else _stored_texts
+    stored = _stored_words if recipe.of_words else _stored_dialogues if recipe.of_chats else _stored_texts
     entries: list[ShardEntry] = []
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     lengths: list[int] = []
@@ -448,6 +483,13 @@ def _stored_words(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: 
         tags.append(np.zeros(len(ids), labelled.tag_type(len(labels))))
         tags[-1][begins[begins >= 0]] = targets[begins >= 0]
     return every, list(map(labelled.sentence_digest, every, tags)), {"marks": {"tags": np.concatenate(tags)}}
+
+
+def _stored_dialogues(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool) -> _Stored:
+    found = list(Template(tokenizer).encode(example.messages for example in part))
+    every, answers = ([one[place] for one in found] for place in range(2))
+    marks = {name: np.concatenate(answers).astype(kind) for name, kind in labelled.ANSWERS.items()}
+    return every, list(map(labelled.sentence_digest, every, answers)), {"marks": marks}
 
 
 def _parts(recipe: Recipe, found: _Found, split: str) -> Iterator[list[_Example]]:

@@ -18,12 +18,14 @@ class Sums(NamedTuple):
     """Summed loss in nats and the number of targets; `parts`: by the name of a corpus, where there are several.
 
     `outcomes` (n, k) float64: what the head tallied of each target, in the order of samples, where it does so.
+    `bytes`: of the text of the targets, where samples tell it (`samples.bytes(count)`, of the first ones).
     """
 
     loss: float
     targets: int
     parts: Mapping[str, "Sums"] = MappingProxyType({})
     outcomes: np.ndarray | None = None
+    bytes: int = 0
 
     @property
     def mean(self) -> float:
@@ -78,7 +80,8 @@ def measure(
     loss, targets = 0.0, 0.0
     for one, n in ordered.tolist():
         loss, targets = loss + one, targets + n
-    return Sums(loss, int(targets), outcomes=_in_order(outcomes, mesh))
+    size = samples.bytes(total) if hasattr(samples, "bytes") else 0
+    return Sums(loss, int(targets), outcomes=_in_order(outcomes, mesh), bytes=size)
 
 
 def _in_order(mine: dict[int, np.ndarray], mesh: Mesh) -> np.ndarray | None:

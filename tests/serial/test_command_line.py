@@ -51,7 +51,7 @@ MISTAKES = {
     # the words of the command line
     "trian ok.toml": "no command 'trian'; did you mean 'train'?",
     "help trian": "no command 'trian'; did you mean 'train'?",
-    "wat": "no command 'wat'; known: chaos, compare, completion, config, doctor, evaluate, explain, finetune, ",
+    "wat": "no command 'wat'; known: chaos, chat, compare, completion, config, doctor, evaluate, explain, finetune, ",
     "train": "train: the following arguments are required: CONFIG, --run: see mlm-mpi train --help",
     "train ok.toml --run": "train: argument --run: expected one argument: see mlm-mpi train --help",
     TRAIN + "--resum_e must": "unknown arguments: --resum_e must; did you mean '--resume'?: see mlm-mpi train --help",

@@ -1,0 +1,125 @@
+"""Dialogues, one after another with their place: JSON lines, compressed or not.
+
+    {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good day."}]}
+
+`prepare --chat` reads these, and `mlm-mpi chat` saves them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlm_mpi.data.decoding import Content, Told, check_repaired, plain_name
+from mlm_mpi.data.formats import jsonl
+from mlm_mpi.data.rows import missing
+from mlm_mpi.data.template import ANSWERS, ROLES, Message, in_text
+from mlm_mpi.data.text import clean
+from mlm_mpi.errors import ConfigError, DataError
+
+FIELD = "messages"
+_ROLE, _CONTENT = "role", "content"
+_SYSTEM, _USER = ROLES[:2]
+
+
+@dataclass(frozen=True)
+class ChatColumns:
+    """Where dialogues stand: `text` is the field of a JSON line that holds the messages."""
+
+    text: str = FIELD
+
+    pair: ClassVar[None] = None
+    split: ClassVar[None] = None
+    target: ClassVar[None] = None
+
+    def check(self) -> None:
+        """Raises ConfigError for a field that no line has."""
+        if not self.text:
+            raise ConfigError("--text '' names no field: give the one that holds the messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Messages up to the last answer, cleaned (`text.clean`), blanks at their ends gone.
+
+    `place`: file:line. `is_odd`: a role is unknown, or system stands behind the first message. `is_empty`: there is no
+    answer, or a message says nothing. `unanswered`: messages left out behind the last answer. `replaced`, `controls`:
+    what cleaning found.
+    """
+
+    place: str
+    messages: tuple[Message, ...]
+    is_odd: bool
+    is_empty: bool
+    unanswered: int
+    replaced: int
+    controls: int
+
+    second: ClassVar[str] = ""
+    labels: ClassVar[tuple[str, ...]] = ("",)
+    split: ClassVar[None] = None
+    words: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def text(self) -> str:
+        """What they say."""
+        return in_text(self.messages)
+
+    @property
+    def source(self) -> str:
+        """The first message of a user, by which dialogues are put on a side; without one all that is said."""
+        return next((content for role, content in self.messages if role == _USER), self.text)
+
+
+def _unheard(size: int) -> None:
+    """Nobody wants to know."""
+
+
+def read(path: Path, columns: ChatColumns, encoding: str = "utf-8", told: Told = _unheard) -> Iterator[Dialogue]:
+    """The dialogues of a file in their order, in bounded memory; `told` hears of bytes that were read.
+
+    Raises DataError in one line with the place: no JSON lines, no list of messages, a message without role or content,
+    no dialogues, not text. An encoding that is wrong is known at the end only.
+    """
+    if Path(plain_name(path)).suffix.lower() not in jsonl.SUFFIXES:
+        raise DataError(f"{path} has no dialogues by its name: rename it to end in .jsonl, or leave it out")
+    count = replaced = characters = 0
+    for place, line in jsonl.lines(Content(path, encoding, columns.text, told)):
+        dialogue = _dialogue(_messages(jsonl.record(line, columns.text, place), columns.text, place), place)
+        count, replaced = count + 1, replaced + dialogue.replaced
+        characters += sum(len(message.content) for message in dialogue.messages)
+        yield dialogue
+    check_repaired(path, replaced, characters)
+    if not count:
+        raise DataError(f"{path} has no dialogues: fill it, or leave it out")
+
+
+def _messages(record: dict[str, Any], field: str, place: str) -> list[tuple[str, str]]:
+    """(role, content) of each, "" for null. Raises DataError."""
+    if field not in record:
+        raise missing(place, "--text", field, sorted(record))
+    found = record[field]
+    if not isinstance(found, list):
+        raise DataError(f"{place} has no list of messages in field {field!r}: give one, or another field with --text")
+    return [_message(message, number, place) for number, message in enumerate(found, 1)]
+
+
+def _message(message: Any, number: int, place: str) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise DataError(f'{place}: message {number} is no object: write {{"{_ROLE}": …, "{_CONTENT}": …}}')
+    for name in (_ROLE, _CONTENT):
+        if name not in message or not isinstance(message[name], str | None):
+            what = "is no text" if name in message else f"is missing, it has {', '.join(sorted(message))[:200]!r}"
+            raise DataError(f"{place}: {name!r} of message {number} {what}: mend or remove the line")
+    return message[_ROLE] or "", message[_CONTENT] or ""
+
+
+def _dialogue(messages: list[tuple[str, str]], place: str) -> Dialogue:
+    cleaned = [clean(content) for _, content in messages]
+    kept = [Message(role, one.text.strip()) for (role, _), one in zip(messages, cleaned, strict=True)]
+    answered = max((number for number, message in enumerate(kept, 1) if message.role == ANSWERS), default=0)
+    odd = any(role not in ROLES for role, _ in kept) or any(role == _SYSTEM for role, _ in kept[1:])
+    return Dialogue(
+        place, tuple(kept[:answered]), odd, not answered or not all(content for _, content in kept[:answered]),
+        len(kept) - answered, sum(one.replaced for one in cleaned), sum(one.controls for one in cleaned),
+    )  # fmt: skip
