@@ -7,13 +7,16 @@ Pairs of `--target` are stored likewise: they have no labels, and the second tex
                    pair, or a sentence, without an end of text
 /labels   (examples,)  smallest unsigned type that holds the number of labels; not of pairs without any
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
+/answers, /starts, /stops  (examples,)  uint32, of questions alone, which have no labels: an example is a question, its
+                       context (`seconds`) and its answers' texts, each with an end of text, which begin at `answers`;
+                       the first one is tokens starts … stops − 1 of the context, 0 and 0 where there is none
 /tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
                        and 1, elsewhere 0; smallest unsigned type that holds the number of labels
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +36,7 @@ from mlm_mpi.data.catalog import (
     oddities_of,
     tokenizer_of,
 )  # fmt: skip
+from mlm_mpi.data.questions import Questions
 from mlm_mpi.data.rows import LONGEST_LABEL, NO_LABEL
 from mlm_mpi.data.sentences import Sentences
 from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
@@ -41,9 +45,10 @@ from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
-FORMAT, TAGGED = "labelled-1", "tagged-1"
+FORMAT, TAGGED, ASKED = "labelled-1", "tagged-1", "questions-1"
 MOST_LABELS = 65_535
-Kind = Literal["texts", "words", "pairs"]  # each text has a label, each word has one, each text has a target
+# each text has a label, each word has one, each text has a target, each question has its answer in a text
+Kind = Literal["texts", "words", "pairs", "questions"]
 
 
 class _Ways(NamedTuple):
@@ -58,6 +63,7 @@ _WAYS: dict[Kind, _Ways] = {
     "texts": _Ways("labels of texts", "prepare FILES --label COLUMN", "classification"),
     "words": _Ways("labels of words", "prepare FILES --tags", "tagging"),
     "pairs": _Ways("pairs of texts", "prepare FILES --target COLUMN (or prepare --aligned A B)", "translation"),
+    "questions": _Ways("questions", "prepare FILES --squad", "question_answering"),
 }
 _SECOND = np.dtype(np.uint32)
 
@@ -69,6 +75,9 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     texts with several labels, all kept. `leaks`, `leaking_sources`: texts, and source strings, that stand on two sides.
     Of labelled words a row is a sentence; duplicates are kept, and `empty` counts words of control characters alone.
     `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
+    Of questions a row is one, `unlabelled` lacks an answer without saying so. `impossible`: it says so; `unfound`: none
+    of its answers stands in its context; `moved`, `lost`: answers that stand elsewhere than was said, or nowhere;
+    `widened`: first answers that begin or end inside a token.
     """
 
     rows: int
@@ -82,6 +91,11 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     control_characters: int
     unpaired: int = 0
     out_of_ratio: int = 0
+    impossible: int = 0
+    unfound: int = 0
+    moved: int = 0
+    lost: int = 0
+    widened: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,8 @@ class Manifest:
         """What has a label or a target."""
         if self.of_words:
             return "words"
+        if self.format == ASKED:
+            return "questions"
         return "texts" if self.labels else "pairs"
 
     @property
@@ -240,6 +256,12 @@ class Labelled:
         tokens, lengths, tags = self._joined(split, self._read_tagged)
         return Sentences(tokens, np.concatenate([[0], np.cumsum(lengths)]), tags)
 
+    def questions(self, split: str) -> Questions:
+        """All questions of a split, verified. Raises DataError as `examples` does."""
+        tokens, lengths, *columns = self._joined(split, self._read_asked)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Questions(tokens, offsets, *columns, self.manifest.tokenizer.eot)
+
     def _joined(self, split: str, read: Callable[[ShardEntry], tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
         """What is read of all shards of a split, array by array."""
         if split not in self.splits:
@@ -265,6 +287,21 @@ class Labelled:
         if not tags[offsets[:-1]].all():
             raise DataError(f"shard {path} has a sentence whose first token has no label: {AGAIN}")
         return tokens, np.diff(offsets), tags
+
+    def _read_asked(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
+        """(tokens, lengths, seconds, answers, starts, stops) of a shard."""
+        tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
+        reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, columns=QUESTION_TYPES)
+        try:
+            lengths = np.diff(reader.offsets().astype(np.int64))
+            seconds, answers, starts, stops = (reader.column(name).astype(np.int64) for name in QUESTION_TYPES)
+            tokens = reader.read(0, entry.tokens)
+        finally:
+            reader.close()
+        there = (0 < seconds) & (seconds < answers) & (answers <= lengths)
+        if not (there & (starts <= stops) & (stops <= answers - seconds)).all():
+            raise DataError(f"shard {path} has a question whose answer is not in its context: {AGAIN}")
+        return tokens, lengths, seconds, answers, starts, stops
 
     def _read(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
         """(tokens, lengths, labels, seconds) of a shard."""
@@ -293,6 +330,9 @@ def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
     return kinds | {"seconds": _SECOND} if has_pairs else kinds
 
 
+QUESTION_TYPES: dict[str, np.dtype[Any]] = dict.fromkeys(("seconds", "answers", "starts", "stops"), _SECOND)
+
+
 def tag_type(labels: int) -> np.dtype[Any]:
     """Of the number of a label and 1, or 0. `labels`: how many there are."""
     return np.min_scalar_type(labels)
@@ -301,6 +341,11 @@ def tag_type(labels: int) -> np.dtype[Any]:
 def sentence_digest(ids: np.ndarray, tags: np.ndarray) -> bytes:
     """SHA-256 of a sentence's ids and of its tags, as many, as little-endian uint32."""
     return hashlib.sha256(np.concatenate([ids, tags]).astype("<u4").tobytes()).digest()
+
+
+def question_digest(ids: np.ndarray, places: Sequence[int]) -> bytes:
+    """SHA-256 of a question's `seconds`, `answers`, `starts` and `stops`, and of its ids, as little-endian uint32."""
+    return hashlib.sha256(np.concatenate([places, ids]).astype("<u4").tobytes()).digest()
 
 
 def example_digest(ids: np.ndarray, second: int, label: int) -> bytes:
@@ -325,7 +370,7 @@ def _decode(content: bytes, path: Path, named_by: str, wanted: _Ways) -> Manifes
             raise DataError(
                 f"{path} is of a corpus without {wanted.name}: run mlm-mpi {wanted.prepare}, or give another {named_by}"
             )
-        if found not in (FORMAT, TAGGED):
+        if found not in (FORMAT, TAGGED, ASKED):
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -357,6 +402,7 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
     kinds = {} if manifest.of_words else column_types(len(labels), manifest.has_pairs)
+    kinds = QUESTION_TYPES if manifest.format == ASKED else kinds
     column_bytes = sum(kind.itemsize for kind in kinds.values())
     mark_bytes = tag_type(len(labels)).itemsize if manifest.of_words else 0
     for entry in manifest.shards:

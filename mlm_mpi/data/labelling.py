@@ -1,7 +1,8 @@
 """`mlm-mpi prepare --label`: from a user's table to tokenised examples with labels, cut into train, heldout and test.
 With `--tags` from sentences whose words have labels.
 
-`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first.
+`prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first,
+and `--squad` with questions, whose answers stand in their contexts.
 
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
              (sentences that are there twice stay: published figures are of all of them)
@@ -21,24 +22,26 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
-from mlm_mpi.data import catalog, labelled, rows, sources, words
+from mlm_mpi.data import catalog, labelled, rows, sources, squad, templates, words
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
 from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
-from mlm_mpi.data.tokenizing import encode_pairs, encode_words
+from mlm_mpi.data.tokenizing import bounds_of, characters_of, encode, encode_pairs, encode_words, tokens_of
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
 _MIB = 1 << 20
+_Row = rows.Row | words.Sentence | squad.Question
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Recipe:
 
     inputs: tuple[tuple[str | None, str], ...]
     out: Path
-    columns: rows.Columns | words.WordColumns
+    columns: rows.Columns | words.WordColumns | squad.Columns
     tokenizer: str
     vocab: int
     heldout: float
@@ -65,6 +68,7 @@ class Recipe:
     lowercase: bool
     aligned: tuple[tuple[str | None, str, str], ...] = ()
     ratio: float = 0.0
+    has_builtin: bool = False  # questions over the built-in text, too
 
     @property
     def of_pairs(self) -> bool:
@@ -72,9 +76,24 @@ class Recipe:
         return bool(self.columns.target or self.aligned)
 
     @property
+    def of_questions(self) -> bool:
+        """Whether an example is a question and the text that its answer stands in."""
+        return isinstance(self.columns, squad.Columns)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether texts or words have labels."""
+        return not (self.of_pairs or self.of_questions)
+
+    @property
+    def wanted(self) -> str:
+        """What a text must have."""
+        return "label" if self.has_labels else "answer" if self.of_questions else "target"
+
+    @property
     def has_seconds(self) -> bool:
         """Whether an example is two texts."""
-        return self.of_pairs or self.columns.pair is not None
+        return self.of_pairs or self.of_questions or self.columns.pair is not None
 
     @property
     def of_words(self) -> bool:
@@ -105,6 +124,7 @@ class _Example:
     side: str
     source: bytes  # SHA-256
     words: tuple[str, ...]  # of the text, where each has a label
+    answers: tuple[squad.Answer, ...] = ()  # in the second text
 
 
 def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
@@ -143,7 +163,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
     manifest = Manifest(
-        format=labelled.TAGGED if recipe.of_words else labelled.FORMAT,
+        format=labelled.ASKED if recipe.of_questions else labelled.TAGGED if recipe.of_words else labelled.FORMAT,
         content=labelled.content_digest(tokenizer.hash, labels, digests),
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
@@ -178,17 +198,19 @@ class _Found:
         self.firsts: dict[str, str] = {}
         self._recipe = recipe
         self._counts: Counter[str] = Counter()
-        self._kept: set[tuple[str, str, str, tuple[str, ...]]] = set()
+        self._kept: set[tuple[object, ...]] = set()
         self._labels: set[str] = set()
         self._texts: dict[tuple[str, str], _Example] = {}  # the first example of each
         self._sources: dict[bytes, _Example] = {}
         self._odd: dict[str, set[object]] = {"conflicts": set(), "leaks": set(), "leaking_sources": set()}
 
-    def add(self, row: rows.Row | words.Sentence, given: str | None) -> None:
+    def add(self, row: _Row, given: str | None) -> None:
         """`given`: the side that came with the row's file. Raises DataError for an unknown side, or too many labels."""
         self._counts["rows"] += 1
         if isinstance(row, words.Sentence):
             self._counts["empty"] += row.lost
+        if isinstance(row, squad.Question):
+            self._count_answers(row)
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
@@ -196,11 +218,11 @@ class _Found:
             self._count(lacks, row.place)
             return
         source, recipe = row.source or row.text, self._recipe
-        labels = ("",) if recipe.of_pairs else row.labels
+        labels = row.labels if recipe.has_labels else ("",)
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         digest = hashlib.sha256(source.encode()).digest()
-        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words)
-        key = (side, row.text, row.second, labels)
+        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words, row.answers)
+        key = (side, row.text, row.second, labels, row.answers)
         if key in self._kept:
             self._count("duplicates", row.place)
             if not recipe.of_words:
@@ -221,14 +243,15 @@ class _Found:
 
     def check(self) -> None:
         """Raises DataError for what nothing can be learnt from or measured with."""
-        pairs = self._recipe.of_pairs
+        if not self.examples and self._recipe.of_questions:
+            raise DataError("no question has a text and an answer in it: give other files")
         if not self.examples:
-            what = "target" if pairs else "label"
+            what = self._recipe.wanted
             long = f", or --ratio above {self._recipe.ratio:g}" if self._counts["out_of_ratio"] else ""
             raise DataError(
                 f"no row has a text and a {what}: give other files, other columns with --text and --{what}{long}"
             )
-        if len(self._labels) == 1 and not pairs:
+        if len(self._labels) == 1 and self._recipe.has_labels:
             what = "words of all" if self._recipe.of_words else "all"
             raise DataError(
                 f"{what} {len(self.examples):,} examples have the label {self.examples[0].labels[0]!r}, and two are "
@@ -249,7 +272,7 @@ class _Found:
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
-        if self._recipe.of_pairs:
+        if not self._recipe.has_labels:
             return ()
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
             return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
@@ -258,25 +281,39 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        ours = ("unpaired", "out_of_ratio")
+        ours = ("unpaired", "out_of_ratio", "impossible", "unfound", "moved", "lost", "widened")
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
-    def _lacks(self, row: rows.Row | words.Sentence) -> str:
+    def _lacks(self, row: _Row) -> str:
         """Why a row becomes no example, a field of `Cleaning`; "" if it does."""
         if self._recipe.of_pairs:
             if not (row.text and row.second):
                 return "unpaired"
             lengths = sorted((len(row.text), len(row.second)))
             return "out_of_ratio" if 0 < self._recipe.ratio * lengths[0] < lengths[1] else ""
+        if isinstance(row, squad.Question):
+            if not (row.text and row.second):
+                return "unpaired"
+            return "" if row.answers or row.impossible else "unfound" if row.lost else "unlabelled"
         if not row.text:
             return "empty"
         return "" if row.labels else "unlabelled"
+
+    def _count_answers(self, row: squad.Question) -> None:
+        for what, count in (("impossible", row.impossible), ("moved", row.moved), ("lost", row.lost)):
+            self._counts[what] += count
+            if count:
+                self.firsts.setdefault(what, row.place)
+
+    def count(self, what: str, place: str) -> None:
+        """One more of what cleaning counts, a field of `Cleaning`."""
+        self._count(what, place)
 
     def _count(self, what: str, place: str) -> None:
         self._counts[what] += 1
         self.firsts.setdefault(what, place)
 
-    def _given(self, row: rows.Row | words.Sentence, given: str | None) -> str | None:
+    def _given(self, row: _Row, given: str | None) -> str | None:
         """The side that came with a row, or with its file."""
         column = self._recipe.columns.split
         if column is not None:
@@ -310,8 +347,7 @@ class _Found:
         count = len(self._sources)
         if self.given and not getattr(self._recipe, side, 0.0):
             remedy = "give it some" if side == "train" else "give it some, or leave it out"
-            what = "target" if self._recipe.of_pairs else "label"
-            return f"split {side} has no row with a text and a {what}: {remedy}"
+            return f"split {side} has no row with a text and a {self._recipe.wanted}: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
         return (
@@ -338,6 +374,8 @@ def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
     named: list[tuple[str | None, tuple[Path, ...]]]
     named = [(side, (path,)) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
     named += [(side, (Path(source), Path(target))) for side, source, target in recipe.aligned]
+    if recipe.has_builtin:
+        named.append((None, ()))
     if not named:
         texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
         raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
@@ -363,8 +401,14 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
 
 def _rows(
     paths: tuple[Path, ...], recipe: Recipe, heard: Callable[[int], None]
-) -> Iterator[rows.Row | words.Sentence]:  # fmt: skip
-    """What may become an example, of a table or of two aligned files."""
+) -> Iterator[_Row]:  # fmt: skip
+    """What may become an example, of a table, of two aligned files, or, without any, of the built-in text."""
+    if not paths:
+        yield from templates.questions(recipe.seed)
+        return
+    if isinstance(recipe.columns, squad.Columns):
+        yield from squad.read(paths[0], recipe.encoding, heard)
+        return
     if len(paths) == 2:
         yield from rows.aligned(paths[0], paths[1], recipe.encoding, heard)
         return
@@ -403,7 +447,9 @@ def _shards(
     recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
 ) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
     """(entries, digests of the examples of each split, tokens of all examples)."""
-    stored = _stored_words if recipe.of_words else _stored_texts
+    stored: Callable[..., _Stored] = _stored_words if recipe.of_words else _stored_texts
+    if recipe.of_questions:
+        stored = partial(_stored_questions, heard=found.count)
     entries: list[ShardEntry] = []
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     lengths: list[int] = []
@@ -412,7 +458,7 @@ def _shards(
         told("shards", done, len(parts))
         ids, found_digests, extra = stored(part, labels, tokenizer, recipe.has_seconds)
         digests[split] += found_digests
-        lengths += map(len, ids)
+        lengths += extra["columns"]["answers"].tolist() if recipe.of_questions else map(len, ids)
         entries.append(
             write_shard(
                 recipe.out / FOLDER, f"{split}-{number:05d}", split, ids,
@@ -448,6 +494,34 @@ def _stored_words(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: 
         tags.append(np.zeros(len(ids), labelled.tag_type(len(labels))))
         tags[-1][begins[begins >= 0]] = targets[begins >= 0]
     return every, list(map(labelled.sentence_digest, every, tags)), {"marks": {"tags": np.concatenate(tags)}}
+
+
+def _stored_questions(
+    part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool,
+    heard: Callable[[str, str], None],
+) -> _Stored:  # fmt: skip
+    """`heard` is told of answers that tokens hold with something beside it. Raises DataError for a tokenizer whose
+    tokens are not the text."""
+    every, table = [], []
+    ids, seconds = _encoded(part, tokenizer, of_pairs=True)
+    texts = encode(tokenizer, (answer.text for example in part for answer in example.answers))
+    for example, tokens, second in zip(part, ids, seconds, strict=True):
+        bounds = bounds_of(tokenizer, tokens[second:], example.second)
+        if bounds is None:
+            raise DataError(
+                f"the tokenizer loses some of the text of {example.place}, whose answer could not be told back: give "
+                "--tokenizer bpe, bytes, or another file"
+            )
+        first = example.answers[0] if example.answers else squad.Answer(0, "")
+        characters = first.start, first.start + len(first.text)
+        span = tokens_of(example.second, bounds, *characters)
+        if first.text and characters_of(example.second, bounds, *span) != characters:
+            heard("widened", example.place)
+        every.append(np.concatenate([tokens, *(next(texts) for _ in example.answers)]))
+        table.append((second, len(tokens), *span))
+    digests = list(map(labelled.question_digest, every, table))
+    columns = zip(labelled.QUESTION_TYPES.items(), np.array(table).T, strict=True)
+    return every, digests, {"columns": {name: values.astype(kind) for (name, kind), values in columns}}
 
 
 def _parts(recipe: Recipe, found: _Found, split: str) -> Iterator[list[_Example]]:
