@@ -100,9 +100,10 @@ def _check_squad(args: argparse.Namespace) -> None:
     """Raises ConfigError: files of questions have no columns, and answers are told back as they stand there."""
     for option in ("text", "pair", "split", "source", "no_header"):
         if getattr(args, option) not in (None, False):
-            raise ConfigError(f"--{option.replace('_', '-')} does not go with --squad, its files have no columns: leave it out")
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} does not go with --squad, its files have no columns: leave it out")
     if args.tokenizer == "words":
-        raise ConfigError("--tokenizer words loses what stands between the words of an answer: give bpe, bytes or a file")
+        raise ConfigError("--tokenizer words loses what stands between words, also in an answer: give bpe or bytes")
 
 
 def _check_aligned(args: argparse.Namespace) -> None:

@@ -298,7 +298,7 @@ class Labelled:
             tokens = reader.read(0, entry.tokens)
         finally:
             reader.close()
-        there = (0 < seconds) & (seconds < answers) & (answers <= lengths)
+        there = (seconds > 0) & (seconds < answers) & (answers <= lengths)
         if not (there & (starts <= stops) & (stops <= answers - seconds)).all():
             raise DataError(f"shard {path} has a question whose answer is not in its context: {AGAIN}")
         return tokens, lengths, seconds, answers, starts, stops

@@ -32,7 +32,7 @@ _ACTS = (
 # (form of a sentence, question); the answer is the group "answer"
 _TEMPLATES = [(re.compile(form), question) for form, question in (
     (rf"^(?P<act>{_ACTS}) (?P<answer>[^.,;:()]{{4,80}}?){_END}", "What does it {act}?"),
-    (rf"(?P<answer>\b[A-Z]\w*(?:Error|Exception|Warning|Interrupt|Iteration|Exit)\b)", "Which exception is named?"),
+    (r"(?P<answer>\b[A-Z]\w*(?:Error|Exception|Warning|Interrupt|Iteration|Exit)\b)", "Which exception is named?"),
     (rf"^If (?P<one>[^.,;:()]{{5,70}}), (?P<answer>[^.,;:()]{{5,90}}?){_END}", "What happens if {one}?"),
     (rf"^When (?P<one>[^.,;:()]{{5,70}}), (?P<answer>[^.,;:()]{{5,90}}?){_END}", "What happens when {one}?"),
     (rf"^(?P<one>[A-Z][^.,;:()]{{5,70}}) if (?P<answer>[^.,;:()]{{5,80}}?){_END}", "On what condition: {one}?"),
@@ -61,7 +61,9 @@ def questions(seed: int) -> Iterator[Question]:
             for which in sorted(sorted(range(len(asked)), key=lambda one: draws[one])[:_MOST]):
                 question, answers = asked[which]
                 number += 1
-                yield Question(f"built-in text {place}: {question!r}", question, context, answers, id=f"builtin-{number}")
+                yield Question(
+                    f"built-in text {place}: {question!r}", question, context, answers, id=f"builtin-{number}"
+                )
 
 
 def _contexts(text: str) -> Iterator[str]:

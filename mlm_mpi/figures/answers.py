@@ -2,7 +2,7 @@
 
 An answer is compared with each that is given, and the best counts. Answers are compared in small letters, without
 punctuation, articles and repeated blanks. Source: Rajpurkar et al., arXiv:1606.05250, section 6.1, and for questions
-without an answer, which is right where nothing is answered, arXiv:1806.03822; their programs evaluate-v1.1.py and -v2.0.py.
+without an answer, which is right where nothing is answered, arXiv:1806.03822; evaluate-v1.1.py and evaluate-v2.0.py.
 """
 
 import re
@@ -56,14 +56,13 @@ def figures(pairs: Iterable[tuple[str, Sequence[str]]]) -> dict[str, Any]:
     """Exact match and F1, means over questions, of (answer, those that are given); each also of questions that have an
     answer and that have none, where both are there."""
     rows = [(bool(wanted), best(exact, answer, wanted), best(f1, answer, wanted)) for answer, wanted in pairs]
-    told: dict[str, Any] = {"questions": len(rows)}
-    for name, some in (
-        ("", rows), ("answered_", [row for row in rows if row[0]]), ("unanswered_", [row for row in rows if not row[0]]),
-    ):  # fmt: skip
+    told: dict[str, Any] = {}
+    sides = {"": rows, "answered_": [row for row in rows if row[0]], "unanswered_": [row for row in rows if not row[0]]}
+    for name, some in sides.items():
         if name and not 0 < len(some) < len(rows):
             continue
-        told |= {f"{name}questions": len(some)} if name else {}
-        told |= {f"{name}{kind}": sum(row[k] for row in some) / max(1, len(some)) for k, kind in ((1, "exact"), (2, "f1"))}
+        means = [sum(row[k] for row in some) / max(1, len(some)) for k in (1, 2)]
+        told |= {f"{name}questions": len(some), f"{name}exact": means[0], f"{name}f1": means[1]}
     return told
 
 
@@ -73,9 +72,8 @@ def lines(numbers: dict[str, Any]) -> list[str]:
     told = [f"exact match         {n['exact']:.4f}", f"F1                  {n['f1']:.4f}, best of the answers given"]
     for name, what in (("answered", "with an answer"), ("unanswered", "without one")):
         if f"{name}_exact" in n:
-            told.append(
-                f"  {what:<18}{n[f'{name}_exact']:.4f} exact, F1 {n[f'{name}_f1']:.4f}, {n[f'{name}_questions']:,} questions"
-            )
+            exact_, f1_, count = (n[f"{name}_{figure}"] for figure in ("exact", "f1", "questions"))
+            told.append(f"  {what:<18}{exact_:.4f} exact, F1 {f1_:.4f}, {count:,} questions")
     for name, (_, what) in _BASELINES.items():
         if f"{name}_exact" in n:
             told.append(f"{what:<20}{n[f'{name}_exact']:.4f} exact, F1 {n[f'{name}_f1']:.4f}")

@@ -144,7 +144,11 @@ class QuestionAnswering:
         told = [
             f"{len(train):,} for training",
             *([f"{none:,} of them without an answer"] if none else []),
-            *([f"{several:,} in {len(table) - len(train) + several:,} windows each of its own"] if several else []),
+            *(
+                [f"{several:,} contexts do not fit, in {len(table) - len(train) + several:,} windows"]
+                if several
+                else []
+            ),
             *([f"{long:,} questions are cut"] if long else []),
             *([f"{longer:,} answers are longer than task.longest = {self.config.task.longest}"] if longer else []),
         ]
