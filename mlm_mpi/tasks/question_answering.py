@@ -136,23 +136,17 @@ class QuestionAnswering:
 
     def notes(self) -> list[tuple[str, str]]:
         """Lines of the start table."""
-        train = self.questions("train")
+        train, longest = self.questions("train"), self.config.task.longest
         table = self.cut.of(train)
-        long = int((train.lengths > self.cut.kept(1 << 30)).sum())
-        none, longer = int((train.stops == 0).sum()), int((train.stops - train.starts > self.config.task.longest).sum())
-        several = len(np.unique(table[table[:, 1] > 0, 0]))
-        told = [
-            f"{len(train):,} for training",
-            *([f"{none:,} of them without an answer"] if none else []),
-            *(
-                [f"{several:,} contexts do not fit, in {len(table) - len(train) + several:,} windows"]
-                if several
-                else []
-            ),
-            *([f"{long:,} questions are cut"] if long else []),
-            *([f"{longer:,} answers are longer than task.longest = {self.config.task.longest}"] if longer else []),
-        ]
-        return [("questions", "; ".join(told))]
+        several, sizes = len(np.unique(table[table[:, 1] > 0, 0])), train.stops - train.starts
+        counts = {
+            "of them have no answer": int((train.stops == 0).sum()),
+            f"contexts do not fit, in {len(table) - len(train) + several:,} windows": several,
+            "are cut": int((train.lengths > self.cut.kept(1 << 30)).sum()),
+            f"answers are longer than task.longest = {longest}": int((sizes > longest).sum()),
+        }
+        told = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return [("questions", "; ".join([f"{len(train):,} for training", *told]))]
 
     def tokens(self, split: str) -> int:
         if split not in self.texts.splits:

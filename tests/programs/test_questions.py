@@ -51,7 +51,6 @@ def file(count: int) -> dict:
         qas = [
             {"id": f"{number}-{question}", "question": question}
             | {"answers": [{"text": text, "answer_start": context.index(text)}]}
-]}
             for question, text in (("who ?", who), ("where ?", where))
         ]  # fmt: skip
         paragraphs.append({"context": context, "qas": qas})
