@@ -25,21 +25,21 @@ kind = "question_answering"
 [data]
 dir = "asked"
 [train]
-steps = 24
-micro_batches = 2
-rows = 8
+steps = 20
+micro_batches = 3
+rows = 6
 [optim]
 learning_rate = 2e-2
 warmup_steps = 3
 [eval]
-every = 12
+every = 10
 best = true
 figure = "f1"
 [log]
 curve = false
 """
 NAMES = ["anna", "bert", "carl", "dora", "emil", "frida"]
-FIRST = ("train", "asked.toml", "--max-steps", "4", "--run")
+TRAIN = ("train", "asked.toml", "--run")
 
 
 def file(count: int) -> dict:
@@ -59,13 +59,13 @@ def file(count: int) -> dict:
 
 @pytest.fixture(scope="module")
 def asked(home: Place) -> Place:
-    """Questions and a configuration in a folder, and a run of one rank, `weights` after its first four steps."""
+    """Questions and a configuration in a folder, and a run of one rank, whose hash is `weights`."""
     (home.folder / "asked.json").write_text(json.dumps(file(120)))
     (home.folder / "asked.toml").write_text(CONFIG)
     words = (str(home.folder / "asked.json"), "--out", str(home.folder / "asked"), "--squad", "--vocab", "300")
     assert main(["prepare", *words]) == 0
-    home.weights = home.program(*FIRST, "answers").weights
-    whole = home.program("train", "asked.toml", "--run", "answers")
+    whole = home.program(*TRAIN, "answers")
+    home.weights = whole.weights
     assert whole.code == 0 and "windows/s" in whole.out and "held-out  f1 " in whole.out, whole.err
     assert re.search(r"questions +186 for training; \d+ contexts do not fit, in \d+ windows\n", whole.out), whole.out
     return home
@@ -74,17 +74,13 @@ def asked(home: Place) -> Place:
 def test_a_made_language_is_learned(asked: Place, say, monkeypatch) -> None:
     monkeypatch.chdir(asked.folder)
     told = json.loads(say("evaluate", "answers", "--split", "test", "--baselines", "--json").out)
-    assert (
-        told["exact"] > 0.9
-        and told["f1"] >= told["exact"] > told["beside_exact"] + 0.3
-        and told["tokens"] > told["questions"]
-    )
+    assert told["exact"] > 0.9 and told["f1"] >= told["exact"] > told["beside_exact"] + 0.3
     lines = say("evaluate", "answers", "--best").out
     assert "windows; checkpoint of step" in lines and "\nexact match         " in lines and "\nF1   " in lines
 
 
 def test_one_hash_on_three_ranks(asked: Place) -> None:
-    assert asked.program("run", "-n", "3", "--", *FIRST, "answers-three").weights == asked.weights
+    assert asked.program("run", "-n", "3", "--", *TRAIN, "answers-three").weights == asked.weights
 
 
 @pytest.mark.slow
@@ -98,14 +94,14 @@ def test_one_hash_on_three_ranks(asked: Place) -> None:
 def test_one_hash_on_meshes(asked: Place, mesh: tuple[str, ...]) -> None:
     words = [word for key in mesh for word in ("--set", key)]
     run = "answers-" + "-".join(mesh).replace("=", "")
-    assert asked.program("run", "-n", "2", "--", *FIRST, run, *words).weights == asked.weights
+    assert asked.program("run", "-n", "2", "--", *TRAIN, run, *words).weights == asked.weights
 
 
 @pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_weights(asked: Place) -> None:
-    words = ("train", "asked.toml", "--run", "answers-stopped")
-    assert asked.program(*words, "--max-steps", "2").code == 0
-    assert asked.program("run", "-n", "2", "--", *words, "--max-steps", "2").weights == asked.weights
+    words = (*TRAIN, "answers-stopped")
+    assert asked.program(*words, "--max-steps", "7").code == 0
+    assert asked.program("run", "-n", "2", "--", *words).weights == asked.weights
 
 
 def test_answers_to_new_questions(asked: Place, say, monkeypatch) -> None:
@@ -160,7 +156,7 @@ def test_questions_without_an_answer(asked: Place) -> None:
     tokenizer = str(next((asked.folder / "asked").glob("tokenizer-*.json")))
     made = asked.program("prepare", "two.json", "--out", "two", "--squad", "--tokenizer", tokenizer)
     assert "60 have no answer on purpose" in made.out, made.err
-    words = ("train", "asked.toml", "--run", "two-run", "--set", "data.dir=two")
+    words = (*TRAIN, "two-run", "--set", "data.dir=two")
     asked.program(*words).refused("questions of train in two have no answer: set task.unanswerable = true")
     assert asked.program(*words, "--set", "task.unanswerable=true").code == 0
     told = json.loads(asked.program("evaluate", "two-run", "--split", "test", "--json").out)
