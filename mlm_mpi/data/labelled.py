@@ -258,9 +258,9 @@ class Labelled:
 
     def questions(self, split: str) -> Questions:
         """All questions of a split, verified. Raises DataError as `examples` does."""
-        tokens, lengths, *columns = self._joined(split, self._read_asked)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Questions(tokens, offsets, *columns, self.manifest.tokenizer.eot)
+        tokens, lengths, seconds, answers, starts, stops = self._joined(split, self._read_asked)
+        offsets, eot = np.concatenate([[0], np.cumsum(lengths)]), self.manifest.tokenizer.eot
+        return Questions(tokens, offsets, seconds, answers, starts, stops, eot)
 
     def _joined(self, split: str, read: Callable[[ShardEntry], tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
         """What is read of all shards of a split, array by array."""
