@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   mlm-mpi explain runs/one "Return a list of" --at 3 --out look.html   # why the third
   mlm-mpi explain runs/reviews "A dull film." --out dull.html          # a classifier: its label
   mlm-mpi explain runs/encoder "The cat sat" --at 2 --out cat.html     # the second token, hidden
+  mlm-mpi explain runs/french "Save the file" --at 3 --out save.html   # a translation: why its third token
 
 Writes FILE.html, which needs no network and no other file, and FILE.png beside it."""
 
@@ -32,8 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN", help="run folder of a training, or one of its checkpoints")
     add("text", metavar="TEXT", help="what the model reads, at most 256 tokens")
     add("--pair", metavar="TEXT", help="the second text, of a model of pairs")
+    add("--translation", metavar="TEXT", help="of a model that translates: explain this one, not its own (greedy) one")
     add("--out", required=True, metavar="FILE", help="where the page goes, a new .html; the picture is FILE.png")
-    add("--at", type=int, metavar="N", help="explain the N-th token of the text; of an encoder it is hidden")
+    add(
+        "--at", type=int, metavar="N",
+        help="explain the N-th token of the text, of an encoder it is hidden; or of the translation (1)",
+    )  # fmt: skip
     add("--target", metavar="NAME", help="explain this token or label (default: what came, else the likeliest)")
     add(
         "--score", choices=("logit", "log-probability"), default="logit",
@@ -89,8 +94,9 @@ def _checked(args: argparse.Namespace) -> Path:
             raise ConfigError(f"{path} is there already: remove it, or give another --out")
     if not args.text:
         raise ConfigError("TEXT is empty: give some words")
-    if args.pair == "":
-        raise ConfigError("--pair is empty: give some words, or leave it out")
+    for option in ("pair", "translation"):
+        if getattr(args, option) == "":
+            raise ConfigError(f"--{option} is empty: give some words, or leave it out")
     for name, value, least, most in (("steps", args.steps, LEAST, _MOST_STEPS), ("top", args.top, 1, _MOST_TOP)):
         if not least <= value <= most:
             raise ConfigError(f"--{name} {value} must be at least {least} and at most {most}")
@@ -102,6 +108,7 @@ def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) ->
     from mlm_mpi.data.text import clean
     from mlm_mpi.inside.question import hidden_token, label_of, next_token
 
+    task = plugins.find("tasks", trained.config.task.kind, "task.kind")
     kind, labels = trained.config.task.kind, trained.manifest.labels
     if not hasattr(trained.chain.parts[-1], "logits_backward"):
         raise ConfigError(
@@ -110,6 +117,15 @@ def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) ->
     text = clean(args.text).text  # as the corpus was; a command line may hold any bytes
     pair = None if args.pair is None else clean(args.pair).text
     context = trained.config.model.context
+    if getattr(task, "WRITES", False):
+        return _written(args, trained, text)
+    if args.translation is not None:
+        raise ConfigError(f"--translation is of models that translate, and {args.run} is none: leave it out")
+    if "a source text" in getattr(task, "NEEDS", ()):
+        raise ConfigError(
+            f'{args.run} was trained for task.kind = "{kind}", whose texts have holes: give a run that was fine-tuned '
+            "from it to translate"
+        )
     if labels:
         if args.at is not None:
             raise ConfigError(f"--at {args.at} is of models of tokens, and {args.run} tells labels: leave it out")
@@ -119,9 +135,24 @@ def _question(args: argparse.Namespace, trained: "Trained", plugins: Plugins) ->
         return label_of(trained.tokenizer, text, pair, context, labels, args.target)
     if pair is not None:
         raise ConfigError(f"--pair is of classifiers of pairs, and {args.run} is none: leave it out")
-    both_ways = getattr(plugins.find("tasks", kind, "task.kind"), "BOTH_WAYS", False)
-    ask = hidden_token if both_ways else next_token
+    ask = hidden_token if getattr(task, "BOTH_WAYS", False) else next_token
     return ask(trained.tokenizer, text, context, args.at, args.target)
+
+
+def _written(args: argparse.Namespace, trained: "Trained", text: str) -> "Question":
+    """Of a translation, by greedy search if none is given."""
+    from mlm_mpi.beams import written
+    from mlm_mpi.data.text import clean
+    from mlm_mpi.inside.question import room, source_of, written_token
+
+    if args.pair is not None:
+        raise ConfigError(f"--pair is of classifiers of pairs, and {args.run} translates: give --translation")
+    tokenizer, context = trained.tokenizer, trained.config.model.context
+    source = source_of(tokenizer, text, context)
+    if args.translation is not None:
+        return written_token(tokenizer, source, clean(args.translation).text, context, args.at, args.target)
+    (ids,) = written(trained.chain, source[None], room(context), tokenizer.eot, place=trained.place)
+    return written_token(tokenizer, source, ids, context, args.at, args.target)
 
 
 def _explained(args: argparse.Namespace, trained: "Trained", question: "Question") -> "Explanation":
@@ -143,7 +174,7 @@ def _layer(args: argparse.Namespace, made: "Explanation") -> int:
     layer = count if args.layer is None else args.layer
     if not 1 <= layer <= count:
         raise ConfigError(f"--layer {layer} is none of {args.run}: give 1 to {count}")
-    heads = len(list(made.maps.values())[layer - 1])
+    heads = len(list(made.maps.values())[layer - 1].probabilities)
     if not 0 <= args.head <= heads:
         raise ConfigError(f"--head {args.head} is none of layer {layer}: give 1 to {heads}, or 0 for their mean")
     return layer - 1
@@ -161,8 +192,10 @@ def _write(out: Path, made: "Explanation", layer: int, head: int) -> None:
 def _lines(made: "Explanation", out: Path) -> list[str]:
     a: Any = made.attribution
     best = ", ".join(f"{name!r} {p:.3f}" for name, p in made.lens[-1].top[_place(made)][:3])
+    source = [f"source        {len(made.source)} positions"] if made.source else []
     return [
         f"model         {made.model}",
+        *source,
         f"question      {made.question}, of {len(made.tokens)} positions",
         f"answer        {best}",
         f"explained     {a.output!r}, probability {a.probability:.3f}, {a.score} {a.value:.4f}",

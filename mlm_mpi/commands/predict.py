@@ -32,6 +32,7 @@ _EXAMPLES = """examples:
   mlm-mpi run -n 4 -- predict runs/reviews new.tsv --out labels.tsv      # the same file, sooner
   mlm-mpi predict runs/names new.conll --out named.conll
   mlm-mpi predict runs/french new.tsv --text english --beams 4
+  mlm-mpi predict runs/french lines.txt --out lines.fr                   # a text a line
   mlm-mpi predict runs/squad dev-v1.1.json --squad --out answers.json     # for SQuAD's own program
 
 A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither.
@@ -49,7 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "file",
         metavar="FILE",
-        help="table of texts: .csv, .tsv or .jsonl; words, one a line, or .jsonl; questions: .json or .jsonl; .gz too",
+        help="table of texts: .csv, .tsv or .jsonl; texts, one a line: .txt; words, one a line, or .jsonl; questions: "
+        ".json or .jsonl; .gz too",
     )
     add("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     add("--out", metavar="FILE", help="where to write (default: stdout); it appears when it is complete")
@@ -117,6 +119,8 @@ def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool,
         raise ConfigError(
             f"{searching.given(args)[0]} is for runs that translate, and {args.run} is none: leave it out"
         )
+    if not of_words:
+        _check_lines(args)
     if writes:
         for option in ("all", "pair"):
             if getattr(args, option):
@@ -201,15 +205,33 @@ def _said_of_questions(counts: Counter[str], most: int) -> list[str]:
     return told
 
 
+def _check_lines(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options of tables, where the file has a text a line."""
+    from mlm_mpi.data.rows import is_lines
+
+    for option, given in (("--text", args.text is not None), ("--pair", args.pair), ("--no-header", args.no_header)):
+        if given and is_lines(Path(args.file)):
+            raise ConfigError(f"{option} is of tables, and {args.file} has a text a line: leave it out")
+
+
+def _rows(args: argparse.Namespace) -> Iterator["Row"]:
+    """The texts of FILE."""
+    from mlm_mpi.data import rows
+
+    path = Path(args.file)
+    if rows.is_lines(path):
+        return rows.lines(path, args.encoding)
+    return rows.read(path, _columns(args), args.encoding)
+
+
 def _text_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
     """What is written of a table of texts; `counts` takes what a person is told. Collective."""
-    from mlm_mpi.data.rows import read
     from mlm_mpi.prediction import predict
 
     labels = trained.manifest.labels
     rounds = predict(
-        trained.chain, trained.tokenizer, read(Path(args.file), _columns(args), args.encoding),
-        trained.config.model.context, args.pair is not None, args.rows, trained.mesh, trained.place,
+        trained.chain, trained.tokenizer, _rows(args), trained.config.model.context, args.pair is not None, args.rows,
+        trained.mesh, trained.place,
     )  # fmt: skip
     for found in rounds:
         if not counts["rows"] and not args.json:
@@ -220,14 +242,12 @@ def _text_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[st
 
 def _written_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
     """Likewise of what is made of texts."""
-    from mlm_mpi.data.rows import read
     from mlm_mpi.prediction import encoded, write
 
     tokenizer = trained.tokenizer
     rounds = write(
-        trained.chain, tokenizer, read(Path(args.file), _columns(args), args.encoding),
-        lambda rows: encoded(tokenizer, rows), trained.config.model.context, args.rows, searching.beams_of(args),
-        trained.mesh, trained.place,
+        trained.chain, tokenizer, _rows(args), lambda rows: encoded(tokenizer, rows), trained.config.model.context,
+        args.rows, searching.beams_of(args), trained.mesh, trained.place,
     )  # fmt: skip
     for found in rounds:
         counts.update(rows=len(found.rows), cut=found.cut, empty=sum(map(_is_empty, found.rows)))

@@ -148,6 +148,23 @@ def aligned(source: Path, target: Path, encoding: str = "utf-8", told: Told = _u
         raise DataError(f"{source} has no lines: fill it, or leave it out")
 
 
+def lines(path: Path, encoding: str = "utf-8", told: Told = _unheard) -> Iterator[Row]:
+    """A row for each line of a file of plain text, empty ones too. Raises DataError as `read` does."""
+    number = replaced = characters = 0
+    for number, line in enumerate(Content(path, encoding, told=told).lines(), 1):
+        row = _row(f"{path}:{number}", {"--text": line})
+        replaced, characters = replaced + row.replaced, characters + len(row.text)
+        yield row
+    check_repaired(path, replaced, characters)
+    if not number:
+        raise DataError(f"{path} has no lines: fill it, or leave it out")
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file is plain text by its name, compressed or not."""
+    return Path(plain_name(path)).suffix.lower() == ".txt"
+
+
 def _row(place: str, values: dict[str, str | None]) -> Row:
     text = clean(values["--text"] or "")
     second = clean(other) if (other := values.get("--pair") or values.get("--target")) else _NOTHING

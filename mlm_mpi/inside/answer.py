@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, module_of, to_host, wide
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.inside.explanation import Attribution, Explanation, Row
 from mlm_mpi.inside.question import Question
-from mlm_mpi.layers.base import Array, Context, Flow, Part
+from mlm_mpi.layers.base import Array, Context, Flow, Map, Part
 from mlm_mpi.params.store import Parameter
 
 Score = Literal["logit", "log-probability"]
@@ -51,7 +52,7 @@ def explain(
     tokens, at = question.tokens, question.at
     maps = attention_maps(parts, flows, ctx, len(tokens))
     places = ["the text"] if at is None else tokens
-    return Explanation(model, question.says, tokens, at, maps, places, lens, attribution)
+    return Explanation(model, question.says, tokens, at, maps, places, lens, attribution, question.source)
 
 
 def walk(parts: Sequence[Part], ctx: Context) -> list[Flow]:
@@ -62,30 +63,34 @@ def walk(parts: Sequence[Part], ctx: Context) -> list[Flow]:
     return flows
 
 
-def attention_maps(parts: Sequence[Part], flows: Sequence[Flow], ctx: Context, length: int) -> dict[str, np.ndarray]:
-    """The probabilities of every head, by the name of what attends; (H, T, T) float64, rows look at columns.
+def attention_maps(parts: Sequence[Part], flows: Sequence[Flow], ctx: Context, length: int) -> dict[str, Map]:
+    """The probabilities of every head, by the name of what attends; (H, T, T) float64, rows look at columns. `length`:
+    T, behind which a row of the batch may be filled up; a source's is not.
 
     Computed again from the queries and keys of the model, since no kernel keeps them.
     """
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Map] = {}
     for part, flow in zip(parts[1:-1], flows, strict=False):
-        if hasattr(part, "maps"):
-            found |= {name: to_host(p)[0, :, :length, :length] for name, p in part.maps(flow, ctx).items()}
+        for name, one in part.maps(flow, ctx).items() if hasattr(part, "maps") else ():
+            rows, columns = (slice(length if side == "batch" else None) for side in (one.rows, one.columns))
+            found[name] = one._replace(probabilities=to_host(one.probabilities)[0, :, rows, columns])
     return found
 
 
 def logit_lens(
     parts: Sequence[Part], flows: Sequence[Flow], question: Question, ctx: Context, top: int
 ) -> list[Row]:  # fmt: skip
-    """What each part's output is through the model's head, as if it were the last.
+    """What each part's output is through the model's head, as if it were the last; of an encoder, none.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens", 2020; what it misses: Belrose et al., arXiv:2303.08112.
     """
     head: Any = parts[-1]
-    names = ["embedding", *(f"layer {number}" for number in range(1, len(flows)))]
+    outputs = [flow[0] for flow in flows]
+    own = [x for x, before in zip(outputs[1:], outputs, strict=False) if x is not before]  # an encoder lets them pass
+    names = ["embedding", *(f"layer {number}" for number in range(1, len(own) + 1))]
     rows = []
-    for name, flow in zip(names, flows, strict=True):
-        p = _softmax(to_host(wide(head.logits(flow[0], ctx)))[0, : len(question.came)].astype("f8"))
+    for name, x in zip(names, [outputs[0], *own], strict=True):
+        p = _softmax(to_host(wide(head.logits(x, ctx)))[0, : len(question.came)].astype("f8"))
         best = _likeliest(p, top)
         told = [[(question.name(int(i)), float(p[at, i])) for i in some] for at, some in enumerate(best)]
         came = np.where(question.came < 0, np.nan, p[np.arange(len(p)), np.maximum(question.came, 0)])
@@ -104,13 +109,13 @@ def integrated_gradients(
 ) -> Attribution:  # fmt: skip
     """How much each position adds to the score of an output: (x − x') · ∫ ∂F/∂x along the straight path from x' to x.
 
-    x is what the first part gives of the text; x' what it gives of as many ends of text ("end"), so that positions are
-    the same and tokens differ, or nothing ("zero").
+    x is what the first part gives of the text, or of the source of a translation; x' what it gives of as many ends of
+    text ("end"), so that positions are the same and tokens differ, or nothing ("zero").
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
     """
-    (text,), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
+    (*beside, text), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
     way = wide(text) - wide(start)
-    logits = _logits(parts, text, question, ctx)
+    logits = _logits(parts, (*beside, text), question, ctx)
     target = int(logits.argmax()) if question.target is None else question.target
     score = _scorer(target, integration.score)
 
@@ -119,13 +124,13 @@ def integrated_gradients(
 
     def rate(point: float) -> np.ndarray:
         gradient = wide(_gradient(parts, at(point), question, ctx, score))
-        return to_host((gradient * way).sum(axis=2))[0, : len(question.tokens)].astype("f8")
+        return to_host((gradient * way).sum(axis=2))[0, : len(question.explained)].astype("f8")
 
-    def at(point: float) -> Array:
-        return (wide(start) + way * way.dtype.type(point)).astype(text.dtype)
+    def at(point: float) -> Flow:
+        return (*beside, (wide(start) + way * way.dtype.type(point)).astype(text.dtype))
 
     values, asked = along(rate, value, integration.steps)
-    began = _logits(parts, start, question, ctx)
+    began = _logits(parts, (*beside, start), question, ctx)
     baseline = "ends of text" if integration.baseline == "end" else "zeros"
     return Attribution(
         question.name(target), float(_softmax(logits[None])[0, target]), integration.score, score(logits)[0], baseline,
@@ -172,17 +177,23 @@ def along(
 
 
 def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Array:
-    """What the path begins at: (1, T, C)."""
+    """What the path begins at: (1, T, C), of a source (1, S, C)."""
     assert ctx.batch is not None
-    ids = ctx.batch.inputs["ids"]
-    ends = replace(ctx.batch, inputs=ctx.batch.inputs | {"ids": module_of(ids).zeros_like(ids) + ids.dtype.type(eot)})
-    (start,), _ = first.forward((), replace(ctx, batch=ends))
+    batch, source = ctx.batch, ctx.batch.source
+    ends = _ended(batch, eot) if source is None else replace(batch, source=_ended(source, eot))
+    (*_, start), _ = first.forward((), replace(ctx, batch=ends))
     return start if kind == "end" else module_of(start).zeros_like(start)
 
 
-def _logits(parts: Sequence[Part], x: Array, question: Question, ctx: Context) -> np.ndarray:
-    """Those of the output that is asked for, where the first part gives x. Shapes: (1, T, C) -> (V,) float64."""
-    flow: Flow = (x,)
+def _ended(batch: Batch, eot: int) -> Batch:
+    """Of as many ends of text."""
+    ids = batch.inputs["ids"]
+    return replace(batch, inputs=batch.inputs | {"ids": module_of(ids).zeros_like(ids) + ids.dtype.type(eot)})
+
+
+def _logits(parts: Sequence[Part], flow: Flow, question: Question, ctx: Context) -> np.ndarray:
+    """Those of the output that is asked for, where the first part gives `flow`. Shapes: (1, T, C) each -> (V,)
+    float64."""
     for part in parts[1:-1]:
         flow = part.forward(flow, ctx)[0]
     head: Any = parts[-1]
@@ -190,10 +201,11 @@ def _logits(parts: Sequence[Part], x: Array, question: Question, ctx: Context) -
 
 
 def _gradient(
-    parts: Sequence[Part], x: Array, question: Question, ctx: Context, score: "_Scorer"
+    parts: Sequence[Part], flow: Flow, question: Question, ctx: Context, score: "_Scorer"
 ) -> Array:  # fmt: skip
-    """That of a score with respect to x, by the model's own backward, without its first part. (1, T, C) -> the same."""
-    flow, kept = (x,), []
+    """That of a score with respect to the last array that the first part gives, by the model's own backward, without
+    that part. Shapes: (1, T, C) each -> that of the last."""
+    kept = []
     for part in parts[1:-1]:
         flow, saved = part.forward(flow, ctx)
         kept.append(saved)
@@ -207,11 +219,11 @@ def _gradient(
     if question.at is None:
         dy = (dasked,)
     else:
-        dy = (module_of(x).zeros_like(flow[0]),)
+        dy = (module_of(flow[0]).zeros_like(flow[0]),)
         dy[0][:, question.at] = dasked[:, 0]
     for part, saved in zip(reversed(parts[1:-1]), reversed(kept), strict=True):
         dy = part.backward(dy, saved, only)
-    return dy[0]
+    return dy[-1]
 
 
 def _asked(hidden: Array, question: Question) -> Array:

@@ -1,9 +1,11 @@
 """What is told of a model and one text: plain numbers, which pages and pictures are made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+from mlm_mpi.layers.base import Map
 
 
 class Row(NamedTuple):
@@ -50,13 +52,30 @@ class Attribution:
 @dataclass(frozen=True)
 class Explanation:
     """Of T positions. `maps`: attention by the name of what attends, (H, T, T), rows look at columns; {} where a model
-    has none. `lens`: a row for each part, the first one first, over `places`: the positions, or the text as a whole."""
+    has none. `lens`: a row for each part, the first one first, over `places`: the positions, or the text as a whole.
+
+    `source`: the S tokens of a text that another is made of; then `tokens` are what the decoder reads, maps may be of
+    the source too, (H, S, S) and (H, T, S), the lens is the decoder's, and attributions are those of the source.
+    """
 
     model: str
     question: str
     tokens: list[str]
     at: int | None  # the position whose output is asked for; None: the text's
-    maps: dict[str, np.ndarray]
+    maps: dict[str, Map]
     places: list[str]
     lens: list[Row]
     attribution: Attribution
+    source: list[str] = field(default_factory=list)
+
+    @property
+    def explained(self) -> list[str]:
+        """The tokens that attributions are of."""
+        return self.source or self.tokens
+
+    def layers(self) -> list[str]:
+        """What maps are called for people, in their order."""
+        halves = [(one.rows, one.columns) for one in self.maps.values()]
+        names = {("source", "source"): "encoder {}", ("batch", "source"): "decoder {} to encoder"}
+        own = "decoder {}" if self.source else "layer {}"
+        return [names.get(half, own).format(halves[: number + 1].count(half)) for number, half in enumerate(halves)]

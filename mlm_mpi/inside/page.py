@@ -15,6 +15,7 @@ import numpy as np
 
 from mlm_mpi.inside import colours
 from mlm_mpi.inside.explanation import Explanation, Row
+from mlm_mpi.layers.base import Map
 
 MOST_BYTES = 9 << 20  # of maps, a byte a number: 144 heads of 256 tokens are 9 MiB; more are told as means of heads
 
@@ -49,16 +50,20 @@ def _json(data: dict[str, Any]) -> str:
 
 def _data(told: Explanation, layer: int, head: int) -> dict[str, Any]:
     maps = told.maps
-    mean = sum(p.size for p in maps.values()) > MOST_BYTES
+    mean = sum(one.probabilities.size for one in maps.values()) > MOST_BYTES
     if mean:
-        maps = {name: p.mean(axis=0, keepdims=True) for name, p in maps.items()}
+        maps = {
+            name: one._replace(probabilities=one.probabilities.mean(axis=0, keepdims=True))
+            for name, one in maps.items()
+        }
     words: dict[str, int] = {}
     a = told.attribution
     limits = "Attention is told to 0.4 %, small ones more finely (a byte holds the root), other numbers to four digits"
     return {
         "model": told.model, "question": told.question, "tokens": told.tokens, "places": told.places, "at": told.at,
+        "source": told.source,
         "layer": layer, "head": 0 if mean else head,
-        "layers": [{"name": name, "heads": len(p), "mean": mean, "map": _bytes(p**0.5)} for name, p in maps.items()],
+        "layers": [_map(*named, called, mean) for named, called in zip(maps.items(), told.layers(), strict=True)],
         "lens": [_lens(row, words) for row in told.lens], "words": [*words],
         "attribution": {
             "output": a.output, "probability": a.probability, "score": a.score, "value": a.value,
@@ -70,6 +75,13 @@ def _data(told: Explanation, layer: int, head: int) -> dict[str, Any]:
         "limits": limits + (f"; of each layer the mean of its heads is told, all would be more than "
                             f"{MOST_BYTES >> 20} MiB." if mean else "."),
     }  # fmt: skip
+
+
+def _map(name: str, one: Map, called: str, mean: bool) -> dict[str, Any]:
+    """`mean`: of the heads of what was there."""
+    p = one.probabilities
+    sides = {"rows": one.rows, "columns": one.columns}
+    return {"name": name, "called": called, "heads": len(p), "mean": mean, "map": _bytes(p**0.5)} | sides
 
 
 def _lens(row: Row, words: dict[str, int]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a model is asked of a text: the next token, a hidden one, or its label."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example
 from mlm_mpi.data.texts import batch_of
 from mlm_mpi.data.tokenizer import Tokenizer
+from mlm_mpi.data.translation import pair_of
 from mlm_mpi.errors import ConfigError, DataError, nearest
 
 MOST = 256  # tokens of a text: their maps of 12 layers of 12 heads are 9 MiB
@@ -19,6 +20,7 @@ _LISTED = 40  # tokens in a message
 class Question:
     """A text as the model reads it, and what it is asked.
 
+    `source` (S,): likewise of a text that another is made of, which the model writes; [] where there is none.
     `tokens` (T,): what is shown of the positions that are the text's; a batch may be filled up behind them. `at`: the
     position whose output is asked for; None: there is one of the whole text. `target`: the output whose score is
     explained; None: the likeliest. `came`: for each output the one that was to come, −1 where nobody knows it.
@@ -31,6 +33,12 @@ class Question:
     came: np.ndarray
     name: Callable[[int], str]  # of an output
     says: str
+    source: list[str] = field(default_factory=list)
+
+    @property
+    def explained(self) -> list[str]:
+        """The tokens that attributions are of."""
+        return self.source or self.tokens
 
 
 def next_token(tokenizer: Tokenizer, text: str, context: int, at: int | None, target: str | None) -> Question:
@@ -89,6 +97,35 @@ def label_of(
     return Question(batch, tokens, None, wanted, np.array([-1 if wanted is None else wanted]), labels.__getitem__, says)
 
 
+def source_of(tokenizer: Tokenizer, text: str, context: int) -> np.ndarray:
+    """What an encoder reads of a text to translate, with an end of text: (S,) int32. Raises as `next_token`."""
+    return np.array([*_encoded(tokenizer, text, context, 1), tokenizer.eot], np.int32)
+
+
+def room(context: int) -> int:
+    """At most so many tokens of a text are explained."""
+    return min(context, MOST)
+
+
+def written_token(
+    tokenizer: Tokenizer, source: np.ndarray, written: str | Sequence[int], context: int, at: int | None,
+    target: str | None,
+) -> Question:  # fmt: skip
+    """Of a model that translates: why the at-th token of what it has made of a source (by default the first) comes,
+    the end of text among them. `written`: that, or another text that is given. Raises as `next_token`."""
+    ids = _encoded(tokenizer, written, context, 1) if isinstance(written, str) else written
+    example = Example(np.array([*source[:-1], *ids], np.int32), len(source) - 1, 0)
+    pair = pair_of(example, room(context), tokenizer.eot)
+    at = 1 if at is None else at
+    _check_at(at, tokenizer, pair.wanted.tolist(), "translation")
+    wanted = int(pair.wanted[at - 1]) if target is None else _token(tokenizer, target)
+    batch = Batch(0, 0, {"ids": pair.read[None]}, {}, 0, source=Batch(0, 0, {"ids": pair.source[None]}, {}, 0))
+    return Question(
+        batch, _shown(tokenizer, pair.read), at - 1, wanted, pair.wanted, lambda number: shown(tokenizer, number),
+        f"which token comes as number {at} of the translation", _shown(tokenizer, pair.source),
+    )  # fmt: skip
+
+
 def shown(tokenizer: Tokenizer, number: int) -> str:
     """A token for people: bytes that are no text as \\x.., an end of text as its sign."""
     if tokenizer.is_byte_level:
@@ -114,9 +151,9 @@ def _encoded(tokenizer: Tokenizer, text: str, context: int, ends: int) -> list[i
     return ids
 
 
-def _check_at(at: int | None, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+def _check_at(at: int | None, tokenizer: Tokenizer, ids: Sequence[int], of: str = "text") -> None:
     if at is not None and not 1 <= at <= len(ids):
-        raise ConfigError(f"--at {at} is no token of the text, which has {len(ids)}: {_listed(tokenizer, ids)}")
+        raise ConfigError(f"--at {at} is no token of the {of}, which has {len(ids)}: {_listed(tokenizer, ids)}")
 
 
 def _listed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -243,6 +243,11 @@ class CrossAttention:
         _clear_behind(dkv, looks[-1].keys)
         return self.query.backward(dq, x, ctx), self.key_value.backward(dkv, memory, ctx)
 
+    def maps(self, x: Any, memory: Any, ctx: Context) -> Any:
+        """Who attends to whom, in float64, of rows of one text: (B, T, C), (B, S, C) -> (B, H, T, S)."""
+        q, kv = self.query.forward(x, ctx)[0], self.key_value.forward(memory, ctx)[0]
+        return attention.probabilities(*self._split(q, kv)[:2], causal=False)
+
     def _remembered(self, memory: Any, ctx: Context) -> Any:
         """Keys and values (B, S, 2 C), of all positions and this rank's heads."""
         if ctx.cache is None:

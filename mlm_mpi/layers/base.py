@@ -100,6 +100,17 @@ class Context:
         return order.shares(x.shape[1] * self.tp.size, self.shares) // self.tp.size
 
 
+Side = Literal["batch", "source"]  # what a decoder reads, or the only text, and what its encoder does
+
+
+class Map(NamedTuple):
+    """Who attends to whom: rows look at columns. Shapes: probabilities (B, H, T, S) float64."""
+
+    probabilities: Array
+    rows: Side = "batch"
+    columns: Side = "batch"
+
+
 class Layer(Protocol):
     """A forward/backward pair over one array. Nothing about an activation stays in the layer."""
 
@@ -121,7 +132,7 @@ class Part(Protocol):
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow: ...
 
 
-def flows_into(part: Part) -> tuple[Literal["batch", "source"], ...]:
+def flows_into(part: Part) -> tuple[Side, ...]:
     """Whose positions each array has that flows into a part: the batch's, unless the part says otherwise (`INTO`)."""
     return getattr(part, "INTO", ("batch",))
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from mlm_mpi.layers.base import Array, Context, Flow
+from mlm_mpi.layers.base import Array, Context, Flow, Map
 from mlm_mpi.layers.linear import Linear, ResidualLinear, flat
 from mlm_mpi.params.store import Parameter
 
@@ -108,8 +108,8 @@ class Block:
         d = self.norm2.backward(self.mlp.backward(dy[0], s_mlp, ctx), s_norm2, ctx, add=dy[0])
         return (self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d),)
 
-    def maps(self, x: Flow, ctx: Context) -> dict[str, Array]:
-        """Who attends to whom in it, by the name of what attends. Shapes: (B, T, C) -> (B, H, T, T)."""
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Map]:
+        """Who attends to whom in it, by the name of what attends."""
         return _maps(self.mixer, self.norm1.forward(x[0], ctx)[0], ctx)
 
 
@@ -139,11 +139,11 @@ class PostNormBlock:
         da = self.norm1.backward(self.mlp.backward(db, s_mlp, ctx) + db, s_norm1, ctx)
         return (self.mixer.backward(da, s_mixer, ctx) + da,)
 
-    def maps(self, x: Flow, ctx: Context) -> dict[str, Array]:
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Map]:
         """As `Block.maps`."""
         return _maps(self.mixer, x[0], ctx)
 
 
-def _maps(mixer: Branch, x: Array, ctx: Context) -> dict[str, Array]:
+def _maps(mixer: Branch, x: Array, ctx: Context) -> dict[str, Map]:
     """Those of a mixer that has some; a mean over positions, say, has none."""
-    return {mixer.name: mixer.maps(x, ctx)} if isinstance(mixer, Attends) else {}
+    return {mixer.name: Map(mixer.maps(x, ctx))} if isinstance(mixer, Attends) else {}

@@ -6,14 +6,14 @@ between two blocks is crossed by the same two arrays. Where the batch has no sou
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from mlm_mpi.layers.attention import CrossAttention
-from mlm_mpi.layers.base import Context, Flow, Layer, Part
-from mlm_mpi.layers.block import Branch, Norm
+from mlm_mpi.layers.base import Context, Flow, Layer, Map, Side
+from mlm_mpi.layers.block import Attends, Block, Branch, Norm
 from mlm_mpi.params.store import Parameter
 
-_BOTH: tuple[Literal["batch", "source"], ...] = ("batch", "source")
+_BOTH: tuple[Side, ...] = ("batch", "source")
 
 
 class EncoderBlock:
@@ -22,7 +22,7 @@ class EncoderBlock:
 
     INTO = _BOTH
 
-    def __init__(self, block: Part, norm: Layer | None = None) -> None:
+    def __init__(self, block: Block, norm: Layer | None = None) -> None:
         """`norm`: the last one of an encoder whose blocks have theirs in front; None in other blocks."""
         self.block, self.norm = block, norm
 
@@ -47,6 +47,11 @@ class EncoderBlock:
         (memory,) = self.block.backward((memory,), s_block, there)
         ctx.owe(lambda at: _do(owed, at.of_source()))
         return dy[0], memory
+
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Map]:
+        """Who attends to whom in it, by the name of what attends."""
+        found = self.block.maps((x[1],), ctx.of_source())
+        return {name: one._replace(rows="source", columns="source") for name, one in found.items()}
 
 
 def _do(owed: list[Callable[[Context], None]], ctx: Context) -> None:
@@ -95,3 +100,12 @@ class DecoderBlock:
         d = self.norm2.backward(dx, s_norm2, ctx, add=d)
         d = self.norm1.backward(self.mixer.backward(d, s_mixer, ctx), s_norm1, ctx, add=d)
         return d, memory
+
+    def maps(self, x: Flow, ctx: Context) -> dict[str, Map]:
+        """As `EncoderBlock.maps`: of what it reads itself, and of the memory."""
+        y, memory = x
+        n1, found = self.norm1.forward(y, ctx)[0], dict[str, Map]()
+        if isinstance(self.mixer, Attends):
+            found[self.mixer.name] = Map(self.mixer.maps(n1, ctx))
+        n2 = self.norm2.forward(self.mixer.forward(n1, ctx, residual=y)[0], ctx)[0]
+        return found | {self.cross.name: Map(self.cross.maps(n2, memory, ctx), columns="source")}

@@ -285,15 +285,15 @@ def backward(
 def probabilities(q: Any, k: Any, causal: bool = True, starts: Any = None) -> Any:
     """softmax(q kᵀ / √D) in float64, the whole matrix that `forward` spares itself: for who wants to look at it.
 
-    Shapes: q (B, H, T, D) or (B, G, g, T, D), k (B, G, T, D), starts (B, T) or (1, T) as `forward` -> (B, H, T, T).
+    Shapes: q (B, H, T, D) or (B, G, g, T, D), k (B, G, S, D), starts (B, T) or (1, T) as `forward` -> (B, H, T, S).
     """
     xp = module_of(q)
     q, k = (wide(x).astype("f8") for x in (_grouped(q, k), k))
     (batch, _, _, length, width), column = q.shape, xp.arange(k.shape[2])
-    scores = q @ k[:, :, None].swapaxes(3, 4) / math.sqrt(width)  # (B, G, g, T, T)
+    scores = q @ k[:, :, None].swapaxes(3, 4) / math.sqrt(width)  # (B, G, g, T, S)
     if causal:
         scores = xp.where(column > xp.arange(length)[:, None], -xp.inf, scores)
     if starts is not None:
         scores = xp.where((column < starts[:, :, None])[:, None, None], -xp.inf, scores)
     p = xp.exp(scores - scores.max(axis=4, keepdims=True))
-    return (p / p.sum(axis=4, keepdims=True)).reshape(batch, -1, length, length)
+    return (p / p.sum(axis=4, keepdims=True)).reshape(batch, -1, length, k.shape[2])

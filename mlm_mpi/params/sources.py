@@ -27,17 +27,26 @@ class Source(Protocol):
 
 
 class Over:
-    """What one source has in the shape that another has it in, and for the rest what that other has."""
+    """What one source has in the shape that another has it in, and for the rest what that other has.
 
-    def __init__(self, first: Source, rest: Source) -> None:
-        self._first, self._rest = first, rest
+    Of an array called `rows` as many of the first rows as both have.
+    """
+
+    def __init__(self, first: Source, rest: Source, rows: str = "") -> None:
+        self._first, self._rest, self._rows = first, rest, rows
 
     def shape(self, name: str) -> Shape | None:
         return self._rest.shape(name)
 
     def read(self, name: str, box: Box) -> Any:
-        fits = self._first.shape(name) == self._rest.shape(name)
-        return (self._first if fits else self._rest).read(name, box)
+        there, here = self._first.shape(name), self._rest.shape(name)
+        if there == here:
+            return self._first.read(name, box)
+        if name != self._rows or there is None or here is None or there[1:] != here[1:]:
+            return self._rest.read(name, box)
+        common = min(max(0, there[0] - box.starts[0]), box.shape[0])
+        parts = [(self._first, box.rows(0, common)), (self._rest, box.rows(common, box.shape[0]))]
+        return np.concatenate([source.read(name, part) for source, part in parts if part.shape[0]])
 
 
 class Without:

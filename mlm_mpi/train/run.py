@@ -159,7 +159,8 @@ class Run:
                 freeze_again(parts, frozen)
                 return parts
             if start.checkpoint:
-                self.origin = origin_at(path).for_labels(self.task.about().get("labels", []), parts)
+                labels = self.task.about().get("labels", [])
+                self.origin = origin_at(path).for_labels(labels, parts).for_tokens(parts)
                 self.began["start"] = self.origin.name
                 check_origin(self.origin, start, parts, self.task.tokenizer, self.plugins)
             if start.vectors:

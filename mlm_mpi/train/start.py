@@ -40,6 +40,7 @@ class Origin:
     path: Path
     manifest: Manifest
     without: frozenset[str] = frozenset()  # parameters that are not taken from it
+    table: str = ""  # of which as many rows are taken as both models have: of tokens, which may have sentinels behind
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -52,6 +53,20 @@ class Origin:
             return self
         return replace(self, without=frozenset(p.name for p in parts[-1].parameters()))
 
+    def for_tokens(self, parts: Sequence[Part]) -> "Origin":
+        """The same for a model that may have another number of sentinels behind the tokens that both have."""
+        table: Parameter | None = getattr(parts[0], "tokens", None)
+        if table is None or not self._differ(table):
+            return self
+        return replace(self, table=table.name)
+
+    def _differ(self, table: Parameter) -> bool:
+        """Whether only one of the two has rows behind some, and both have one for each token."""
+        there, here = self.manifest.shapes.get(table.name, []), table.layout.shape
+        if there[1:] != [*here[1:]] or not there:
+            return False
+        return there[0] != here[0] and min(there[0], here[0]) >= self.manifest.vocabulary
+
     @property
     def name(self) -> str:
         """What its weights are known by, SHA-256."""
@@ -59,11 +74,20 @@ class Origin:
 
     def in_words(self, store: FlatStore) -> str:
         """For people: where weights come from, and which are drawn."""
-        drawn = [p.name for p in store.model if self.shapes.get(p.name) != list(p.layout.shape)]
+        drawn = [p.name for p in store.model if p.name != self.table and self.shapes.get(p.name) != [*p.layout.shape]]
         more = f", and {len(drawn) - 3} more" if len(drawn) > 3 else ""
         rest = f"; drawn: {', '.join(drawn[:3])}{more}" if drawn else ""
         kind = "average of weights" if "average" in self.manifest.buffers else "weights"
-        return f"{kind} {self.name[:12]} of {self.path}{rest}"
+        return f"{kind} {self.name[:12]} of {self.path}{rest}{self._rows_in_words(store)}"
+
+    def _rows_in_words(self, store: FlatStore) -> str:
+        """Of the table of which some rows are taken."""
+        if not self.table:
+            return ""
+        there, here = self.shapes[self.table][0], next(p.layout.shape[0] for p in store.model if p.name == self.table)
+        if there > here:
+            return f"; of {self.table} the first {here:,} rows, left out: {there - here:,} of sentinels"
+        return f"; of {self.table} {there:,} rows, drawn: {here - there:,} of sentinels"
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[Source]:
@@ -98,7 +122,7 @@ def fill(store: FlatStore, seed: int, origin: Origin | None, words: Words | None
         weights = None if origin is None else stack.enter_context(origin.weights())
 
         def over(drawn: Source) -> Source:
-            found = drawn if weights is None else Over(weights, drawn)
+            found = drawn if weights is None or origin is None else Over(weights, drawn, origin.table)
             return found if words is None else words.over(found)
 
         store.initialise(seed, over)
@@ -175,7 +199,7 @@ def check_origin(origin: Origin, start: Start, parts: Sequence[Part], tokenizer:
             f"{path / checkpoint.TOKENIZER_FILE}"
         )
     model = [parameter for part in parts for parameter in part.parameters()]
-    missing = [p.name for p in model if shapes.get(p.name) != list(p.layout.shape)]
+    missing = [p.name for p in model if p.name != origin.table and shapes.get(p.name) != list(p.layout.shape)]
     wanted = {p.name for p in model}
     left = [name for name in origin.manifest.shapes if name not in wanted]
     if start.partial and len(missing) == len(model):

@@ -20,6 +20,8 @@ from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, sca
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.commands.sharing import mesh_of
+from mlm_mpi.config import Config
+from mlm_mpi.data.corruption import Corrupted, Spans
 from mlm_mpi.data.translation import Pair, pairs_batch
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.generation import Sampling, continue_prompt, logits
@@ -73,6 +75,14 @@ PAIRS = (  # both halves' texts of several lengths; a memory that crosses the cu
     "train.recompute=true",
 )  # fmt: skip
 
+SPANS = (
+    *PAIRS,
+    "task.kind=span_corruption",
+    "task.rate=0.3",
+    "task.span=2",
+    "train.recompute=false",
+)  # rows of the table behind those of the tokens
+
 # several chunks a stage; with four layers there are six parts
 CHUNKS = ("model.layers=4", "train.schedule=interleaved", "mesh.chunks=2", "mesh.pp=2")
 CHUNKED = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 1), (2, 2)]}  # (pp, tp) by ranks
@@ -115,13 +125,13 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
     engine = engine_of(config, VOCABULARY, on)
     engine.machine.store.initialise(config.train.seed)
     plan = engine.plan(0, steps)
-    source = pairs(plan) if config.task.kind == "translation" else batches(config, plan)
+    source = OTHERS[config.task.kind](config, plan) if config.task.kind in OTHERS else batches(config, plan)
     if config.data.documents == "separate":
         source = with_documents(source)
     return engine, [engine.step(step, source) for step in range(steps)]
 
 
-def pairs(plan: list[tuple[int, int]]):
+def pairs(config: Config, plan: list[tuple[int, int]]):
     """Micro-batches of three pairs of texts, each of lengths of its own."""
     iterator = iter(plan)
 
@@ -135,6 +145,24 @@ def pairs(plan: list[tuple[int, int]]):
         return pairs_batch(some, 0, step, index)
 
     return next_batch
+
+
+class Text:
+    """A stream of tokens."""
+
+    tokens, split = 1000, "train"
+
+    def read(self, start: int, stop: int):
+        return (np.arange(start, stop) * 7 % VOCABULARY).astype(np.uint8)
+
+
+def spans(config: Config, plan: list[tuple[int, int]]):
+    """Micro-batches of windows from which spans are taken out."""
+    samples = Corrupted(Text(), config.model.context, True, VOCABULARY, 0, Spans(0.3, 2.0), config.train.seed)
+    return (samples.batch(range(index, index + 3), step, index) for step, index in plan).__next__
+
+
+OTHERS = {"translation": pairs, "span_corruption": spans}
 
 
 def with_documents(source):
@@ -156,12 +184,12 @@ def outcome(engine, results):
 
 @pytest.mark.parametrize(
     "words",
-    [GPT, DECODER, UNTIED, LSTM, *(pytest.param(words, marks=pytest.mark.slow) for words in (GRU, PAIRS))],
-    ids=["gpt", "decoder", "untied", "lstm", "gru", "pairs"],
+    [GPT, DECODER, UNTIED, LSTM, *(pytest.param(words, marks=pytest.mark.slow) for words in (GRU, PAIRS, SPANS))],
+    ids=["gpt", "decoder", "untied", "lstm", "gru", "pairs", "spans"],
 )
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
-        wide_or_slow = (words is GRU and group.size != 2) or (words in (UNTIED, LSTM, PAIRS) and group.size == 8)
+        wide_or_slow = (words is GRU and group.size != 2) or (words in (UNTIED, LSTM, PAIRS, SPANS) and group.size == 8)
         if wide_or_slow:
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import Place
+from programs import Place, make_text, prepare
 
 from mlm_mpi.backend.cpu import library
 
@@ -141,8 +141,64 @@ def test_what_it_writes_is_one_on_any_mesh(learns: Place) -> None:
         assert learns.program("run", "-n", ranks, "--", "predict", "learns", "new.csv", *words).out == out
     wide = ("predict", "learns", "new.csv", "--beams", "3", "--length-penalty", "1")
     assert learns.program("run", "-n", "4", "--", *wide, "--tp", "2", "--pp", "2").out == learns.program(*wide).out
+    (learns.folder / "new.txt").write_text("".join(f"{text}\n" for text in texts))
+    assert learns.program("predict", "learns", "new.txt").out == out, "a text a line"
+    lines = ("predict", "learns", "new.txt", "--text", "text")
+    learns.program(*lines).refused("--text is of tables, and new.txt has a text a line: leave it out")
     told = learns.program("predict", "learns", "new.csv", "--json").out.splitlines()
     assert [json.loads(line)["text"] for line in told] == out.splitlines()
+
+
+def test_a_translation_is_explained(learns: Place) -> None:
+    explain = ("explain", "learns", "red blue green")
+    told = learns.program(*explain, "--at", "2", "--out", "look.html").out.splitlines()
+    assert [line.split()[0] for line in told] == [
+        "model", "source", "question", "answer", "explained", "attributions", "attention", "written",
+    ]  # fmt: skip
+    assert told[1].endswith("4 positions") and "number 2 of the translation, of 4 positions" in told[2]
+    assert "explained     ' blue'" in told[4] and (learns.folder / "look.png").stat().st_size > 10_000
+    other = ("--translation", "green red", "--out", "other.html", "--layer", "1")
+    assert "explained     ' blue'" in learns.program(*explain, *other, "--at", "2", "--target", " blue").out
+    none = ("--out", "none.html")
+    learns.program(*explain, "--at", "5", *none).refused("--at 5 is no token of the translation, which has 4: 1 'green")
+    learns.program(*explain, "--pair", "x", *none).refused("--pair is of classifiers", "give --translation")
+    assert not (learns.folder / "none.html").exists()
+
+
+SPANS = (  # context and widths stay those of the translation
+    "task.kind=span_corruption", "data.dir=plain", "task.rate=0.3", "task.span=2", "train.steps=4", "train.rows=2",
+    "checkpoint.every=2", "eval.every=2",
+)  # fmt: skip
+
+
+def test_what_spans_have_taught_is_fine_tuned_to_translate(pairs: Place) -> None:
+    """One hash on any mesh, in both; the rows of sentinels are left out, and said to be."""
+    tokenizer = next((pairs.folder / "alone" / "checkpoints").glob("*/tokenizer.json"))
+    prepare(
+        make_text(pairs.folder / "plain-text"),
+        pairs.folder / "plain",
+        "--tokenizer",
+        str(tokenizer),
+        "--heldout",
+        "0.1",
+    )
+    train = ("train", "pairs.toml", *keys(*SPANS), "--run")
+    spans = pairs.program(*train, "spans")
+    assert spans.code == 0 and "sentinels behind the" in spans.out, spans.err
+    three = pairs.program("run", "-n", "3", "--", *train, "spans-three", *keys("comm.overlap=false"))
+    both = pairs.program("run", "-n", "4", "--", *train, "spans-four", *keys("mesh.pp=2", "mesh.tp=2"))
+    pairs.program(*train, "spans-stopped", "--max-steps", "3")
+    again = pairs.program("run", "-n", "2", "--", *train, "spans-stopped")
+    assert spans.weights == three.weights == both.weights == again.weights
+    told = json.loads(pairs.program("evaluate", "spans", "--baselines", "--json").out)
+    assert 0 < told["unigram_loss"] < 6 and told["loss"] > 0
+    pairs.program("explain", "spans", "red", "--out", "none.html").refused("span_corruption", "fine-tuned from it")
+    tuned = ("pairs.toml", *keys("train.steps=3"), "--run")
+    alone = pairs.program("finetune", "spans", *tuned, "tuned")
+    assert "of embed.tokens the first" in alone.out and "left out: 8 of sentinels" in alone.out, alone.err
+    assert pairs.program("run", "-n", "2", "--", "finetune", "spans", *tuned, "two", *keys("mesh.tp=2")).weights == (
+        alone.weights
+    )
 
 
 def test_figures_of_translations_beside_those_of_simple_methods(learns: Place) -> None:

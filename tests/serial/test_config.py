@@ -203,7 +203,7 @@ NOT_ZERO = [
     "model.norm_epsilon", "comm.bucket_mib", "comm.timeout_s", "numerics.shares", "model.rotary_original",
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
     "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha", "task.window", "task.negatives",
-    "model.segments", "model.ngrams", "model.ngram_buckets", "task.rate",
+    "model.segments", "model.ngrams", "model.ngram_buckets", "task.rate", "task.span",
     "task.question", "task.longest",
 ]  # fmt: skip
 NOT_NEGATIVE = [

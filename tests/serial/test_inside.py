@@ -22,12 +22,12 @@ from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import MlmError
 from mlm_mpi.inside import answer, colours, page, picture, question
 from mlm_mpi.inside.explanation import Attribution, Explanation, Row
-from mlm_mpi.layers.base import Context, Sizes, Trunk
+from mlm_mpi.layers.base import Context, Map, Sizes, Trunk
 from mlm_mpi.layers.classes import ClassHead
 from mlm_mpi.layers.embedding import TokenEmbedding
 from mlm_mpi.layers.head import TokenHead
 from mlm_mpi.layers.recurrent import Identity
-from mlm_mpi.models import bert, gpt, gru, llama, lstm
+from mlm_mpi.models import bert, encoder_decoder, gpt, gru, llama, lstm
 
 TOKENS, TEXT, LABELS = Tokenizer.bytes(), "ten words", ["bad", "good", "dull"]
 SIZES = {"layers": 2, "width": 24, "context": 40, "dropout": 0.3, "init_std": 0.2}
@@ -43,6 +43,7 @@ MODELS = {
     "masked": (bert, bert.Settings(**SIZES, heads=3)),
     "first": (bert, bert.Settings(**SIZES, heads=3, norm="pre")),
     "mean": (bert, bert.Settings(**SIZES, heads=3)),
+    "pair": (encoder_decoder, encoder_decoder.Settings(**SIZES, heads=3)),
 }
 every_model = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("gru", "first") else kind for kind in MODELS]
@@ -67,6 +68,8 @@ def asked(kind: str, target: str | None = None) -> question.Question:
         return question.label_of(TOKENS, TEXT, None, 40, LABELS, target)
     if kind == "masked":
         return question.hidden_token(TOKENS, TEXT, 40, 5, target)
+    if kind == "pair":
+        return question.written_token(TOKENS, question.source_of(TOKENS, TEXT, 40), "dix mots", 40, 3, target)
     return question.next_token(TOKENS, TEXT, 40, None, target)
 
 
@@ -90,7 +93,8 @@ def test_maps_are_what_the_model_attends_with(kind: str, dtype: str) -> None:
     assert [*maps] == ["block0.attention", "block1.attention"]
     for number, (block, flow) in enumerate(zip(parts[1:-1], flows, strict=False)):
         x = flow[0] if kind in ("masked", "mean") else block.norm1.forward(flow[0], ctx)[0]
-        saved, p = block.mixer.forward(x, ctx)[1], maps[block.mixer.name]
+        saved, (p, *sides) = block.mixer.forward(x, ctx)[1], maps[block.mixer.name]
+        assert sides == ["batch", "batch"]
         if kind == "llama":
             units, o = saved[1], saved[4]
             v = np.repeat(units[0, :, :, -1].swapaxes(0, 1), 3, axis=0)  # (H, T, D)
@@ -111,19 +115,54 @@ def test_texts_of_a_row_do_not_see_each_other() -> None:
     parts = model_of("mean").chain.parts
     ids = np.arange(24, dtype=np.int32)[None]
     ctx = Context(batch=Batch(0, 0, {"ids": ids}, {}, 0, texts=(9, 20)))
-    (p,) = parts[1].maps(parts[0].forward((), ctx)[0], ctx).values()
+    ((p, *_),) = parts[1].maps(parts[0].forward((), ctx)[0], ctx).values()
     assert np.allclose(p[0, :, :20].sum(axis=2), 1) and not p[0, :, :9, 9:].any() and not p[0, :, 9:20, :9].any()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_maps_of_two_texts_are_what_both_halves_attend_with(dtype: str) -> None:
+    parts, made = model_of("pair", dtype).chain.parts, asked("pair")
+    ctx = Context(batch=made.batch)
+    flows, texts = answer.walk(parts, ctx), {"batch": len(made.tokens), "source": len(made.source)}
+    maps = answer.attention_maps(parts, flows, ctx, len(made.tokens))
+    assert texts == {"batch": 9, "source": 10} and [(*one[1:],) for one in maps.values()] == [
+        *2 * [("source", "source")], *2 * [("batch", "batch"), ("batch", "source")],
+    ]  # fmt: skip
+    for p, rows, columns in maps.values():
+        assert p.shape == (3, texts[rows], texts[columns]) and np.abs(p.sum(axis=2) - 1).max() < 1e-12
+        assert (p > 0).all() or (rows, columns) == ("batch", "batch")
+    block, (y, memory) = parts[3], flows[2]
+    y = block.mixer.forward(block.norm1.forward(y, ctx)[0], ctx, residual=y)[0]
+    kept = block.cross.forward(block.norm2.forward(y, ctx)[0], memory, ctx)[1]
+    values, o = block.cross._split(kept[2], kept[3])[2][0], kept[4][0]
+    found = (maps["decoder.block0.cross"].probabilities @ values).swapaxes(0, 1)
+    assert np.abs(found - o).max() < (1e-6 if dtype == "f4" else 1e-13)
+
+
+def test_the_lens_of_a_translation_is_the_decoder_and_it_is_called_by_its_halves() -> None:
+    told, made = explained("pair", steps=32), asked("pair")
+    assert [row.name for row in told.lens] == ["embedding", "layer 1", "layer 2"]
+    hidden = model_of("pair").chain.without_last_part().forward((), Context(batch=made.batch))[0][0]
+    logits = model_of("pair").chain.parts[-1].logits(hidden, Context())[0]
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert np.allclose(told.lens[-1].came, p[np.arange(9), [*b"dix mots", TOKENS.eot]])
+    assert told.attribution.output == "x" and told.at == 2 and len(told.attribution.values) == 10
+    assert told.layers() == [
+        "encoder 1",
+        "encoder 2",
+        *(f"decoder {n}{to}" for n in (1, 2) for to in ("", " to encoder")),
+    ]
 
 
 @every_model
 def test_gradients_are_those_of_the_score(kind: str) -> None:
     parts, made = model_of(kind).chain.parts, asked(kind)
     ctx = Context(batch=made.batch, gradients=answer._Unread())
-    (x,), _ = parts[0].forward((), ctx)
+    flow, _ = parts[0].forward((), ctx)
     for what in ("logit", "log-probability"):
         score = answer._scorer(2, what)
-        gradient = answer._gradient(parts, x, made, ctx, score)
-        directional(lambda score=score: score(answer._logits(parts, x, made, ctx))[0], x, gradient)
+        gradient = answer._gradient(parts, flow, made, ctx, score)
+        directional(lambda score=score: score(answer._logits(parts, flow, made, ctx))[0], flow[-1], gradient)
 
 
 @every_model
@@ -133,7 +172,8 @@ def test_attributions_add_up(kind: str, score: str) -> None:
     target = None if score == "logit" else "bad" if kind in ("first", "mean") else "z"
     told = explained(kind, score, 512, target, "f4").attribution
     assert told.output == (target or told.output) and told.gap < 2e-4
-    assert abs(told.difference) > 1e-2 and told.values[0] == 0.0, "an end of text is its own baseline"
+    assert abs(told.difference) > 1e-2
+    assert told.values[-1 if kind == "pair" else 0] == 0.0, "an end of text is its own baseline"
     if score == "log-probability":
         assert np.exp(told.value) == pytest.approx(told.probability)
 
@@ -221,6 +261,10 @@ def test_the_lens_of_a_classifier_is_of_the_text() -> None:
          "this model is asked for a hidden token: give its number by --at, 1 'a', 2 'b'"),
         (lambda: question.label_of(TOKENS, "ab", None, 40, LABELS, "god"),
          "--target 'god' is no label of this model; did you mean 'good'?"),
+        (lambda: question.written_token(TOKENS, np.array([97, 256]), "", 40, 1, None),
+         "the text is empty: give some words"),
+        (lambda: question.written_token(TOKENS, np.array([97, 256]), [98], 40, 3, None),
+         "--at 3 is no token of the translation, which has 2: 1 'b', 2 '■'"),
         (lambda: question.label_of(TOKENS, "a" * 20, "b" * 20, 40, LABELS, None),
          "the two texts have 3 tokens more than there is room for: shorten them"),
     ],
@@ -247,7 +291,7 @@ def told_of(length: int, layers: int = 2, heads: int = 3) -> Explanation:
     draws = np.random.default_rng(length)
     tokens = [EVIL[number % len(EVIL)] for number in range(length)]
     p = draws.random((layers, heads, length, length)) * np.tri(length)
-    maps = {f"block{number}.attention": one / one.sum(axis=2, keepdims=True) for number, one in enumerate(p)}
+    maps = {f"block{number}.attention": Map(one / one.sum(axis=2, keepdims=True)) for number, one in enumerate(p)}
     top = [[(token, 0.5), (EVIL[0], 0.25)] for token in tokens]
     lens = [Row(name, top, np.full(length, np.nan)) for name in ("embedding", "layer 1")]
     account = Attribution(EVIL[0], 0.5, "logit", 3.0, "ends of text", 1.0, 64, draws.normal(size=length))
@@ -255,17 +299,29 @@ def told_of(length: int, layers: int = 2, heads: int = 3) -> Explanation:
     return Explanation(model, "which token follows", tokens, length - 1, maps, tokens, lens, account)
 
 
+def two_told(source: int, target: int) -> Explanation:
+    """Of a text and its translation."""
+    plain, tokens = told_of(target), [EVIL[number % len(EVIL)] for number in range(source)]
+    draws, sizes = np.random.default_rng(source), {"batch": target, "source": source}
+    maps = {}
+    for rows, columns in (("source", "source"), ("batch", "batch"), ("batch", "source")):
+        p = draws.random((3, sizes[rows], sizes[columns]))
+        maps[f"{rows}.{columns}"] = Map(p / p.sum(axis=2, keepdims=True), rows, columns)
+    account = replace(plain.attribution, values=draws.normal(size=source))
+    return replace(plain, maps=maps, source=tokens, attribution=account)
+
+
 def block(text: str, opening: str, end: str = "</script>") -> str:
     return text.partition(opening)[2].partition(end)[0]
 
 
-@pytest.mark.parametrize("length", [1, 9])
-def test_a_page_holds_its_numbers_and_runs_nothing_else(length: int) -> None:
-    told = told_of(length)
+@pytest.mark.parametrize("length", [1, 9, "two"])
+def test_a_page_holds_its_numbers_and_runs_nothing_else(length: int | str) -> None:
+    told = two_told(9, 4) if length == "two" else told_of(length)
     text = page.page(told, 1, 0).decode()
     data = json.loads(block(text, 'id="data">'))
     assert data["tokens"] == told.tokens and data["model"] == told.model
-    for layer, p in zip(data["layers"], told.maps.values(), strict=True):
+    for layer, (p, *_) in zip(data["layers"], told.maps.values(), strict=True):
         root = np.frombuffer(base64.b64decode(layer["map"]), np.uint8).reshape(p.shape) / 255
         assert np.abs(root**2 - p).max() < 0.004
     assert re.findall(r"<script[^>]*>", text) == ['<script type="application/json" id="data">', "<script>"]
@@ -311,11 +367,12 @@ def test_scales_have_equal_steps_and_text_on_them_can_be_read() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_a_browser_draws_it_and_has_nothing_to_complain_of(tmp_path: Path) -> None:
-    for length in (1, 40, 256):
-        (tmp_path / "page.html").write_bytes(page.page(told_of(length), 1, 0))
+    two = [(two_told(9, 4), layer, 4 + 9 + 9) for layer in range(3)]
+    for told, layer, buttons in (*((told_of(length), 1, 2 * length) for length in (1, 40, 256)), *two):
+        (tmp_path / "page.html").write_bytes(page.page(told, layer, 0))
         words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         words += ["--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/page.html"]
         ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in ended.stderr
-        assert len(re.findall(r'class="token[ "]', ended.stdout)) == 2 * length and "Position" in ended.stdout
+        assert len(re.findall(r'class="token[ "]', ended.stdout)) == buttons and "Position" in ended.stdout
         assert len(re.findall(r"<script[ >]", ended.stdout)) == 2 and "<img" not in ended.stdout

@@ -16,8 +16,8 @@ PATH = (
     "rng.py", "exact.py", "cut.py", "order.py", "params", "layers", "ops", "models", "optim", "rates", "schedules",
     "comm/tree.py", "comm/buckets.py", "comm/reductions", "backend/arrays.py", "backend/registry.py", "backend/sums.py",
     "backend/cpu", "data/batch.py", "data/sampler.py", "data/loader.py", "data/stream.py", "data/objectives",
-    "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py", "data/translation.py",
-    "data/warmup.py",
+    "data/corruption.py", "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py",
+    "data/translation.py", "data/warmup.py",
     "train/assignment.py", "train/audit.py", "train/build.py", "train/captured.py", "train/engine.py", "train/guard.py",
     "train/replicas.py",
 )  # fmt: skip
@@ -35,6 +35,7 @@ ALLOWED = {
     ("comm/reductions/canonical.py", "Canonical._owned_elements", "sum"): "whole numbers",
     ("params/clip.py", "share_norms", "sum"): "whole numbers",
     ("data/objectives/causal.py", "Windows.batch", "mask.sum"): "whole numbers",
+    ("data/corruption.py", "corrupted", "np.cumsum"): "whole numbers",
     ("data/masking.py", "Masked.batch", "there[row].sum"): "whole numbers",
     ("data/texts.py", "Noise.apart", "np.cumsum"): "whole numbers",
     ("data/texts.py", "Noise.apart", "chosen[:second].sum"): "whole numbers",
