@@ -64,10 +64,10 @@ class SpanHead:
             totals = nothing + scores[0]  # log Σ exp of both columns
             first, stop = targets["contexts"][number].tolist()
             start, past, best = _best(scores[first:stop] - totals, self.longest)
-            told.append(
-                module_of(own).stack([*targets["names"][number].astype("f8"), start, past, best, -nothing.sum()])
-            )
-            losses.append((totals - scores[targets["answers"][number], module_of(own).arange(2)]).sum() / 2)
+            row = [*targets["names"][number].astype("f8"), start, past, best, -(nothing[0] + nothing[1])]
+            told.append(module_of(own).stack(row))
+            missed = totals - scores[targets["answers"][number], module_of(own).arange(2)]
+            losses.append((missed[0] + missed[1]) / 2)
         ctx.tally["outcomes"] = module_of(logits).stack(told)
         ctx.tally["loss"] = crossentropy.summed(module_of(logits).stack(losses), 1)
 
