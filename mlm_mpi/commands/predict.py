@@ -159,7 +159,7 @@ def _answer_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[
     from mlm_mpi.prediction import predict_answers
 
     config = trained.config
-    cut = Cut(config.model.context, config.task.question, config.task.stride)
+    cut = Cut(config.model.context, config.task.question, config.task.stride, config.task.matches)
     rounds = predict_answers(
         trained.chain, trained.tokenizer, read_new(Path(args.file), args.encoding), cut, config.task.unanswerable,
         args.rows, trained.mesh, trained.place,

@@ -67,11 +67,16 @@ class Window(NamedTuple):
 
 class Cut(NamedTuple):
     """How questions and contexts are made to fit: tokens that a model sees at once, the most of a question, and after
-    how many tokens of a context the next window begins (0: half of what a window holds)."""
+    how many tokens of a context the next window begins (0: half of what a window holds).
+
+    `matches`: tokens of a context that are in its question too lie in a segment of their own, the third.
+    Source: Chen et al., arXiv:1704.00051, section 3.2, exact match.
+    """
 
     context: int
     question: int
     stride: int
+    matches: bool = False
 
     def kept(self, length: int) -> int:
         """Of so many tokens of a question."""

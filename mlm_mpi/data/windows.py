@@ -46,6 +46,8 @@ def batch_of(some: Sequence[Seen], cut: Cut, eot: int, side: int = 0, step: int 
         for begin, one in zip(begins, some, strict=True)
     ]
     contexts = [(begin, begin + len(one.context)) for begin, one in zip(begins, some, strict=True)]
+    for one, (first, stop), (begin, _) in zip(some, contexts, made.spans(), strict=True) if cut.matches else ():
+        made.inputs["segments"][0, begin + first : begin + stop][np.isin(one.context, one.ids)] = 2
     table = {"answers": answers, "contexts": contexts, "names": [(side, one.number) for one in some]}
     return replace(made, targets={name: np.array(rows, np.int32) for name, rows in table.items()})
 

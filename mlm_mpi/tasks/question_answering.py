@@ -59,6 +59,11 @@ class Settings:
         False,
         says="A question may have no answer in its text, and the model may say so; otherwise it always gives its best.",
     )
+    matches: bool = key(
+        False,
+        says="Tokens of a context that are in its question too lie in the third segment; model.segments is then 3 or "
+        "more. A model that begins from nothing learns from few questions with it.",
+    )
     hide: float = key(
         0.0,
         says="In training this share of the tokens is hidden from the model, drawn anew each time.",
@@ -90,9 +95,11 @@ def cut_of(config: Config) -> Cut:
         raise ConfigError(
             f"model.context = {config.model.context} has no room for a question and a context: {ENDS + 2} is the least"
         )
-    if getattr(config.model, "segments", 2) < 2:
-        raise ConfigError("model.segments = 1 does not tell a question from its context: set model.segments = 2")
-    return Cut(config.model.context, config.task.question, config.task.stride)
+    segments, needed = getattr(config.model, "segments", 2), 3 if config.task.matches else 2
+    if segments < needed:
+        what = "task.matches = true needs a third" if segments == 2 else "a question and its context have one each"
+        raise ConfigError(f"model.segments = {segments}, and {what}: set model.segments = {needed}")
+    return Cut(config.model.context, config.task.question, config.task.stride, config.task.matches)
 
 
 class QuestionAnswering:

@@ -174,6 +174,7 @@ def test_questions_without_an_answer(asked: Place) -> None:
         (("evaluate", "answers", "--data", "corpus"), ("without questions", "prepare FILES --squad", "--data")),
         (("train", "asked.toml", "--run", "x", "--set", "model.context=4"), ("model.context = 4", "5 is the least")),
         (("train", "asked.toml", "--run", "x", "--set", "model.segments=1"), ("model.segments = 1",)),
+        (("train", "asked.toml", "--run", "x", "--set", "task.matches=true"), ("set model.segments = 3",)),
         (
             ("train", "asked.toml", "--run", "x", "--set", "task.kind=classification"),
             ("has questions, not labels of texts", 'task.kind = "question_answering"'),

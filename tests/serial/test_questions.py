@@ -235,6 +235,12 @@ def test_targets_are_positions_of_a_text() -> None:
         assert (first, last) == (0, 0) if one.number == 3 else ids[first : last + 1].tolist() == [18, 19]
 
 
+def test_what_is_in_the_question_too_may_lie_in_the_third_segment() -> None:
+    question, cut = Question(np.array([1, 2]), np.array([5, 2, 9, 1]), 0, 1), Cut(16, 3, 0, matches=True)
+    made = batch_of([seen(question, Window(0, 0, 4), cut)] * 2, cut, 0)
+    assert made.inputs["segments"][0].tolist() == [0, 0, 0, 0, 1, 2, 1, 2, 1] * 2 + [0] * 6
+
+
 def test_the_best_span_of_several_windows() -> None:
     found = np.array([[2, 5, -1.0, -3.0], [1, 2, -0.5, -0.9]])
     firsts = np.array([0, 4])
