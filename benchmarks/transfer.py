@@ -20,8 +20,8 @@ from pathlib import Path
 import harness
 
 EXAMPLE = harness.HERE.parent / "examples" / "sentiment"
-MODEL = ("kind", "layers", "width", "heads", "context", "norm")
-SCRATCH = ("optim.learning_rate=2e-3", "optim.warmup_steps=40", "train.steps=180", "eval.every=60")
+MODEL = ("kind", "layers", "width", "heads", "context", "norm", "ngrams")
+SCRATCH = ("optim.warmup_steps=40",)
 
 
 def ran(*words: str) -> str:
@@ -66,7 +66,7 @@ def main() -> None:
             common = ("--set", f"data.dir={args.data}", "--set", f"train.seed={seed}")
             arms = {
                 "scratch": ("train", config, *common, *drawn),
-                "tuned": ("finetune", str(args.run), config, *common),
+                "tuned": ("finetune", str(args.run), "--best", config, *common),
             }
             runs.append(
                 [

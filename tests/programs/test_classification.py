@@ -128,6 +128,8 @@ def test_rows_without_text_have_no_label_and_a_pipe_stays_one(texts: Place) -> N
     done = texts.program("predict", "alone", "gaps.jsonl", "--json", "--out", "/dev/stdout")
     told = [json.loads(line)["label"] for line in done.out.splitlines()]
     assert told == ["animal", None, None, "fruit"] and "2 have no text" in done.err
+    (texts.folder / "gaps.txt").write_text("the cow\n \n\na fig\n")
+    assert texts.program("predict", "alone", "gaps.txt", "--json").out == done.out, "a text a line"
     assert texts.program("predict", "alone", "gaps.jsonl", "--out", "/dev/full").code != 0
     assert Path("/dev/full").is_char_device()
 
