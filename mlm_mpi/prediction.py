@@ -1,5 +1,5 @@
-"""Labels of new texts or words, or what is made of texts: rows or sentences of a file, in their order, by any number of
-ranks."""
+"""Labels of new texts or words, what is made of texts, or answers to questions: rows, sentences or questions of a file,
+in their order, by any number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,13 +11,15 @@ import numpy as np
 from mlm_mpi.backend.arrays import Place, to_host
 from mlm_mpi.beams import Beams, written
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.data import tagged, texts, words
+from mlm_mpi.data import squad, tagged, texts, windows, words
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example
+from mlm_mpi.data.questions import Cut, Question, best_span
 from mlm_mpi.data.rows import Row
 from mlm_mpi.data.sentences import ENDS, Sentence
 from mlm_mpi.data.tokenizer import Tokenizer
-from mlm_mpi.data.tokenizing import encode_pairs, encode_words
+from mlm_mpi.data.tokenizing import bounds_of, characters_of, encode_pairs, encode_words
+from mlm_mpi.errors import DataError
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.chain import Chain
 
@@ -98,7 +100,7 @@ def _rounds(
     for some, mine in _shares(rows, at_once, mesh):
         found, cut = labelled(mine)
         every = group.allgather([cut, found.tolist()], "probabilities of labels")
-        table = np.array([row for _, part in every for row in part], np.float32)
+        table = np.array([row for _, part in every for row in part], found.dtype)
         yield some, table, sum(part for part, _ in every)
 
 
@@ -111,6 +113,56 @@ def _shares(rows: Iterator[T], at_once: int, mesh: Mesh) -> Iterator[tuple[list[
         if not some:
             return
         yield some, some[group.rank * at_once : (group.rank + 1) * at_once]
+
+
+class Answered(NamedTuple):
+    """Questions, and of each the characters of its context that are its answer, the first and one past the last, and
+    the probability (n, 3) float64; NaN for what has no question or no context, 0 and 0 for no answer. `cut`: questions
+    that lost their ends."""
+
+    questions: Sequence[squad.Question]
+    answers: np.ndarray
+    cut: int
+
+
+def predict_answers(
+    chain: Chain, tokenizer: Tokenizer, questions: Iterator[squad.Question], cut: Cut, may_be_none: bool, at_once: int,
+    mesh: Mesh, place: Place,
+) -> Iterator[Answered]:  # fmt: skip
+    """Likewise of questions over texts of any length, `at_once` windows at a time. Collective."""
+
+    def answered(mine: list[squad.Question]) -> tuple[np.ndarray, int]:
+        asked = {number: _encoded(tokenizer, one) for number, one in enumerate(mine) if one.text and one.second}
+        sizes = [(number, len(one.ids), len(one.context)) for number, one in asked.items()]
+        every = [window for size in sizes for window in cut.windows(*size)]
+        some = [windows.seen(asked[window.question], window, cut, k) for k, window in enumerate(every)]
+        some.sort(key=lambda one: len(one.ids) + len(one.context))
+        found = np.zeros((len(every), 4))
+        for start in range(0, len(some), at_once):
+            batch = windows.batch_of(some[start : start + at_once], cut, tokenizer.eot)
+            told = _told(chain, batch, mesh, place, "outcomes")
+            found[told[:, 1].astype(int)] = told[:, 2:]
+        table = np.full((len(mine), 3), np.nan)
+        owners, firsts = np.array([window[:2] for window in every], int).reshape(-1, 2).T
+        for number, one in asked.items():
+            span = best_span(firsts[owners == number], found[owners == number], may_be_none)
+            context = mine[number].second
+            bounds = bounds_of(tokenizer, one.context, context)
+            assert bounds is not None, "looked at when it was encoded"
+            characters = characters_of(context, bounds, span.first, span.stop) if span.stop else (0, 0)
+            table[number] = *characters, span.probability
+        return table, sum(cut.kept(size) < size for _, size, _ in sizes)
+
+    for some, table, lost in _rounds(questions, at_once, mesh, answered):
+        yield Answered(some, table.reshape(-1, 3), lost)
+
+
+def _encoded(tokenizer: Tokenizer, one: squad.Question) -> Question:
+    """Raises DataError for a tokenizer whose tokens are not the text."""
+    [(ids, second)] = encode_pairs(tokenizer, [(one.text, one.second)])
+    if bounds_of(tokenizer, ids[second:], one.second) is None:
+        raise DataError(f"the model's tokenizer loses some of the text of {one.place}: leave it out")
+    return Question(ids[:second].astype(np.int32), ids[second:].astype(np.int32), 0, 0)
 
 
 class Written(NamedTuple, Generic[T]):
@@ -151,12 +203,16 @@ def encoded(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[np.ndarray]:
 
 def _probabilities(chain: Chain, batch: Batch | None, mesh: Mesh, place: Place) -> np.ndarray:
     """In the order of the batch, None for an empty one. Shapes: -> (n, L), on every rank that shares the model."""
-    found = np.zeros((0, 0), np.float32)
-    if batch is not None:
-        ctx = Context(mesh, batch=batch.map(place.put))
-        chain.forward((), ctx)
-        found = to_host(ctx.tally["probabilities"]) if "probabilities" in ctx.tally else found
-    return np.array(mesh.group("pp").allgather(found.tolist(), "the last stage")[-1], np.float32)
+    found = np.zeros((0, 0)) if batch is None else _told(chain, batch, mesh, place, "probabilities")
+    return found.astype(np.float32)
+
+
+def _told(chain: Chain, batch: Batch, mesh: Mesh, place: Place, what: str) -> np.ndarray:
+    """What the head tells of a batch, on every rank that shares the model. Collective."""
+    ctx = Context(mesh, batch=batch.map(place.put))
+    chain.forward((), ctx)
+    found = to_host(ctx.tally[what]).tolist() if what in ctx.tally else []
+    return np.array(mesh.group("pp").allgather(found, "the last stage")[-1])
 
 
 def _marked(tokens: int, begins: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def _loaded(args: argparse.Namespace, group: "Group") -> "Trained":
 
     trained = load(sharing.checkpoint_of(args, group), named(args.plugins), args.device)
     kind = trained.config.task.kind
-    if not getattr(trained.plugins.find("tasks", kind, "task.kind"), "ANSWERS", False):
+    if not getattr(trained.plugins.find("tasks", kind, "task.kind"), "CHATS", False):
         raise ConfigError(
             f'{args.run} was trained for task.kind = "{kind}", which answers nobody: train it on dialogues (prepare '
             "--chat, then finetune), or give another run"

@@ -1,10 +1,11 @@
-"""`mlm-mpi prepare --label`, `--tags`, `--target`, `--aligned` and `--chat`: their arguments and their report."""
+"""`mlm-mpi prepare --label`, `--tags`, `--target`, `--aligned`, `--chat` and `--squad`: their arguments and report."""
 
 import argparse
 import math
 import re
 from pathlib import Path
 
+from mlm_mpi.data import squad
 from mlm_mpi.data.chats import FIELD, ChatColumns
 from mlm_mpi.data.labelled import Cleaning
 from mlm_mpi.data.labelling import Made, Recipe
@@ -21,14 +22,15 @@ _WITH_SIDE = re.compile(rf"({'|'.join(map(re.escape, NAMES))})=(.+)", re.DOTALL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """The arguments that --label, --tags, --target and --chat bring with them."""
+    """The arguments that --label, --tags, --target, --chat and --squad bring with them."""
     group = parser.add_argument_group(
-        "labelled texts and words, pairs of texts, dialogues",
+        "labelled texts and words, pairs of texts, dialogues, questions",
         "With --label or --target the inputs are tables: .csv, .tsv or .jsonl, also compressed.\n"
         "With --tags they have a word a line, its columns between tabs or blanks, and an empty line behind each\n"
         "sentence; or they are JSON lines with a list of words and one of their labels.\n"
         "With --chat they are JSON lines with a list of messages, each with a role (system, user, assistant) and a\n"
         "content.\n"
+        "With --squad they are JSON files as SQuAD's, or, with --builtin, questions made of the built-in text.\n"
         "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
     )
     add = group.add_argument
@@ -40,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="two text files instead of tables: what is to be made of a line is the other's line of that number",
     )  # fmt: skip
     add("--chat", action="store_true", help="each line is a dialogue, whose answers are learnt")
+    add("--squad", action="store_true", help="questions whose answers stand in a text (SQuAD 1.1, 2.0)")
     add("--text", metavar="COLUMN", help="column with the text (text), words (1, or tokens) or messages (messages)")
     add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
     add("--split", metavar="COLUMN", help="column that says train, heldout (or valid, dev) or test; otherwise cut here")
@@ -51,8 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def asked(args: argparse.Namespace) -> list[str]:
     """Which of the options is given that make the inputs rows instead of plain text; --label may come with --tags."""
-    names = ("tags", "label", "target", "aligned", "chat")
-    given = [f"--{name}" for name in names if getattr(args, name) not in (None, False)]
+    kinds = ("tags", "label", "target", "aligned", "chat", "squad")
+    given = [f"--{name}" for name in kinds if getattr(args, name) not in (None, False)]
     return [option for option in given if option != "--label" or not args.tags]
 
 
@@ -74,7 +77,9 @@ def check(args: argparse.Namespace) -> None:
 
 def _check_rows(args: argparse.Namespace, kind: str) -> None:
     """Raises ConfigError. `kind`: the option that makes rows of the inputs."""
-    if args.builtin:
+    if args.squad:
+        _check_squad(args)
+    elif args.builtin:
         what = {"--label": "labels", "--tags": "labels", "--chat": "answers"}.get(kind, "targets")
         raise ConfigError(f"--builtin has no {what}: leave it out, or leave out {kind}")
     for option in ("pair", "split", "source", "no-header") if args.tags or args.chat else ():
@@ -97,6 +102,16 @@ def _check_rows(args: argparse.Namespace, kind: str) -> None:
     _check_sides(args)
 
 
+def _check_squad(args: argparse.Namespace) -> None:
+    """Raises ConfigError: files of questions have no columns, and answers are told back as they stand there."""
+    for option in ("text", "pair", "split", "source", "no_header"):
+        if getattr(args, option) not in (None, False):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} does not go with --squad, its files have no columns: leave it out")
+    if args.tokenizer == "words":
+        raise ConfigError("--tokenizer words loses what stands between words, also in an answer: give bpe or bytes")
+
+
 def _check_aligned(args: argparse.Namespace) -> None:
     """Raises ConfigError: files of lines have no columns."""
     if args.inputs:
@@ -109,7 +124,7 @@ def _check_aligned(args: argparse.Namespace) -> None:
 def _check_sides(args: argparse.Namespace) -> None:
     """Raises ConfigError."""
     named = [*_inputs(args), *((side, source) for side, source, _ in _aligned(args))]
-    sides = [side for side, _ in named]
+    sides = [side for side, _ in named] or [None]
     if None in sides and set(sides) != {None}:
         other = next(text for side, text in named if side is None)
         raise ConfigError(
@@ -132,7 +147,7 @@ def recipe(args: argparse.Namespace, command: str) -> Recipe:
     """What the arguments ask for. `command`: the command line to be written down."""
     return Recipe(
         _inputs(args), Path(args.out), _columns(args), args.tokenizer, args.vocab, *_fractions(args), args.encoding,
-        args.shard_mib, args.seed, command, args.lowercase, _aligned(args), args.ratio,
+        args.shard_mib, args.seed, command, args.lowercase, _aligned(args), args.ratio, args.builtin,
     )  # fmt: skip
 
 
@@ -145,7 +160,7 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
     lines = [
         *_read(made),
         *([f"skipped     {found.unlabelled:,} rows without a label, first: {made.firsts['unlabelled']}"]
-          if found.unlabelled else []),
+          if found.unlabelled and manifest.labels else []),
         *([f"skipped     {found.out_of_ratio:,} pairs of a text and one over {args.ratio:g} times as long, first: "
            f"{made.firsts['out_of_ratio']}"] if found.out_of_ratio else []),
         f"repaired    {found.invalid_utf8:,} invalid UTF-8, {found.control_characters:,} control characters",
@@ -174,6 +189,8 @@ def _read(made: Made) -> list[str]:
     kept = sum(map(sum, manifest.counts.values()))
     if manifest.kind == "dialogues":
         return _read_dialogues(found, made.firsts, kept)
+    if manifest.kind == "questions":
+        return _read_questions(found, made.firsts, kept)
     if not manifest.of_words:
         first = f", first: {made.firsts['unpaired']}" if found.unpaired else ""
         return [
@@ -198,6 +215,22 @@ def _read_dialogues(found: Cleaning, firsts: dict[str, str], kept: int) -> list[
            f"behind the first message{odd}"] if found.odd_roles else []),
         *([f"left out    {found.unanswered:,} messages behind the last answer of their dialogue"]
           if found.unanswered else []),
+    ]  # fmt: skip
+
+
+def _read_questions(found: Cleaning, firsts: dict[str, str], kept: int) -> list[str]:
+    told = {
+        "unlabelled": "questions without an answer that do not say so are left out",
+        "unfound": "questions of which no answer stands in its text are left out",
+        "lost": "answers stand nowhere in their text",
+        "moved": "answers stand elsewhere than was said, the nearest place is taken",
+        "widened": "answers begin or end inside a token, all of it is taken",
+    }
+    return [
+        f"questions   {found.rows:,} read, {kept:,} kept, {found.impossible:,} have no answer on purpose",
+        f"removed     {found.duplicates:,} exact duplicates, {found.unpaired:,} empty questions or texts",
+        *(f"{'answers':<12}{getattr(found, name):,} {text}, first: {firsts[name]}"
+          for name, text in told.items() if getattr(found, name)),
     ]  # fmt: skip
 
 
@@ -233,12 +266,15 @@ def _how(made: Made, args: argparse.Namespace) -> str:
     cut = [name for name in ("heldout", "test") if getattr(made.manifest, name)]
     if not cut:
         return "as given" if made.is_given else "all for training"
-    by = f"column {args.source!r}" if args.source is not None else "first user message" if args.chat else "text"
+    by = "first user message" if args.chat else "context" if args.squad else "text"
+    by = by if args.source is None else f"column {args.source!r}"
     whole = "as given, " if made.is_given else ""
     return f"{whole}{' and '.join(cut)} cut by {by} with seed {args.seed}"
 
 
-def _columns(args: argparse.Namespace) -> Columns | WordColumns | ChatColumns:
+def _columns(args: argparse.Namespace) -> Columns | WordColumns | ChatColumns | squad.Columns:
+    if args.squad:
+        return squad.Columns()
     if args.chat:
         return ChatColumns(FIELD if args.text is None else args.text)
     if args.tags:

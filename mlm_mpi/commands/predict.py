@@ -1,5 +1,5 @@
-"""`mlm-mpi predict RUN FILE`: labels of new texts or words, or translations, on any number of ranks. Alone it needs no
-MPI."""
+"""`mlm-mpi predict RUN FILE`: labels of new texts or words, translations, or answers to questions, on any number of
+ranks. Alone it needs no MPI."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # --help and completion need no NumPy
 
     from mlm_mpi.comm.group import Group
     from mlm_mpi.data.rows import Columns, Row
+    from mlm_mpi.data.squad import Question
     from mlm_mpi.data.words import Sentence
     from mlm_mpi.prediction import Round, Written
     from mlm_mpi.train.checkpoint import Manifest
@@ -32,10 +33,13 @@ _EXAMPLES = """examples:
   mlm-mpi predict runs/names new.conll --out named.conll
   mlm-mpi predict runs/french new.tsv --text english --beams 4
   mlm-mpi predict runs/french lines.txt --out lines.fr                   # a text a line
+  mlm-mpi predict runs/squad dev-v1.1.json --squad --out answers.json     # for SQuAD's own program
 
 A line for each row of FILE, in their order: its label and the label's probability; of a row without text neither.
 Of a model of words (prepare --tags) a line for each word: it, its label, the label's probability; empty lines stay.
-Of a model that translates: what it makes of the text, by greedy search, or, slower and better, with --beams."""
+Of a model that translates: what it makes of the text, by greedy search, or, slower and better, with --beams.
+Of a model that answers (prepare --squad) FILE is as SQuAD's, or JSON lines {"question": …, "context": …}: the answer,
+its probability, and its first character in the context and the one behind it."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "file",
         metavar="FILE",
-        help="table of texts: .csv, .tsv or .jsonl; texts, one a line: .txt; or words, one a line, or .jsonl; .gz too",
+        help="table of texts: .csv, .tsv or .jsonl; texts, one a line: .txt; words, one a line, or .jsonl; questions: "
+        ".json or .jsonl; .gz too",
     )
     add("--best", action="store_true", help="the best checkpoint of RUN (eval.best), not the newest")
     add("--out", metavar="FILE", help="where to write (default: stdout); it appears when it is complete")
     add("--json", action="store_true", help="JSON lines instead of tab-separated ones")
+    add("--squad", action="store_true", help="of questions: one JSON object, id to answer, as SQuAD's program reads it")
     add("--all", action="store_true", help="the probabilities of all labels")
     add("--text", metavar="COLUMN", help="column with the text (text), or with words (1, or tokens)")
     add("--pair", metavar="COLUMN", help="column with the second text, of a model of pairs")
@@ -82,16 +88,20 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     task = plugins.find("tasks", trained.config.task.kind, "task.kind")
-    of_words, writes = (getattr(task, name, False) for name in ("OF_WORDS", "WRITES"))
+    of_words, writes, answers = (getattr(task, name, False) for name in ("OF_WORDS", "WRITES", "FINDS"))
     with group.together("a look at the model"):
-        _check_model(args, trained.manifest, of_words, writes)
+        if answers:
+            _check_answering(args)
+        else:
+            _check_model(args, trained.manifest, of_words, writes)
     counts = Counter[str]()
-    made = _word_lines if of_words else _written_lines if writes else _text_lines
+    made = _word_lines if of_words else _written_lines if writes else _answer_lines if answers else _text_lines
     with _opened(args.out if group.rank == 0 else os.devnull) as out:
         for line in made(args, trained, counts):
             out.write(line)
     if group.rank == 0:
-        note("; ".join(_said(counts, trained.config.model.context, of_words, writes)))
+        said = _said_of_questions(counts, trained.config.task.question) if answers else None
+        note("; ".join(said or _said(counts, trained.config.model.context, of_words, writes)))
     return 0
 
 
@@ -103,6 +113,8 @@ def _columns(args: argparse.Namespace) -> "Columns":
 
 def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool, writes: bool) -> None:
     """Raises ConfigError for a model that tells no labels, or others than the arguments are for."""
+    if args.squad:
+        raise ConfigError(f"--squad is for runs that answer questions, and {args.run} is none: leave it out")
     if not writes and searching.given(args):
         raise ConfigError(
             f"{searching.given(args)[0]} is for runs that translate, and {args.run} is none: leave it out"
@@ -115,7 +127,8 @@ def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool,
                 raise ConfigError(f"--{option} is for runs that tell labels, and {args.run} translates: leave it out")
     elif not manifest.labels:
         raise ConfigError(
-            f"{args.run} tells no labels: give a run whose task.kind is classification, tagging or translation"
+            f"{args.run} tells no labels: give a run whose task.kind is classification, tagging, translation or "
+            "question_answering"
         )
     elif of_words:
         for option in ("--pair", "--no-header"):
@@ -126,6 +139,70 @@ def _check_model(args: argparse.Namespace, manifest: "Manifest", of_words: bool,
     elif manifest.pairs != (args.pair is not None):
         remedy = "name the column of the second text with --pair" if manifest.pairs else "leave --pair out"
         raise ConfigError(f"{args.run} tells labels of {'pairs' if args.pair is None else 'single texts'}: {remedy}")
+
+
+def _check_answering(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what a model that answers questions has not."""
+    given = [f"--{name}" for name in ("all", "pair", "text", "no_header") if getattr(args, name) not in (None, False)]
+    given += searching.given(args)
+    if given:
+        option = given[0].replace("_", "-")
+        raise ConfigError(f"{option} is not for questions, and {args.run} answers them: leave it out")
+    if args.squad and args.json:
+        raise ConfigError("--squad is one JSON object, --json has one a line: leave one out")
+
+
+def _answer_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[str]) -> Iterator[str]:
+    """What is written of questions. Collective."""
+    from mlm_mpi.data.questions import Cut
+    from mlm_mpi.data.squad import read_new
+    from mlm_mpi.prediction import predict_answers
+
+    config = trained.config
+    cut = Cut(config.model.context, config.task.question, config.task.stride, config.task.matches)
+    rounds = predict_answers(
+        trained.chain, trained.tokenizer, read_new(Path(args.file), args.encoding), cut, config.task.unanswerable,
+        args.rows, trained.mesh, trained.place,
+    )  # fmt: skip
+    for found in rounds:
+        if not counts["rows"] and not args.json:
+            yield "{\n" if args.squad else "answer\tprobability\tstart\tend\n"
+        for one, row in zip(found.questions, found.answers.tolist(), strict=True):
+            counts.update(rows=1, empty=row[0] != row[0], nothing=row[1] == 0)
+            yield _answer_line(args, one, row, counts["rows"])
+        counts.update(cut=found.cut)
+    if args.squad:
+        yield "\n}\n"
+
+
+def _answer_line(args: argparse.Namespace, one: "Question", row: list[float], number: int) -> str:
+    """`row`: first character, one past the last, probability; NaN where nothing was asked. `number`: from 1."""
+    import msgspec
+
+    start, end, probability = row
+    gone = start != start
+    answer = "" if gone else one.second[int(start) : int(end)]
+    if args.squad:
+        name, told = (msgspec.json.encode(text).decode() for text in (one.id or str(number), answer))
+        return f"{',' * (number > 1)}{chr(10) * (number > 1)}{name}: {told}"
+    if args.json:
+        places = {"probability": None, "start": None, "end": None}
+        found = places if gone else {"probability": _rounded(probability), "start": int(start), "end": int(end)}
+        named = {"id": one.id} if one.id else {}
+        return msgspec.json.encode(named | {"answer": None if gone else answer} | found).decode() + "\n"
+    shown = ["", "", ""] if gone else [f"{probability:.6f}", str(int(start)), str(int(end))]
+    return "\t".join([" ".join(answer.split()), *shown]) + "\n"
+
+
+def _said_of_questions(counts: Counter[str], most: int) -> list[str]:
+    """What a person is told at the end."""
+    told = [f"{counts['rows']:,} questions"]
+    for name, what in (
+        ("nothing", "have no answer"), ("cut", f"are longer than task.question = {most} and have lost their ends"),
+        ("empty", "have no question or no context, and no answer"),
+    ):  # fmt: skip
+        told += [f"{counts[name]:,} {what}"] if counts[name] else []
+    return told
 
 
 def _check_lines(args: argparse.Namespace) -> None:

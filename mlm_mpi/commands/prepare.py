@@ -32,7 +32,9 @@ _EXAMPLES = """examples:
   mlm-mpi prepare train=eng.train heldout=eng.testa test=eng.testb --out corpora/names --tags
   mlm-mpi prepare pairs.tsv --out corpora/enfr --text english --target french
   mlm-mpi prepare --aligned texts.en texts.fr --out corpora/enfr
-  mlm-mpi prepare talks.jsonl --out corpora/talks --chat"""
+  mlm-mpi prepare talks.jsonl --out corpora/talks --chat
+  mlm-mpi prepare train=train-v1.1.json heldout=dev-v1.1.json --out corpora/squad --squad
+  mlm-mpi prepare --builtin --squad --out corpora/questions"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +169,7 @@ def _command(args: argparse.Namespace) -> str:
     configure(parser)
     parser.set_defaults(heldout=None if args.heldout is None or labelling.asked(args) else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    flags = ("builtin", "lowercase", "no-header", "tags", "chat")
+    flags = ("builtin", "lowercase", "no-header", "tags", "chat", "squad")
     words += [f"--{flag}" for flag in flags if getattr(args, flag.replace("-", "_"))]
     plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
     words += [word for pair in args.aligned or () for word in ("--aligned", *pair)]

@@ -196,7 +196,7 @@ def _decode(content: bytes, path: Path) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
-        if isinstance(found, str) and found.startswith(("labelled-", "tagged-")):
+        if isinstance(found, str) and found.startswith(("labelled-", "tagged-", "questions-")):
             raise DataError(
                 f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label or "
                 "--tags, or train a task that reads labels"

@@ -59,6 +59,7 @@ class Dialogue:
     labels: ClassVar[tuple[str, ...]] = ("",)
     split: ClassVar[None] = None
     words: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[tuple[()]] = ()
 
     @property
     def text(self) -> str:

@@ -8,6 +8,9 @@ So are dialogues of `--chat`: each is a document, its messages ended by ends of 
                    pair, or a sentence, without an end of text
 /labels   (examples,)  smallest unsigned type that holds the number of labels; not of pairs without any
 /seconds  (examples,)  uint32, of pairs alone: where the second text begins among the example's tokens, 0: none
+/answers, /starts, /stops  (examples,)  uint32, of questions alone, which have no labels: an example is a question, its
+                       context (`seconds`) and its answers' texts, each with an end of text, which begin at `answers`;
+                       the first one is tokens starts … stops − 1 of the context, 0 and 0 where there is none
 /tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
                        and 1, elsewhere 0; smallest unsigned type that holds the number of labels
 /answers  (tokens,)    uint8, of dialogues, which have none of these: 1 where a token is of an answer, else 0
@@ -15,7 +18,7 @@ So are dialogues of `--chat`: each is a document, its messages ended by ends of 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,6 +39,7 @@ from mlm_mpi.data.catalog import (
     tokenizer_of,
 )  # fmt: skip
 from mlm_mpi.data.dialogues import Dialogues
+from mlm_mpi.data.questions import Questions
 from mlm_mpi.data.rows import LONGEST_LABEL, NO_LABEL
 from mlm_mpi.data.sentences import Sentences
 from mlm_mpi.data.shards import ShardEntry, ShardReader, check_size, most_bytes
@@ -44,9 +48,11 @@ from mlm_mpi.data.tokenizer import LARGEST_VOCABULARY, Tokenizer
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
-FORMAT, TAGGED, CHATS = "labelled-1", "tagged-1", "dialogues-1"
+FORMAT, TAGGED, CHATS, ASKED = "labelled-1", "tagged-1", "dialogues-1", "questions-1"
 MOST_LABELS = 65_535
-Kind = Literal["texts", "words", "pairs", "dialogues"]  # a label each text, or each word; a target each text; answers
+# each text has a label, each word has one, each text has a target, dialogues have answers, each question has its answer
+# in a text
+Kind = Literal["texts", "words", "pairs", "dialogues", "questions"]
 
 
 class _Ways(NamedTuple):
@@ -62,6 +68,7 @@ _WAYS: dict[Kind, _Ways] = {
     "words": _Ways("labels of words", "prepare FILES --tags", "tagging"),
     "pairs": _Ways("pairs of texts", "prepare FILES --target COLUMN (or prepare --aligned A B)", "translation"),
     "dialogues": _Ways("dialogues", "prepare FILES --chat", "dialogue"),
+    "questions": _Ways("questions", "prepare FILES --squad", "question_answering"),
 }
 _SECOND = np.dtype(np.uint32)
 ANSWERS = {"answers": np.dtype(np.uint8)}  # the marks of dialogues
@@ -76,6 +83,9 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
     Of dialogues a row is one; `empty`: with an empty message, or without an answer; `odd_roles`: with an unknown role,
     or with system behind the first message; `unanswered`: messages left out behind the last answer.
+    Of questions a row is one, `unlabelled` lacks an answer without saying so. `impossible`: it says so; `unfound`: none
+    of its answers stands in its context; `moved`, `lost`: answers that stand elsewhere than was said, or nowhere;
+    `widened`: first answers that begin or end inside a token.
     """
 
     rows: int
@@ -91,6 +101,11 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     out_of_ratio: int = 0
     odd_roles: int = 0
     unanswered: int = 0
+    impossible: int = 0
+    unfound: int = 0
+    moved: int = 0
+    lost: int = 0
+    widened: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,8 +142,9 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def kind(self) -> Kind:
         """What has a label, a target or answers."""
+        others: dict[str, Kind] = {TAGGED: "words", CHATS: "dialogues", ASKED: "questions"}
         if self.format != FORMAT:
-            return "words" if self.of_words else "dialogues"
+            return others[self.format]
         return "texts" if self.labels else "pairs"
 
     @property
@@ -254,6 +270,12 @@ class Labelled:
         tokens, lengths, answers = self._joined(split, self._read_dialogues)
         return Dialogues(tokens, np.concatenate([[0], np.cumsum(lengths)]), answers)
 
+    def questions(self, split: str) -> Questions:
+        """All questions of a split, verified. Raises DataError as `examples` does."""
+        tokens, lengths, seconds, answers, starts, stops = self._joined(split, self._read_asked)
+        offsets, eot = np.concatenate([[0], np.cumsum(lengths)]), self.manifest.tokenizer.eot
+        return Questions(tokens, offsets, seconds, answers, starts, stops, eot)
+
     def _joined(self, split: str, read: Callable[[ShardEntry], tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
         """What is read of all shards of a split, array by array."""
         if split not in self.splits:
@@ -294,6 +316,21 @@ class Labelled:
             raise DataError(f"shard {path} has a dialogue that does not end with an answer: {AGAIN}")
         return tokens, lengths, answers
 
+    def _read_asked(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
+        """(tokens, lengths, seconds, answers, starts, stops) of a shard."""
+        tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
+        reader = ShardReader(path, entry, tokenizer.hash, tokenizer.vocab_size, columns=QUESTION_TYPES)
+        try:
+            lengths = np.diff(reader.offsets().astype(np.int64))
+            seconds, answers, starts, stops = (reader.column(name).astype(np.int64) for name in QUESTION_TYPES)
+            tokens = reader.read(0, entry.tokens)
+        finally:
+            reader.close()
+        there = (seconds > 0) & (seconds < answers) & (answers <= lengths)
+        if not (there & (starts <= stops) & (stops <= answers - seconds)).all():
+            raise DataError(f"shard {path} has a question whose answer is not in its context: {AGAIN}")
+        return tokens, lengths, seconds, answers, starts, stops
+
     def _read(self, entry: ShardEntry) -> tuple[np.ndarray, ...]:
         """(tokens, lengths, labels, seconds) of a shard."""
         tokenizer, path = self.manifest.tokenizer, self.folder / entry.file
@@ -321,6 +358,9 @@ def column_types(labels: int, has_pairs: bool) -> dict[str, np.dtype[Any]]:
     return kinds | {"seconds": _SECOND} if has_pairs else kinds
 
 
+QUESTION_TYPES: dict[str, np.dtype[Any]] = dict.fromkeys(("seconds", "answers", "starts", "stops"), _SECOND)
+
+
 def tag_type(labels: int) -> np.dtype[Any]:
     """Of the number of a label and 1, or 0. `labels`: how many there are."""
     return np.min_scalar_type(labels)
@@ -329,6 +369,11 @@ def tag_type(labels: int) -> np.dtype[Any]:
 def sentence_digest(ids: np.ndarray, tags: np.ndarray) -> bytes:
     """SHA-256 of a sentence's or dialogue's ids and of its tags or answers, as many, as little-endian uint32."""
     return hashlib.sha256(np.concatenate([ids, tags]).astype("<u4").tobytes()).digest()
+
+
+def question_digest(ids: np.ndarray, places: Sequence[int]) -> bytes:
+    """SHA-256 of a question's `seconds`, `answers`, `starts` and `stops`, and of its ids, as little-endian uint32."""
+    return hashlib.sha256(np.concatenate([places, ids]).astype("<u4").tobytes()).digest()
 
 
 def example_digest(ids: np.ndarray, second: int, label: int) -> bytes:
@@ -353,7 +398,7 @@ def _decode(content: bytes, path: Path, named_by: str, wanted: _Ways) -> Manifes
             raise DataError(
                 f"{path} is of a corpus without {wanted.name}: run mlm-mpi {wanted.prepare}, or give another {named_by}"
             )
-        if found not in (FORMAT, TAGGED, CHATS):
+        if found not in (FORMAT, TAGGED, CHATS, ASKED):
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -389,8 +434,9 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
     if odd := [label for label in labels if not 0 < len(label) <= LONGEST_LABEL or NO_LABEL.search(label)]:
         yield f"label {odd[0]!r}"
     kinds = column_types(len(labels), manifest.has_pairs) if manifest.format == FORMAT else {}
+    kinds = QUESTION_TYPES if manifest.format == ASKED else kinds
     column_bytes = sum(kind.itemsize for kind in kinds.values())
-    mark_bytes = 0 if manifest.format == FORMAT else tag_type(len(labels)).itemsize
+    mark_bytes = 0 if manifest.format in (FORMAT, ASKED) else tag_type(len(labels)).itemsize
     for entry in manifest.shards:
         most = most_bytes(entry.tokens, entry.documents, tokenizer.vocab_size, column_bytes, mark_bytes)
         yield from oddities_of(entry, SPLITS, most)

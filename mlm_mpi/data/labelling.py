@@ -2,7 +2,8 @@
 With `--tags` from sentences whose words have labels.
 
 `prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first,
-and `--chat` with dialogues, whose answers are to be learnt.
+`--chat` with dialogues, whose answers are to be learnt, and `--squad` with questions, whose answers stand in their
+contexts.
 
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
              (sentences that are there twice stay: published figures are of all of them)
@@ -22,13 +23,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from mlm_mpi import __version__
-from mlm_mpi.data import catalog, chats, labelled, rows, sources, template, words
+from mlm_mpi.data import catalog, chats, labelled, rows, sources, squad, template, templates, words
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
@@ -36,13 +38,13 @@ from mlm_mpi.data.sides import NAMES, SPLITS, side_called, side_of, split_digest
 from mlm_mpi.data.staging import FOLDER, PREPARED, CorpusFolder, Prepared
 from mlm_mpi.data.template import Message, Template
 from mlm_mpi.data.tokenizer import MADE, Tokenizer, made
-from mlm_mpi.data.tokenizing import encode_pairs, encode_words
+from mlm_mpi.data.tokenizing import bounds_of, characters_of, encode, encode_pairs, encode_words, tokens_of
 from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
 _MIB = 1 << 20
-_Columns = rows.Columns | words.WordColumns | chats.ChatColumns
-_Row = rows.Row | words.Sentence | chats.Dialogue
+_Columns = rows.Columns | words.WordColumns | chats.ChatColumns | squad.Columns
+_Row = rows.Row | words.Sentence | chats.Dialogue | squad.Question
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Recipe:
     """What labelled texts are to be made of, and how; `mlm-mpi prepare --help` says what the values mean.
 
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
-    from those that are given as training rows. `columns`: of texts with a label, of words with one each, or of
-    dialogues. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs one
-    text may have so many times the characters of the other; 0: any.
+    from those that are given as training rows. `columns`: of texts with a label, of words with one each, of dialogues
+    or of questions. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs
+    one text may have so many times the characters of the other; 0: any.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
@@ -69,6 +71,7 @@ class Recipe:
     lowercase: bool
     aligned: tuple[tuple[str | None, str, str], ...] = ()
     ratio: float = 0.0
+    has_builtin: bool = False  # questions over the built-in text, too
 
     @property
     def of_pairs(self) -> bool:
@@ -76,9 +79,31 @@ class Recipe:
         return bool(self.columns.target or self.aligned)
 
     @property
+    def of_questions(self) -> bool:
+        """Whether an example is a question and the text that its answer stands in."""
+        return isinstance(self.columns, squad.Columns)
+
+    @property
+    def format(self) -> str:
+        """That of the catalog."""
+        if self.of_words:
+            return labelled.TAGGED
+        return labelled.CHATS if self.of_chats else labelled.ASKED if self.of_questions else labelled.FORMAT
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether texts or words have labels."""
+        return not (self.of_pairs or self.of_questions or self.of_chats)
+
+    @property
+    def wanted(self) -> str:
+        """What a text must have."""
+        return "label" if self.has_labels else "target" if self.of_pairs else "answer"
+
+    @property
     def has_seconds(self) -> bool:
         """Whether an example is two texts."""
-        return self.of_pairs or self.columns.pair is not None
+        return self.of_pairs or self.of_questions or self.columns.pair is not None
 
     @property
     def of_words(self) -> bool:
@@ -89,13 +114,6 @@ class Recipe:
     def of_chats(self) -> bool:
         """Whether rows are dialogues."""
         return isinstance(self.columns, chats.ChatColumns)
-
-    @property
-    def wants(self) -> str:
-        """What a text is to have."""
-        if self.of_chats:
-            return "answer"
-        return "target" if self.of_pairs else "label"
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class _Example:
     source: bytes  # SHA-256
     words: tuple[str, ...] = ()  # of the text, where each has a label
     messages: tuple[Message, ...] = ()  # of a dialogue
+    answers: tuple[squad.Answer, ...] = ()  # in the second text
 
 
 def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
@@ -161,9 +180,9 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     labels = found.labels()
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
-    name, of_format = (template.NAME, labelled.CHATS) if recipe.of_chats else ("", labelled.FORMAT)
+    name = template.NAME if recipe.of_chats else ""
     manifest = Manifest(
-        format=labelled.TAGGED if recipe.of_words else of_format,
+        format=recipe.format,
         content=labelled.content_digest(tokenizer.hash, (name,) if name else labels, digests),
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
@@ -199,7 +218,7 @@ class _Found:
         self.firsts: dict[str, str] = {}
         self._recipe = recipe
         self._counts: Counter[str] = Counter()
-        self._kept: set[tuple[str, str, str, tuple[str, ...]]] = set()
+        self._kept: set[tuple[object, ...]] = set()
         self._labels: set[str] = set()
         self._texts: dict[tuple[str, str], _Example] = {}  # the first example of each
         self._sources: dict[bytes, _Example] = {}
@@ -211,6 +230,8 @@ class _Found:
         if isinstance(row, words.Sentence):
             self._counts["empty"] += row.lost
         messages = row.messages if isinstance(row, chats.Dialogue) else ()
+        if isinstance(row, squad.Question):
+            self._count_answers(row)
         self._counts["invalid_utf8"] += row.replaced
         self._counts["control_characters"] += row.controls
         given = self._given(row, given)
@@ -218,11 +239,11 @@ class _Found:
             self._count(lacks, row.place)
             return
         source, recipe = row.source or row.text, self._recipe
-        labels = ("",) if recipe.of_pairs else row.labels
+        labels = row.labels if recipe.has_labels else ("",)
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         digest = hashlib.sha256(source.encode()).digest()
-        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words, messages)
-        key = (side, row.text, row.second, labels)
+        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words, messages, row.answers)
+        key = (side, row.text, row.second, labels, row.answers)
         if key in self._kept:
             self._count("duplicates", row.place)
             if not recipe.of_words:
@@ -244,19 +265,21 @@ class _Found:
 
     def check(self) -> None:
         """Raises DataError for what nothing can be learnt from or measured with."""
-        what, labels = self._recipe.wants, self._recipe.wants == "label"
         if not self.examples and self._recipe.of_chats:
             odd = f"; {self._counts['odd_roles']:,} have odd roles" if self._counts["odd_roles"] else ""
             raise DataError(
                 f"no dialogue has an answer and no empty message{odd}: give others, whose roles are "
                 f"{', '.join(template.ROLES)}"
             )
+        if not self.examples and self._recipe.of_questions:
+            raise DataError("no question has a text and an answer in it: give other files")
         if not self.examples:
+            what = self._recipe.wanted
             long = f", or --ratio above {self._recipe.ratio:g}" if self._counts["out_of_ratio"] else ""
             raise DataError(
                 f"no row has a text and a {what}: give other files, other columns with --text and --{what}{long}"
             )
-        if len(self._labels) == 1 and labels:
+        if len(self._labels) == 1 and self._recipe.has_labels:
             what = "words of all" if self._recipe.of_words else "all"
             raise DataError(
                 f"{what} {len(self.examples):,} examples have the label {self.examples[0].labels[0]!r}, and two are "
@@ -277,7 +300,7 @@ class _Found:
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
-        if self._recipe.wants != "label":
+        if not self._recipe.has_labels:
             return ()
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self._labels):
             return tuple(sorted(self._labels, key=lambda label: (int(label), label)))
@@ -286,7 +309,8 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        ours = ("unpaired", "out_of_ratio", "odd_roles", "unanswered")
+        answers = ("odd_roles", "unanswered", "impossible", "unfound", "moved", "lost", "widened")
+        ours = ("unpaired", "out_of_ratio", *answers)
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
     def _lacks(self, row: _Row) -> str:
@@ -298,9 +322,23 @@ class _Found:
                 return "unpaired"
             lengths = sorted((len(row.text), len(row.second)))
             return "out_of_ratio" if 0 < self._recipe.ratio * lengths[0] < lengths[1] else ""
+        if isinstance(row, squad.Question):
+            if not (row.text and row.second):
+                return "unpaired"
+            return "" if row.answers or row.impossible else "unfound" if row.lost else "unlabelled"
         if not row.text:
             return "empty"
         return "" if row.labels else "unlabelled"
+
+    def _count_answers(self, row: squad.Question) -> None:
+        for what, count in (("impossible", row.impossible), ("moved", row.moved), ("lost", row.lost)):
+            self._counts[what] += count
+            if count:
+                self.firsts.setdefault(what, row.place)
+
+    def count(self, what: str, place: str) -> None:
+        """One more of what cleaning counts, a field of `Cleaning`."""
+        self._count(what, place)
 
     def _count(self, what: str, place: str) -> None:
         self._counts[what] += 1
@@ -340,7 +378,7 @@ class _Found:
         count = len(self._sources)
         if self.given and not getattr(self._recipe, side, 0.0):
             remedy = "give it some" if side == "train" else "give it some, or leave it out"
-            what = "an answer" if self._recipe.of_chats else f"a text and a {self._recipe.wants}"
+            what = "an answer" if self._recipe.of_chats else f"a text and a {self._recipe.wanted}"
             return f"split {side} has no row with {what}: {remedy}"
         share = {"train": "what --heldout and --test leave", "heldout": "--heldout", "test": "--test"}[side]
         size = getattr(self._recipe, side, 1 - self._recipe.heldout - self._recipe.test)
@@ -368,6 +406,8 @@ def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
     named: list[tuple[str | None, tuple[Path, ...]]]
     named = [(side, (path,)) for side, text in recipe.inputs for path in sources.files([text], recipe.out)]
     named += [(side, (Path(source), Path(target))) for side, source, target in recipe.aligned]
+    if recipe.has_builtin:
+        named.append((None, ()))
     if not named:
         texts = ", ".join(repr(text) for _, text in recipe.inputs[:3])
         raise DataError(f"no file in {texts} (hidden ones, corpora and --out are no input): give other files")
@@ -394,7 +434,13 @@ def _gather(recipe: Recipe, told: Told) -> _Found:
 def _rows(
     paths: tuple[Path, ...], recipe: Recipe, heard: Callable[[int], None]
 ) -> Iterator[_Row]:  # fmt: skip
-    """What may become an example, of a table or of two aligned files."""
+    """What may become an example, of a table, of two aligned files, or, without any, of the built-in text."""
+    if not paths:
+        yield from templates.questions(recipe.seed)
+        return
+    if isinstance(recipe.columns, squad.Columns):
+        yield from squad.read(paths[0], recipe.encoding, heard)
+        return
     if len(paths) == 2:
         yield from rows.aligned(paths[0], paths[1], recipe.encoding, heard)
         return
@@ -438,7 +484,13 @@ def _shards(
     recipe: Recipe, found: _Found, labels: tuple[str, ...], tokenizer: Tokenizer, told: Told
 ) -> tuple[list[ShardEntry], dict[str, list[bytes]], list[int]]:  # fmt: skip
     """(entries, digests of the examples of each split, tokens of all examples)."""
-    stored = _stored_words if recipe.of_words else _stored_dialogues if recipe.of_chats else _stored_texts
+    stored: Callable[..., _Stored] = _stored_texts
+    if recipe.of_words:
+        stored = _stored_words
+    elif recipe.of_chats:
+        stored = _stored_dialogues
+    elif recipe.of_questions:
+        stored = partial(_stored_questions, heard=found.count)
     entries: list[ShardEntry] = []
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     lengths: list[int] = []
@@ -447,7 +499,7 @@ def _shards(
         told("shards", done, len(parts))
         ids, found_digests, extra = stored(part, labels, tokenizer, recipe.has_seconds)
         digests[split] += found_digests
-        lengths += map(len, ids)
+        lengths += extra["columns"]["answers"].tolist() if recipe.of_questions else map(len, ids)
         entries.append(
             write_shard(
                 recipe.out / FOLDER, f"{split}-{number:05d}", split, ids,
@@ -490,6 +542,34 @@ def _stored_dialogues(part: Sequence[_Example], labels: tuple[str, ...], tokeniz
     every, answers = ([one[place] for one in found] for place in range(2))
     marks = {name: np.concatenate(answers).astype(kind) for name, kind in labelled.ANSWERS.items()}
     return every, list(map(labelled.sentence_digest, every, answers)), {"marks": marks}
+
+
+def _stored_questions(
+    part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool,
+    heard: Callable[[str, str], None],
+) -> _Stored:  # fmt: skip
+    """`heard` is told of answers that tokens hold with something beside it. Raises DataError for a tokenizer whose
+    tokens are not the text."""
+    every, table = [], []
+    ids, seconds = _encoded(part, tokenizer, of_pairs=True)
+    texts = encode(tokenizer, (answer.text for example in part for answer in example.answers))
+    for example, tokens, second in zip(part, ids, seconds, strict=True):
+        bounds = bounds_of(tokenizer, tokens[second:], example.second)
+        if bounds is None:
+            raise DataError(
+                f"the tokenizer loses some of the text of {example.place}, whose answer could not be told back: give "
+                "--tokenizer bpe, bytes, or another file"
+            )
+        first = example.answers[0] if example.answers else squad.Answer(0, "")
+        characters = first.start, first.start + len(first.text)
+        span = tokens_of(example.second, bounds, *characters)
+        if first.text and characters_of(example.second, bounds, *span) != characters:
+            heard("widened", example.place)
+        every.append(np.concatenate([tokens, *(next(texts) for _ in example.answers)]))
+        table.append((second, len(tokens), *span))
+    digests = list(map(labelled.question_digest, every, table))
+    columns = zip(labelled.QUESTION_TYPES.items(), np.array(table).T, strict=True)
+    return every, digests, {"columns": {name: values.astype(kind) for (name, kind), values in columns}}
 
 
 def _parts(recipe: Recipe, found: _Found, split: str) -> Iterator[list[_Example]]:

@@ -91,6 +91,7 @@ class Row:
     controls: int
 
     words: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[tuple[()]] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class _Tokenizer(msgspec.Struct):
 class _Names(msgspec.Struct):
     """What a catalog, of this or the first format or of labelled texts, says about files."""
 
-    format: Literal[1, 2, "labelled-1", "tagged-1"]
+    format: Literal[1, 2, "labelled-1", "tagged-1", "questions-1"]
     tokenizer: _Tokenizer
     shards: list[_File]
 

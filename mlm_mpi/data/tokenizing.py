@@ -55,6 +55,36 @@ def encode_words(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> It
         yield np.concatenate([nothing, *found]), begins
 
 
+def bounds_of(tokenizer: Tokenizer, ids: np.ndarray, text: str) -> np.ndarray | None:
+    """Where the tokens of a text begin, in bytes of its UTF-8, and where the last one ends; None where they are not
+    the text, byte by byte. Shapes: (t,) -> (t + 1,)."""
+    parts = list(map(tokenizer.token_bytes, ids.tolist()))
+    if not tokenizer.is_byte_level or b"".join(parts) != text.encode():
+        return None
+    return np.cumsum([0, *map(len, parts)])
+
+
+def tokens_of(text: str, bounds: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """The fewest tokens that hold characters start … stop − 1: the first and one past the last; (0, 0) for none.
+    `bounds`: as `bounds_of` has them."""
+    if start >= stop:
+        return 0, 0
+    begin = len(text[:start].encode())
+    end = begin + len(text[start:stop].encode())
+    return int(np.searchsorted(bounds, begin, "right")) - 1, int(np.searchsorted(bounds, end, "left"))
+
+
+def characters_of(text: str, bounds: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """The characters of tokens start … stop − 1, without blanks at their ends; of a character whose bytes are cut, all:
+    the first and one past the last."""
+    content = text.encode()
+    first = len(content[: bounds[start]].decode(errors="ignore"))
+    last = len(text) - len(content[bounds[stop] :].decode(errors="ignore"))
+    found = text[first:last]
+    first += len(found) - len(found.lstrip())
+    return first, max(first, last - len(found) + len(found.rstrip()))
+
+
 def pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """(piece, is the text's last): huge texts in parts, cut behind a line end where there is one."""
     for text in texts:

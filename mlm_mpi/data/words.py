@@ -72,6 +72,7 @@ class Sentence:
     second: ClassVar[str] = ""
     source: ClassVar[None] = None
     split: ClassVar[None] = None
+    answers: ClassVar[tuple[()]] = ()
 
     @property
     def text(self) -> str:

@@ -53,7 +53,7 @@ class ClassHead:
         cut, ctx = ctx, ctx.uncut()
         logits, kept = self._logits(self._pooled(saved, cut), ctx)
         ctx.tally["loss"], dlogits = self._loss(wide(flat(logits)), ctx)
-        dpooled = self._logits_backward(_rounded(dlogits, logits.dtype).reshape(logits.shape), kept, ctx)
+        dpooled = self._logits_backward(rounded(dlogits, logits.dtype).reshape(logits.shape), kept, ctx)
         return (self._pooled_backward(dpooled, saved, cut),)
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
@@ -122,7 +122,7 @@ class ClassHead:
         for number, (start, stop) in enumerate(spans):
             linear.bias_gradient(whole[0, start:stop], pooled[0, number], False)  # Σ over positions
             pooled[0, number] /= stop - start
-        return _rounded(pooled, whole.dtype)
+        return rounded(pooled, whole.dtype)
 
     def _pooled_backward(self, dpooled: Array, hidden: Array, ctx: Context) -> Array:
         if self.pooling == "token":
@@ -136,10 +136,10 @@ class ClassHead:
                 whole[:, start] = dpooled[:, number]
             else:
                 whole[:, start:stop] = dpooled[:, number : number + 1] / (stop - start)
-        return ctx.positions(_rounded(whole, hidden.dtype))
+        return ctx.positions(rounded(whole, hidden.dtype))
 
 
-def _rounded(x: Array, dtype: Any) -> Array:
+def rounded(x: Array, dtype: Any) -> Array:
     """In an element type that may be narrower; itself if it has that."""
     if x.dtype == dtype:
         return x

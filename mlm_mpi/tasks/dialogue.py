@@ -26,7 +26,7 @@ from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
 from mlm_mpi.train.measure import Sums
 
-ANSWERS = True  # who is told something by `mlm-mpi chat`
+CHATS = True  # who is told something by `mlm-mpi chat`
 
 parts, least = language_model.parts, language_model.least
 

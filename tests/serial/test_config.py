@@ -204,6 +204,7 @@ NOT_ZERO = [
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
     "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha", "task.window", "task.negatives",
     "model.segments", "model.ngrams", "model.ngram_buckets", "task.rate", "task.span",
+    "task.question", "task.longest",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.decoder_layers",
@@ -215,7 +216,7 @@ NOT_NEGATIVE = [
     "optim.momentum_start", "optim.momentum_steps", "optim.adam_learning_rate", "optim.adam_weight_decay",
     "guard.spike", "guard.compare_every", "guard.audit_every", "comm.spares", "mesh.dp", "mesh.zero",
     "start.lora_rank", "start.vectors_scale", "eval.patience", "task.subsample", "task.noise_power", "task.dropout",
-    "task.smoothing", "task.crop", "task.hide", "task.split",
+    "task.smoothing", "task.crop", "task.hide", "task.split", "task.stride",
 ]  # fmt: skip
 BELOW_ONE = [
     "model.dropout", "optim.beta1", "optim.beta2", "optim.momentum", "optim.momentum_start", "optim.average",
