@@ -4,7 +4,8 @@
     {"messages": [{"role": "user", "content": "Hello!"}], "chosen": "Good day.", "rejected": "What?"}
 
 `prepare --chat` reads these, and `mlm-mpi chat` saves those of the first kind. The answers of the second may also be
-lists of messages, which continue the others: all but the last are the same in both.
+lists of messages, which continue the others: all but the last are the same in both. And a text instead of the messages
+is what a user says.
 """
 
 from collections.abc import Iterator
@@ -115,7 +116,11 @@ def _read(record: dict[str, Any], field: str, place: str) -> Dialogue:
     if CHOSEN not in record and REJECTED not in record:
         return _dialogue(_messages(record, field, place), place)
     chosen, rejected = (_answer(record.get(name), name, place) for name in (CHOSEN, REJECTED))
-    asked = _messages(record, field, place) if field in record or not (chosen or rejected)[:-1] else []
+    asked: list[tuple[str, str]] = []
+    if isinstance(record.get(field), str):
+        asked = [(_USER, record[field])]
+    elif field in record or not (chosen or rejected)[:-1]:
+        asked = _messages(record, field, place)
     if chosen and rejected and chosen[:-1] != rejected[:-1]:
         raise DataError(
             f"{place}: {CHOSEN!r} and {REJECTED!r} differ in more than their last message: give lists that differ "

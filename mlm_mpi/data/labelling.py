@@ -323,8 +323,7 @@ class _Found:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
         answers = ("odd_roles", "unanswered", "impossible", "unfound", "moved", "lost", "widened")
-        answers += ("one_sided", "undecided")
-        ours = ("unpaired", "out_of_ratio", *answers)
+        ours = ("unpaired", "out_of_ratio", *answers, "one_sided", "undecided")
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
     def _lacks(self, row: _Row) -> str:
