@@ -327,6 +327,7 @@ class Run:
         """Tells a task what the initial weights say of its samples. Collective."""
         found = dict[str, Any]()
         if manifest is None:
+            self._say("asking the initial weights what they say of all samples")
             rows = self.config.train.rows
             found = reference.measured(task, self.engine.machine.chain, rows, self.mesh, self.place)
         with self.group.together("the reference"):

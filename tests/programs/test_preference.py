@@ -22,7 +22,7 @@ kind = "dialogue"
 [data]
 dir = "talks"
 [train]
-steps = 120
+steps = 40
 micro_batches = 3
 rows = 4
 [optim]
@@ -43,7 +43,7 @@ steps = 30
 micro_batches = 3
 rows = 4
 [optim]
-learning_rate = 1e-3
+learning_rate = 5e-4
 warmup_steps = 3
 [eval]
 every = 0
