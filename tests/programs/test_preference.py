@@ -22,7 +22,7 @@ kind = "dialogue"
 [data]
 dir = "talks"
 [train]
-steps = 40
+steps = 120
 micro_batches = 3
 rows = 4
 [optim]
