@@ -273,7 +273,9 @@ def test_positions_may_be_cut_too(group, words):
             assert found == alone(group, words), f"pp {pp}, tp {tp}"
 
 
-@pytest.mark.parametrize(("words", "level"), [(GPT, 2), (DECODER, 3)], ids=["gpt", "decoder"])
+@pytest.mark.parametrize(
+    ("words", "level"), [(GPT, 2), pytest.param(DECODER, 3, marks=pytest.mark.slow)], ids=["gpt", "decoder"]
+)
 def test_what_copies_of_the_model_share_out_changes_no_bit(group, words, level, monkeypatch):
     if group.size > 4:
         pytest.skip("two, three and four ranks say it")

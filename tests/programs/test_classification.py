@@ -100,6 +100,7 @@ def test_one_hash_on_meshes(texts: Place, norm: str, pooling: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_weights(texts: Place) -> None:
     stopped = texts.program("train", "classes.toml", "--run", "stopped", "--max-steps", "13")
     assert stopped.code == 0, stopped.err
@@ -134,6 +135,7 @@ def test_rows_without_text_have_no_label_and_a_pipe_stays_one(texts: Place) -> N
     assert Path("/dev/full").is_char_device()
 
 
+@pytest.mark.slow
 def test_labels_of_another_kind_have_another_head_and_adapters_are_merged(texts: Place) -> None:
     (texts.folder / "others.tsv").write_text(table(240).replace("fruit", "alpha").replace("tool", "beta"))
     tokenizer = next((texts.folder / "texts").glob("tokenizer-*.json"))

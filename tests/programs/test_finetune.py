@@ -118,6 +118,7 @@ def letters(width=32, scale=5.0, first="a"):
 WORDS = ("start.vectors=letters.txt", "train.steps=2", "eval.every=0", "checkpoint.every=1", "checkpoint.keep=3")
 
 
+@pytest.mark.slow
 def test_word_vectors_begin_one_run_on_any_ranks_and_are_needed_no_more(place):
     file = place.folder / "letters.txt"
     file.write_text(letters())

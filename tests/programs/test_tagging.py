@@ -96,6 +96,7 @@ def test_steps_count_the_tokens_of_sentences(names: Place, say, monkeypatch) -> 
     assert last["tokens"] == round(30 * 18 * 1413 / 187), "not as if each filled the context"
 
 
+@pytest.mark.slow
 def test_one_hash_on_three_ranks(names: Place) -> None:
     assert names.program("run", "-n", "3", "--", *FIRST, "tags-three").weights == names.weights
 

@@ -53,6 +53,7 @@ def test_quiet_says_the_last_words_only(place):
     assert [line.split()[0] for line in run.out.splitlines()] == ["step", "fingerprint", "weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not library.runs("base"), reason="no compiled library")
 def test_bf16_learns_as_float32_does(place):
     """Products in the plain C form, which has the instruction's bits: 30 steps from 5.6 nats end within 2 % of float32.

@@ -606,7 +606,13 @@ EPSILON = float(np.finfo("f4").eps)
 ROUNDED = 2.0**-8  # what rounding to bf16 changes at most, relative to the number
 
 
-@pytest.fixture(params=AVAILABLE)
+# plain C is 4 to 10 times as slow as what this CPU has beside it: `make test-sanitize` and test-all run it
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name == "base" and len(AVAILABLE) > 1 else name
+        for name in AVAILABLE
+    ]
+)
 def level(request: pytest.FixtureRequest) -> Any:
     """Each dispatch level this CPU runs."""
     yield choice.select(request.param)
@@ -674,15 +680,6 @@ def test_against_the_reference_in_float64(name: str, size: tuple[int, int], leve
             assert error <= (units + 1e-3) * EPSILON, f"seed {SEED}: {error / EPSILON:.1f} epsilon"
 
 
-# plain C is 4 to 10 times as slow as what this CPU has beside it: `make test-sanitize` and test-all run it
-@pytest.mark.parametrize(
-    "level",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "base" and len(AVAILABLE) > 1 else name
-        for name in AVAILABLE
-    ],
-    indirect=True,
-)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(7, 17), (130, 33), (303, 5)])
 def test_the_same_bits_twice_and_wherever_the_buffers_lie(name, size, level) -> None:  # type: ignore[no-untyped-def]
