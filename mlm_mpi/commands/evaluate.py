@@ -52,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, group: "Group") -> int:
     """Runs the command. Collective."""
+    from mlm_mpi.train.task import Refers
     from mlm_mpi.train.trained import load, note, open_task
 
     mesh, on_node, plugins = sharing.mesh_of(args, group, copies=True), group.on_node(), Plugins()
@@ -70,6 +71,8 @@ def main(args: argparse.Namespace, group: "Group") -> int:
             raise DataError(f'--translate: task.kind = "{trained.config.task.kind}" writes no texts: leave it out')
         if args.confusion is not None:
             _check_picture(args.confusion, trained)
+        if isinstance(task, Refers):
+            task.refer(_reference(trained, task))
         samples = task.samples(args.split)
     numbers, own = _measured(trained, task, samples, args.split)
     if args.translate:
@@ -82,6 +85,16 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 
             pictures.confusion(Path(args.confusion), own["confusion"], trained.manifest.labels)
     return 0
+
+
+def _reference(trained: "Trained", task: "Task") -> dict[str, Any]:
+    """What the weights that the run began with say. Raises DataError, CheckpointError."""
+    from mlm_mpi.train import reference
+    from mlm_mpi.train.folder import RunFolder
+
+    if task.about()["catalog"] != trained.manifest.catalog:
+        raise DataError("--data: the weights that the run began with were asked of its own pairs alone: leave it out")
+    return reference.read(RunFolder(trained.checkpoint.parent.parent).reference, trained.manifest)
 
 
 def _silent(text: str) -> None:

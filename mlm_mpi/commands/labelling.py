@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "With --tags they have a word a line, its columns between tabs or blanks, and an empty line behind each\n"
         "sentence; or they are JSON lines with a list of words and one of their labels.\n"
         "With --chat they are JSON lines with a list of messages, each with a role (system, user, assistant) and a\n"
-        "content.\n"
+        "content; or with the messages, and a chosen and a rejected answer to them.\n"
         "With --squad they are JSON files as SQuAD's, or, with --builtin, questions made of the built-in text.\n"
         "train=FILE heldout=FILE test=FILE say on which side the rows of a file stand.",
     )
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--aligned", nargs=2, action="append", metavar=("SOURCE", "TARGET"),
         help="two text files instead of tables: what is to be made of a line is the other's line of that number",
     )  # fmt: skip
-    add("--chat", action="store_true", help="each line is a dialogue, whose answers are learnt")
+    add("--chat", action="store_true", help="each line is a dialogue, whose answers are learnt, or compared")
     add("--squad", action="store_true", help="questions whose answers stand in a text (SQuAD 1.1, 2.0)")
     add("--text", metavar="COLUMN", help="column with the text (text), words (1, or tokens) or messages (messages)")
     add("--pair", metavar="COLUMN", help="column with a second text, for tasks about two")
@@ -169,7 +169,7 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
         f"lengths     median {lengths.median:,} tokens, 95 % at most {lengths.most:,}, longest {lengths.longest:,}",
         f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}{trained}",
     ]  # fmt: skip
-    what = {"words": "words", "dialogues": "dialogues"}.get(manifest.kind, "examples")
+    what = {"words": "words", "dialogues": "dialogues", "preferences": "pairs"}.get(manifest.kind, "examples")
     for split, counts in manifest.counts.items():
         shards = [shard for shard in manifest.shards if shard.split == split]
         sentences = f"{sum(shard.documents for shard in shards):,} sentences, " if manifest.of_words else ""
@@ -187,7 +187,7 @@ def _read(made: Made) -> list[str]:
     """What came in, and what of it was left out."""
     manifest, found = made.manifest, made.manifest.cleaning
     kept = sum(map(sum, manifest.counts.values()))
-    if manifest.kind == "dialogues":
+    if manifest.kind in ("dialogues", "preferences"):
         return _read_dialogues(found, made.firsts, kept)
     if manifest.kind == "questions":
         return _read_questions(found, made.firsts, kept)
@@ -206,6 +206,11 @@ def _read(made: Made) -> list[str]:
     ]  # fmt: skip
 
 
+_NO_CHOICE = {
+    "one_sided": "dialogues with a chosen or a rejected answer alone", "undecided": "pairs of equal answers",
+}  # fmt: skip
+
+
 def _read_dialogues(found: Cleaning, firsts: dict[str, str], kept: int) -> list[str]:
     empty, odd = (f", first: {firsts[name]}" if name in firsts else "" for name in ("empty", "odd_roles"))
     return [
@@ -215,6 +220,8 @@ def _read_dialogues(found: Cleaning, firsts: dict[str, str], kept: int) -> list[
            f"behind the first message{odd}"] if found.odd_roles else []),
         *([f"left out    {found.unanswered:,} messages behind the last answer of their dialogue"]
           if found.unanswered else []),
+        *(f"{'skipped':<12}{getattr(found, name):,} {text}, first: {firsts[name]}"
+          for name, text in _NO_CHOICE.items() if getattr(found, name)),
     ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 catalog, and the examples of a split.
 
 Pairs of `--target` are stored likewise: they have no labels, and the second text of each is to be made of the first.
-So are dialogues of `--chat`: each is a document, its messages ended by ends of text (`template`).
+So are dialogues of `--chat`: each is a document, its messages ended by ends of text (`template`). Of preferences an
+example is two of them, one behind the other, which differ in their last answer: the chosen one first.
 
 /tokens, /offsets  as in every shard (`shards`), a document being an example: its text, then the second one of a
                    pair, or a sentence, without an end of text
@@ -13,7 +14,8 @@ So are dialogues of `--chat`: each is a document, its messages ended by ends of 
                        the first one is tokens starts … stops − 1 of the context, 0 and 0 where there is none
 /tags     (tokens,)    of labelled words, which have neither of these: at the first token of a word its label's number
                        and 1, elsewhere 0; smallest unsigned type that holds the number of labels
-/answers  (tokens,)    uint8, of dialogues, which have none of these: 1 where a token is of an answer, else 0
+/answers  (tokens,)    uint8, of dialogues, which have none of these: 1 where a token is of an answer, else 0; of
+                       preferences of the last answer alone
 """
 
 import hashlib
@@ -49,10 +51,11 @@ from mlm_mpi.errors import DataError
 from mlm_mpi.files import read_whole
 
 FORMAT, TAGGED, CHATS, ASKED = "labelled-1", "tagged-1", "dialogues-1", "questions-1"
+PREFERRED = "preferences-1"
 MOST_LABELS = 65_535
 # each text has a label, each word has one, each text has a target, dialogues have answers, each question has its answer
-# in a text
-Kind = Literal["texts", "words", "pairs", "dialogues", "questions"]
+# in a text, of two answers one is preferred
+Kind = Literal["texts", "words", "pairs", "dialogues", "questions", "preferences"]
 
 
 class _Ways(NamedTuple):
@@ -69,6 +72,7 @@ _WAYS: dict[Kind, _Ways] = {
     "pairs": _Ways("pairs of texts", "prepare FILES --target COLUMN (or prepare --aligned A B)", "translation"),
     "dialogues": _Ways("dialogues", "prepare FILES --chat", "dialogue"),
     "questions": _Ways("questions", "prepare FILES --squad", "question_answering"),
+    "preferences": _Ways("preferences", "prepare FILES --chat (with chosen and rejected answers)", "preference"),
 }
 _SECOND = np.dtype(np.uint32)
 ANSWERS = {"answers": np.dtype(np.uint8)}  # the marks of dialogues
@@ -82,7 +86,8 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     Of labelled words a row is a sentence; duplicates are kept, and `empty` counts words of control characters alone.
     `unpaired`: rows that lack a text or its target; `out_of_ratio`: rows one of whose texts is much the longer.
     Of dialogues a row is one; `empty`: with an empty message, or without an answer; `odd_roles`: with an unknown role,
-    or with system behind the first message; `unanswered`: messages left out behind the last answer.
+    or with system behind the first message; `unanswered`: messages left out behind the last answer. `one_sided`: with a
+    chosen or a rejected answer alone; `undecided`: they are the same.
     Of questions a row is one, `unlabelled` lacks an answer without saying so. `impossible`: it says so; `unfound`: none
     of its answers stands in its context; `moved`, `lost`: answers that stand elsewhere than was said, or nowhere;
     `widened`: first answers that begin or end inside a token.
@@ -106,6 +111,8 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     moved: int = 0
     lost: int = 0
     widened: int = 0
+    one_sided: int = 0
+    undecided: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def kind(self) -> Kind:
         """What has a label, a target or answers."""
-        others: dict[str, Kind] = {TAGGED: "words", CHATS: "dialogues", ASKED: "questions"}
+        others: dict[str, Kind] = {TAGGED: "words", CHATS: "dialogues", ASKED: "questions", PREFERRED: "preferences"}
         if self.format != FORMAT:
             return others[self.format]
         return "texts" if self.labels else "pairs"
@@ -398,7 +405,7 @@ def _decode(content: bytes, path: Path, named_by: str, wanted: _Ways) -> Manifes
             raise DataError(
                 f"{path} is of a corpus without {wanted.name}: run mlm-mpi {wanted.prepare}, or give another {named_by}"
             )
-        if found not in (FORMAT, TAGGED, CHATS, ASKED):
+        if found not in (FORMAT, TAGGED, CHATS, ASKED, PREFERRED):
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")
         manifest = msgspec.convert(table, Manifest)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -423,7 +430,7 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
             yield f"digest {digest[:80]!r}"
     if not all(math.isfinite(share) and 0 <= share < 1 for share in (manifest.heldout, manifest.test)):
         yield f"heldout {manifest.heldout}, test {manifest.test}"
-    labels, chats = manifest.labels, manifest.kind == "dialogues"
+    labels, chats = manifest.labels, manifest.kind in ("dialogues", "preferences")
     if manifest.template != (template.NAME if chats else ""):
         yield f"chat template {manifest.template[:80]!r}"
     if chats and (labels or manifest.has_pairs):
@@ -446,9 +453,9 @@ def _oddities(manifest: Manifest) -> Iterator[str]:
 
 
 def _odd_counts(manifest: Manifest) -> Iterator[str]:
-    stored = dict.fromkeys(manifest.counts, 0)
+    stored = dict.fromkeys(manifest.counts, 0.0)
     for entry in manifest.shards:
-        stored[entry.split] = stored.get(entry.split, 0) + entry.documents
+        stored[entry.split] = stored.get(entry.split, 0) + entry.documents / (1 + (manifest.kind == "preferences"))
     for split, examples in stored.items():
         counts = manifest.counts.get(split, ())
         fits = sum(counts) >= examples if manifest.of_words else sum(counts) == examples

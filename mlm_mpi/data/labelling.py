@@ -2,8 +2,8 @@
 With `--tags` from sentences whose words have labels.
 
 `prepare --target` and `--aligned` go the same way with pairs of texts, the second of which is to be made of the first,
-`--chat` with dialogues, whose answers are to be learnt, and `--squad` with questions, whose answers stand in their
-contexts.
+`--chat` with dialogues, whose answers are to be learnt or compared, and `--squad` with questions, whose answers stand
+in their contexts.
 
     gather   rows are read, cleaned, put on their side; what is empty, unlabelled or there twice is left out, counted
              (sentences that are there twice stay: published figures are of all of them)
@@ -140,6 +140,7 @@ class _Example:
     source: bytes  # SHA-256
     words: tuple[str, ...] = ()  # of the text, where each has a label
     messages: tuple[Message, ...] = ()  # of a dialogue
+    rejected: str | None = None  # instead of its last answer
     answers: tuple[squad.Answer, ...] = ()  # in the second text
 
 
@@ -181,9 +182,11 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
     name = template.NAME if recipe.of_chats else ""
+    form = labelled.PREFERRED if found.of_preferences else recipe.format
+    names = (name,) if form == labelled.CHATS else (name, form) if form == labelled.PREFERRED else labels
     manifest = Manifest(
-        format=recipe.format,
-        content=labelled.content_digest(tokenizer.hash, (name,) if name else labels, digests),
+        format=form,
+        content=labelled.content_digest(tokenizer.hash, names, digests),
         split=split_digest({split: (e.source for e in found.on(split)) for split in SPLITS}),
         tokenizer=catalog.TokenizerEntry(
             f"tokenizer-{tokenizer.hash[:8]}.json", tokenizer.hash,
@@ -229,7 +232,7 @@ class _Found:
         self._counts["rows"] += 1
         if isinstance(row, words.Sentence):
             self._counts["empty"] += row.lost
-        messages = row.messages if isinstance(row, chats.Dialogue) else ()
+        messages, rejected = (row.messages, row.rejected) if isinstance(row, chats.Dialogue) else ((), None)
         if isinstance(row, squad.Question):
             self._count_answers(row)
         self._counts["invalid_utf8"] += row.replaced
@@ -242,7 +245,9 @@ class _Found:
         labels = row.labels if recipe.has_labels else ("",)
         side = side_of(source, recipe.seed, recipe.heldout, recipe.test) if given in (None, "train") else str(given)
         digest = hashlib.sha256(source.encode()).digest()
-        example = _Example(row.place, row.text, row.second, labels, side, digest, row.words, messages, row.answers)
+        example = _Example(
+            row.place, row.text, row.second, labels, side, digest, row.words, messages, rejected, row.answers
+        )  # fmt: skip
         key = (side, row.text, row.second, labels, row.answers)
         if key in self._kept:
             self._count("duplicates", row.place)
@@ -259,6 +264,11 @@ class _Found:
         self._compare(example)
         self.examples.append(example)
 
+    @property
+    def of_preferences(self) -> bool:
+        """Whether an example has two last answers."""
+        return self.examples[0].rejected is not None
+
     def on(self, side: str) -> list[_Example]:
         """The examples of a side."""
         return [example for example in self.examples if example.side == side]
@@ -267,6 +277,8 @@ class _Found:
         """Raises DataError for what nothing can be learnt from or measured with."""
         if not self.examples and self._recipe.of_chats:
             odd = f"; {self._counts['odd_roles']:,} have odd roles" if self._counts["odd_roles"] else ""
+            same = self._counts["one_sided"] + self._counts["undecided"]
+            odd += f"; {same:,} have no two different answers to choose from" if same else ""
             raise DataError(
                 f"no dialogue has an answer and no empty message{odd}: give others, whose roles are "
                 f"{', '.join(template.ROLES)}"
@@ -291,6 +303,7 @@ class _Found:
                     f"--{side} {getattr(self._recipe, side)} would cut from the training rows what is given: "
                     f"rows of {side} are there, leave --{side} out"
                 )
+        self._check_answers()
         counts = Counter(example.side for example in self.examples)
         for side in SPLITS:
             wanted = side == "train" or side in self.given or getattr(self._recipe, side)
@@ -310,13 +323,13 @@ class _Found:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
         answers = ("odd_roles", "unanswered", "impossible", "unfound", "moved", "lost", "widened")
-        ours = ("unpaired", "out_of_ratio", *answers)
+        ours = ("unpaired", "out_of_ratio", *answers, "one_sided", "undecided")
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
     def _lacks(self, row: _Row) -> str:
         """Why a row becomes no example, a field of `Cleaning`; "" if it does."""
         if isinstance(row, chats.Dialogue):
-            return "odd_roles" if row.is_odd else "empty" * row.is_empty
+            return next((name for name, is_so in _faults(row).items() if is_so), "")
         if self._recipe.of_pairs:
             if not (row.text and row.second):
                 return "unpaired"
@@ -387,6 +400,17 @@ class _Found:
             "more rows, another share, or another --seed"
         )
 
+    def _check_answers(self) -> None:
+        """Dialogues and preferences are learnt from by different losses."""
+        first, kind = self.examples[0], self.of_preferences
+        other = next((one for one in self.examples if (one.rejected is not None) != kind), None)
+        if other is not None:
+            with_two, without = (first, other) if kind else (other, first)
+            raise DataError(
+                f"{with_two.place} has a chosen and a rejected answer, {without.place} has none: prepare them into two "
+                "folders"
+            )
+
     def _check_labels(self) -> None:
         """A model that has never seen a label can only be wrong about it."""
         known = {label for example in self.examples if example.side == "train" for label in example.labels}
@@ -399,6 +423,14 @@ class _Found:
                 f"label {label!r} of {first.place}, which is on side {first.side}, has no row on side "
                 f"train{more}: {remedy}"
             )
+
+
+def _faults(row: chats.Dialogue) -> dict[str, bool]:
+    """Why a dialogue becomes no example, the fields of `Cleaning`; the first counts."""
+    return {
+        "one_sided": row.one_sided, "odd_roles": row.is_odd, "empty": row.is_empty or row.rejected == "",
+        "undecided": row.undecided,
+    }  # fmt: skip
 
 
 def _tables(recipe: Recipe) -> list[tuple[str | None, tuple[Path, ...]]]:
@@ -488,7 +520,7 @@ def _shards(
     if recipe.of_words:
         stored = _stored_words
     elif recipe.of_chats:
-        stored = _stored_dialogues
+        stored = _stored_preferences if found.of_preferences else _stored_dialogues
     elif recipe.of_questions:
         stored = partial(_stored_questions, heard=found.count)
     entries: list[ShardEntry] = []
@@ -535,6 +567,25 @@ def _stored_words(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: 
         tags.append(np.zeros(len(ids), labelled.tag_type(len(labels))))
         tags[-1][begins[begins >= 0]] = targets[begins >= 0]
     return every, list(map(labelled.sentence_digest, every, tags)), {"marks": {"tags": np.concatenate(tags)}}
+
+
+def _stored_preferences(
+    part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool
+) -> _Stored:
+    """Two documents an example; of the answers the last one alone is marked."""
+    said = ((*one.messages[:-1], Message(template.ANSWERS, answer)) for one in part for answer in _answers(one))
+    every, marked = [], []
+    for ids, answers in Template(tokenizer).encode(said):
+        every.append(ids)
+        marked.append(np.arange(len(ids)) > np.flatnonzero(~answers)[-1])
+    marks = {name: np.concatenate(marked).astype(kind) for name, kind in labelled.ANSWERS.items()}
+    return every, list(map(labelled.sentence_digest, every, marked)), {"marks": marks}
+
+
+def _answers(example: _Example) -> tuple[str, str]:
+    """The chosen one and the rejected one."""
+    assert example.rejected is not None
+    return example.messages[-1].content, example.rejected
 
 
 def _stored_dialogues(part: Sequence[_Example], labels: tuple[str, ...], tokenizer: Tokenizer, pairs: bool) -> _Stored:

@@ -33,25 +33,42 @@ class TokenHead:
         (hidden,) = x
         if not ctx.training:
             taken, ctx = taken_rows(hidden, ctx)
-            n = ctx.entered(self.norm.forward(taken, ctx)[0], "the head's inputs")
-            loss = crossentropy.loss if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss
-            ctx.tally["loss"] = loss(
-                flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(n), self.cap
-            )
+            self.tell(ctx.entered(self.norm.forward(taken, ctx)[0], "the head's inputs"), ctx)
         return (), hidden
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         cut = ctx
         taken, ctx = taken_rows(saved, cut)
         n, s_norm = self.norm.forward(taken, ctx)
-        n = ctx.entered(n, "the head's inputs")
-        both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
-        ctx.tally["loss"], dn = both(
-            flat(n), self.table.data, *self._wanted(ctx), None if self.table.frozen else ctx.grad(self.table),
-            ctx.accumulate, self.table.layout.shares, ctx.pieces(n), self.cap, self.smoothing,
-        )  # fmt: skip
-        dn = ctx.left(dn.reshape(n.shape), "the gradient of the head's inputs")
+        dn = ctx.left(self.learn(ctx.entered(n, "the head's inputs"), ctx), "the gradient of the head's inputs")
         return (put_back(self.norm.backward(dn, s_norm, ctx), saved, cut),)
+
+    def tell(self, n: Array, ctx: Context) -> None:
+        """Tallies, outside training. Shapes: (B, T, C)."""
+        loss = crossentropy.loss if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss
+        ctx.tally["loss"] = loss(
+            flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, ctx.pieces(n), self.cap
+        )
+
+    def learn(self, n: Array, ctx: Context) -> Array:
+        """Tallies the loss, forms the table's gradient and that of n. Shapes: (B, T, C) -> (B, T, C)."""
+        ctx.tally["loss"], dn = self._loss_and_grad(n, ctx)
+        return dn
+
+    def _loss_and_grad(self, n: Array, ctx: Context, weights: Array | None = None) -> tuple[Array, Array]:
+        """`weights` (B T,): of targets in the gradient. Shapes: (B, T, C) -> (), (B, T, C)."""
+        both = crossentropy.loss_and_grad if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).loss_and_grad
+        loss, dn = both(
+            flat(n), self.table.data, *self._wanted(ctx), None if self.table.frozen else ctx.grad(self.table),
+            ctx.accumulate, self.table.layout.shares, ctx.pieces(n), self.cap, self.smoothing, weights,
+        )  # fmt: skip
+        return loss, dn.reshape(n.shape)
+
+    def losses(self, n: Array, ctx: Context) -> Array:
+        """The cross-entropy of each target in nats, float64, 0 where masked. Shapes: (B, T, C) -> (B, T)."""
+        each = crossentropy.each if ctx.tp.size == 1 else VocabularyParallel(self.table, ctx).each
+        found = each(flat(n), self.table.data, *self._wanted(ctx), self.table.layout.shares, self.cap)
+        return found.reshape(n.shape[:2])
 
     def logits(self, hidden: Array, ctx: Context) -> Array:
         """Shapes: (B, T, C) -> (B, T, V)."""
@@ -114,14 +131,18 @@ class VocabularyParallel:
         self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, pieces: int, cap: float
     ) -> Array:  # fmt: skip
         """Shapes and result: those of `crossentropy.loss`, w (V / ranks, C)."""
+        return crossentropy.summed(self.each(x, w, targets, mask, shares, cap), pieces)
+
+    def each(self, x: Array, w: Array, targets: Array, mask: Array | None, shares: int, cap: float) -> Array:
+        """Shapes and result: those of `crossentropy.each`, w (V / ranks, C)."""
         losses = np.empty(x.shape[0])
         for part, some in crossentropy.chunks(x, mask):
             losses[part], _ = self._rows(x[part], w, targets[part], some, shares, cap, False, 0.0)
-        return crossentropy.summed(losses, pieces)
+        return losses
 
     def loss_and_grad(
         self, x: Array, w: Array, targets: Array, mask: Array | None, dw: Array | None, accumulate: bool, shares: int,
-        pieces: int, cap: float, smoothing: float = 0.0,
+        pieces: int, cap: float, smoothing: float = 0.0, weights: Array | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """As `crossentropy.loss_and_grad`, w and dw (V / ranks, C); of dx my part of the sum over ranks."""
         losses, dx, parts = np.empty(x.shape[0]), np.empty_like(x), crossentropy.chunks(x, mask)
@@ -129,6 +150,8 @@ class VocabularyParallel:
         whole = np.empty_like(dw) if accumulate and several and dw is not None else dw
         for part, some in parts:
             losses[part], gradient = self._rows(x[part], w, targets[part], some, shares, cap, True, smoothing)
+            if weights is not None:
+                crossentropy.weigh(gradient, weights[part])
             matmul.add(gradient, w, dx[part], False, shares // self.tp.size)
             if whole is not None:
                 matmul.add(gradient.T, x[part], whole, part.start > 0 or (accumulate and not several))

@@ -172,25 +172,39 @@ def summed(losses: Any, pieces: int) -> Any:
     return np.float64(joined([math.fsum(part) if np.isfinite(part).all() else part.sum() for part in parts]))
 
 
+def weigh(gradient: Any, weights: Any) -> None:
+    """The gradient of each row's loss becomes that of its loss times its weight. Shapes: (R, V), (R,)."""
+    values = wide(gradient)
+    values *= weights.astype(values.dtype, copy=False)[:, None]
+    if values is not gradient:
+        gradient[...] = values
+
+
+def each(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, cap: float = 0.0) -> Any:
+    """The cross-entropy of each row in nats, float64, 0 where masked. Shapes: as `loss` -> (N,)."""
+    losses = module_of(x).empty(x.shape[0])
+    for part, some in chunks(x, mask):
+        losses[part] = rows(logits_of(x[part], w), targets[part], some, False, shares, cap)
+    return losses
+
+
 def loss(x: Any, w: Any, targets: Any, mask: Any = None, shares: int = 1, pieces: int = 1, cap: float = 0.0) -> Any:
     """Summed cross-entropy in nats, float64; a GPU is not awaited.
 
     `shares`: of sums over V. `pieces`: of the sum over N. `cap`: of the logits, 0 for none.
     Shapes: x (N, C), w (V, C), targets (N,), mask (N,) or None.
     """
-    losses = module_of(x).empty(x.shape[0])
-    for part, some in chunks(x, mask):
-        losses[part] = rows(logits_of(x[part], w), targets[part], some, False, shares, cap)
-    return summed(losses, pieces)
+    return summed(each(x, w, targets, mask, shares, cap), pieces)
 
 
 def loss_and_grad(
     x: Any, w: Any, targets: Any, mask: Any, dw: Any, accumulate: bool, shares: int = 1, pieces: int = 1,
-    cap: float = 0.0, smoothing: float = 0.0,
+    cap: float = 0.0, smoothing: float = 0.0, weights: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(summed loss as in `loss`, dx); writes dw, or adds the whole of it. Shapes: as `loss`; dx (N, C).
 
-    `dw`: None for a w that is not trained. `smoothing`: ε of the targets, of logits without a cap.
+    `dw`: None for a w that is not trained. `smoothing`: ε of the targets, of logits without a cap. `weights` (N,): of
+    the rows' losses in the gradient, which alone they change.
 
     Cost: 6·N·C·V flops, 4·N·C·V without dw; with `accumulate` and more than one chunk, memory for one more dw.
     """
@@ -206,6 +220,8 @@ def loss_and_grad(
         if smoothing:
             losses[part] += smoothing * above_mean(known, sums, w.shape[0], some)
             smooth(logits, wanted, some, smoothing, w.shape[0])
+        if weights is not None:
+            weigh(logits, weights[part])
         matmul.add(logits, w, dx[part], False, shares)
         if whole is not None:
             matmul.add(logits.T, x[part], whole, part.start > 0 or (accumulate and not several))

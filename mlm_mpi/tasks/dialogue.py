@@ -15,7 +15,7 @@ from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
 from mlm_mpi.data import baselines
 from mlm_mpi.data.dialogues import Dialogues, Rows
-from mlm_mpi.data.labelled import Labelled
+from mlm_mpi.data.labelled import Kind, Labelled
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.texts import Nothing
 from mlm_mpi.errors import CheckpointError, ConfigError, DataError
@@ -51,6 +51,7 @@ def build(config: Config, plugins: Plugins) -> "Dialogue":
 class Dialogue:
     """The task (train/task.py) on one rank."""
 
+    texts_are: Kind = "dialogues"
     unit = "tokens"
     figures: Mapping[str, bool] = MappingProxyType({"perplexity": False, "bits_per_byte": False})
 
@@ -61,7 +62,7 @@ class Dialogue:
                 f'model.kind = "{self.model}" does not tell apart the dialogues of a row: set model.kind = "llama", '
                 "or another task.kind"
             )
-        self.texts = Labelled.open(config.data.dir, kind="dialogues")
+        self.texts = Labelled.open(config.data.dir, kind=self.texts_are)
         self.texts.check_files()
         self._tokenizer = tokenizer = self.texts.tokenizer()
         self.eot = tokenizer.eot

@@ -6,6 +6,7 @@ checkpoints/      step-00000100/ …                 loss.png        the curve, 
 run.lock          who holds it                     DONE            written last: the run is complete
 tensorboard/ wandb/   where [log] asks for them    failures.jsonl, stacks/  of ranks that failed, or stalled
 best.json         names the best checkpoint, where eval.best asks for it (search.py)
+reference.json    what the initial weights say of the samples, for a task that compares with it (reference.py)
 """
 
 import contextlib
@@ -44,6 +45,7 @@ class RunFolder:
         self.ledger = path / "ledger.jsonl"
         self.curve = path / "loss.png"
         self.done = path / "DONE"
+        self.reference = path / "reference.json"
         self.records = Records(path / "stacks", path / "failures.jsonl")
         self._lock: Lock | None = None
 

@@ -24,7 +24,7 @@ from mlm_mpi.monitor.metrics import MetricsLog
 from mlm_mpi.monitor.progress import Progress, Reporter, Silent, done_before, show_plan
 from mlm_mpi.monitor.sinks import check, opened
 from mlm_mpi.plug import Plugins, check_same
-from mlm_mpi.train import checkpoint
+from mlm_mpi.train import checkpoint, reference
 from mlm_mpi.train.build import build, reduction
 from mlm_mpi.train.checkpoint import Manifest
 from mlm_mpi.train.corpus import origin
@@ -53,7 +53,7 @@ from mlm_mpi.train.start import (
 )
 from mlm_mpi.train.stop import StopRequest
 from mlm_mpi.train.table import plan_rows
-from mlm_mpi.train.task import Task
+from mlm_mpi.train.task import Refers, Task
 from mlm_mpi.train.trainer import Trainer
 
 OpenTask = Callable[[Config, Plugins], Task]
@@ -186,6 +186,8 @@ class Run:
         if manifest is not None and done is not None and done[0] == manifest.step and self._is_last(done):
             return self._say_complete(manifest, done)
         first = self._go_on(manifest)
+        if isinstance(self.task, Refers):
+            self._refer(self.task, manifest)
         self.ledger = self._open_ledger(first)
         config = self.config
         loader = Loader(self.samples, self.sampler, config.data.prefetch, config.comm.timeout_s)
@@ -320,6 +322,22 @@ class Run:
                 fill(self.engine.machine.store, self.config.train.seed, self.origin, self.words)
             except checkpoint.DamagedCheckpoint as error:
                 raise CheckpointError(f"{error}: give another start.checkpoint") from None
+
+    def _refer(self, task: Refers, manifest: Manifest | None) -> None:
+        """Tells a task what the initial weights say of its samples. Collective."""
+        found = dict[str, Any]()
+        if manifest is None:
+            self._say("asking the initial weights what they say of all samples")
+            rows = self.config.train.rows
+            found = reference.measured(task, self.engine.machine.chain, rows, self.mesh, self.place)
+        with self.group.together("the reference"):
+            path = self.folder.reference
+            if manifest is not None:
+                found = reference.read(path, manifest)
+            elif self.group.rank == 0:
+                reference.write(path, self.began.get("start", ""), self.task.about()["catalog"], found)
+            task.refer(found)
+            self.samples, self.heldout = task.samples("train"), task.samples("heldout")
 
     def _say(self, text: str) -> None:
         if self.group.rank == 0:

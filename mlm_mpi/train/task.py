@@ -1,8 +1,10 @@
 """What a run asks of a task. Nothing in this room names one; `tasks/` holds them, a file each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.layers.base import Least, Part
@@ -54,6 +56,22 @@ class Task(Protocol):
 
     def refuse_other(self, path: Path, manifest: Manifest) -> None:
         """Raises CheckpointError where a checkpoint was trained on other data than this."""
+
+
+@runtime_checkable
+class Refers(Protocol):
+    """A task whose loss compares the model with the weights that a run begins with: what they say is measured once."""
+
+    splits: Sequence[str]  # those that it has
+
+    def samples(self, split: str) -> Samples:
+        """Until `refer` they have no reference, from then on it is in their targets."""
+
+    def refer(self, found: Mapping[str, np.ndarray]) -> None:
+        """`found`: split -> the outcomes of its samples under those weights, columns [log π(c), log π(r)] (n, 2).
+
+        Raises CheckpointError where they are of other samples.
+        """
 
 
 def plain_lines(numbers: dict[str, Any], of: str, own: list[str]) -> list[str]:

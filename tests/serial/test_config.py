@@ -204,7 +204,7 @@ NOT_ZERO = [
     "model.rotary_base", "model.rotary_factor", "model.rotary_low", "model.rotary_high", "train.first_rows",
     "train.first_context", "mesh.pp", "mesh.tp", "mesh.chunks", "start.lora_alpha", "task.window", "task.negatives",
     "model.segments", "model.ngrams", "model.ngram_buckets", "task.rate", "task.span",
-    "task.question", "task.longest",
+    "task.question", "task.longest", "task.beta",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "model.decoder_layers",

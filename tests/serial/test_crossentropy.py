@@ -7,6 +7,7 @@ import pytest
 from numerics import directional, poisoned, same_bits, strided
 
 from mlm_mpi.backend import registry
+from mlm_mpi.backend.arrays import BFLOAT16
 from mlm_mpi.ops import crossentropy
 from mlm_mpi.ops.crossentropy import CHUNK_ROWS
 
@@ -55,6 +56,21 @@ def test_loss_and_gradients_of_capped_logits(arrange, masked) -> None:  # type: 
     assert total == crossentropy.loss(x, w, targets, mask, cap=1.5)
     for value, gradient in ((x, dx), (w, dw)):
         directional(lambda: float(crossentropy.loss(x, w, targets, mask, cap=1.5)), value, gradient)
+
+
+@pytest.mark.parametrize("size", [(5, 3, 7), (CHUNK_ROWS + 1, 4, 9)])
+def test_weights_count_in_the_gradient_alone(size) -> None:  # type: ignore[no-untyped-def]
+    x, w, targets, mask = _draw(*size)
+    weights, dw = np.random.default_rng(1).standard_normal(size[0]), poisoned(*w.shape)
+    total, dx = crossentropy.loss_and_grad(x, w, targets, mask, dw, False, weights=weights)
+    each = crossentropy.each(x, w, targets, mask)
+    assert total == crossentropy.summed(each, 1) == crossentropy.loss(x, w, targets, mask) and not each[~mask].any()
+    for value, gradient in ((x, dx), (w, dw)):
+        directional(lambda: float(crossentropy.each(x, w, targets, mask) @ weights), value, gradient)
+    stored = np.linspace(-1, 1, 12, dtype="f4").reshape(3, 4).astype(BFLOAT16)
+    weighed = stored.copy()
+    crossentropy.weigh(weighed, np.array([0.5, -3.0, 0.0], "f4"))
+    assert same_bits(weighed, (stored.astype("f4") * np.array([[0.5], [-3.0], [0.0]], "f4")).astype(BFLOAT16))
 
 
 def test_no_cap_changes_nothing_and_a_wide_one_little() -> None:

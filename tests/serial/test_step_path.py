@@ -17,7 +17,7 @@ PATH = (
     "comm/tree.py", "comm/buckets.py", "comm/reductions", "backend/arrays.py", "backend/registry.py", "backend/sums.py",
     "backend/cpu", "data/batch.py", "data/sampler.py", "data/loader.py", "data/stream.py", "data/objectives",
     "data/corruption.py", "data/documents.py", "data/masking.py", "data/mixture.py", "data/pairs.py", "data/texts.py",
-    "data/translation.py", "data/warmup.py",
+    "data/preferences.py", "data/translation.py", "data/warmup.py",
     "train/assignment.py", "train/audit.py", "train/build.py", "train/captured.py", "train/engine.py", "train/guard.py",
     "train/replicas.py",
 )  # fmt: skip
@@ -60,7 +60,7 @@ ALLOWED = {
     ("ops/attention.py", "probabilities", "@"): "explains a text: no weight depends on it",
     ("ops/attention.py", "probabilities", "xp.exp"): "explains a text: no weight depends on it",
     ("ops/attention.py", "probabilities", "p.sum"): "explains a text: no weight depends on it",
-    ("ops/crossentropy.py", "summed", "parts.sum"): "on a GPU, and no weight depends on a loss",
+    ("ops/crossentropy.py", "summed", "parts.sum"): "on a GPU; of preferences a weight depends on it, of nothing else",
     ("ops/crossentropy.py", "summed", "part.sum"): "of what is not finite, where fsum raises",
     ("ops/dropout.py", "Draw.cut", "sum"): "whole numbers",
     ("ops/matmul.py", "summed", "@"): "in the references of matmul and linear only",
