@@ -29,6 +29,7 @@ _OTHERS = {
     "tagged": ("labelled words", '"tagging"'),
     "dialogues": ("dialogues", '"dialogue"'),
     "questions": ("questions", '"question_answering"'),
+    "preferences": ("preferences", '"preference"'),
 }
 
 
