@@ -61,9 +61,9 @@ class Conversation:
                 if token == self._tokenizer.eot:
                     break
                 pieces.append(decoder.push(token))
-                yield pieces[-1]
+                yield clean(pieces[-1]).text  # no control character reaches a terminal
             pieces.append(decoder.flush())
-            yield pieces[-1]
+            yield clean(pieces[-1]).text
         finally:
             if found := clean("".join(pieces)).text.strip():
                 self.said += [question, Message(ANSWERS, found)]

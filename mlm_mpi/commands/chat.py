@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -111,18 +112,17 @@ def _in_terminal(conversation: "Conversation") -> None:
                 is_told = is_told and line != "/reset"
                 print(_obeyed(conversation, line), flush=True)
             elif line:
-                pieces = conversation.answer(line)
-                if conversation.left and not is_told:
-                    is_told = True
-                    print("(the oldest messages no longer fit into the context and are not read)")
-                _stream(pieces)
+                is_told = _stream(conversation, line, is_told)
         except MlmError as error:
             print(f"mlm-mpi: {error}", flush=True)
 
 
-def _stream(pieces: Iterator[str]) -> None:
-    """Shows an answer while it is made, up to Ctrl-C."""
-    with _Stop() as stop, contextlib.closing(pieces):  # type: ignore[type-var]  # it is a generator
+def _stream(conversation: "Conversation", line: str, is_told: bool) -> bool:
+    """Shows an answer while it is made, up to Ctrl-C. -> whether it was told, now or before, that messages are no
+    longer read."""
+    with _Stop() as stop, contextlib.closing(conversation.answer(line)) as pieces:  # type: ignore[type-var]
+        if conversation.left and not is_told:
+            print("(the oldest messages no longer fit into the context and are not read)")
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -130,6 +130,7 @@ def _stream(pieces: Iterator[str]) -> None:
                 sys.stdout.write(" …")
                 break
     print(flush=True)
+    return is_told or conversation.left > 0
 
 
 class _Stop:
@@ -160,8 +161,8 @@ def _through_pipe(conversation: "Conversation") -> None:
             elif text:
                 answer = "".join(conversation.answer(text))
                 print(" ".join(answer.split()), flush=True)
-        except DataError as error:
-            raise DataError(f"line {number} of stdin: {error}") from None
+        except MlmError as error:
+            raise type(error)(f"line {number} of stdin: {error}") from None
         if conversation.left and not is_told:
             is_told = True
             print("note: the oldest messages no longer fit into the context and are not read", file=sys.stderr)
@@ -183,9 +184,9 @@ def _obeyed(conversation: "Conversation", line: str) -> str:
 
 def _saved(conversation: "Conversation", name: str) -> str:
     """Writes what was said into a new file. Raises DataError."""
-    if not name.endswith(".jsonl"):
-        raise DataError(f"/save {name}: give a name that ends in .jsonl, as prepare --chat reads it")
-    if Path(name).exists() or Path(name).is_symlink():
+    if not name.endswith(".jsonl") or "\0" in name:
+        raise DataError(f"/save {name}: give a name without NUL that ends in .jsonl, as prepare --chat reads it")
+    if os.path.lexists(name):
         raise DataError(f"/save {name}: that exists already, give another name")
     messages = [message._asdict() for message in conversation.said]
     if not conversation.has_answers:

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         if args.out is not None:
             _check_out(args.out, args.file)
         if not Path(args.file).is_file():
-            raise ConfigError(f"{args.file} is no file: give a table of texts")
+            raise ConfigError(f"{args.file} is no file: give one, as mlm-mpi help predict says")
         plugins = named(args.plugins)
     trained = load(sharing.checkpoint_of(args, group), plugins, args.device, None, group.on_node(), mesh)
     task = plugins.find("tasks", trained.config.task.kind, "task.kind")

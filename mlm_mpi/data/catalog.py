@@ -23,6 +23,14 @@ CATALOG_BYTES = 64 << 20  # 200,000 shards
 MOST_TOKENS = 1 << 56  # of a corpus: what is computed from it fits 64 bits
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # of a file: never a path
 SHA256 = re.compile("[0-9a-f]{64}")
+# formats of other catalogs (data/labelled.py): what they have, and the tasks that read it
+_OTHERS = {
+    "labelled": ("labelled texts or pairs of texts", '"classification" or "translation"'),
+    "tagged": ("labelled words", '"tagging"'),
+    "dialogues": ("dialogues", '"dialogue"'),
+    "questions": ("questions", '"question_answering"'),
+    "preferences": ("preferences", '"preference"'),
+}
 
 
 @dataclass(frozen=True)
@@ -196,10 +204,10 @@ def _decode(content: bytes, path: Path) -> Manifest:
     try:
         table = msgspec.json.decode(content)
         found = table.get("format") if isinstance(table, dict) else None
-        if isinstance(found, str) and found.startswith(("labelled-", "tagged-", "questions-")):
+        if isinstance(found, str) and (kind := found.partition("-")[0]) in _OTHERS:
+            what, task = _OTHERS[kind]
             raise DataError(
-                f"{path} is of labelled texts, not of a corpus to be continued: prepare the texts without --label or "
-                "--tags, or train a task that reads labels"
+                f"{path} is of {what}, not of a corpus to be continued: set task.kind = {task}, or prepare plain texts"
             )
         if found != FORMAT:
             raise DataError(f"{path} has format {str(found)[:40]}, this version reads format {FORMAT}: {AGAIN}")

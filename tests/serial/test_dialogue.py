@@ -9,6 +9,7 @@ import pytest
 from corpora import contents, run_prepare
 
 from mlm_mpi.__main__ import main
+from mlm_mpi.commands.chat import _saved
 from mlm_mpi.config.reader import load
 from mlm_mpi.conversation import Conversation
 from mlm_mpi.data import template
@@ -256,3 +257,20 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came_and_nothing_of_none() -> Non
     assert talk.said == [Message("user", "one"), Message("assistant", "a")]
     silent = Conversation(lambda prompt, number: iter([BYTES.eot]), BYTES, 96, 20)
     assert "".join(silent.answer("one")) == "" and silent.said == []
+
+
+def test_no_control_character_of_an_answer_reaches_a_terminal() -> None:
+    talk = Conversation(lambda prompt, number: iter([*b"a\x1b[2J\x00b\n", BYTES.eot]), BYTES, 96, 20)
+    assert "".join(talk.answer("one")) == "a[2Jb\n" and talk.said[1].content == "a[2Jb"
+
+
+def test_what_is_said_is_saved_under_a_new_name_or_refused_in_one_line(tmp_path: Path) -> None:
+    talk = Conversation(Echo(), BYTES, context=96, most=20)
+    "".join(talk.answer("one"))
+    for name in ("a\0b.jsonl", f"{tmp_path}/{'n' * 300}.jsonl", f"{tmp_path}/missing/a.jsonl", f"{tmp_path}/a.txt"):
+        with pytest.raises(DataError):
+            _saved(talk, name)
+    assert _saved(talk, f"{tmp_path}/a.jsonl").startswith("(2 messages")
+    with pytest.raises(DataError, match="exists already"):
+        _saved(talk, f"{tmp_path}/a.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

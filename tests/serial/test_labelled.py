@@ -399,7 +399,7 @@ def test_folders_of_both_kinds_replace_each_other_and_name_each_other(
 ) -> None:
     out = tmp_path / "out"
     prepared(tmp_path, reviews)
-    refused(lambda: Catalog.open(out), "catalog.json is of labelled texts", "without --label")
+    refused(lambda: Catalog.open(out), "catalog.json is of labelled texts", "set task.kind")
     write_texts(tmp_path / "in", 30)
     run_prepare(tmp_path / "in", "--out", out, "--tokenizer", "bytes")
     refused(lambda: Labelled.open(out), "catalog.json is of a corpus without labels", "--label COLUMN", "data.dir")
