@@ -18,7 +18,7 @@ from mlm_mpi.data.labelled import Kind
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.preferences import Pairs
 from mlm_mpi.data.texts import Nothing
-from mlm_mpi.errors import CheckpointError, ConfigError, DataError
+from mlm_mpi.errors import CheckpointError, DataError
 from mlm_mpi.layers.base import Least, Part, Sizes
 from mlm_mpi.layers.preference import PreferenceHead
 from mlm_mpi.plug import Plugins
@@ -71,11 +71,6 @@ class Preference(Dialogue):
     figures: Mapping[str, bool] = MappingProxyType({"accuracy": True, "margin": True})
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
-        if not config.start.checkpoint:
-            raise ConfigError(
-                'task.kind = "preference" goes on with a model that answers: set start.checkpoint, or use mlm-mpi '
-                "finetune RUN"
-            )
         super().__init__(config, plugins)
         self.splits = self.texts.splits
         self._reference: Mapping[str, np.ndarray] = {}

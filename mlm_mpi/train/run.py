@@ -96,6 +96,11 @@ class Run:
                 check(config.log)
             self.place = place_of(config, config.numerics.level, on_node)
             self.task = self._open(config, open_task)
+            if isinstance(self.task, Refers) and not config.start.checkpoint:
+                raise ConfigError(
+                    f'task.kind = "{config.task.kind}" compares a model with what it began with: set start.checkpoint, '
+                    "or begin by mlm-mpi finetune RUN"
+                )
             self.samples, self.heldout = self.task.samples("train"), self.task.samples("heldout")
             train = config.train
             self.sampler = Sampler(train.seed, mixture_of(self.samples), train.micro_batches, train.rows_ramp())

@@ -141,4 +141,4 @@ def test_what_it_is_compared_with_is_refused_where_it_is_gone(place: Place, few:
     assert three.code == 2 and "few/reference.json cannot be read" in three.err, three.err
     kept.write_bytes(content)
     place.program("evaluate", "few", "--data", "talks").refused("has dialogues, not preferences")
-    place.program("train", "pairs.toml", "--run", "none").refused('task.kind = "preference" goes on with a model')
+    place.program("train", "pairs.toml", "--run", "none").refused("set start.checkpoint, or begin by")

@@ -15,7 +15,7 @@ from mlm_mpi.config.reader import load
 from mlm_mpi.data.labelled import PREFERRED, Labelled
 from mlm_mpi.data.preferences import Pairs
 from mlm_mpi.data.tokenizer import Tokenizer
-from mlm_mpi.errors import CheckpointError, ConfigError, DataError
+from mlm_mpi.errors import CheckpointError, DataError
 from mlm_mpi.layers.base import Context, Sizes
 from mlm_mpi.layers.preference import PreferenceHead
 from mlm_mpi.models import llama
@@ -122,7 +122,7 @@ def test_bad_files_are_one_line_and_leave_nothing(tmp_path: Path, capsys, case: 
 
 
 def task_of(found: Labelled, *words: str) -> Preference:
-    own = ("task.kind=preference", f"data.dir={found.folder}", "model.context=48", "start.checkpoint=first", *words)
+    own = ("task.kind=preference", f"data.dir={found.folder}", "model.context=48", *words)
     return Preference(load(None, own, Plugins()), Plugins())
 
 
@@ -136,8 +136,6 @@ def test_what_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
         task_of(found, "task.too_long=refuse").samples("train")
     with pytest.raises(DataError, match=r"21 pairs of train .* pairs of shorter ones$"):
         task_of(found, "model.context=8").samples("train")
-    with pytest.raises(ConfigError, match=r"goes on with a model that answers: set start.checkpoint, or use mlm-mpi"):
-        task_of(found, "start.checkpoint=")
     with pytest.raises(DataError, match='preferences, not dialogues: set task.kind = "preference"'):
         Labelled.open(found.folder, kind="dialogues")
 
