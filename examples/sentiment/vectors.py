@@ -36,9 +36,8 @@ def fetch(archive: Path) -> None:
         with urllib.request.urlopen(ADDRESS, timeout=60) as answer:
             content = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        sys.exit(
-            f"{ADDRESS} cannot be fetched ({getattr(error, 'reason', error)}): connect this machine, or put the file at {archive}"
-        )
+        reason = getattr(error, "reason", error)
+        sys.exit(f"{ADDRESS} cannot be fetched ({reason}): connect this machine, or put the file at {archive}")
     part = archive.with_suffix(".part")
     part.write_bytes(content)
     part.replace(archive)
