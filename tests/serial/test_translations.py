@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from mlm_mpi.data import dictionary
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.figures import dictionary, translations
+from mlm_mpi.figures import translations
 
 PAIRS = [
     ("the house", "la maison"), ("The red house!", "La maison rouge !"), ("a red flower", "une fleur rouge"),
