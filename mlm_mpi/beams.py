@@ -18,6 +18,7 @@ from mlm_mpi.generation import logits
 from mlm_mpi.layers.attention import KeyValueCache
 from mlm_mpi.layers.base import Array
 from mlm_mpi.layers.chain import Chain
+from mlm_mpi.ops import crossentropy
 
 MOST_BEAMS = 256  # the rows of a batch are so many times its sources
 _MOST_PENALTY = 10.0  # Wu et al. find 0.2 best, and try up to 1
@@ -64,7 +65,7 @@ def written(
             kept += [first + row for row in search.extend(tokens[first:stop], scores[first:stop])]
             first = stop
         if kept != list(range(len(ids))):
-            cache.take(place.put(np.array(kept, np.int64)))
+            cache.take(np.array(kept, np.int64))
         ids = np.array([one.tokens[-1:] for search in searches for one in search.live], np.int32)
     return [search.best() for search in searches]
 
@@ -136,21 +137,25 @@ def _likeliest(found: Array | None, rows: int, count: int, mesh: Mesh) -> tuple[
         mine = np.ascontiguousarray(to_host(wide(found[:, -1])))
         parts = group.allgather_array(mine.reshape(-1), "the logits").reshape(-1, *mine.shape)
         whole = np.concatenate(list(parts), axis=1)
-        tokens = np.array([_first(row, count) for row in whole])
-        most = whole.max(axis=1, keepdims=True).astype(np.float64)
-        total = np.log(np.exp(whole - most).sum(axis=1, keepdims=True))
+        tokens, most = _first(whole, count), whole.max(axis=1)
+        scores = np.take_along_axis(whole, tokens, axis=1) - most[:, None].astype(np.float64)
+        total = np.log(crossentropy.exponentials(whole, most).astype(np.float64))
         table[0, :, : tokens.shape[1]] = tokens
-        table[1, :, : tokens.shape[1]] = np.take_along_axis(whole, tokens, axis=1) - most - total
+        table[1, :, : tokens.shape[1]] = scores - total[:, None]
         table = group.allgather_array(table.reshape(-1), "the next tokens")[0]  # an exp of other CPUs is another
     table = mesh.group("pp").allgather_array(table.reshape(-1), "the next tokens")[-1]
     tokens, scores = table.reshape(2, rows, count)
     return tokens.astype(np.int32), scores
 
 
-def _first(row: np.ndarray, count: int) -> np.ndarray:
-    """Where the largest of a row are, the largest first, of equal ones the first. Shapes: (V,) -> (min(count, V),)."""
-    if count >= len(row):
-        return np.argsort(-row, kind="stable")
-    least = np.partition(row, -count)[-count]
-    some = np.flatnonzero(~(row < least))  # NaN too
-    return some[np.argsort(-row[some], kind="stable")][:count]
+def _first(rows: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest of each row are, the largest first, of equal ones the first, NaN as the smallest.
+
+    Shapes: (B, V) -> (B, min(count, V)).
+    """
+    count = min(count, rows.shape[1])
+    least = np.partition(rows, -count, axis=1)[:, -count, None]
+    row, column = np.nonzero(~(rows < least))  # NaN too
+    order = np.lexsort((column, -rows[row, column], row))
+    starts = np.searchsorted(row, np.arange(len(rows)))
+    return column[order][starts[:, None] + np.arange(count)]

@@ -1,8 +1,10 @@
 """Multi-head attention, of positions to each other and to a memory, and the cache of keys and values."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
@@ -18,49 +20,75 @@ class KeyValueCache:
     """Keys and values of the positions seen so far, per layer; `length` positions are valid.
 
     `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name. `memory`: keys
-    and values (B, S, 2 C) of what an encoder has made, by the layer's name; they are computed once.
+    and values (sources, S, 2 C) of what an encoder has made, by the layer's name; they are computed once. `readers`: so
+    many rows of the batch read those of each source; () stands for one each.
     """
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
         self.states: dict[str, tuple[Any, ...]] = {}
         self.memory: dict[str, Any] = {}
+        self.readers: tuple[int, ...] = ()
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def extend(self, name: str, k: Any, v: Any) -> tuple[Any, Any]:
         """Appends k, v (B, H, T, D) and returns all keys and values so far (B, H, length + T, D)."""
-        xp, (batch, heads, new, width) = module_of(k), k.shape
-        if name not in self._held:
-            empty = (batch, heads, self.context, width)
-            self._held[name] = xp.empty(empty, k.dtype), xp.empty(empty, v.dtype)
-        keys, values = self._held[name]
-        stop = self.length + new
-        keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v
+        stop = self.length + k.shape[2]
+        keys, values = held = self._roomy(name, k, v, stop)
+        for array, new in zip(held, (k, v), strict=True):
+            array[:, :, self.length : stop] = new
         return keys[:, :, :stop], values[:, :, :stop]
+
+    def _roomy(self, name: str, k: Any, v: Any, positions: int) -> tuple[Any, Any]:
+        """The layer's arrays, with room for so many positions."""
+        held = self._held.get(name)
+        if held is None or held[0].shape[2] < positions:
+            batch, heads, _, width = k.shape
+            shape = (batch, heads, max(self.context, positions), width)
+            roomy = module_of(k).empty(shape, k.dtype), module_of(v).empty(shape, v.dtype)
+            for array, old in zip(roomy, held or (), strict=False):
+                array[:, :, : self.length] = old[:, :, : self.length]
+            held = self._held[name] = roomy
+        return held
 
     def advance(self, positions: int) -> None:
         """Counts positions that every layer has appended."""
         self.length += positions
 
-    def take(self, rows: Any) -> None:
-        """Goes on with these rows of the batch, each as often as it is named.
+    def take(self, rows: np.ndarray) -> None:
+        """Goes on with these rows of the batch, each as often as it is named; no memory is copied for that.
 
-        Shapes: (n,) int64, where the arrays are.
+        Shapes: (n,) int64, on the host; where there is a memory, rows of a source side by side, sources in their order.
         """
-        self._held = {name: (self._taken(k, rows), self._taken(v, rows)) for name, (k, v) in self._held.items()}
-        self.states = {name: tuple(array[rows] for array in arrays) for name, arrays in self.states.items()}
-        self.memory = {name: array[rows] for name, array in self.memory.items()}
+        if not len(rows):
+            self._held, self.states, self.memory = {}, {}, {}
+            return
+        if self.memory:
+            self._let_go(rows)
+        # one position more than is valid: a single copy, and the next one has its room
+        self._held = {
+            name: tuple(_rows(x[:, :, : self.length + 1], rows) for x in kv) for name, kv in self._held.items()
+        }
+        self.states = {name: tuple(_rows(x, rows) for x in arrays) for name, arrays in self.states.items()}
 
-    def _taken(self, array: Any, rows: Any) -> Any:
-        """Nothing is copied behind the valid positions. Shapes: (B, H, context, D) -> (n, H, context, D)."""
-        taken = module_of(array).empty((len(rows), *array.shape[1:]), array.dtype)
-        taken[:, :, : self.length] = array[:, :, : self.length][rows]
-        return taken
+    def _let_go(self, rows: np.ndarray) -> None:
+        """Counts who reads a source's memory from now on, and forgets that of those that nobody reads."""
+        sources = len(next(iter(self.memory.values())))
+        taken = np.repeat(np.arange(sources), self.readers or 1)[rows]
+        assert (taken[1:] >= taken[:-1]).all(), "rows of a source lie side by side, sources in their order"
+        readers = np.bincount(taken, minlength=sources)
+        if not readers.all():
+            self.memory = {name: _rows(x, np.flatnonzero(readers)) for name, x in self.memory.items()}
+        self.readers = tuple(readers[readers > 0].tolist())
+
+
+def _rows(array: Any, rows: np.ndarray) -> Any:
+    return array[module_of(array).asarray(rows)]
 
 
 class _Run(NamedTuple):
-    """The positions of each row, or of each of some texts of one length that lie one behind the other in row 0, from
-    `start` on."""
+    """The positions of each row, or of each of some texts of one length that lie one behind the other, from `start` on,
+    as all rows do."""
 
     start: int
     texts: int  # 0: rows
@@ -71,10 +99,11 @@ class _Run(NamedTuple):
         return self.start + self.texts * self.length
 
     def own(self, array: Any) -> Any:
-        """Theirs of an array, a view. Shapes: (B, T, …), or (1, T, …) -> (texts, length, …)."""
+        """Theirs of a contiguous array, a view. Shapes: (B, T, …) -> the same, or (texts, length, …)."""
         if not self.texts:
             return array
-        return array[0, self.start : self.stop].reshape(self.texts, self.length, *array.shape[2:])
+        some = array.reshape(-1, *array.shape[2:])[self.start : self.stop]
+        return some.reshape(self.texts, self.length, *array.shape[2:])
 
 
 class _Look(NamedTuple):
@@ -85,6 +114,11 @@ class _Look(NamedTuple):
     draw: Draw | None
     share: int
     lse: Any = None
+
+
+def _spans(lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """[start, stop) of texts of these lengths, one behind the other."""
+    return list(pairwise(accumulate(lengths, initial=0)))
 
 
 def _looks(
@@ -157,7 +191,7 @@ class SelfAttention:
             o, lse = attention.forward(q, k, v, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = _in_row(found, looks, qkv.shape[1])
+        o = _in_row(found, looks, qkv.shape[:2])
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, looks, starts, s_project)
 
@@ -224,7 +258,7 @@ class CrossAttention:
             o, lse = attention.forward(*arrays, causal=False, draw=look.draw)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = _in_row(found, looks, q.shape[1])
+        o = _in_row(found, looks, q.shape[:2])
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, memory, q, kv, o, looks, s_project)
 
@@ -264,20 +298,24 @@ class CrossAttention:
 
     def _looks(self, ctx: Context, q: Any, kv: Any) -> list[_Look]:
         batch, heads = ctx.batch, q.shape[2] // self.width
+        if ctx.cache is not None:  # rows that read one memory are as many queries of it
+            readers = ctx.cache.readers or (1,) * len(kv)
+            queries, keys = _spans([n * q.shape[1] for n in readers]), _spans([kv.shape[1]] * len(kv))
+            return _looks(queries, keys, self.drop, ctx, heads)
         if batch is None or batch.source is None or not batch.texts:
             queries, keys = q.shape[1], kv.shape[1]
             return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]
         return _looks(batch.spans(), batch.source.spans(), self.drop, ctx, heads)
 
 
-def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
+def _in_row(parts: list[Any], looks: list[_Look], shape: tuple[int, int]) -> Any:
     """Values where their queries lie: of rows as they are, of texts in their row, zeros behind them.
 
-    Shapes: (texts, t, H, D) each -> (1, T, H, D).
+    Shapes: `shape` (B, T); (texts, t, H, D) each -> (B, T, H, D).
     """
     if not looks[0].queries.texts:
         return parts[0]
-    o = module_of(parts[0]).zeros((1, length, *parts[0].shape[2:]), parts[0].dtype)
+    o = module_of(parts[0]).zeros((*shape, *parts[0].shape[2:]), parts[0].dtype)
     for part, look in zip(parts, looks, strict=True):
         look.queries.own(o)[...] = part
     return o

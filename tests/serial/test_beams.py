@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from whole import Driven
 
-from mlm_mpi.backend.arrays import cpu
 from mlm_mpi.beams import MOST_BEAMS, Beams, written
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
@@ -135,12 +134,21 @@ def test_no_such_search(width: int, penalty: float) -> None:
 
 def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
     cache, random = KeyValueCache(5), np.random.default_rng(0)
-    k, v, memory = (random.normal(size=shape) for shape in ((2, 3, 2, 4), (2, 3, 2, 4), (2, 7, 8)))
+    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (3, 7, 8)))
     cache.extend("a", k, v)
     cache.advance(2)
     cache.memory["a"], cache.states["b"] = memory, (memory[:, 0],)
-    rows = cpu().put(np.array([1, 1, 0]))
-    cache.take(rows)
-    keys, values = cache.extend("a", k[rows][:, :, :1], v[rows][:, :, :1])
-    assert np.array_equal(keys[:, :, :2], k[rows]) and np.array_equal(values[:, :, :2], v[rows])
-    assert np.array_equal(cache.memory["a"], memory[rows]) and np.array_equal(cache.states["b"][0], memory[rows, 0])
+    for rows in (np.array([0, 0, 1, 2, 2, 2]), np.array([1, 0, 5, 5])):
+        cache.take(rows)
+        k, v = k[rows], v[rows]
+        for positions in (1, 2):  # there is room for one, and then is made for more
+            keys, values = cache.extend("a", k[:, :, :positions], v[:, :, :positions])
+            assert np.array_equal(keys[:, :, :2], k) and np.array_equal(values[:, :, :2], v)
+            assert np.array_equal(keys[:, :, 2:], k[:, :, :positions]) and keys.shape == (
+                len(rows),
+                3,
+                2 + positions,
+                4,
+            )
+    assert cache.readers == (2, 2) and np.array_equal(cache.memory["a"], memory[[0, 2]]), "nobody reads the second one"
+    assert np.array_equal(cache.states["b"][0], memory[[0, 0, 2, 2], 0])
