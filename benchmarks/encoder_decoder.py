@@ -142,10 +142,8 @@ def theirs(case: str, weights: str) -> tuple[Callable[[], Any], Any]:
         read, targets = ([torch.from_numpy(text).long() for text in side] for side in columns)
         wanted = pad(targets, True)
         behind = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=END)
-        masks = [
-            None if len(set(map(len, side))) == 1 else pad([torch.ones(len(text), dtype=torch.bool) for text in side], True)
-            for side in (read, targets)
-        ]  # fmt: skip
+        there = [pad([torch.ones(len(text), dtype=torch.bool) for text in side], True) for side in (read, targets)]
+        masks = [None if mask.all() else mask for mask in there]
         batches.append((pad(read, True), behind, wanted, *masks))
 
     def run() -> float:

@@ -136,7 +136,7 @@ def _likeliest(found: Array | None, rows: int, count: int, mesh: Mesh) -> tuple[
         group = mesh.group("tp")
         mine = np.ascontiguousarray(to_host(wide(found[:, -1])))
         parts = group.allgather_array(mine.reshape(-1), "the logits").reshape(-1, *mine.shape)
-        whole = np.concatenate(list(parts), axis=1)
+        whole = parts.swapaxes(0, 1).reshape(rows, -1)
         tokens, most = _first(whole, count), whole.max(axis=1)
         scores = np.take_along_axis(whole, tokens, axis=1) - most[:, None].astype(np.float64)
         total = np.log(crossentropy.exponentials(whole, most).astype(np.float64))
@@ -155,7 +155,7 @@ def _first(rows: np.ndarray, count: int) -> np.ndarray:
     """
     count = min(count, rows.shape[1])
     least = np.partition(rows, -count, axis=1)[:, -count, None]
-    row, column = np.nonzero(~(rows < least))  # NaN too
+    row, column = np.divmod(np.flatnonzero(~(rows < least)), rows.shape[1])  # NaN too
     order = np.lexsort((column, -rows[row, column], row))
     starts = np.searchsorted(row, np.arange(len(rows)))
     return column[order][starts[:, None] + np.arange(count)]
