@@ -7,12 +7,14 @@ their log-probability over ((5 + n) / 6)^α, of n tokens with the end of text (W
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu, to_host, wide
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.generation import logits
 from mlm_mpi.layers.attention import KeyValueCache
@@ -44,30 +46,42 @@ class Beams:
 
 
 def written(
-    chain: Chain, sources: np.ndarray, context: int, eot: int, beams: Beams | None = None, mesh: Mesh | None = None,
-    place: Place | None = None,
+    chain: Chain, sources: Sequence[np.ndarray], context: int, eot: int, beams: Beams | None = None,
+    mesh: Mesh | None = None, place: Place | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """What an encoder-decoder makes of each source, up to an end of text, which is left out, or to the end of the
     context. By default greedy search.
 
-    Shapes: sources (B, S). Collective over the ranks that share the model. No text depends on those beside it.
+    Shapes: sources (s,) of any lengths but 0. Collective over the ranks that share the model. No text depends on those
+    beside it.
     """
     beams, place, mesh = beams or Beams(), place or cpu(), mesh or Mesh()
     searches = [_Search(beams, context, eot) for _ in sources]
-    cache, source, ids = KeyValueCache(context), place.put(sources), np.full((len(sources), 1), eot, np.int32)
+    order = sorted(range(len(sources)), key=lambda number: len(sources[number]))  # of one length: attended together
+    growing = [searches[number] for number in order]
+    cache, ids = KeyValueCache(context), np.full((len(sources), 1), eot, np.int32)
+    source = _read([sources[number] for number in order]).map(place.put) if order else None
     while len(ids):
         found = logits(chain, place.put(ids), cache, mesh, source)
         source = None  # the cache has what was made of it
         tokens, scores = _likeliest(found, len(ids), beams.width, mesh)
         kept, first = list[int](), 0
-        for search in searches:
+        for search in growing:
             stop = first + len(search.live)
             kept += [first + row for row in search.extend(tokens[first:stop], scores[first:stop])]
             first = stop
-        if kept != list(range(len(ids))):
+        if kept and kept != list(range(len(ids))):
             cache.take(np.array(kept, np.int64))
-        ids = np.array([one.tokens[-1:] for search in searches for one in search.live], np.int32)
+        ids = np.array([one.tokens[-1:] for search in growing for one in search.live], np.int32)
     return [search.best() for search in searches]
+
+
+def _read(sources: Sequence[np.ndarray]) -> Batch:
+    """What an encoder reads: texts one behind the other, so that none is padded."""
+    ids, places = (
+        np.concatenate(some)[None].astype(np.int32) for some in (sources, [np.arange(len(ids)) for ids in sources])
+    )
+    return Batch(0, 0, {"ids": ids, "places": places}, {}, 0, texts=tuple(accumulate(map(len, sources))))
 
 
 class _Hypothesis(NamedTuple):

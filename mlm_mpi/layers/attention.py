@@ -20,14 +20,15 @@ class KeyValueCache:
     """Keys and values of the positions seen so far, per layer; `length` positions are valid.
 
     `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name. `memory`: keys
-    and values (sources, S, 2 C) of what an encoder has made, by the layer's name; they are computed once. `readers`: so
-    many rows of the batch read those of each source; () stands for one each.
+    and values (1, N, 2 C) of what an encoder has made, by the layer's name, of all sources one behind the other; they
+    are computed once. `sources`: their lengths. `readers`: so many rows of the batch read each.
     """
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
         self.states: dict[str, tuple[Any, ...]] = {}
         self.memory: dict[str, Any] = {}
+        self.sources: tuple[int, ...] = ()
         self.readers: tuple[int, ...] = ()
         self._held: dict[str, tuple[Any, Any]] = {}
 
@@ -55,31 +56,38 @@ class KeyValueCache:
         """Counts positions that every layer has appended."""
         self.length += positions
 
+    def remember(self, name: str, memory: Any, lengths: Iterable[int]) -> None:
+        """Keeps a layer's keys and values of sources of these lengths, each of which a row of the batch reads.
+
+        Shapes: (1, N, 2 C), or (B, S, 2 C).
+        """
+        self.memory[name] = memory.reshape(1, -1, memory.shape[2])
+        self.sources = tuple(lengths)
+        self.readers = (1,) * len(self.sources)
+
     def take(self, rows: np.ndarray) -> None:
         """Goes on with these rows of the batch, each as often as it is named; no memory is copied for that.
 
         Shapes: (n,) int64, on the host; where there is a memory, rows of a source side by side, sources in their order.
         """
-        if not len(rows):
-            self._held, self.states, self.memory = {}, {}, {}
-            return
         if self.memory:
             self._let_go(rows)
-        # one position more than is valid: a single copy, and the next one has its room
+        roomy = slice(self.length + 1)  # for one position more than is valid: then a single copy will do
         self._held = {
-            name: tuple(_rows(x[:, :, : self.length + 1], rows) for x in kv) for name, kv in self._held.items()
+            name: (_rows(k[:, :, roomy], rows), _rows(v[:, :, roomy], rows)) for name, (k, v) in self._held.items()
         }
         self.states = {name: tuple(_rows(x, rows) for x in arrays) for name, arrays in self.states.items()}
 
     def _let_go(self, rows: np.ndarray) -> None:
-        """Counts who reads a source's memory from now on, and forgets that of those that nobody reads."""
-        sources = len(next(iter(self.memory.values())))
-        taken = np.repeat(np.arange(sources), self.readers or 1)[rows]
+        """Counts who reads a source from now on, and forgets those that nobody reads."""
+        taken = np.repeat(np.arange(len(self.sources)), self.readers)[rows]
         assert (taken[1:] >= taken[:-1]).all(), "rows of a source lie side by side, sources in their order"
-        readers = np.bincount(taken, minlength=sources)
-        if not readers.all():
-            self.memory = {name: _rows(x, np.flatnonzero(readers)) for name, x in self.memory.items()}
-        self.readers = tuple(readers[readers > 0].tolist())
+        readers = np.bincount(taken, minlength=len(self.sources)).tolist()
+        if not all(readers):
+            kept = np.repeat(np.array(readers) > 0, self.sources).nonzero()[0]
+            self.memory = {name: kv[:, module_of(kv).asarray(kept)] for name, kv in self.memory.items()}
+        self.sources = tuple(size for size, count in zip(self.sources, readers, strict=True) if count)
+        self.readers = tuple(count for count in readers if count)
 
 
 def _rows(array: Any, rows: np.ndarray) -> Any:
@@ -171,23 +179,25 @@ class SelfAttention:
     def _looks(self, ctx: Context, heads: int, keys: int) -> list[_Look]:
         """All of them."""
         spans = [] if ctx.batch is None else ctx.batch.spans()
-        if not spans:
-            share = order.share_length(keys, self.most) if ctx.cache is None else 0
-            row = _Run(0, 0, keys)
-            return [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), share)]
-        looks = _looks(spans, spans, self.drop, ctx, heads)
+        row = _Run(0, 0, keys)
+        looks = [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), 0)]
+        if spans:
+            looks = _looks(spans, spans, self.drop, ctx, heads)
+        if ctx.cache is not None:
+            return looks
         return [look._replace(share=order.share_length(look.keys.length, self.most)) for look in looks]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to."""
         qkv, _ = self.qkv.forward(x, ctx)  # (B, T, 3C)
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
-        heads, past = qkv.shape[2] // (3 * self.width), 0 if ctx.cache is None else ctx.cache.length
+        cache = ctx.cache if self.causal else None  # what sees all of its text at once keeps nothing
+        heads, past = qkv.shape[2] // (3 * self.width), 0 if cache is None else cache.length
         found, looks = [], []
         for look in self._looks(ctx, heads, past + qkv.shape[1]):
             q, k, v = self._split(look.queries.own(qkv))
-            if ctx.cache is not None:
-                k, v = ctx.cache.extend(self.name, k, v)
+            if cache is not None:
+                k, v = cache.extend(self.name, k, v)
             o, lse = attention.forward(q, k, v, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
@@ -283,11 +293,14 @@ class CrossAttention:
         return attention.probabilities(*self._split(q, kv)[:2], causal=False)
 
     def _remembered(self, memory: Any, ctx: Context) -> Any:
-        """Keys and values (B, S, 2 C), of all positions and this rank's heads."""
+        """Keys and values (B, S, 2 C), or a cache's (1, N, 2 C), of all positions and this rank's heads."""
         if ctx.cache is None:
             return self.key_value.forward(memory, ctx)[0]
         if self.name not in ctx.cache.memory:
-            ctx.cache.memory[self.name] = self.key_value.forward(memory, ctx)[0]
+            source = None if ctx.batch is None else ctx.batch.source
+            lengths = [stop - start for start, stop in source.spans()] if source is not None else []
+            rows, length, _ = memory.shape
+            ctx.cache.remember(self.name, self.key_value.forward(memory, ctx)[0], lengths or [length] * rows)
         return ctx.cache.memory[self.name]
 
     def _split(self, q: Any, kv: Any) -> tuple[Any, Any, Any]:
@@ -299,9 +312,8 @@ class CrossAttention:
     def _looks(self, ctx: Context, q: Any, kv: Any) -> list[_Look]:
         batch, heads = ctx.batch, q.shape[2] // self.width
         if ctx.cache is not None:  # rows that read one memory are as many queries of it
-            readers = ctx.cache.readers or (1,) * len(kv)
-            queries, keys = _spans([n * q.shape[1] for n in readers]), _spans([kv.shape[1]] * len(kv))
-            return _looks(queries, keys, self.drop, ctx, heads)
+            queries = _spans(count * q.shape[1] for count in ctx.cache.readers)
+            return _looks(queries, _spans(ctx.cache.sources), self.drop, ctx, heads)
         if batch is None or batch.source is None or not batch.texts:
             queries, keys = q.shape[1], kv.shape[1]
             return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]

@@ -70,6 +70,14 @@ def test_a_text_does_not_depend_on_those_beside_it(toy: Driven) -> None:
     assert len({len(text) for text in found}) > 1, "some end before others"
 
 
+def test_a_text_does_not_depend_on_longer_and_shorter_ones_beside_it(toy: Driven) -> None:
+    random = np.random.default_rng(3)
+    sources = [random.integers(0, VOCABULARY, size).astype(np.int32) for size in (3, 1, 4, 2, 3, 4, 1, 3)]
+    found = written(toy.chain, sources, LONGEST, END, Beams(3))
+    assert found == [written(toy.chain, [one], LONGEST, END, Beams(3))[0] for one in sources]
+    assert written(toy.chain, [], LONGEST, END) == []
+
+
 class Table:
     """A chain whose next token depends on the last one alone. Shapes: probabilities (V, V)."""
 
@@ -134,10 +142,11 @@ def test_no_such_search(width: int, penalty: float) -> None:
 
 def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
     cache, random = KeyValueCache(5), np.random.default_rng(0)
-    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (3, 7, 8)))
+    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (1, 9, 8)))
     cache.extend("a", k, v)
     cache.advance(2)
-    cache.memory["a"], cache.states["b"] = memory, (memory[:, 0],)
+    cache.remember("a", memory, (2, 3, 4))
+    cache.states["b"] = (memory[0, :3],)
     for rows in (np.array([0, 0, 1, 2, 2, 2]), np.array([1, 0, 5, 5])):
         cache.take(rows)
         k, v = k[rows], v[rows]
@@ -150,5 +159,6 @@ def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
                 2 + positions,
                 4,
             )
-    assert cache.readers == (2, 2) and np.array_equal(cache.memory["a"], memory[[0, 2]]), "nobody reads the second one"
-    assert np.array_equal(cache.states["b"][0], memory[[0, 0, 2, 2], 0])
+    assert cache.readers == (2, 2) and cache.sources == (2, 4), "nobody reads the second one"
+    assert np.array_equal(cache.memory["a"], memory[:, [0, 1, 5, 6, 7, 8]])
+    assert np.array_equal(cache.states["b"][0], memory[0, [0, 0, 2, 2]])
