@@ -8,9 +8,10 @@ steps     forward and backward, every gradient, of 3 + 3 blocks of C 384, 6 head
           `mixed`: sources of 16 to 64 tokens, targets a quarter longer or shorter at most. Ours come as a sampler draws
           them; PyTorch's are sorted by length before they are cut into batches, and padded. `even`: all are of 40
           tokens, and nobody pads. "Memory kept": PyTorch may keep what it frees, as ours does (torch_peer.py).
-beams     16 sources of 40 tokens, 4 hypotheses each, 40 tokens written: sentences a second. The end of text has a row
-          of zeros in the table, so that it is never likely and all searches have the same steps. PyTorch's hypotheses
-          are as many queries of their source's memory ("grouped"), or that is repeated for each of them, as is usual.
+beams     16 sources, 4 hypotheses each, 40 tokens written: sentences a second. The end of text has a row of zeros in
+          the table, so that it is never likely and all searches have the same steps. Sources are of 40 tokens, or
+          ("mixed") of 16 to 64, which PyTorch pads. PyTorch repeats a memory for each hypothesis, as is usual, or
+          ("grouped") takes the hypotheses of a source as so many queries of one memory.
 """
 
 import json
@@ -34,7 +35,8 @@ SOURCES, WIDTH, STEPS, EVEN = 16, 4, 40, 40
 CASES = {  # of PyTorch, by ours
     "mixed": ("mixed", "mixed, memory kept"),
     "even": ("even", "even, memory kept"),
-    "beams": ("beams, grouped", "beams, repeated"),
+    "beams": ("beams", "beams, grouped"),
+    "mixed beams": ("mixed beams", "mixed beams, grouped"),
 }
 
 
@@ -61,9 +63,10 @@ def texts(case: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(found[:PAIRS], found[PAIRS:], strict=True))
 
 
-def sources() -> np.ndarray:
-    """Of the beams. Shapes: -> (B, S)."""
-    return np.stack(tokens(*[EVEN] * SOURCES))
+def sources(case: str) -> list[np.ndarray]:
+    """Of the beams."""
+    mixed = np.random.default_rng(3).integers(16, 65, SOURCES).tolist()
+    return tokens(*mixed if case.startswith("mixed") else [EVEN] * SOURCES)
 
 
 def ours(case: str, weights: str) -> tuple[Callable[[], Any], Any]:
@@ -87,8 +90,8 @@ def ours(case: str, weights: str) -> tuple[Callable[[], Any], Any]:
     store.initialise(0)
     trunk.table.data[END] = 0.0
     np.savez(weights, **store.named(store.data))
-    if case == "beams":
-        some = sources()
+    if case.endswith("beams"):
+        some = sources(case)
 
         def search() -> list[list[int]]:
             return written(chain, some, STEPS, END, Beams(WIDTH))
@@ -128,15 +131,18 @@ def theirs(case: str, weights: str) -> tuple[Callable[[], Any], Any]:
         keep_freed_memory()
     model = PeerEncoderDecoder(SimpleNamespace(**MODEL), VOCABULARY)
     model.load(np.load(weights))
-    if case.startswith("beams"):
-        some, grouped = torch.from_numpy(sources()).long(), case.endswith("grouped")
+    pad = torch.nn.utils.rnn.pad_sequence
+    if "beams" in case:
+        some = [torch.from_numpy(ids).long() for ids in sources(case)]
+        there = pad([torch.ones(len(ids), dtype=torch.bool) for ids in some], True)
+        batch = pad(some, True), None if there.all() else there
 
         def search() -> list[list[int]]:
-            return written(model, some, END, WIDTH, STEPS, grouped).tolist()
+            return written(model, *batch, END, WIDTH, STEPS, case.endswith("grouped")).tolist()
 
         return search, search()
     pairs = sorted(texts(case.partition(",")[0]), key=lambda pair: (len(pair[0]), len(pair[1])))
-    pad, batches = torch.nn.utils.rnn.pad_sequence, []
+    batches = []
     for start in range(0, PAIRS, AT_ONCE):
         columns = zip(*pairs[start : start + AT_ONCE], strict=True)
         read, targets = ([torch.from_numpy(text).long() for text in side] for side in columns)
@@ -170,7 +176,7 @@ def serve(run: Callable[[], Any], found: Any) -> None:
 
 def agreement(case: str, own: Any, other: Any) -> str:
     """How far both have found the same."""
-    if case == "beams":
+    if case.endswith("beams"):
         return f"{sum(a == b for a, b in zip(own, other, strict=True))} of {len(own)} texts are the same"
     return f"the losses differ by {abs(own - other) / own:.0e} of theirs"
 
@@ -204,7 +210,7 @@ def main() -> None:
                 cells.insert(0, f"{ratio:.3f} ({low:.3f}, {high:.3f})")
                 medians = [statistics.median(a), statistics.median(b)]
             report.row(peer, *(f"{median:.0f}" for median in medians), *cells)
-            if case == "beams":
+            if case.endswith("beams"):
                 own, other = (SOURCES / median * 1e3 for median in medians)
                 said[-1] += f"; {own:.1f} sentences/s, PyTorch {other:.1f}"
     report.say()

@@ -166,14 +166,17 @@ class Cache:
 
 
 @torch.inference_mode()
-def written(model: PeerEncoderDecoder, sources: torch.Tensor, start: int, width: int, steps: int, grouped: bool):
+def written(
+    model: PeerEncoderDecoder, sources: torch.Tensor, there: torch.Tensor | None, start: int, width: int, steps: int,
+    grouped: bool,
+) -> torch.Tensor:  # fmt: skip
     """The likeliest hypothesis of each source after so many steps, none of which ends: nothing here looks for an end.
 
-    `grouped`: the hypotheses of a source are as many queries of one memory; else the memory is repeated, once.
-    Shapes: sources (B, S) -> (B, steps).
+    `there`: as of `memory`. `grouped`: the hypotheses of a source are as many queries of one memory; else the memory is
+    repeated, once. Shapes: sources and there (B, S) -> (B, steps).
     """
     count, heads, channels = len(sources), model.settings.heads, model.settings.width
-    memory = model.memory(sources)
+    memory, mask = model.memory(sources, there), None if there is None else there[:, None, None]
     memories = [block.cross.memory(memory) for block in model.decoder]
     cache, scores = Cache(len(model.decoder), steps, channels), torch.zeros(count, 1)
     last, made = torch.full((count,), start), torch.empty(count, 0, dtype=torch.int64)
@@ -187,7 +190,7 @@ def written(model: PeerEncoderDecoder, sources: torch.Tensor, start: int, width:
             n = block.norms[1](x)
             if grouped:
                 n = n.view(count, rows // count, channels)
-            x = x + block.cross.look(n, *memories[number]).view(rows, 1, channels)
+            x = x + block.cross.look(n, *memories[number], mask).view(rows, 1, channels)
             x = x + block.mlp(block.norms[2](x))
         cache.length += 1
         logits = F.linear(model.final(x[:, 0]), model.tokens.weight)
@@ -200,4 +203,5 @@ def written(model: PeerEncoderDecoder, sources: torch.Tensor, start: int, width:
         cache.take(parents)
         if step == 0 and not grouped:
             memories = [[side[parents] for side in sides] for sides in memories]
+            mask = None if mask is None else mask[parents]
     return made.view(count, width, steps)[:, 0]
