@@ -7,7 +7,7 @@ Both have the same weights and the same texts, and the losses and the texts that
 steps     forward and backward, every gradient, of 3 + 3 blocks of C 384, 6 heads, V 8192, over 32 pairs, 16 at a time.
           `mixed`: sources of 16 to 64 tokens, targets a quarter longer or shorter at most. Ours come as a sampler draws
           them; PyTorch's are sorted by length before they are cut into batches, and padded. `even`: all are of 40
-          tokens, and nobody pads. "Memory kept": PyTorch may keep what it frees, as ours does (torch_peer.py).
+          tokens, and nobody pads. "Memory kept": PyTorch may keep what it frees, as ours does (backend/choice.py).
 beams     16 sources, 4 hypotheses each, 40 tokens written: sentences a second. The end of text has a row of zeros in
           the table, so that it is never likely and all searches have the same steps. Sources are of 40 tokens, or
           ("mixed") of 16 to 64, which PyTorch pads. PyTorch repeats a memory for each hypothesis, as is usual, or
@@ -34,7 +34,7 @@ MODEL = {
 SOURCES, WIDTH, STEPS, EVEN = 16, 4, 40, 40
 CASES = {  # of PyTorch, by ours
     "mixed": ("mixed", "mixed, memory kept"),
-    "even": ("even", "even, memory kept"),
+    "even": ("even",),
     "beams": ("beams", "beams, grouped"),
     "mixed beams": ("mixed beams", "mixed beams, grouped"),
 }

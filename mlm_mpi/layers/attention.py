@@ -20,7 +20,7 @@ class KeyValueCache:
     """Keys and values of the positions seen so far, per layer; `length` positions are valid.
 
     `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name. `memory`: keys
-    and values (1, N, 2 C) of what an encoder has made, by the layer's name, of all sources one behind the other; they
+    and values (2, H, N, D) of what an encoder has made, by the layer's name, of all sources one behind the other; they
     are computed once. `sources`: their lengths. `readers`: so many rows of the batch read each.
     """
 
@@ -57,11 +57,9 @@ class KeyValueCache:
         self.length += positions
 
     def remember(self, name: str, memory: Any, lengths: Iterable[int]) -> None:
-        """Keeps a layer's keys and values of sources of these lengths, each of which a row of the batch reads.
-
-        Shapes: (1, N, 2 C), or (B, S, 2 C).
-        """
-        self.memory[name] = memory.reshape(1, -1, memory.shape[2])
+        """Keeps a layer's keys and values (2, H, N, D) of sources of these lengths, each of which a row of the batch
+        reads."""
+        self.memory[name] = memory
         self.sources = tuple(lengths)
         self.readers = (1,) * len(self.sources)
 
@@ -85,7 +83,8 @@ class KeyValueCache:
         readers = np.bincount(taken, minlength=len(self.sources)).tolist()
         if not all(readers):
             kept = np.repeat(np.array(readers) > 0, self.sources).nonzero()[0]
-            self.memory = {name: kv[:, module_of(kv).asarray(kept)] for name, kv in self.memory.items()}
+            for name, kv in self.memory.items():
+                self.memory[name] = module_of(kv).take(kv, module_of(kv).asarray(kept), axis=2)
         self.sources = tuple(size for size, count in zip(self.sources, readers, strict=True) if count)
         self.readers = tuple(count for count in readers if count)
 
@@ -107,7 +106,7 @@ class _Run(NamedTuple):
         return self.start + self.texts * self.length
 
     def own(self, array: Any) -> Any:
-        """Theirs of a contiguous array, a view. Shapes: (B, T, …) -> the same, or (texts, length, …)."""
+        """Theirs of an array, a view. Shapes: (B, T, …) -> the same, or (texts, length, …)."""
         if not self.texts:
             return array
         some = array.reshape(-1, *array.shape[2:])[self.start : self.stop]
@@ -293,15 +292,17 @@ class CrossAttention:
         return attention.probabilities(*self._split(q, kv)[:2], causal=False)
 
     def _remembered(self, memory: Any, ctx: Context) -> Any:
-        """Keys and values (B, S, 2 C), or a cache's (1, N, 2 C), of all positions and this rank's heads."""
+        """Keys and values (B, S, 2 C), or a cache's (1, N, 2, H, D), of all positions and this rank's heads."""
         if ctx.cache is None:
             return self.key_value.forward(memory, ctx)[0]
         if self.name not in ctx.cache.memory:
             source = None if ctx.batch is None else ctx.batch.source
             lengths = [stop - start for start, stop in source.spans()] if source is not None else []
             rows, length, _ = memory.shape
-            ctx.cache.remember(self.name, self.key_value.forward(memory, ctx)[0], lengths or [length] * rows)
-        return ctx.cache.memory[self.name]
+            kv = self.key_value.forward(memory, ctx)[0].reshape(rows * length, 2, -1, self.width)
+            kv = module_of(kv).ascontiguousarray(kv.transpose(1, 2, 0, 3))  # each token reads it: then a head in a row
+            ctx.cache.remember(self.name, kv, lengths or [length] * rows)
+        return ctx.cache.memory[self.name].transpose(2, 0, 1, 3)[None]
 
     def _split(self, q: Any, kv: Any) -> tuple[Any, Any, Any]:
         """Queries, keys and values by head, (B, H, T, D) and twice (B, H, S, D), views."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from whole import Driven
 
-from mlm_mpi.beams import MOST_BEAMS, Beams, written
+from mlm_mpi.beams import MOST_BEAMS, Beams, _first, written
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import KeyValueCache
@@ -140,13 +140,21 @@ def test_no_such_search(width: int, penalty: float) -> None:
         Beams(width, penalty)
 
 
+@pytest.mark.parametrize(("vocabulary", "count"), [(1, 4), (5, 5), (130, 3), (1000, 4), (257, 200)])
+def test_the_likeliest_are_the_first_of_a_stable_sort(vocabulary: int, count: int) -> None:
+    """Of few different numbers, so that many are equal, at the borders of blocks too."""
+    rows = np.random.default_rng(4).integers(0, 20, (7, vocabulary)).astype(np.float32)
+    wanted = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(_first(rows, count), wanted)
+
+
 def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
     cache, random = KeyValueCache(5), np.random.default_rng(0)
-    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (1, 9, 8)))
+    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (2, 3, 9, 4)))
     cache.extend("a", k, v)
     cache.advance(2)
     cache.remember("a", memory, (2, 3, 4))
-    cache.states["b"] = (memory[0, :3],)
+    cache.states["b"] = (memory[0, 0, :3],)
     for rows in (np.array([0, 0, 1, 2, 2, 2]), np.array([1, 0, 5, 5])):
         cache.take(rows)
         k, v = k[rows], v[rows]
@@ -160,5 +168,5 @@ def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
                 4,
             )
     assert cache.readers == (2, 2) and cache.sources == (2, 4), "nobody reads the second one"
-    assert np.array_equal(cache.memory["a"], memory[:, [0, 1, 5, 6, 7, 8]])
-    assert np.array_equal(cache.states["b"][0], memory[0, [0, 0, 2, 2]])
+    assert np.array_equal(cache.memory["a"], memory[:, :, [0, 1, 5, 6, 7, 8]])
+    assert np.array_equal(cache.states["b"][0], memory[0, 0, [0, 0, 2, 2]])
