@@ -15,6 +15,7 @@ beams     16 sources, 4 hypotheses each, 40 tokens written: sentences a second. 
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -214,6 +215,7 @@ def main() -> None:
                 own, other = (SOURCES / median * 1e3 for median in medians)
                 said[-1] += f"; {own:.1f} sentences/s, PyTorch {other:.1f}"
     report.say()
+    report.say(f"Load {os.getloadavg()[0]:.2f} at the end, of which these two, by turns, are 1.")
     for line in said:
         report.say(f"{line}.")
     report.save()

@@ -47,7 +47,7 @@ class Beams:
 
 
 def written(
-    chain: Chain, sources: Sequence[np.ndarray], context: int, eot: int, beams: Beams | None = None,
+    chain: Chain, sources: Sequence[np.ndarray] | np.ndarray, context: int, eot: int, beams: Beams | None = None,
     mesh: Mesh | None = None, place: Place | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """What an encoder-decoder makes of each source, up to an end of text, which is left out, or to the end of the
