@@ -7,6 +7,7 @@ import itertools
 import mmap
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,12 @@ from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.commands.sharing import mesh_of
 from mlm_mpi.config import Config
+from mlm_mpi.data import tagged, texts, windows
 from mlm_mpi.data.corruption import Corrupted, Spans
+from mlm_mpi.data.dialogues import Dialogues, Rows
+from mlm_mpi.data.preferences import Pairs
+from mlm_mpi.data.questions import Cut
+from mlm_mpi.data.sentences import Sentence
 from mlm_mpi.data.translation import Pair, pairs_batch
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.generation import Sampling, continue_prompt, logits
@@ -33,7 +39,7 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.replicas import repaired
 from mlm_mpi.train.sharing import Lent
 
-VOCABULARY, STEPS = 64, 2
+VOCABULARY, STEPS, LABELS = 64, 2, 5
 SIZES = (
     "model.layers=3",
     "model.width=32",
@@ -83,6 +89,19 @@ SPANS = (
     "train.recompute=false",
 )  # rows of the table behind those of the tokens
 
+HEAD = (
+    *SIZES, "model.layers=1", "model.width=16", "model.heads=4", "train.micro_batches=4", "train.schedule=one_f_one_b",
+)  # fmt: skip
+QUESTIONS = (*HEAD, "task.kind=question_answering", "model.kind=bert", "task.hide=0.2", "mesh.zero=2")
+TAGGED = (*HEAD, "task.kind=tagging", "model.kind=bert", "task.smoothing=0.1", "mesh.zero=3")
+DIALOGUES = (*HEAD, "task.kind=dialogue", "model.kind=llama", "model.context=24", "mesh.zero=3")
+PREFERENCES = (
+    *HEAD, "task.kind=preference", "model.kind=llama", "model.context=24", "start.checkpoint=x", "mesh.zero=2",
+)  # fmt: skip
+
+HEADS = (QUESTIONS, TAGGED, DIALOGUES, PREFERENCES)
+SLOW = (GRU, PAIRS, SPANS, *HEADS[1:])
+
 # several chunks a stage; with four layers there are six parts
 CHUNKS = ("model.layers=4", "train.schedule=interleaved", "mesh.chunks=2", "mesh.pp=2")
 CHUNKED = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 1), (2, 2)]}  # (pp, tp) by ranks
@@ -122,10 +141,12 @@ def made(words, on):
 
 def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
     config = tiny_config(*words, f"train.steps={STEPS}")
-    engine = engine_of(config, VOCABULARY, on)
+    engine = engine_of(config, VOCABULARY, on, LABELS)
     engine.machine.store.initialise(config.train.seed)
     plan = engine.plan(0, steps)
-    source = OTHERS[config.task.kind](config, plan) if config.task.kind in OTHERS else batches(config, plan)
+    source = batches(config, plan)
+    if config.task.kind in OTHERS:
+        source = iter(OTHERS[config.task.kind](config, plan)).__next__
     if config.data.documents == "separate":
         source = with_documents(source)
     return engine, [engine.step(step, source) for step in range(steps)]
@@ -133,18 +154,13 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
 
 def pairs(config: Config, plan: list[tuple[int, int]]):
     """Micro-batches of three pairs of texts, each of lengths of its own."""
-    iterator = iter(plan)
-
-    def next_batch():
-        step, index = next(iterator)
+    for step, index in plan:
         random = np.random.default_rng([step, index])
         some = []
         for source, target in random.integers(1, 12, (3, 2)):
             read, wanted, other = (random.integers(0, VOCABULARY, n).astype("i4") for n in (target, target, source))
             some.append(Pair(other, read, wanted))
-        return pairs_batch(some, 0, step, index)
-
-    return next_batch
+        yield pairs_batch(some, 0, step, index)
 
 
 class Text:
@@ -159,10 +175,64 @@ class Text:
 def spans(config: Config, plan: list[tuple[int, int]]):
     """Micro-batches of windows from which spans are taken out."""
     samples = Corrupted(Text(), config.model.context, True, VOCABULARY, 0, Spans(0.3, 2.0), config.train.seed)
-    return (samples.batch(range(index, index + 3), step, index) for step, index in plan).__next__
+    return (samples.batch(range(index, index + 3), step, index) for step, index in plan)
 
 
-OTHERS = {"translation": pairs, "span_corruption": spans}
+def questions(config: Config, plan: list[tuple[int, int]]):
+    """Micro-batches of three questions over contexts, one without an answer, some of whose tokens are hidden."""
+    noise = texts.Noise(0.0, config.task.hide, config.train.seed)
+    for step, index in plan:
+        random = np.random.default_rng([step, index])
+        some = []
+        for number, (asked, context) in enumerate(zip(random.integers(1, 5, 3), random.integers(4, 8, 3), strict=True)):
+            ids, text = (random.integers(0, VOCABULARY, count).astype("i4") for count in (asked, context))
+            some.append(windows.Seen(ids, text, *((1, 4) if number else (0, 0)), 3 * index + number))
+        made = windows.batch_of(some, Cut(config.model.context, 8, 0), 0, 0, step, index)
+        made.inputs["hidden"] = noise.hidden(made, [one.number for one in some])
+        yield made
+
+
+def tagged_sentences(config: Config, plan: list[tuple[int, int]]):
+    """Micro-batches of three sentences of several lengths, some words of which have two tokens."""
+    for step, index in plan:
+        random = np.random.default_rng([step, index])
+        some = []
+        for count in random.integers(2, 14, 3):
+            tags = np.where(random.random(count) < 0.7, random.integers(0, LABELS, count), -1).astype("i4")
+            tags[0] = 0
+            some.append(Sentence(random.integers(0, VOCABULARY, count).astype("i4"), tags))
+        yield tagged.batch_of(some, config.model.context, 0, step, index)
+
+
+def talks() -> Dialogues:
+    """Dialogues of several lengths, whose second halves are answers; two follow one another as pairs do."""
+    lengths = np.random.default_rng(5).integers(4, 20, 40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.random.default_rng(6).integers(1, VOCABULARY, offsets[-1])
+    tokens[offsets[1:] - 1] = 0
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return Dialogues(tokens, offsets, places >= np.repeat(lengths // 2, lengths))
+
+
+def dialogues(config: Config, plan: list[tuple[int, int]]):
+    rows = Rows(talks(), config.model.context, SimpleNamespace(eot=0))
+    return (rows.batch([index, index + 5], step, index) for step, index in plan)
+
+
+def preferences(config: Config, plan: list[tuple[int, int]]):
+    """Micro-batches of two pairs; the reference is made up."""
+    found = Pairs(talks(), config.model.context, 0, np.random.default_rng(7).normal(-30, 3, (20, 2)))
+    return (found.batch([index, index + 5], step, index) for step, index in plan)
+
+
+OTHERS = {
+    "translation": pairs,
+    "span_corruption": spans,
+    "question_answering": questions,
+    "tagging": tagged_sentences,
+    "dialogue": dialogues,
+    "preference": preferences,
+}
 
 
 def with_documents(source):
@@ -184,13 +254,17 @@ def outcome(engine, results):
 
 @pytest.mark.parametrize(
     "words",
-    [GPT, DECODER, UNTIED, LSTM, *(pytest.param(words, marks=pytest.mark.slow) for words in (GRU, PAIRS, SPANS))],
-    ids=["gpt", "decoder", "untied", "lstm", "gru", "pairs", "spans"],
-)
+    [
+        GPT, DECODER, UNTIED, LSTM, QUESTIONS, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW),
+    ],
+    ids=[
+        "gpt", "decoder", "untied", "lstm", "questions", "gru", "pairs", "spans", "tagged", "dialogues", "preferences",
+    ],
+)  # fmt: skip
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
         wide_or_slow = (words is GRU and group.size != 2) or (words in (UNTIED, LSTM, PAIRS, SPANS) and group.size == 8)
-        if wide_or_slow:
+        if wide_or_slow or (words in HEADS and group.size > 4):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(group, words), f"pp {pp}, tp {tp}"
