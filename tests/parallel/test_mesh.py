@@ -7,12 +7,12 @@ import itertools
 import mmap
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from samples import LABELS, OTHERS, VOCABULARY
 from tiny import batches, tiny_config
 from whole import engine_of
 
@@ -21,14 +21,6 @@ from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, sca
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.commands.sharing import mesh_of
-from mlm_mpi.config import Config
-from mlm_mpi.data import tagged, texts, windows
-from mlm_mpi.data.corruption import Corrupted, Spans
-from mlm_mpi.data.dialogues import Dialogues, Rows
-from mlm_mpi.data.preferences import Pairs
-from mlm_mpi.data.questions import Cut
-from mlm_mpi.data.sentences import Sentence
-from mlm_mpi.data.translation import Pair, pairs_batch
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.generation import Sampling, continue_prompt, logits
 from mlm_mpi.layers.attention import KeyValueCache
@@ -39,7 +31,7 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.replicas import repaired
 from mlm_mpi.train.sharing import Lent
 
-VOCABULARY, STEPS, LABELS = 64, 2, 5
+STEPS = 2
 SIZES = (
     "model.layers=3",
     "model.width=32",
@@ -152,89 +144,6 @@ def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
     return engine, [engine.step(step, source) for step in range(steps)]
 
 
-def pairs(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of three pairs of texts, each of lengths of its own."""
-    for step, index in plan:
-        random = np.random.default_rng([step, index])
-        some = []
-        for source, target in random.integers(1, 12, (3, 2)):
-            read, wanted, other = (random.integers(0, VOCABULARY, n).astype("i4") for n in (target, target, source))
-            some.append(Pair(other, read, wanted))
-        yield pairs_batch(some, 0, step, index)
-
-
-class Text:
-    """A stream of tokens."""
-
-    tokens, split = 1000, "train"
-
-    def read(self, start: int, stop: int):
-        return (np.arange(start, stop) * 7 % VOCABULARY).astype(np.uint8)
-
-
-def spans(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of windows from which spans are taken out."""
-    samples = Corrupted(Text(), config.model.context, True, VOCABULARY, 0, Spans(0.3, 2.0), config.train.seed)
-    return (samples.batch(range(index, index + 3), step, index) for step, index in plan)
-
-
-def questions(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of three questions over contexts, one without an answer, some of whose tokens are hidden."""
-    noise = texts.Noise(0.0, config.task.hide, config.train.seed)
-    for step, index in plan:
-        random = np.random.default_rng([step, index])
-        some = []
-        for number, (asked, context) in enumerate(zip(random.integers(1, 5, 3), random.integers(4, 8, 3), strict=True)):
-            ids, text = (random.integers(0, VOCABULARY, count).astype("i4") for count in (asked, context))
-            some.append(windows.Seen(ids, text, *((1, 4) if number else (0, 0)), 3 * index + number))
-        made = windows.batch_of(some, Cut(config.model.context, 8, 0), 0, 0, step, index)
-        made.inputs["hidden"] = noise.hidden(made, [one.number for one in some])
-        yield made
-
-
-def tagged_sentences(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of three sentences of several lengths, some words of which have two tokens."""
-    for step, index in plan:
-        random = np.random.default_rng([step, index])
-        some = []
-        for count in random.integers(2, 14, 3):
-            tags = np.where(random.random(count) < 0.7, random.integers(0, LABELS, count), -1).astype("i4")
-            tags[0] = 0
-            some.append(Sentence(random.integers(0, VOCABULARY, count).astype("i4"), tags))
-        yield tagged.batch_of(some, config.model.context, 0, step, index)
-
-
-def talks() -> Dialogues:
-    """Dialogues of several lengths, whose second halves are answers; two follow one another as pairs do."""
-    lengths = np.random.default_rng(5).integers(4, 20, 40)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.random.default_rng(6).integers(1, VOCABULARY, offsets[-1])
-    tokens[offsets[1:] - 1] = 0
-    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return Dialogues(tokens, offsets, places >= np.repeat(lengths // 2, lengths))
-
-
-def dialogues(config: Config, plan: list[tuple[int, int]]):
-    rows = Rows(talks(), config.model.context, SimpleNamespace(eot=0))
-    return (rows.batch([index, index + 5], step, index) for step, index in plan)
-
-
-def preferences(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of two pairs; the reference is made up."""
-    found = Pairs(talks(), config.model.context, 0, np.random.default_rng(7).normal(-30, 3, (20, 2)))
-    return (found.batch([index, index + 5], step, index) for step, index in plan)
-
-
-OTHERS = {
-    "translation": pairs,
-    "span_corruption": spans,
-    "question_answering": questions,
-    "tagging": tagged_sentences,
-    "dialogue": dialogues,
-    "preference": preferences,
-}
-
-
 def with_documents(source):
     """Micro-batches whose rows hold documents of five tokens."""
 
@@ -268,6 +177,18 @@ def test_every_mesh_has_the_bits_of_one_rank(group, words):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(group, words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [*HEADS, PAIRS], ids=["questions", "tagged", "dialogues", "preferences", "pairs"])
+def test_heads_have_the_bits_of_one_rank_in_bf16_too(group, words, monkeypatch):
+    """In plain C, which any CPU runs; tp needs float32."""
+    if group.size != 2:
+        pytest.skip("two ranks say it, of float32 more do")
+    monkeypatch.setenv("MLM_MPI_BF16", "portable")
+    words = (*words, "numerics.products=bf16")
+    for pp in (1, 2):
+        assert outcome(*trained(words, mesh(group, pp, 1))) == alone(group, words), f"pp {pp}"
 
 
 def test_a_memory_crosses_the_cuts_of_a_pipeline(group):
