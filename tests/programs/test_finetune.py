@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from programs import make_text, prepare
+from programs import RANK_DIES, make_text, prepare
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.group import Group
@@ -218,14 +218,6 @@ def test_the_best_stays_and_patience_ends_the_run_also_after_kills(place, save, 
     assert found["step"] == step and abs(found["loss"] - best["value"]) < 1e-6
     longer = place.train("whole", None, *settings, "eval.patience=3")
     assert longer.code == 0 and json.loads((place.folder / "whole" / "DONE").read_text())["step"] > step + 2
-
-
-RANK_DIES = """
-import os, signal
-def before_step(rank, step):
-    if rank == 1 and step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 def test_the_best_stays_where_a_rank_dies_in_the_step_behind_it(place):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import Place
+from programs import RANK_DIES, Place
 
 from mlm_mpi.__main__ import main
 
@@ -101,6 +101,14 @@ def test_one_hash_on_meshes(asked: Place, mesh: tuple[str, ...]) -> None:
 def test_a_run_that_stopped_goes_on_to_the_same_weights(asked: Place) -> None:
     words = (*TRAIN, "answers-stopped")
     assert asked.program(*words, "--max-steps", "7").code == 0
+    assert asked.program("run", "-n", "2", "--", *words).weights == asked.weights
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_rank_was_killed_goes_on_to_the_same_weights(asked: Place) -> None:
+    words = (*TRAIN, "answers-killed", "--set", "checkpoint.every=4")
+    killed = asked.faulty_program(RANK_DIES.format(step=9), 3, *words)
+    assert killed.code != 0 and "step-00000004" in asked.checkpoints("answers-killed"), "the next may be under way"
     assert asked.program("run", "-n", "2", "--", *words).weights == asked.weights
 
 
