@@ -134,6 +134,22 @@ def test_answers_to_new_questions(asked: Place, say, monkeypatch) -> None:
     assert squad == {"a": "dora", "2": "", "3": "in oslo", "4": "", "5": "in oslo"}
 
 
+def test_answers_to_a_file_in_the_layout_of_squad_2(asked: Place, say, monkeypatch) -> None:
+    """As its own program takes predictions: one object by id."""
+    monkeypatch.chdir(asked.folder)
+    context = "note 7 then came dora in oslo ."
+    qas = [
+        {"question": "who ?", "id": "56be85543aeaaa14008c9063", "answers": [{"text": "dora", "answer_start": 17}]}
+        | {"is_impossible": False},
+        {"plausible_answers": [{"text": "oslo", "answer_start": 25}], "question": "where ?"}
+        | {"id": "5a8d7bf7df8bba001a0f9ab1", "answers": [], "is_impossible": True},
+    ]  # fmt: skip
+    table = {"version": "v2.0", "data": [{"title": "Notes", "paragraphs": [{"qas": qas, "context": context}]}]}
+    (asked.folder / "dev-v2.0.json").write_text(json.dumps(table))
+    found = json.loads(say("predict", "answers", "dev-v2.0.json", "--squad").out)
+    assert found == {"56be85543aeaaa14008c9063": "dora", "5a8d7bf7df8bba001a0f9ab1": "in oslo"}
+
+
 @pytest.mark.slow
 def test_figures_and_predictions_are_one_on_any_number_of_ranks(asked: Place) -> None:
     for words in (
