@@ -132,6 +132,9 @@ def test_answers_to_new_questions(asked: Place, say, monkeypatch) -> None:
     assert told[0]["id"] == "a" and told[0]["answer"] == "dora" and told[1]["answer"] is None
     squad = json.loads(say("predict", "answers", "new.jsonl", "--squad").out)
     assert squad == {"a": "dora", "2": "", "3": "in oslo", "4": "", "5": "in oslo"}
+    (asked.folder / "same.jsonl").write_text(2 * (json.dumps(rows[0]) + "\n"))
+    assert "1 have the id of an earlier one" in say("predict", "answers", "same.jsonl", "--squad").err
+    assert "the id" not in say("predict", "answers", "same.jsonl", "--json").err
 
 
 def test_answers_to_a_file_in_the_layout_of_squad_2(asked: Place, say, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from mlm_mpi.data.squad import Answer
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import bounds_of, characters_of, tokens_of
 from mlm_mpi.data.windows import Windows, batch_of, seen
+from mlm_mpi.errors import DataError
 from mlm_mpi.figures import answers
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.spans import SpanHead
@@ -104,6 +105,31 @@ def test_cleaning_moves_answers_along(tmp_path: Path) -> None:
     file = asked(context, qa("What?", ("three", context.index("three"))))
     [one] = squad.read(write(tmp_path / "x.json", file))
     assert one.second == "One\ntwo \u00e9t three" and one.answers == (Answer(11, "three"),) and one.moved == 0
+
+
+def test_lone_surrogates_are_repaired_and_counted_once(tmp_path: Path, capsys) -> None:
+    """In JSON they are escapes, and no text."""
+    context = ROME * 9 + " \ud800five\x07 days"
+    file = asked(context, qa("How long?", ("\ud800five", context.index("\ud800"))), qa("Wh\udc00?", ("Rome", 0)))
+    path = write(tmp_path / "x.json", file)
+    first, second = squad.read(path)
+    assert first.second.endswith(" \ufffdfive days") and first.answers == (Answer(len(ROME) * 9 + 1, "\ufffdfive"),)
+    assert second.text == "Wh\ufffd?" and (first.replaced, first.controls, second.replaced) == (1, 1, 1)
+    run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
+    assert "repaired    2 invalid UTF-8, 1 control characters" in capsys.readouterr().out
+    write(path, asked("x\ud800y", qa("What?", ("x", 0))))
+    with pytest.raises(DataError, match="not in the encoding it was read with \\(1 of 8 characters\\)"):
+        list(squad.read(path))
+
+
+def test_equal_ids_are_told(tmp_path: Path, capsys) -> None:
+    rows = [qa("Where?", ("Rome", 0), id=name) for name in ("a", "a", "", "", "\ud800b", "a")]
+    path = write(tmp_path / "x.json", asked(ROME, *rows))
+    assert [one.again for one in squad.read(path)] == [False, True, False, False, False, True]
+    assert [one.id for one in squad.read(path)][4:] == ["\ufffdb", "a"], "which can be written"
+    run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
+    said = f"ids         2 questions have the id of an earlier one, first: {path}: question 2 (a)\n"
+    assert said in capsys.readouterr().out
 
 
 def test_new_questions_are_read_from_both_formats(tmp_path: Path) -> None:
@@ -363,8 +389,8 @@ def test_figures_worked_by_hand(found: str, wanted: str, exact: float, f1: float
     assert answers.exact(found, wanted) == exact and answers.f1(found, wanted) == pytest.approx(f1)
 
 
-# (answer, those that are given, exact match, F1) by the functions of SQuAD's evaluate-v2.0.py in allennlp-models 2.10.1;
-# answers given of which nothing is left count as none, as its get_raw_scores has it
+# (answer, those that are given, exact match, F1) by the functions of SQuAD's evaluate-v2.0.py
+# (allennlp-models 2.10.1); answers given of which nothing is left count as none, as its get_raw_scores has it
 OFFICIAL = [
     ("The cat.", ("cat",), 1, 1), ("the", ("a",), 1, 1), ("the", (), 1, 1), ("", (), 1, 1), ("...", ("!",), 1, 1),
     ("", ("the", "New York"), 0, 0), ("a-an", ("aan",), 1, 1), ("the-end", ("end",), 0, 0), ("the_end", ("end",), 0, 0),
