@@ -69,7 +69,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """What its weights are known by, SHA-256."""
+        """What it is known by, the SHA-256 of its seal."""
         return name_of(self.manifest)
 
     def in_words(self, store: FlatStore) -> str:
@@ -78,7 +78,7 @@ class Origin:
         more = f", and {len(drawn) - 3} more" if len(drawn) > 3 else ""
         rest = f"; drawn: {', '.join(drawn[:3])}{more}" if drawn else ""
         kind = "average of weights" if "average" in self.manifest.buffers else "weights"
-        return f"{kind} {self.name[:12]} of {self.path}{rest}{self._rows_in_words(store)}"
+        return f"{kind} of {self.path}, seal {self.name[:12]}{rest}{self._rows_in_words(store)}"
 
     def _rows_in_words(self, store: FlatStore) -> str:
         """Of the table of which some rows are taken."""
@@ -297,7 +297,7 @@ def _check_same_checkpoint(path: Path, manifest: Manifest, start: Start) -> None
         return
     if began and start.checkpoint and origin_at(start.checkpoint).name == manifest.start:
         return
-    what = f'with "{began}" (weights {manifest.start[:12]})' if began else "with a draw"
+    what = f'with "{began}" (seal {manifest.start[:12]})' if began else "with a draw"
     raise CheckpointError(
         f'{path} began {what}, start.checkpoint = "{start.checkpoint}" is another: restore it, or give another --run'
     )

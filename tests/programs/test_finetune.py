@@ -43,7 +43,10 @@ def test_adapters_are_one_run_on_any_ranks_and_merge_into_a_model(begun, say):
     whole = finetune(begun, "whole", None, settings=LORA)
     cut = finetune(begun, "cut", 3, "--max-steps", "2", settings=LORA)
     assert cut.said_weights != whole.weights and "of them frozen" in whole.out
-    assert "start             weights " in whole.out and "drawn: block0.attention.qkv.lora_a.weight" in whole.out
+    checkpoint = begun.folder / "straight" / "checkpoints" / begun.checkpoints("straight")[-1]
+    seal = json.loads((checkpoint / "manifest.json").read_text())["sha256"][:12]
+    assert "start             weights of " in whole.out
+    assert f", seal {seal}; drawn: block0.attention.qkv.lora_a.weight" in whole.out
     (begun.folder / "straight").rename(begun.folder / "gone")
     assert finetune(begun, "cut", None, settings=LORA).weights == whole.weights
     merged = say("merge", str(begun.folder / "cut"), "--out", str(begun.folder / "merged"))
