@@ -66,7 +66,7 @@ BAD = {
     "empty": ("x.conll", "", "x.conll has no words"),
     "no label": ("x.conll", "a\tO\nb\t\n", "x.conll:2 has no label for the word 'b'"),
     "unequal lists": ("x.jsonl", '{"tokens": ["a", "b"], "labels": ["O"]}\n', "x.jsonl:1 has 2 words in 'tokens' and"),
-    "no field": ("x.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n', "has no column 'labels', it has 'tags, tokens'"),
+    "no field": ("x.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n', "has no field 'labels', it has 'tags, tokens'"),
     "no list": ("x.jsonl", '{"tokens": "a b", "labels": ["O"]}\n', "x.jsonl:1 has no list in field 'tokens'"),
     "null label": ("x.jsonl", '{"tokens": ["a"], "labels": [null]}\n', "x.jsonl:1 has no label for the word 'a'"),
     "nested": ("x.jsonl", '{"tokens": [["a"]], "labels": ["O"]}\n', "x.jsonl:1 has a list in field 'tokens'"),
