@@ -12,7 +12,7 @@ from mlm_mpi.data import words
 from mlm_mpi.data.labelled import Labelled
 from mlm_mpi.data.sentences import Sentence, Sentences
 from mlm_mpi.data.tagged import TaggedTexts, batch_of
-from mlm_mpi.data.texts import Noise
+from mlm_mpi.data.texts import Noise, balanced
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_words
 from mlm_mpi.data.words import WordColumns
@@ -172,6 +172,10 @@ def test_a_batch_points_at_the_first_token_of_each_word_within_the_context() -> 
     assert made.targets["at"].tolist() == [1, 4, 6, 10, 11] and made.targets["classes"].tolist() == [0, 0, 1, 2, 0]
     assert made.targets["begins"].tolist() == [True, True, False, True, False]
     assert three().cut(6) == (1, 1, 8) and three().cut(8) == (0, 0, 8)
+    assert "weights" not in made.targets
+    weighed = TaggedTexts(three(), 6, 9, weights=balanced(three().targets, 3)).batch([0, 1, 2], 0, 0)
+    rare, frequent = 2, 6 / (3 * 3)  # of six words three have label 0, two label 1, one label 2
+    assert weighed.targets["weights"].tolist() == pytest.approx([frequent, frequent, 1, rare, frequent])
     hidden = TaggedTexts(three(), 8, 9, Noise(0.0, 0.5, 1)).batch([2, 0], 3, 0)
     assert hidden.inputs["hidden"].any() and not hidden.inputs["hidden"][0, 0]
 
