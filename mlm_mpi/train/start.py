@@ -148,7 +148,7 @@ def words_of(start: Start, parts: Sequence[Part], tokenizer: bytes, sha256: str)
     path, tokens = Path(start.vectors), Tokenizer(tokenizer)
     if sha256_of_vectors(start.vectors) != sha256:
         raise DataError(f"{path} is another file here than on rank 0: give all ranks the same")
-    table = next((p for p in parts[0].parameters() if p.layout.shape[:-1] == (tokens.vocab_size,)), None)
+    table = _table_of(parts[0], tokens.vocab_size)
     if table is None:
         raise DataError(f'the model has no table of tokens for start.vectors = "{path}": set start.vectors = ""')
     found = vectors.known(path, tokens)
@@ -160,6 +160,13 @@ def words_of(start: Start, parts: Sequence[Part], tokenizer: bytes, sha256: str)
             f"{path} has numbers too large for float32 when multiplied by {factor:g}: lower start.vectors_scale"
         )
     return Words(path, sha256, scaled, factor, table.name)
+
+
+def _table_of(part: Part, vocabulary: int) -> Parameter | None:
+    """The table of the tokens, behind whose rows a model may have some of sentinels."""
+    found = next((p for p in part.parameters() if p.layout.shape[:-1] == (vocabulary,)), None)
+    longer: Parameter | None = getattr(part, "tokens", None)
+    return longer if found is None and longer is not None and longer.layout.shape[0] > vocabulary else found
 
 
 def _factor(path: Path, found: vectors.Known, table: Parameter) -> float:
