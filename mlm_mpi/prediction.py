@@ -1,7 +1,7 @@
 """Labels of new texts or words, what is made of texts, or answers to questions: rows, sentences or questions of a file,
 in their order, by any number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
@@ -11,7 +11,7 @@ import numpy as np
 from mlm_mpi.backend.arrays import Place, to_host
 from mlm_mpi.beams import Beams, written
 from mlm_mpi.comm.mesh import Mesh
-from mlm_mpi.data import squad, tagged, texts, windows, words
+from mlm_mpi.data import dictionary, squad, tagged, texts, windows, words
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.data.labelled import Example
 from mlm_mpi.data.questions import Cut, Question, best_span
@@ -196,8 +196,13 @@ def write(
         yield Written(some, [text for _, part in every for text in part], sum(cut for cut, _ in every))
 
 
-def encoded(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[np.ndarray]:
-    """The token ids of texts, (t,) int32 each, without an end of text."""
+def encoded(tokenizer: Tokenizer, rows: Sequence[Row], hints: Mapping[str, str] | None = None) -> list[np.ndarray]:
+    """The token ids of texts, (t,) int32 each, without an end of text. `hints`: the dictionary that they have hints by;
+    without it they have none."""
+    if hints:
+        texts = [row.text for row in rows]
+        found = dictionary.hinted(tokenizer, texts, (dictionary.translated(text, hints) for text in texts))
+        return [ids.astype(np.int32) for ids in found]
     return [ids.astype(np.int32) for ids, _ in encode_pairs(tokenizer, ((row.text, "") for row in rows))]
 
 

@@ -1,18 +1,22 @@
 """English messages and their French translations as a table: english, french, and the words of the English one.
 
-    python examples/translation/pairs.py > pairs.tsv
+    python examples/translation/pairs.py WHEEL ... > pairs.tsv
 
-Needs JupyterLab's French language pack and Django (`pip install 'mlm-mpi[examples]'`), of which the catalogues are read
-and nothing is run. Placeholders are numbered in the order of the English message, "{1}"; tags are left out. So are
-messages of which half or less are letters, those with other placeholders in French, and all but the first translation
-of a message. Of messages with a plural only the singular is taken: catalogues keep no English plural.
+Needs JupyterLab's French language pack and Django (`pip install 'mlm-mpi[examples]'`), and takes wheels of other
+programs besides (`pip download --no-deps`): of all their catalogues are read, and nothing is run. Placeholders are
+numbered in the order of the English message, "{1}"; tags are left out. So are messages of which half or less are
+letters, those with other placeholders in French, and all but the first translation of a message. Of messages with a
+plural only the singular is taken: catalogues keep no English plural.
 
 The third column is for splits: messages that differ in capitals or punctuation alone stand on one side.
 """
 
 import gettext
+import io
+import itertools
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,23 +25,38 @@ CATALOGUES = {
     "jupyterlab_language_pack_fr_FR": "locale/fr_FR/LC_MESSAGES/*.mo",
     "django": "**/locale/fr/LC_MESSAGES/*.mo",
 }
+_IN_WHEELS = re.compile(r"/fr(_FR)?/LC_MESSAGES/[^/]+\.mo$")
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"<[^>]*>|&[a-z]+;")
 _PLACEHOLDER = re.compile(r"%(?:\([^)]*\))?[-#0-9.]*[a-zA-Z]|%[0-9]+|\{[^}]*\}")
 
 
-def messages(package: str, pattern: str) -> Iterator[tuple[str, str]]:
-    """(English, French) of every catalogue of a package."""
+def of_package(package: str, pattern: str) -> Iterator[bytes]:
+    """The catalogues of an installed package."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         sys.exit(f"{package} is not installed: pip install 'mlm-mpi[examples]'")
     for path in sorted(Path(spec.origin).parent.glob(pattern)):
-        with open(path, "rb") as file:
-            catalogue = gettext.GNUTranslations(file)._catalog
-        for key, french in sorted(catalogue.items(), key=str):
-            english, number = key if isinstance(key, tuple) else (key, 0)
-            if number == 0:
-                yield english.rpartition("\4")[2], french  # behind its context
+        yield path.read_bytes()
+
+
+def of_wheel(path: str) -> Iterator[bytes]:
+    """The French catalogues of a wheel."""
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            for name in filter(_IN_WHEELS.search, sorted(wheel.namelist())):
+                yield wheel.read(name)
+    except (OSError, zipfile.BadZipFile) as error:
+        sys.exit(f"{path} is no wheel ({error}): download it again")
+
+
+def messages(content: bytes) -> Iterator[tuple[str, str]]:
+    """(English, French) of a catalogue."""
+    catalogue = gettext.GNUTranslations(io.BytesIO(content))._catalog
+    for key, french in sorted(catalogue.items(), key=str):
+        english, number = key if isinstance(key, tuple) else (key, 0)
+        if number == 0 and english:
+            yield english.rpartition("\4")[2], french  # behind its context
 
 
 def pair_of(english: str, french: str) -> tuple[str, str] | None:
@@ -55,8 +74,10 @@ def pair_of(english: str, french: str) -> tuple[str, str] | None:
 
 def main() -> None:
     pairs: dict[str, str] = {}
-    for package, pattern in CATALOGUES.items():
-        for english, french in messages(package, pattern):
+    installed = (content for name, pattern in CATALOGUES.items() for content in of_package(name, pattern))
+    wheels = (content for path in sys.argv[1:] for content in of_wheel(path))
+    for content in itertools.chain(installed, wheels):
+        for english, french in messages(content):
             pair = pair_of(english, french)
             if pair is not None:
                 pairs.setdefault(*pair)

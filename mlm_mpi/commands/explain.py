@@ -148,7 +148,7 @@ def _written(args: argparse.Namespace, trained: "Trained", text: str) -> "Questi
     if args.pair is not None:
         raise ConfigError(f"--pair is of classifiers of pairs, and {args.run} translates: give --translation")
     tokenizer, context = trained.tokenizer, trained.config.model.context
-    source = source_of(tokenizer, text, context)
+    source = source_of(tokenizer, text, context, trained.manifest.hints or None)
     if args.translation is not None:
         return written_token(tokenizer, source, clean(args.translation).text, context, args.at, args.target)
     (ids,) = written(trained.chain, source[None], room(context), tokenizer.eot, place=trained.place)

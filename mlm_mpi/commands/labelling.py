@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--test", type=float, metavar="F", help="fraction of source strings kept for the last test (0.1)")
     add("--source", metavar="COLUMN", help="rows equal in this column stay on one side (the text)")
     add("--ratio", type=float, default=RATIO, metavar="N", help="leave out pairs of a text and one N times as long (9)")
+    add("--hints", action="store_true", help="each text to translate has its translation word by word in front")
     add("--no-header", action="store_true", help="the files begin with a row; columns are called 1, 2, …")
 
 
@@ -73,6 +74,8 @@ def check(args: argparse.Namespace) -> None:
         _check_rows(args, given[0])
     if given not in (["--target"], ["--aligned"]) and args.ratio != RATIO:
         raise ConfigError("--ratio is for pairs of texts: give --target COLUMN too")
+    if given not in (["--target"], ["--aligned"]) and args.hints:
+        raise ConfigError("--hints is for pairs of texts: give --target COLUMN too")
 
 
 def _check_rows(args: argparse.Namespace, kind: str) -> None:
@@ -148,6 +151,7 @@ def recipe(args: argparse.Namespace, command: str) -> Recipe:
     return Recipe(
         _inputs(args), Path(args.out), _columns(args), args.tokenizer, args.vocab, *_fractions(args), args.encoding,
         args.shard_mib, args.seed, command, args.lowercase, _aligned(args), args.ratio, args.builtin,
+        args.hints,
     )  # fmt: skip
 
 
@@ -168,6 +172,8 @@ def report(made: Made, args: argparse.Namespace, seconds: float) -> str:
         *(_labels(made) if manifest.labels else []),
         f"lengths     median {lengths.median:,} tokens, 95 % at most {lengths.most:,}, longest {lengths.longest:,}",
         f"tokenizer   {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}{trained}",
+        *([f"hints       by a dictionary of {len(manifest.hints):,} words of the training side"]
+          if manifest.hints else []),
     ]  # fmt: skip
     what = {"words": "words", "dialogues": "dialogues", "preferences": "pairs"}.get(manifest.kind, "examples")
     for split, counts in manifest.counts.items():

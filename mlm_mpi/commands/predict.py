@@ -244,10 +244,10 @@ def _written_lines(args: argparse.Namespace, trained: "Trained", counts: Counter
     """Likewise of what is made of texts."""
     from mlm_mpi.prediction import encoded, write
 
-    tokenizer = trained.tokenizer
+    tokenizer, hints = trained.tokenizer, trained.manifest.hints or None
     rounds = write(
-        trained.chain, tokenizer, _rows(args), lambda rows: encoded(tokenizer, rows), trained.config.model.context,
-        args.rows, searching.beams_of(args), trained.mesh, trained.place,
+        trained.chain, tokenizer, _rows(args), lambda rows: encoded(tokenizer, rows, hints),
+        trained.config.model.context, args.rows, searching.beams_of(args), trained.mesh, trained.place,
     )  # fmt: skip
     for found in rounds:
         counts.update(rows=len(found.rows), cut=found.cut, empty=sum(map(_is_empty, found.rows)))

@@ -169,7 +169,7 @@ def _command(args: argparse.Namespace) -> str:
     configure(parser)
     parser.set_defaults(heldout=None if args.heldout is None or labelling.asked(args) else _HELDOUT)
     words = ["mlm-mpi", "prepare", *(f"./{text}" if text.startswith("-") else text for text in args.inputs)]
-    flags = ("builtin", "lowercase", "no-header", "tags", "chat", "squad")
+    flags = ("builtin", "lowercase", "no-header", "tags", "chat", "squad", "hints")
     words += [f"--{flag}" for flag in flags if getattr(args, flag.replace("-", "_"))]
     plain = ("out", "tokenizer", "vocab", "heldout", "cut", "field", "encoding", "shard_mib", "seed", "plugins")
     words += [word for pair in args.aligned or () for word in ("--aligned", *pair)]

@@ -128,7 +128,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The content of catalog.json. `content`: see `content_digest`. `split`: see `sides.split_digest`.
 
     `counts`: split -> its examples, or words, of each label, or of all where there is none; a split that does not exist
-    is not there. `template`: how dialogues became tokens; "" where there are none.
+    is not there. `template`: how dialogues became tokens; "" where there are none. `hints`: word -> its translation, of
+    which the sources of pairs have a hint in front (data/dictionary.py); {}: they have none.
     """
 
     format: str
@@ -145,6 +146,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     heldout: float
     test: float
     template: str = ""
+    hints: dict[str, str] = {}
 
     @property
     def kind(self) -> Kind:

@@ -31,6 +31,7 @@ import numpy as np
 
 from mlm_mpi import __version__
 from mlm_mpi.data import catalog, chats, labelled, rows, sources, squad, template, templates, words
+from mlm_mpi.data.dictionary import Lexicon, hinted, translated
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
@@ -43,6 +44,7 @@ from mlm_mpi.errors import DataError
 from mlm_mpi.files import publish_all
 
 _MIB = 1 << 20
+_FOLDS = 10  # of the training pairs, whose hints come from the other nine
 _Columns = rows.Columns | words.WordColumns | chats.ChatColumns | squad.Columns
 _Row = rows.Row | words.Sentence | chats.Dialogue | squad.Question
 
@@ -54,7 +56,8 @@ class Recipe:
     `inputs`: (side or None, file, folder or glob). `heldout`, `test`: fractions, cut from the rows of no given side and
     from those that are given as training rows. `columns`: of texts with a label, of words with one each, of dialogues
     or of questions. `aligned`: (side or None, file, file whose lines belong to those of the former). `ratio`: of pairs
-    one text may have so many times the characters of the other; 0: any.
+    one text may have so many times the characters of the other; 0: any. `hints`: of pairs the sources have their
+    translation word by word in front.
     """
 
     inputs: tuple[tuple[str | None, str], ...]
@@ -72,6 +75,7 @@ class Recipe:
     aligned: tuple[tuple[str | None, str, str], ...] = ()
     ratio: float = 0.0
     has_builtin: bool = False  # questions over the built-in text, too
+    hints: bool = False
 
     @property
     def of_pairs(self) -> bool:
@@ -142,6 +146,7 @@ class _Example:
     messages: tuple[Message, ...] = ()  # of a dialogue
     rejected: str | None = None  # instead of its last answer
     answers: tuple[squad.Answer, ...] = ()  # in the second text
+    hint: str | None = None
 
 
 def prepare_labelled(recipe: Recipe, group: Ranks, told: Told) -> Made | None:
@@ -178,7 +183,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
     """What is staged."""
     staging = recipe.out / FOLDER
     found = _gather(recipe, told)
-    labels = found.labels()
+    labels, hints = found.labels(), found.give_hints() if recipe.hints else {}
     tokenizer = _tokenizer(recipe, [example for example in found.examples if example.side == "train"], told)
     shards, digests, lengths = _shards(recipe, found, labels, tokenizer, told)
     name = template.NAME if recipe.of_chats else ""
@@ -202,6 +207,7 @@ def _stage(recipe: Recipe, told: Told) -> Made:
         heldout=recipe.heldout,
         test=recipe.test,
         template=name,
+        hints=hints,
     )  # fmt: skip
     prepared = Prepared(recipe.command, platform.python_version(), __version__, manifest.content)
     publish_all([
@@ -310,6 +316,26 @@ class _Found:
             if wanted and not counts[side]:
                 raise DataError(self._lacking(side))
         self._check_labels()
+
+    def give_hints(self) -> dict[str, str]:
+        """Each example gets its hint; the dictionary of the training side. Raises DataError where that is empty.
+
+        A training pair's is by a dictionary that has not seen it, nor what has its source string: otherwise a model
+        would learn to trust hints more than it should.
+        """
+        train = self.on("train")
+        lexicon = Lexicon([(example.text, example.second) for example in train])
+        whole = lexicon.without()
+        if not whole:
+            raise DataError("--hints: no source on side train has a word: leave it out")
+        numbers = [example.source[0] * _FOLDS // 256 for example in train]
+        others = [lexicon.without(np.array(numbers) == fold) for fold in range(_FOLDS)]
+        of_train = iter(numbers)
+        self.examples = [
+            replace(one, hint=translated(one.text, others[next(of_train)] if one.side == "train" else whole))
+            for one in self.examples
+        ]
+        return whole
 
     def labels(self) -> tuple[str, ...]:
         """All labels in order: whole numbers by their value, others by their characters."""
@@ -648,6 +674,14 @@ def _size(example: _Example) -> int:
 def _encoded(part: Sequence[_Example], tokenizer: Tokenizer, of_pairs: bool) -> tuple[list[np.ndarray], list[int]]:
     """(ids of each example, where its second text begins). Raises DataError for a text without tokens."""
     ids, seconds = [], []
+    hints = [example.hint for example in part if example.hint is not None]
+    if hints:
+        sources = list(hinted(tokenizer, (example.text for example in part), hints))
+        targets = [found[:-1] for found in encode(tokenizer, (example.second for example in part))]
+        for example, source, target in zip(part, sources, targets, strict=True):
+            if not len(source) or not len(target):
+                raise _no_token(example)
+        return list(map(np.concatenate, zip(sources, targets, strict=True))), list(map(len, sources))
     found = encode_pairs(tokenizer, ((example.text, example.second) for example in part))
     for example, (tokens, second) in zip(part, found, strict=True):
         if not len(tokens) or (of_pairs and not 0 < second < len(tokens)):

@@ -5,8 +5,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from mlm_mpi.data import dictionary
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.figures import dictionary
 
 _METRICS = {"bleu": "BLEU", "chrf": "CHRF"}
 _INSTALL = "pip install 'mlm-mpi[examples]'"

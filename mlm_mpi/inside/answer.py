@@ -109,13 +109,14 @@ def integrated_gradients(
 ) -> Attribution:  # fmt: skip
     """How much each position adds to the score of an output: (x − x') · ∫ ∂F/∂x along the straight path from x' to x.
 
-    x is what the first part gives of the text, or of the source of a translation; x' what it gives of as many ends of
-    text ("end"), so that positions are the same and tokens differ, or nothing ("zero").
+    x is what the first part gives of the text, or of the source of a translation, all arrays of it; x' what it gives of
+    as many ends of text ("end"), so that positions are the same and tokens differ, or nothing ("zero").
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
     """
-    (*beside, text), start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
-    way = wide(text) - wide(start)
-    logits = _logits(parts, (*beside, text), question, ctx)
+    flow, start = parts[0].forward((), ctx)[0], _baseline(parts[0], ctx, eot, integration.baseline)
+    first = 1 if question.source else 0  # what a translation has so far stands in front, and stays as it is
+    ways = [wide(x) - wide(x0) for x, x0 in zip(flow[first:], start[first:], strict=True)]
+    logits = _logits(parts, flow, question, ctx)
     target = int(logits.argmax()) if question.target is None else question.target
     score = _scorer(target, integration.score)
 
@@ -123,14 +124,16 @@ def integrated_gradients(
         return score(_logits(parts, at(point), question, ctx))[0]
 
     def rate(point: float) -> np.ndarray:
-        gradient = wide(_gradient(parts, at(point), question, ctx, score))
-        return to_host((gradient * way).sum(axis=2))[0, : len(question.explained)].astype("f8")
+        gradients = _gradient(parts, at(point), question, ctx, score)[first:]
+        each = [to_host((wide(one) * way).sum(axis=2))[0] for one, way in zip(gradients, ways, strict=True)]
+        return np.array(each, "f8").sum(axis=0)[: len(question.explained)]
 
     def at(point: float) -> Flow:
-        return (*beside, (wide(start) + way * way.dtype.type(point)).astype(text.dtype))
+        moved = zip(flow[first:], start[first:], ways, strict=True)
+        return (*flow[:first], *((wide(x0) + way * way.dtype.type(point)).astype(x.dtype) for x, x0, way in moved))
 
     values, asked = along(rate, value, integration.steps)
-    began = _logits(parts, (*beside, start), question, ctx)
+    began = _logits(parts, (*flow[:first], *start[first:]), question, ctx)
     baseline = "ends of text" if integration.baseline == "end" else "zeros"
     return Attribution(
         question.name(target), float(_softmax(logits[None])[0, target]), integration.score, score(logits)[0], baseline,
@@ -176,13 +179,13 @@ def along(
     return sum((one.total for one in pieces), np.zeros_like(pieces[0].total)), len(pieces) * _POINTS
 
 
-def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Array:
-    """What the path begins at: (1, T, C), of a source (1, S, C)."""
+def _baseline(first: Part, ctx: Context, eot: int, kind: Baseline) -> Flow:
+    """What the path begins at: (1, T, C), of a source (1, S, C) each behind it."""
     assert ctx.batch is not None
     batch, source = ctx.batch, ctx.batch.source
     ends = _ended(batch, eot) if source is None else replace(batch, source=_ended(source, eot))
-    (*_, start), _ = first.forward((), replace(ctx, batch=ends))
-    return start if kind == "end" else module_of(start).zeros_like(start)
+    start, _ = first.forward((), replace(ctx, batch=ends))
+    return start if kind == "end" else tuple(module_of(one).zeros_like(one) for one in start)
 
 
 def _ended(batch: Batch, eot: int) -> Batch:
@@ -202,9 +205,9 @@ def _logits(parts: Sequence[Part], flow: Flow, question: Question, ctx: Context)
 
 def _gradient(
     parts: Sequence[Part], flow: Flow, question: Question, ctx: Context, score: "_Scorer"
-) -> Array:  # fmt: skip
-    """That of a score with respect to the last array that the first part gives, by the model's own backward, without
-    that part. Shapes: (1, T, C) each -> that of the last."""
+) -> Flow:  # fmt: skip
+    """Those of a score with respect to the arrays that the first part gives, by the model's own backward, without that
+    part. Shapes: (1, T, C) each -> the same."""
     kept = []
     for part in parts[1:-1]:
         flow, saved = part.forward(flow, ctx)
@@ -223,7 +226,7 @@ def _gradient(
         dy[0][:, question.at] = dasked[:, 0]
     for part, saved in zip(reversed(parts[1:-1]), reversed(kept), strict=True):
         dy = part.backward(dy, saved, only)
-    return dy[-1]
+    return dy
 
 
 def _asked(hidden: Array, question: Question) -> Array:

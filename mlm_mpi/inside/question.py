@@ -1,11 +1,12 @@
 """What a model is asked of a text: the next token, a hidden one, or its label."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mlm_mpi.data.batch import Batch
+from mlm_mpi.data.dictionary import translated
 from mlm_mpi.data.labelled import Example
 from mlm_mpi.data.texts import batch_of
 from mlm_mpi.data.tokenizer import Tokenizer
@@ -97,9 +98,19 @@ def label_of(
     return Question(batch, tokens, None, wanted, np.array([-1 if wanted is None else wanted]), labels.__getitem__, says)
 
 
-def source_of(tokenizer: Tokenizer, text: str, context: int) -> np.ndarray:
-    """What an encoder reads of a text to translate, with an end of text: (S,) int32. Raises as `next_token`."""
-    return np.array([*_encoded(tokenizer, text, context, 1), tokenizer.eot], np.int32)
+def source_of(tokenizer: Tokenizer, text: str, context: int, hints: Mapping[str, str] | None = None) -> np.ndarray:
+    """What an encoder reads of a text to translate, with an end of text: (S,) int32. Raises as `next_token`.
+
+    `hints`: the dictionary by which it has a hint in front; without it it has none.
+    """
+    ids = np.array([*_encoded(tokenizer, text, context, 1), tokenizer.eot], np.int32)
+    if not hints:
+        return ids
+    hint = tokenizer.encode(translated(text, hints))
+    over = len(hint) + 1 + len(ids) - room(context)
+    if over > 0:
+        raise DataError(f"the text and its hint have {over} tokens more than there is room for: shorten it")
+    return np.concatenate([np.array([*hint, tokenizer.eot], np.int32), ids])
 
 
 def room(context: int) -> int:

@@ -249,14 +249,20 @@ class CrossAttention:
         """As of `SelfAttention`."""
         self.name, self.heads, self.project, self.drop = name, heads, project, drop
         width, self.width = project.inputs, project.inputs // heads
-        self.query = Linear(
-            f"{name}.query", width, width, std, 1, self.width, shares, matrices=(equal(1, heads, self.width),)
-        )
-        each = equal(1, 2), equal(2, heads, self.width)
-        self.key_value = Linear(f"{name}.key_value", width, (2, width), std, 2, self.width, shares, matrices=each)
+        self.query = self._by_head("query", std, shares)
+        self.of_memory = self._of_memory(width, std, shares)
+
+    def _by_head(self, what: str, std: float, shares: int) -> Linear:
+        width, each = self.project.inputs, equal(1, self.heads, self.width)
+        return Linear(f"{self.name}.{what}", width, width, std, 1, self.width, shares, matrices=(each,))
+
+    def _of_memory(self, width: int, std: float, shares: int) -> Linear:
+        """What reads the memory: keys and values."""
+        each = equal(1, 2), equal(2, self.heads, self.width)
+        return Linear(f"{self.name}.key_value", width, (2, width), std, 2, self.width, shares, matrices=each)
 
     def parameters(self) -> list[Parameter]:
-        return [*self.query.parameters(), *self.key_value.parameters(), *self.project.parameters()]
+        return [*self.query.parameters(), *self.of_memory.parameters(), *self.project.parameters()]
 
     def forward(self, x: Any, memory: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to. `memory`: None where the cache has seen it."""
@@ -284,18 +290,22 @@ class CrossAttention:
             )  # fmt: skip
         _clear_behind(dq, looks[-1].queries)
         _clear_behind(dkv, looks[-1].keys)
-        return self.query.backward(dq, x, ctx), self.key_value.backward(dkv, memory, ctx)
+        return self.query.backward(dq, x, ctx), self._memory_backward(dkv, memory, ctx)
+
+    def _memory_backward(self, dkv: Any, memory: Any, ctx: Context) -> Any:
+        return self.of_memory.backward(dkv, memory, ctx)
 
     def maps(self, x: Any, memory: Any, ctx: Context) -> Any:
         """Who attends to whom, in float64, of rows of one text: (B, T, C), (B, S, C) -> (B, H, T, S)."""
-        q, kv = self.query.forward(x, ctx)[0], self.key_value.forward(memory, ctx)[0]
+        q, kv = self.query.forward(x, ctx)[0], self._keys_and_values(memory, ctx)
         return attention.probabilities(*self._split(q, kv)[:2], causal=False)
 
     def _remembered(self, memory: Any, ctx: Context) -> Any:
         """Keys and values (B, S, 2 C), or a cache's (1, N, 2, H, D), of all positions and this rank's heads."""
         if ctx.cache is None:
-            return self.key_value.forward(memory, ctx)[0]
+            return self._keys_and_values(memory, ctx)
         if self.name not in ctx.cache.memory:
+<<<<<<< HEAD
             source = None if ctx.batch is None else ctx.batch.source
             lengths = [stop - start for start, stop in source.spans()] if source is not None else []
             rows, length, _ = memory.shape
@@ -303,6 +313,13 @@ class CrossAttention:
             kv = module_of(kv).ascontiguousarray(kv.transpose(1, 2, 0, 3))  # each token reads it: then a head in a row
             ctx.cache.remember(self.name, kv, lengths or [length] * rows)
         return ctx.cache.memory[self.name].transpose(2, 0, 1, 3)[None]
+=======
+            ctx.cache.memory[self.name] = self._keys_and_values(memory, ctx)
+        return ctx.cache.memory[self.name]
+>>>>>>> main
+
+    def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
+        return self.of_memory.forward(memory, ctx)[0]
 
     def _split(self, q: Any, kv: Any) -> tuple[Any, Any, Any]:
         """Queries, keys and values by head, (B, H, T, D) and twice (B, H, S, D), views."""
@@ -321,7 +338,42 @@ class CrossAttention:
         return _looks(batch.spans(), batch.source.spans(), self.drop, ctx, heads)
 
 
+<<<<<<< HEAD
 def _in_row(parts: list[Any], looks: list[_Look], shape: tuple[int, int]) -> Any:
+=======
+class LexicalAttention(CrossAttention):
+    """Attention to a memory that hands on the vectors of the source's own tokens, which no matrix has mixed.
+
+    Its memory is two arrays, what an encoder has made, which gives the keys, and the vectors, which are the values.
+    Shapes: x (B, T, C), memory twice (B, S, C) -> (B, T, C). Source: Nguyen and Chiang, arXiv:1710.01329, section 4,
+    with several heads.
+    """
+
+    def _of_memory(self, width: int, std: float, shares: int) -> Linear:
+        return self._by_head("key", std, shares)
+
+    def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
+        encoded, vectors = memory
+        keys, mine = self.of_memory.forward(encoded, ctx)[0], self._columns(ctx)
+        return module_of(keys).concatenate([keys, ctx.entered(vectors, "the source's tokens")[:, :, mine]], axis=2)
+
+    def _memory_backward(self, dkv: Any, memory: Any, ctx: Context) -> Any:
+        xp, mine, (batch, length, both) = module_of(dkv), self._columns(ctx), dkv.shape
+        dkeys, dmine = (xp.ascontiguousarray(dkv[:, :, part]) for part in (slice(both // 2), slice(both // 2, both)))
+        if ctx.tp.size > 1:  # the others have −0 there, which changes nothing that is added to it
+            whole = xp.full((batch, length, self.project.inputs), -0.0, dkv.dtype)
+            whole[:, :, mine] = dmine
+            dmine = ctx.left(whole, "the gradient of the source's tokens")
+        return self.of_memory.backward(dkeys, memory[0], ctx), dmine
+
+    def _columns(self, ctx: Context) -> slice:
+        """Those of this rank's heads."""
+        box = self.query.weight.layout.box(ctx.mesh)
+        return slice(box.starts[1], box.stops[1])
+
+
+def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
+>>>>>>> main
     """Values where their queries lie: of rows as they are, of texts in their row, zeros behind them.
 
     Shapes: `shape` (B, T); (texts, t, H, D) each -> (B, T, H, D).

@@ -187,22 +187,28 @@ class PairEmbedding:
 
     Shapes: the batch's ids (B, T) and its source's (B, S) -> (B, T, C), (B, S, C). Both are looked up in front of the
     encoder, so that the table lies at the two ends of the model, as any tied one. A batch that has no source goes on
-    where a cache is, which has what was made of it.
+    where a cache is, which has what was made of it. With `words` a third array, the normalised rows of the source's
+    tokens (B, S, C).
     """
 
     def __init__(
-        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float, shares: int = order.MOST
-    ) -> None:
-        """`context`: positions of either."""
+        self, name: str, vocabulary: int, context: int, width: int, std: float, dropout: float,
+        shares: int = order.MOST, words: LayerNorm | None = None,
+    ) -> None:  # fmt: skip
+        """`context`: positions of either. `words`: the norm of rows that go on by themselves; None: they do not."""
         sizes = vocabulary, context, width, std, dropout, shares
         self.target = PlacedEmbedding(
             f"{name}.target", *sizes, table=token_table(f"{name}.tokens", vocabulary, width, std, True, shares)
         )
         self.tokens = self.target.tokens
         self.source = PlacedEmbedding(f"{name}.source", *sizes, table=self.tokens)
+        self.words = None
+        if words is not None:
+            self.words = TokenEmbedding(f"{name}.words", vocabulary, width, std, 0.0, norm=words, table=self.tokens)
 
     def parameters(self) -> list[Parameter]:
-        return [self.tokens, self.target.positions, self.source.positions]
+        words = [] if self.words is None else self.words.parameters()[1:]
+        return [self.tokens, self.target.positions, self.source.positions, *words]
 
     def forward(self, x: Flow, ctx: Context) -> tuple[Flow, Any]:
         assert ctx.batch is not None, "the first part reads its ids from the context"
@@ -210,16 +216,22 @@ class PairEmbedding:
         if ctx.batch.source is None:
             return target, None
         source, s_source = self.source.forward(x, ctx.of_source())
-        return (*target, *source), (s_target, s_source)
+        if self.words is None:
+            return (*target, *source), (s_target, s_source, None)
+        words, s_words = self.words.forward(x, ctx.of_source())
+        return (*target, *source, *words), (s_target, s_source, s_words)
 
     def backward(self, dy: Flow, saved: Any, ctx: Context) -> Flow:
         ctx.owe(lambda at: self._backward(dy, saved, at))
         return ()
 
     def _backward(self, dy: Flow, saved: Any, ctx: Context) -> None:
-        """The lane closes once, when both have added to the table."""
+        """The lane closes once, when all have added to the table."""
         now = replace(ctx, later=None)
-        self.source.backward(dy[1:], saved[1], replace(now.of_source(), closes=False))
+        there = replace(now.of_source(), closes=False)
+        if self.words is not None:
+            self.words.backward(dy[2:], saved[2], there)
+        self.source.backward(dy[1:2], saved[1], there)
         self.target.backward(dy[:1], saved[0], now)
 
 

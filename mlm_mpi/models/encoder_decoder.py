@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from mlm_mpi import order
 from mlm_mpi.config.keys import key
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.layers.attention import CrossAttention, SelfAttention
-from mlm_mpi.layers.base import Least, Part, Sizes, Trunk, elements
+from mlm_mpi.layers.attention import CrossAttention, LexicalAttention, SelfAttention
+from mlm_mpi.layers.base import Least, Part, Side, Sizes, Trunk, elements
 from mlm_mpi.layers.block import Block, FeedForward
 from mlm_mpi.layers.dropout import Dropout
 from mlm_mpi.layers.embedding import PairEmbedding
-from mlm_mpi.layers.encoder_decoder import DecoderBlock, EncoderBlock
+from mlm_mpi.layers.encoder_decoder import BOTH, DecoderBlock, EncoderBlock, LexicalBlock
 from mlm_mpi.layers.linear import Linear, ResidualLinear
 from mlm_mpi.layers.norm import LayerNorm
 from mlm_mpi.params.store import equal
@@ -65,6 +65,12 @@ class Settings:
         1e-5, says="Layer normalisation adds this to a variance, against division by zero.", above=0
     )
 
+    lexical: bool = key(
+        False,
+        says="A last layer attends to the source once more and hands its tokens on as they are: for names and rare "
+        "words, and where sources hold words of the target.",
+    )
+
     def resolved(self) -> "Settings":
         """The same with its width of the feed-forward and its blocks of the decoder. Raises ConfigError where the heads
         do not divide the width."""
@@ -84,14 +90,17 @@ def build(settings: Settings, sizes: Sizes) -> Trunk:
     parts: list[Part] = [embedding]
     for number in range(s.layers):
         norm = encoder.layer_norm("final.norm") if number == s.layers - 1 else None
-        parts.append(EncoderBlock(encoder.encoder_block(number), norm))
+        parts.append(EncoderBlock(encoder.encoder_block(number), norm, encoder.into))
     parts += [decoder.decoder_block(number) for number in range(s.decoder_layers)]
+    if s.lexical:
+        parts.append(decoder.lexical_block())
     return Trunk(parts, decoder.layer_norm("final.norm"), s.width, embedding.tokens)
 
 
 def _embedding(settings: Settings, sizes: Sizes) -> PairEmbedding:
     s = settings
-    return PairEmbedding("embed", sizes.vocabulary, s.context, s.width, s.init_std, s.dropout, sizes.shares)
+    words = LayerNorm("embed.words.norm", s.width, s.norm_epsilon) if s.lexical else None
+    return PairEmbedding("embed", sizes.vocabulary, s.context, s.width, s.init_std, s.dropout, sizes.shares, words)
 
 
 def _decoder(settings: Settings, sizes: Sizes) -> "_Half":
@@ -117,8 +126,20 @@ class _Half:
         name = f"block{number}"
         norms = [self.layer_norm(f"{name}.norm{place}") for place in (1, 2, 3)]
         mixer, cross = self._attention(f"{name}.attention", causal=True), self._cross(f"{name}.cross")
-        is_last = number == self.layers - 1
-        return DecoderBlock(norms[0], mixer, norms[1], cross, norms[2], self._feed_forward(name), is_last)
+        is_last = number == self.layers - 1 and not self.settings.lexical
+        return DecoderBlock(norms[0], mixer, norms[1], cross, norms[2], self._feed_forward(name), is_last, self.into)
+
+    def lexical_block(self) -> LexicalBlock:
+        """Behind the last block of a decoder. What it hands on is added as it is, to begin with."""
+        s, name = self.settings, "lexical"
+        join, drop = self._join(f"{name}.project", s.width, s.heads, s.width // s.heads, "identity"), self._drop(name)
+        attention = LexicalAttention(f"{self.name}.{name}", s.heads, join, s.init_std, drop, self.shares)
+        return LexicalBlock(self.layer_norm(f"{name}.norm"), attention)
+
+    @property
+    def into(self) -> tuple[Side, ...]:
+        """Whose positions the arrays have that flow between blocks."""
+        return (*BOTH, "source") if self.settings.lexical else BOTH
 
     def layer_norm(self, name: str) -> LayerNorm:
         return LayerNorm(f"{self.name}.{name}", self.settings.width, self.settings.norm_epsilon)
@@ -144,11 +165,11 @@ class _Half:
         s = self.settings
         return self._join(f"{attention}.project", s.width, s.heads, s.width // s.heads)  # tp cuts whole heads
 
-    def _join(self, name: str, inputs: int, pieces: int, unit: int = 1) -> ResidualLinear:
+    def _join(self, name: str, inputs: int, pieces: int, unit: int = 1, init: str = "") -> ResidualLinear:
         s = self.settings
-        std, each = s.init_std / math.sqrt(2 * self.layers), equal(0, pieces, inputs // pieces)
+        first, each = init or s.init_std / math.sqrt(2 * self.layers), equal(0, pieces, inputs // pieces)
         full, drop = f"{self.name}.{name}", self._drop(name)
-        return ResidualLinear(full, inputs, s.width, std, drop, unit, self.shares, matrices=(each,))
+        return ResidualLinear(full, inputs, s.width, first, drop, unit, self.shares, matrices=(each,))
 
     def _drop(self, name: str) -> Dropout:
         return Dropout(f"{self.name}.{name}", self.settings.dropout)
@@ -165,6 +186,7 @@ def least(settings: Settings, sizes: Sizes, rows: int) -> Least:
     parameters = elements(_embedding(s, sizes)) + 4 * s.width  # and the two last norms
     parameters += s.layers * elements(_Half("encoder", s, s.layers).encoder_block(0))
     parameters += s.decoder_layers * elements(_decoder(s, sizes).decoder_block(0))
+    parameters += elements(_decoder(s, sizes).lexical_block()) if s.lexical else 0
     return Least(layers, parameters, layers * one, one)
 
 
@@ -176,5 +198,5 @@ def flops(settings: Settings, sizes: Sizes, tokens: int) -> float:
     """
     s = settings.resolved()
     square, wide = s.width * s.width, 2 * s.width * s.feed_forward
-    weights = s.layers * (4 * square + wide) + s.decoder_layers * (8 * square + wide)
+    weights = s.layers * (4 * square + wide) + s.decoder_layers * (8 * square + wide) + s.lexical * 3 * square
     return 6.0 * float(tokens) * (weights + sizes.vocabulary * s.width)

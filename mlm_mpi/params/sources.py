@@ -78,8 +78,8 @@ class Arrays:
 class Drawn:
     """Initial values keyed by (seed, name) and the *global* element: the same on any mesh, read in any pieces.
 
-    `parameters`: name -> (global shape, standard deviation of a centred normal, or "ones" or "zeros", or numbers: one
-    for each index of the first dim).
+    `parameters`: name -> (global shape, standard deviation of a centred normal, or "ones", "zeros" or "identity", or
+    numbers: one for each index of the first dim).
     """
 
     def __init__(self, seed: int, parameters: Mapping[str, tuple[Shape, Init]]) -> None:
@@ -90,6 +90,9 @@ class Drawn:
 
     def read(self, name: str, box: Box) -> np.ndarray:
         shape, init = self._parameters[name]
+        if init == "identity":
+            rows, columns = (np.arange(a, b) for a, b in zip(box.starts, box.stops, strict=True))
+            return (rows[:, None] == columns).astype("f8")
         if isinstance(init, str):
             return np.full(box.shape, {"ones": 1.0, "zeros": 0.0}[init])
         if isinstance(init, tuple):

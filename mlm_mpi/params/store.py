@@ -36,7 +36,8 @@ def equal(dim: int, pieces: int, length: int = 1) -> tuple[int, tuple[int, ...]]
 class Parameter:
     """A name that does not depend on the mesh, a Layout, and a view into the flat store.
 
-    `init`: standard deviation of a centred normal, or "ones" or "zeros", or a number for each index of the first dim.
+    `init`: standard deviation of a centred normal, or "ones", "zeros" or "identity" (of a matrix), or a number for each
+    index of the first dim.
     `decay`: weight decay applies. `tied`: two
     parts read it, and each has a sum of its own over the gradients of a lane (layers/embedding.py).
     `frozen`: training leaves it as it is, so it has no gradient, no moments and no part in the norm.

@@ -13,6 +13,7 @@ import numpy as np
 from mlm_mpi.config import Config
 from mlm_mpi.config.keys import key
 from mlm_mpi.config.rules import shares
+from mlm_mpi.data.dictionary import bare
 from mlm_mpi.data.labelled import Examples, Labelled
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.texts import Nothing
@@ -108,7 +109,10 @@ class Translation:
         cut, longest = too_long(train, self.row_tokens)
         long = f"; {cut:,} are cut, the longest side has {longest:,} tokens" if cut else ""
         source, target = (int(lengths.sum()) for lengths in (train.seconds, train.lengths - train.seconds))
-        return [("pairs", f"{len(train):,} for training, {source:,} tokens of sources, {target:,} of targets{long}")]
+        hints = " with hints" if self.texts.manifest.hints else ""
+        return [
+            ("pairs", f"{len(train):,} for training, {source:,} tokens of sources{hints}, {target:,} of targets{long}")
+        ]
 
     def tokens(self, split: str) -> int:
         return int(self.examples(split).lengths.sum()) if split in self.texts.splits else 0
@@ -122,7 +126,8 @@ class Translation:
     def about(self) -> dict[str, Any]:
         count = sum(map(sum, self.texts.manifest.counts.values()))
         words = f"{count:,} pairs of texts, content {self.texts.content[:12]}"
-        return {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "pairs": True}
+        hints = {"hints": self.texts.manifest.hints} if self.texts.manifest.hints else {}
+        return {"vocabulary": self.vocabulary, "catalog": self.texts.digest, "corpus": words, "pairs": True} | hints
 
     def sources(self, split: str) -> list[np.ndarray]:
         """Token ids (t,) int32 of the sources of a split, without an end of text."""
@@ -130,10 +135,13 @@ class Translation:
         return [one.ids[: one.second] for one in map(examples.read, range(len(examples)))]
 
     def texts_of(self, split: str) -> list[tuple[str, str]]:
-        """(source, target) of a split's pairs."""
+        """(source, target) of a split's pairs, without hints."""
         examples, decode = self.examples(split), self._tokenizer.decode
-        read = map(examples.read, range(len(examples)))
-        return [(decode(one.ids[: one.second].tolist()), decode(one.ids[one.second :].tolist())) for one in read]
+        targets = [one.ids[one.second :] for one in map(examples.read, range(len(examples)))]
+        sources = self.sources(split)
+        if self.texts.manifest.hints:
+            sources = [bare(ids, self.eot) for ids in sources]
+        return [(decode(s.tolist()), decode(t.tolist())) for s, t in zip(sources, targets, strict=True)]
 
     def translated(self, split: str, texts: Sequence[str]) -> dict[str, Any]:
         """Figures of what was made of its sources. Where sacrebleu is installed."""

@@ -71,6 +71,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: str = ""  # SHA-256 of the manifest of the checkpoint that the run began with, if there was one
     vectors: str | msgspec.UnsetType = msgspec.UNSET  # SHA-256 of the file of word vectors that it began with;
     # left out where there was none, so that `name_of` gives checkpoints that lack it the name that they had
+    hints: dict[str, str] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )  # word -> its translation, as its corpus had them; likewise
     search: dict[str, Any] = {}  # for the best checkpoint, as train/search.py keeps it
     plugins: dict[str, str] = {}  # "models/mine.py" -> SHA-256 of each file of --plugins that was used
 

@@ -63,5 +63,5 @@ def _about(manifest: Manifest, table: dict[str, dict[str, object]]) -> dict[str,
     return {
         "config": table, "vocabulary": manifest.vocabulary, "catalog": manifest.catalog, "corpus": manifest.corpus,
         "fingerprint": manifest.fingerprint, "incomparable": manifest.incomparable, "plugins": manifest.plugins,
-        "labels": manifest.labels, "pairs": manifest.pairs,
+        "labels": manifest.labels, "pairs": manifest.pairs, "hints": manifest.hints,
     }  # fmt: skip

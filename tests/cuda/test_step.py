@@ -149,7 +149,7 @@ def test_an_encoder_equals_numpy(gpu, products, made, norm, pooling, dropout):
 
 
 PAIRS = encoder_decoder.Settings(
-    layers=1, width=2 * HEAD, heads=2, context=24, feed_forward=2 * HEAD, dropout=0.1, init_std=0.1
+    layers=1, width=2 * HEAD, heads=2, context=24, feed_forward=2 * HEAD, dropout=0.1, init_std=0.1, lexical=True
 )
 
 

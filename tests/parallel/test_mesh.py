@@ -72,11 +72,12 @@ GRU = (  # states of more than a chain of additions, documents that begin inside
 PAIRS = (  # both halves' texts of several lengths; a memory that crosses the cuts of a pipeline
     *SIZES, "model.kind=encoder_decoder", "model.layers=1", "model.decoder_layers=2", "task.kind=translation",
     "model.width=16", "model.heads=4", "train.micro_batches=4", "train.lanes=2", "train.schedule=one_f_one_b",
-    "train.recompute=true",
+    "train.recompute=true", "model.lexical=true",
 )  # fmt: skip
 
 SPANS = (
     *PAIRS,
+    "model.lexical=false",
     "task.kind=span_corruption",
     "task.rate=0.3",
     "task.span=2",

@@ -212,3 +212,42 @@ def test_options_of_search_go_with_what_is_written(pairs: Place) -> None:
     (pairs.folder / "one.csv").write_text("text\nred blue\n")
     predict = ("predict", "alone", "one.csv")
     pairs.program(*predict, "--length-penalty", "1").refused("compares the texts of several beams: give --beams 4")
+
+
+def test_hints_go_with_a_model_to_what_it_reads(pairs: Place) -> None:
+    """The same weights on two ranks; new texts get hints too; nobody measures a model by texts of the other kind."""
+    columns = ("--text", "text", "--target", "reversed", "--tokenizer", "pairs/" + tokenizer_of(pairs, "pairs"))
+    made = pairs.program("prepare", "pairs.tsv", "--out", "hinted", *columns, "--hints")
+    assert made.code == 0 and "hints       by a dictionary of 4 words of the training side" in made.out
+    words = ("train", "pairs.toml", *keys("data.dir=hinted", "model.lexical=true", "model.context=16"), "--run")
+    alone = pairs.program(*words, "hints")
+    assert "tokens of sources with hints" in alone.out
+    assert pairs.program("run", "-n", "2", "--", *words, "two-hints", *keys("mesh.tp=2")).weights == alone.weights
+    (pairs.folder / "some.csv").write_text('text\nred blue\n""\n')
+    told = pairs.program("predict", "hints", "some.csv")
+    assert (
+        told.code == 0 and "2 rows; 1 have no text and no translation" in told.err and len(told.out.splitlines()) == 2
+    )
+    assert pairs.program("explain", "hints", "red blue", "--out", "hints.html").code == 0
+    pairs.program("evaluate", "hints", "--data", "pairs").refused("pairs has no hints", "prepare it with --hints")
+    pairs.program("evaluate", "alone", "--data", "hinted").refused("hinted has hints", "prepare it without --hints")
+    pairs.program("prepare", "pairs.tsv", "--out", "x", "--label", "reversed", "--hints").refused(
+        "--hints is for pairs"
+    )
+
+
+def tokenizer_of(place: Place, folder: str) -> str:
+    return str(json.loads((place.folder / folder / "catalog.json").read_text())["tokenizer"]["file"])
+
+
+def test_adapters_of_a_model_with_hints_are_merged_into_one(pairs: Place) -> None:
+    columns = ("--text", "text", "--target", "reversed", "--vocab", "272")
+    assert pairs.program("prepare", "pairs.tsv", "--out", "own", *columns, "--hints").code == 0
+    same = keys("data.dir=own", "model.context=16", "train.steps=3")
+    assert pairs.program("train", "pairs.toml", "--run", "base", *same).code == 0
+    tuned = pairs.program("finetune", "base", "pairs.toml", "--run", "tuned", *same, *keys("start.lora_rank=2"))
+    assert tuned.code == 0, tuned.err
+    assert pairs.program("merge", "tuned", "--out", "merged").code == 0
+    (pairs.folder / "some.csv").write_text("text\nred blue\n")
+    texts = [pairs.program("predict", run, "some.csv").out for run in ("tuned", "merged")]
+    assert texts[0] == texts[1] and texts[0]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_encoder_decoder import FILE, SETTINGS, SMOOTHING, VOCABULARY, golden_weights, texts
 
 SMALL = replace(SETTINGS, layers=1, decoder_layers=2, width=8, heads=2, feed_forward=12, init_std=0.3)
+LEXICAL = replace(SMALL, lexical=True)
 TRAINING = Context(training=True, seed=3, step=5, micro_batch=1)
 
 
@@ -71,17 +72,17 @@ def test_loss_and_every_gradient_are_those_of_pytorch(smoothing: float) -> None:
 
 
 SOME = (
-    "embed.tokens",
-    "embed.source.positions",
-    "encoder.block0.attention.qkv.weight",
-    "decoder.block0.cross.query.bias",
-)
+    "embed.tokens", "embed.source.positions", "embed.words.norm.gain", "encoder.block0.attention.qkv.weight",
+    "decoder.block0.cross.query.bias", "decoder.lexical.norm.bias", "decoder.lexical.query.weight",
+    "decoder.lexical.key.weight", "decoder.lexical.project.weight",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_gradient_is_the_slope_of_the_loss_with_dropout(every: bool) -> None:
-    """Without dropout all of them are PyTorch's."""
-    whole, batch = drawn(replace(SMALL, dropout=0.2), 0.1), pairs_batch(pairs()[1:3], eot=0)
+@pytest.mark.parametrize("settings", [SMALL, LEXICAL], ids=["plain", "lexical"])
+def test_every_gradient_is_the_slope_of_the_loss_with_dropout(settings, every: bool) -> None:
+    """Without dropout all of a plain model's are PyTorch's."""
+    whole, batch = drawn(replace(settings, dropout=0.2), 0.1), pairs_batch(pairs()[1:3], eot=0)
     whole.gradient = poisoned(whole.store.size)
     whole.loss_and_grad(batch, TRAINING)
     for span in whole.store.spans:
@@ -102,8 +103,9 @@ def test_rows_of_one_length_are_what_their_pairs_are() -> None:
     assert np.allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
 
 
-def test_recomputing_repeating_and_halves_give_equal_bits() -> None:
-    settings, batch, found = replace(SMALL, dropout=0.1), made(), []
+@pytest.mark.parametrize("settings", [SMALL, LEXICAL], ids=["plain", "lexical"])
+def test_recomputing_repeating_and_halves_give_equal_bits(settings) -> None:
+    settings, batch, found = replace(settings, dropout=0.1), made(), []
     plain, recomputed = drawn(settings, 0.1, "f4"), drawn(settings, 0.1, "f4", recompute=True)
     for whole, halves in ((plain, False), (plain, True), (recomputed, False)):
         whole.gradient = poisoned(whole.store.size, dtype="f4")
@@ -131,9 +133,20 @@ def test_a_target_sees_its_own_source_and_what_came_before() -> None:
     assert (changed(0, read=read).nonzero()[0] == np.arange(3, ends[0])).all(), "none before it"
 
 
+def test_a_lexical_model_hands_tokens_on_before_it_has_learnt_anything() -> None:
+    """Those of the source are likelier than they would be, and others are not."""
+    source = np.array([3, 3, 3, 3], np.int32)
+    some = pairs_batch([Pair(source, *2 * [np.array([0, 5], np.int32)])], eot=0)
+    settings = replace(LEXICAL, width=64, init_std=0.02)
+    for lexical in (True, False):
+        most = logits(drawn(replace(settings, lexical=lexical)), some)[0, :2].argmax(axis=1)
+        assert (most == 3).all() == lexical
+
+
 @pytest.mark.parametrize("rows", [1, 2])
-def test_cached_logits_are_the_uncached_ones(rows: int) -> None:
-    whole, random = drawn(SMALL), np.random.default_rng(1)
+@pytest.mark.parametrize("settings", [SMALL, LEXICAL], ids=["plain", "lexical"])
+def test_cached_logits_are_the_uncached_ones(settings, rows: int) -> None:
+    whole, random = drawn(settings), np.random.default_rng(1)
     ids = random.integers(0, VOCABULARY, (rows, 7)).astype(np.int32)
     source = Batch(0, 0, {"ids": random.integers(0, VOCABULARY, (rows, 5)).astype(np.int32)}, {}, 0)
     wanted = logits(whole, Batch(0, 0, {"ids": ids}, {}, 0, source=source))

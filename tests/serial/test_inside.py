@@ -43,7 +43,7 @@ MODELS = {
     "masked": (bert, bert.Settings(**SIZES, heads=3)),
     "first": (bert, bert.Settings(**SIZES, heads=3, norm="pre")),
     "mean": (bert, bert.Settings(**SIZES, heads=3)),
-    "pair": (encoder_decoder, encoder_decoder.Settings(**SIZES, heads=3)),
+    "pair": (encoder_decoder, encoder_decoder.Settings(**SIZES, heads=3, lexical=True)),
 }
 every_model = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("gru", "first") else kind for kind in MODELS]
@@ -126,12 +126,12 @@ def test_maps_of_two_texts_are_what_both_halves_attend_with(dtype: str) -> None:
     flows, texts = answer.walk(parts, ctx), {"batch": len(made.tokens), "source": len(made.source)}
     maps = answer.attention_maps(parts, flows, ctx, len(made.tokens))
     assert texts == {"batch": 9, "source": 10} and [(*one[1:],) for one in maps.values()] == [
-        *2 * [("source", "source")], *2 * [("batch", "batch"), ("batch", "source")],
+        *2 * [("source", "source")], *2 * [("batch", "batch"), ("batch", "source")], ("batch", "source"),
     ]  # fmt: skip
     for p, rows, columns in maps.values():
         assert p.shape == (3, texts[rows], texts[columns]) and np.abs(p.sum(axis=2) - 1).max() < 1e-12
         assert (p > 0).all() or (rows, columns) == ("batch", "batch")
-    block, (y, memory) = parts[3], flows[2]
+    block, (y, memory, _) = parts[3], flows[2]
     y = block.mixer.forward(block.norm1.forward(y, ctx)[0], ctx, residual=y)[0]
     kept = block.cross.forward(block.norm2.forward(y, ctx)[0], memory, ctx)[1]
     values, o = block.cross._split(kept[2], kept[3])[2][0], kept[4][0]
@@ -141,7 +141,7 @@ def test_maps_of_two_texts_are_what_both_halves_attend_with(dtype: str) -> None:
 
 def test_the_lens_of_a_translation_is_the_decoder_and_it_is_called_by_its_halves() -> None:
     told, made = explained("pair", steps=32), asked("pair")
-    assert [row.name for row in told.lens] == ["embedding", "layer 1", "layer 2"]
+    assert [row.name for row in told.lens] == ["embedding", "layer 1", "layer 2", "layer 3"]
     hidden = model_of("pair").chain.without_last_part().forward((), Context(batch=made.batch))[0][0]
     logits = model_of("pair").chain.parts[-1].logits(hidden, Context())[0]
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -151,6 +151,7 @@ def test_the_lens_of_a_translation_is_the_decoder_and_it_is_called_by_its_halves
         "encoder 1",
         "encoder 2",
         *(f"decoder {n}{to}" for n in (1, 2) for to in ("", " to encoder")),
+        "decoder 3 to encoder",
     ]
 
 
@@ -161,8 +162,8 @@ def test_gradients_are_those_of_the_score(kind: str) -> None:
     flow, _ = parts[0].forward((), ctx)
     for what in ("logit", "log-probability"):
         score = answer._scorer(2, what)
-        gradient = answer._gradient(parts, flow, made, ctx, score)
-        directional(lambda score=score: score(answer._logits(parts, flow, made, ctx))[0], flow[-1], gradient)
+        for array, gradient in zip(flow, answer._gradient(parts, flow, made, ctx, score), strict=True):
+            directional(lambda score=score: score(answer._logits(parts, flow, made, ctx))[0], array, gradient)
 
 
 @every_model

@@ -184,3 +184,23 @@ def test_pairs_that_do_not_fit_are_refused_or_cut(tmp_path: Path) -> None:
 )
 def test_models_and_tasks_that_do_not_go_together(words: tuple[str, ...], line: str) -> None:
     refused(lambda: load(None, words), line, error=ConfigError)
+
+
+def test_a_hint_comes_from_other_pairs(tmp_path: Path) -> None:
+    """A word that one training pair alone has is a hint to texts that are held out, and none to that pair."""
+    some = [("the house", "la maison"), ("house", "maison"), ("the red", "la rouge")]
+    rows = [(f"{en} {number}", f"{fr} {number}", "train") for en, fr in some for number in range(20)]
+    rows += [("the odd house", "la maison bizarre", "train"), ("odd red", "rouge bizarre", "heldout")]
+    path = tmp_path / "a.tsv"
+    path.write_text("en\tfr\tside\n" + "".join("\t".join(row) + "\n" for row in rows))
+    found = prepared(tmp_path / "out", path, "--text", "en", "--target", "fr", "--split", "side", "--hints")
+    decode, eot = found.tokenizer().decode, found.tokenizer().eot
+    hints = {}
+    for split in found.splits:
+        for ids, second, _ in map(found.examples(split).read, range(len(found.examples(split)))):
+            (end,) = np.flatnonzero(ids == eot)
+            hints[decode(ids[end + 1 : second].tolist())] = decode(ids[:end].tolist())
+    assert hints["the odd house"] == "la odd maison" and hints["odd red"] == "bizarre rouge"
+    assert hints["the red 3"] == "la rouge 3" and found.manifest.hints["odd"] == "bizarre"
+    plain = prepared(tmp_path / "plain", path, "--text", "en", "--target", "fr", "--split", "side")
+    assert plain.content != found.content and "hints" not in (tmp_path / "plain" / "catalog.json").read_text()

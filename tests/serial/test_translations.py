@@ -2,10 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 
+from mlm_mpi.data import dictionary
+from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import ConfigError
-from mlm_mpi.figures import dictionary, translations
+from mlm_mpi.figures import translations
 
 PAIRS = [
     ("the house", "la maison"), ("The red house!", "La maison rouge !"), ("a red flower", "une fleur rouge"),
@@ -28,6 +31,23 @@ def test_probabilities_are_those_of_two_rounds_by_hand(monkeypatch: pytest.Monke
     assert dictionary.learned(some) == {"the": "maison", "house": "maison"}, "equal: the one that is seen first"
     monkeypatch.setattr(dictionary, "_ROUNDS", 2)
     assert dictionary.learned(some) == {"the": "la", "house": "maison"}
+
+
+def test_a_dictionary_may_do_without_some_pairs() -> None:
+    """As if they had not been there to count; what is known of the others stays."""
+    lexicon = dictionary.Lexicon(PAIRS)
+    assert lexicon.without(np.zeros(len(PAIRS), bool)) == dictionary.learned(PAIRS)
+    flowers = np.array([False, False, True, True, False, False])
+    assert lexicon.without(flowers) == {"the": "la", "house": "maison", "red": "rouge", "a": "une"}
+    assert lexicon.without(~flowers) == {"a": "une", "red": "rouge", "flower": "fleur", "the": "la"}
+    assert lexicon.without(np.ones(len(PAIRS), bool)) == {}
+
+
+def test_a_hint_stands_in_front_of_a_source() -> None:
+    tokens = Tokenizer.bytes()
+    ids, nothing = dictionary.hinted(tokens, ["the house", ""], ["la maison", ""])
+    assert tokens.decode(ids.tolist()) == "la maisonthe house" and not len(nothing)
+    assert tokens.decode(dictionary.bare(ids, tokens.eot).tolist()) == "the house"
 
 
 def test_figures_are_those_of_sacrebleu_and_say_how_they_were_counted() -> None:
