@@ -305,18 +305,12 @@ class CrossAttention:
         if ctx.cache is None:
             return self._keys_and_values(memory, ctx)
         if self.name not in ctx.cache.memory:
-<<<<<<< HEAD
-            source = None if ctx.batch is None else ctx.batch.source
+            source, kv = None if ctx.batch is None else ctx.batch.source, self._keys_and_values(memory, ctx)
             lengths = [stop - start for start, stop in source.spans()] if source is not None else []
-            rows, length, _ = memory.shape
-            kv = self.key_value.forward(memory, ctx)[0].reshape(rows * length, 2, -1, self.width)
-            kv = module_of(kv).ascontiguousarray(kv.transpose(1, 2, 0, 3))  # each token reads it: then a head in a row
-            ctx.cache.remember(self.name, kv, lengths or [length] * rows)
+            rows, length, _ = kv.shape
+            by_head = kv.reshape(rows * length, 2, -1, self.width).transpose(1, 2, 0, 3)  # each token reads it so
+            ctx.cache.remember(self.name, module_of(kv).ascontiguousarray(by_head), lengths or [length] * rows)
         return ctx.cache.memory[self.name].transpose(2, 0, 1, 3)[None]
-=======
-            ctx.cache.memory[self.name] = self._keys_and_values(memory, ctx)
-        return ctx.cache.memory[self.name]
->>>>>>> main
 
     def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
         return self.of_memory.forward(memory, ctx)[0]
@@ -338,9 +332,6 @@ class CrossAttention:
         return _looks(batch.spans(), batch.source.spans(), self.drop, ctx, heads)
 
 
-<<<<<<< HEAD
-def _in_row(parts: list[Any], looks: list[_Look], shape: tuple[int, int]) -> Any:
-=======
 class LexicalAttention(CrossAttention):
     """Attention to a memory that hands on the vectors of the source's own tokens, which no matrix has mixed.
 
@@ -372,8 +363,7 @@ class LexicalAttention(CrossAttention):
         return slice(box.starts[1], box.stops[1])
 
 
-def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
->>>>>>> main
+def _in_row(parts: list[Any], looks: list[_Look], shape: tuple[int, int]) -> Any:
     """Values where their queries lie: of rows as they are, of texts in their row, zeros behind them.
 
     Shapes: `shape` (B, T); (texts, t, H, D) each -> (B, T, H, D).
