@@ -305,13 +305,11 @@ class CrossAttention:
         if ctx.cache is None:
             return self._keys_and_values(memory, ctx)
         if self.name not in ctx.cache.memory:
-            source = None if ctx.batch is None else ctx.batch.source
+            source, kv = None if ctx.batch is None else ctx.batch.source, self._keys_and_values(memory, ctx)
             lengths = [stop - start for start, stop in source.spans()] if source is not None else []
-            kv = self._keys_and_values(memory, ctx)
             rows, length, _ = kv.shape
-            kv = kv.reshape(rows * length, 2, -1, self.width)
-            kv = module_of(kv).ascontiguousarray(kv.transpose(1, 2, 0, 3))  # each token reads it: then a head in a row
-            ctx.cache.remember(self.name, kv, lengths or [length] * rows)
+            by_head = kv.reshape(rows * length, 2, -1, self.width).transpose(1, 2, 0, 3)  # each token reads it so
+            ctx.cache.remember(self.name, module_of(kv).ascontiguousarray(by_head), lengths or [length] * rows)
         return ctx.cache.memory[self.name].transpose(2, 0, 1, 3)[None]
 
     def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
