@@ -7,19 +7,23 @@ their log-probability over ((5 + n) / 6)^α, of n tokens with the end of text (W
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from mlm_mpi.backend.arrays import Place, cpu, to_host, wide
 from mlm_mpi.comm.mesh import Mesh
+from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.generation import logits
 from mlm_mpi.layers.attention import KeyValueCache
 from mlm_mpi.layers.base import Array
 from mlm_mpi.layers.chain import Chain
+from mlm_mpi.ops import crossentropy
 
 MOST_BEAMS = 256  # the rows of a batch are so many times its sources
+_BLOCK = 64  # of the vocabulary: its largest logit is looked at before any other
 _MOST_PENALTY = 10.0  # Wu et al. find 0.2 best, and try up to 1
 
 
@@ -43,30 +47,42 @@ class Beams:
 
 
 def written(
-    chain: Chain, sources: np.ndarray, context: int, eot: int, beams: Beams | None = None, mesh: Mesh | None = None,
-    place: Place | None = None,
+    chain: Chain, sources: Sequence[np.ndarray] | np.ndarray, context: int, eot: int, beams: Beams | None = None,
+    mesh: Mesh | None = None, place: Place | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """What an encoder-decoder makes of each source, up to an end of text, which is left out, or to the end of the
     context. By default greedy search.
 
-    Shapes: sources (B, S). Collective over the ranks that share the model. No text depends on those beside it.
+    Shapes: sources (s,) of any lengths but 0. Collective over the ranks that share the model. No text depends on those
+    beside it.
     """
     beams, place, mesh = beams or Beams(), place or cpu(), mesh or Mesh()
     searches = [_Search(beams, context, eot) for _ in sources]
-    cache, source, ids = KeyValueCache(context), place.put(sources), np.full((len(sources), 1), eot, np.int32)
+    order = sorted(range(len(sources)), key=lambda number: len(sources[number]))  # of one length: attended together
+    growing = [searches[number] for number in order]
+    cache, ids = KeyValueCache(context), np.full((len(sources), 1), eot, np.int32)
+    source = _read([sources[number] for number in order]).map(place.put) if order else None
     while len(ids):
         found = logits(chain, place.put(ids), cache, mesh, source)
         source = None  # the cache has what was made of it
         tokens, scores = _likeliest(found, len(ids), beams.width, mesh)
         kept, first = list[int](), 0
-        for search in searches:
+        for search in growing:
             stop = first + len(search.live)
             kept += [first + row for row in search.extend(tokens[first:stop], scores[first:stop])]
             first = stop
-        if kept != list(range(len(ids))):
-            cache.take(place.put(np.array(kept, np.int64)))
-        ids = np.array([one.tokens[-1:] for search in searches for one in search.live], np.int32)
+        if kept and kept != list(range(len(ids))):
+            cache.take(np.array(kept, np.int64))
+        ids = np.array([one.tokens[-1:] for search in growing for one in search.live], np.int32)
     return [search.best() for search in searches]
+
+
+def _read(sources: Sequence[np.ndarray]) -> Batch:
+    """What an encoder reads: texts one behind the other, so that none is padded."""
+    ids, places = (
+        np.concatenate(some)[None].astype(np.int32) for some in (sources, [np.arange(len(ids)) for ids in sources])
+    )
+    return Batch(0, 0, {"ids": ids, "places": places}, {}, 0, texts=tuple(accumulate(map(len, sources))))
 
 
 class _Hypothesis(NamedTuple):
@@ -135,22 +151,28 @@ def _likeliest(found: Array | None, rows: int, count: int, mesh: Mesh) -> tuple[
         group = mesh.group("tp")
         mine = np.ascontiguousarray(to_host(wide(found[:, -1])))
         parts = group.allgather_array(mine.reshape(-1), "the logits").reshape(-1, *mine.shape)
-        whole = np.concatenate(list(parts), axis=1)
-        tokens = np.array([_first(row, count) for row in whole])
-        most = whole.max(axis=1, keepdims=True).astype(np.float64)
-        total = np.log(np.exp(whole - most).sum(axis=1, keepdims=True))
+        whole = parts.swapaxes(0, 1).reshape(rows, -1)
+        tokens, most = _first(whole, count), whole.max(axis=1)
+        scores = np.take_along_axis(whole, tokens, axis=1) - most[:, None].astype(np.float64)
+        total = np.log(crossentropy.exponentials(whole, most).astype(np.float64))
         table[0, :, : tokens.shape[1]] = tokens
-        table[1, :, : tokens.shape[1]] = np.take_along_axis(whole, tokens, axis=1) - most - total
+        table[1, :, : tokens.shape[1]] = scores - total[:, None]
         table = group.allgather_array(table.reshape(-1), "the next tokens")[0]  # an exp of other CPUs is another
     table = mesh.group("pp").allgather_array(table.reshape(-1), "the next tokens")[-1]
     tokens, scores = table.reshape(2, rows, count)
     return tokens.astype(np.int32), scores
 
 
-def _first(row: np.ndarray, count: int) -> np.ndarray:
-    """Where the largest of a row are, the largest first, of equal ones the first. Shapes: (V,) -> (min(count, V),)."""
-    if count >= len(row):
-        return np.argsort(-row, kind="stable")
-    least = np.partition(row, -count)[-count]
-    some = np.flatnonzero(~(row < least))  # NaN too
-    return some[np.argsort(-row[some], kind="stable")][:count]
+def _first(rows: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest of each row are, the largest first, of equal ones the first, NaN as the smallest.
+
+    Shapes: (B, V) -> (B, min(count, V)).
+    """
+    count = min(count, rows.shape[1])
+    size = min(_BLOCK, rows.shape[1] // count)
+    most = np.maximum.reduceat(rows, np.arange(0, rows.shape[1], size), axis=1)
+    least = np.partition(most, -count, axis=1)[:, -count, None]  # of those of `count` blocks: so many are not less
+    row, column = np.divmod(np.flatnonzero(~(rows < least)), rows.shape[1])  # NaN too
+    order = np.lexsort((column, -rows[row, column], row))
+    starts = np.searchsorted(row, np.arange(len(rows)))
+    return column[order][starts[:, None] + np.arange(count)]

@@ -59,18 +59,17 @@ def choose(logits: np.ndarray, sampling: Sampling, number: int) -> int:
 
 
 def logits(
-    chain: Chain, ids: Array, cache: KeyValueCache | None = None, mesh: Mesh | None = None, source: Array = None
+    chain: Chain, ids: Array, cache: KeyValueCache | None = None, mesh: Mesh | None = None, source: Batch | None = None
 ) -> Array | None:  # fmt: skip
     """Shapes: ids (B, T) -> (B, T, V); with a cache, T new positions after those it holds.
 
-    `source` (B, S): what an encoder reads; with a cache of an encoder-decoder it is given once, with the first ids.
+    `source`: what an encoder reads; with a cache of an encoder-decoder it is given once, with the first ids.
 
     Where ranks of a mesh share the model, this one's part of it: (B, T, V / tp) of the last stage, None of the others.
     Collective over pp and tp.
     """
     mesh = mesh or Mesh()
-    read = None if source is None else Batch(0, 0, {"ids": source}, {}, 0)
-    ctx = Context(mesh, batch=Batch(0, 0, {"ids": ids}, {}, 0, source=read), cache=cache)
+    ctx = Context(mesh, batch=Batch(0, 0, {"ids": ids}, {}, 0, source=source), cache=cache)
     last = mesh.coord("pp") == mesh.size("pp") - 1
     (hidden, *_), _ = (chain.without_last_part() if last else chain).forward((), ctx)
     found = chain.parts[-1].logits(hidden, ctx) if last else None  # type: ignore[attr-defined]  # a head of tokens

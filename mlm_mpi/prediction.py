@@ -179,19 +179,19 @@ def write(
 ) -> Iterator[Written[T]]:  # fmt: skip
     """What an encoder-decoder makes of rows, in rounds as `predict` has them; nothing of an empty one. Collective.
 
-    `sources`: the token ids of some rows, without an end of text; of a table's, `encoded`. Sources of one length are
-    read together. No text depends on those beside it, nor on the number of ranks.
+    `sources`: the token ids of some rows, without an end of text; of a table's, `encoded`. No text depends on those
+    beside it, nor on the number of ranks.
     """
     end = np.array([tokenizer.eot], np.int32)
     for some, mine in _shares(rows, at_once, mesh):
         ended = [np.concatenate([ids, end]) for ids in sources(mine)]
         texts = [""] * len(mine)
-        for length in sorted({min(len(ids), context) for ids in ended if len(ids) > 1}):
-            same = [number for number, ids in enumerate(ended) if min(len(ids), context) == length]
-            stacked = np.stack([ended[number][:context] for number in same])
-            made = written(chain, stacked, context, tokenizer.eot, beams, mesh, place)
-            for number, ids in zip(same, made, strict=True):
-                texts[number] = tokenizer.decode(ids)
+        there = [number for number, ids in enumerate(ended) if len(ids) > 1]
+        made = written(
+            chain, [ended[number][:context] for number in there], context, tokenizer.eot, beams, mesh, place
+        )  # fmt: skip
+        for number, ids in zip(there, made, strict=True):
+            texts[number] = tokenizer.decode(ids)
         every = mesh.group("dp").allgather([sum(len(ids) > context for ids in ended), texts], "what was written")
         yield Written(some, [text for _, part in every for text in part], sum(cut for cut, _ in every))
 

@@ -116,10 +116,10 @@ class Driven:
         return ctx.tally["loss"]
 
 
-def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None) -> Engine:
+def engine_of(config: Config, vocabulary: int, mesh: Mesh | None = None, labels: int = 0) -> Engine:
     """What a run of this configuration trains with; its weights are zero."""
-    plugins = Plugins()
-    parts = plugins.find("tasks", config.task.kind, "task.kind").parts(config, plugins, Sizes(vocabulary))
+    plugins, sizes = Plugins(), Sizes(vocabulary, labels=labels)
+    parts = plugins.find("tasks", config.task.kind, "task.kind").parts(config, plugins, sizes)
     if config.start.lora_rank:
         adapt(parts, config.start.lora_rank, config.start.lora_alpha, config.start.lora_targets)
     freeze(parts, config.start, None)

@@ -73,10 +73,8 @@ def _checked(args: argparse.Namespace) -> tuple[list[str], int]:
     config = configuration.load(args.config, args.set)
     configuration.check_ranks(config, args.ranks)
     if not configuration.is_plain(config):
-        raise ConfigError(
-            f"mesh.pp = {config.mesh.pp}, mesh.tp = {config.mesh.tp}, mesh.zero = {config.mesh.zero}: faults are for "
-            "ranks that hold all, so that others can go on: set pp and tp to 1, zero to 0"
-        )
+        there, remedy = configuration.parted(config)
+        raise ConfigError(f"{there}: faults are for ranks that hold all, so that others can go on: set {remedy}")
     if config.train.micro_batches < _LEAST_MICRO_BATCHES:
         raise ConfigError(f"train.micro_batches = {config.train.micro_batches} must be at least {_LEAST_MICRO_BATCHES}")
     if config.train.steps < 2:

@@ -54,7 +54,7 @@ def main(args: argparse.Namespace, group: "Group") -> int:
     text = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # a command line may hold any bytes
     prompt = [end, *trained.tokenizer.encode(text)]
     decoder = StreamDecoder(trained.tokenizer)
-    say = sys.stdout.write if group.rank == 0 else len  # rank 0 speaks for all
+    say = _shown if group.rank == 0 else len  # rank 0 speaks for all
     say(text)
     context, place = trained.config.model.context, trained.place
     for token in itertools.islice(
@@ -66,3 +66,10 @@ def main(args: argparse.Namespace, group: "Group") -> int:
         sys.stdout.flush()
     say(decoder.flush() + "\n")
     return 0
+
+
+def _shown(text: str) -> int:
+    """Writes text to stdout; no control character of it reaches a terminal, where it would be obeyed."""
+    from mlm_mpi.data.text import clean
+
+    return sys.stdout.write(clean(text).text if sys.stdout.isatty() else text)

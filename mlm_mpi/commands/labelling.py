@@ -244,6 +244,8 @@ def _read_questions(found: Cleaning, firsts: dict[str, str], kept: int) -> list[
         f"removed     {found.duplicates:,} exact duplicates, {found.unpaired:,} empty questions or texts",
         *(f"{'answers':<12}{getattr(found, name):,} {text}, first: {firsts[name]}"
           for name, text in told.items() if getattr(found, name)),
+        *([f"ids         {found.same_ids:,} questions have the id of an earlier one, first: {firsts['same_ids']}"]
+          if found.same_ids else []),
     ]  # fmt: skip
 
 

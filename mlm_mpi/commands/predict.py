@@ -168,7 +168,7 @@ def _answer_lines(args: argparse.Namespace, trained: "Trained", counts: Counter[
         if not counts["rows"] and not args.json:
             yield "{\n" if args.squad else "answer\tprobability\tstart\tend\n"
         for one, row in zip(found.questions, found.answers.tolist(), strict=True):
-            counts.update(rows=1, empty=row[0] != row[0], nothing=row[1] == 0)
+            counts.update(rows=1, empty=row[0] != row[0], nothing=row[1] == 0, again=args.squad and one.again)
             yield _answer_line(args, one, row, counts["rows"])
         counts.update(cut=found.cut)
     if args.squad:
@@ -200,6 +200,7 @@ def _said_of_questions(counts: Counter[str], most: int) -> list[str]:
     for name, what in (
         ("nothing", "have no answer"), ("cut", f"are longer than task.question = {most} and have lost their ends"),
         ("empty", "have no question or no context, and no answer"),
+        ("again", "have the id of an earlier one, which readers of --squad's object may lose"),
     ):  # fmt: skip
         told += [f"{counts[name]:,} {what}"] if counts[name] else []
     return told

@@ -11,8 +11,10 @@ except those that need the catalog (the vocabulary).
 
 from mlm_mpi.config.environment import prepare_environment
 from mlm_mpi.config.reader import from_table, load
-from mlm_mpi.config.rules import check_ranks, is_plain
+from mlm_mpi.config.rules import check_ranks, is_plain, parted
 from mlm_mpi.config.sections import Config
 from mlm_mpi.config.writer import to_table, to_toml
 
-__all__ = ["Config", "check_ranks", "from_table", "is_plain", "load", "prepare_environment", "to_table", "to_toml"]
+__all__ = [
+    "Config", "check_ranks", "from_table", "is_plain", "load", "parted", "prepare_environment", "to_table", "to_toml",
+]  # fmt: skip

@@ -149,6 +149,11 @@ def _value_of(entry: Entry, values: dict[str, Any], source: Source) -> Any:
     return entry.read(value, source.of(entry.full))
 
 
+def _is_chosen(section: str, kind: str) -> bool:
+    """Whether nobody would take another kind for the sake of a key: a task that was asked for."""
+    return section == "task" and kind != KINDS[section].default
+
+
 def _who_knows(section: str, key: str, kind: str, known: Iterable[str], plugins: Plugins) -> str:
     """What follows "unknown key": the kinds or the section that know it, else the nearest key."""
     if section in KINDS:
@@ -156,7 +161,8 @@ def _who_knows(section: str, key: str, kind: str, known: Iterable[str], plugins:
         if others:
             full, names = f"{section}.{KINDS[section].key}", " and ".join(f'"{other}"' for other in others)
             knows = "knows" if len(others) == 1 else "know"
-            return f' of {full} = "{kind}"; {names} {knows} it: take it out, or set {full} = "{others[0]}"'
+            other_kind = "" if _is_chosen(section, kind) else f', or set {full} = "{others[0]}"'
+            return f' of {full} = "{kind}"; {names} {knows} it: take it out{other_kind}'
     homes = _homes(key, plugins)
     return f"; did you mean {' or '.join(homes)}?" if homes else nearest(key, known)
 

@@ -63,6 +63,15 @@ def is_plain(config: Config) -> bool:
     return config.mesh.pp == config.mesh.tp == 1 and not config.mesh.zero
 
 
+def parted(config: Config) -> tuple[str, str]:
+    """(the settings that give each rank a part of its own, those that do not), for people."""
+    plain = {"pp": 1, "tp": 1, "zero": 0}
+    asked = {name: getattr(config.mesh, name) for name, value in plain.items() if getattr(config.mesh, name) != value}
+    told = ({name: values[name] for name in asked} for values in (asked, plain))
+    there, remedy = (" and ".join(f"mesh.{name} = {value}" for name, value in some.items()) for some in told)
+    return there, remedy
+
+
 def check_sharing(config: Config, plugins: Plugins) -> None:
     """Raises ConfigError where a kind does not heed what is asked of it, or ranks cannot share a model as mesh says."""
     _check_heeded(config, plugins)
@@ -198,15 +207,15 @@ def check_ranks(config: Config, ranks: int) -> None:
         f"comm.spares = {spares} are for a job that goes on when a rank dies: set comm.recover = true and "
         'comm.reduction = "canonical", or comm.spares = 0',
     )
+    there, remedy = parted(config)
     _require(
         not spares or is_plain(config),
-        f"comm.spares = {spares} hold all, and mesh.pp = {axes.pp}, mesh.tp = {axes.tp}, mesh.zero = {axes.zero} give "
-        "each rank a part: set comm.spares = 0, or pp and tp to 1 and zero to 0",
+        f"comm.spares = {spares} hold all, and with {there} each rank holds a part: set comm.spares = 0, or {remedy}",
     )
     copies, left = divmod(ranks - spares, each)
     dp = axes.dp or max(1, copies)
     spared = f", {spares} of them spares" if spares else ""
-    remedy = f"start {dp * each} ranks, or set {_nearest(config, ranks)}"
+    remedy = f"start {dp * each + spares} ranks, or set {_nearest(config, ranks - spares)}"
     if not left and copies:
         remedy = f"set mesh.dp = {copies}"
     _require(
@@ -216,9 +225,18 @@ def check_ranks(config: Config, ranks: int) -> None:
     )
     _require(
         dp <= lanes,
-        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes * each}: "
-        f"start {lanes * each} ranks, or set train.lanes to {dp} or more (it changes the bits)",
+        f"the launcher gave {ranks} ranks, but train.lanes = {lanes} allows at most {lanes * each + spares}: "
+        f"start {lanes * each + spares} ranks, or set {_more_lanes(config, dp)} (it changes the bits)",
     )
+
+
+def _more_lanes(config: Config, copies: int) -> str:
+    """What gives so many copies of the model a lane each."""
+    micros = config.train.micro_batches
+    fitting = next((lanes for lanes in range(copies, micros + 1) if micros % lanes == 0), 0)
+    if fitting:
+        return f"train.lanes = {fitting}, which divides train.micro_batches = {micros}"
+    return f"train.micro_batches = {copies} and train.lanes = {copies}"
 
 
 def _nearest(config: Config, ranks: int) -> str:

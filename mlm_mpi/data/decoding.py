@@ -31,8 +31,14 @@ _PIECE_BYTES = 1 << 20
 _UTF16_NULS, _INVALID = 8, "\udfff"
 _ZSTD_BYTES = 1 << 10  # a kibibyte of zstd can grow to 32 MiB
 
+
+def to_lines(field: str) -> str:
+    """The remedy for what should be JSON lines that have this field."""
+    return f'convert it to JSON lines, one {{"{field}": …}} a line'
+
+
 _TO_TEXT = "convert it to text, or leave it out by a glob such as 'folder/*.txt'"
-TO_LINES = 'convert it to JSON lines, one {"text": …} a line'
+_TO_LINES = to_lines("text")
 _UNPACK = "unpack it and give the text files in it"
 # (how the content begins, what it is, the remedy). A beginning made of letters goes on with a byte no text has.
 _NO_TEXT = [
@@ -44,12 +50,12 @@ _NO_TEXT = [
     (rb"!<arch>\n", "an ar archive", _UNPACK),
     (rb"\x1f[\x8b\x9d\xa0]|\xfd7zXZ\x00|BZh[1-9]1AY&SY|[\x28\x50-\x5f][\xb5\x2a][\x2f\x4d][\xfd\x18]|LZIP[\x00\x01]"
      rb"|\x04\x22\x4d\x18", "compressed in a way that is not read, or twice", _UNPACK),
-    (rb"PAR1[^ -~]|PARE", "a Parquet file", TO_LINES),
-    (rb"ARROW1\x00|FEA1\x00|\xff\xff\xff\xff.\x00{1,3}", "an Arrow or Feather file", TO_LINES),
-    (rb"ORC[^ -~]", "an ORC file", TO_LINES), (rb"Obj\x01", "an Avro file", TO_LINES),
-    (rb"SQLite format 3\x00", "an SQLite database", TO_LINES),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", TO_LINES), (rb"\x93NUMPY", "a NumPy array", TO_LINES),
-    (rb"\x80[\x02-\x05]", "a Python pickle", TO_LINES),
+    (rb"PAR1[^ -~]|PARE", "a Parquet file", _TO_LINES),
+    (rb"ARROW1\x00|FEA1\x00|\xff\xff\xff\xff.\x00{1,3}", "an Arrow or Feather file", _TO_LINES),
+    (rb"ORC[^ -~]", "an ORC file", _TO_LINES), (rb"Obj\x01", "an Avro file", _TO_LINES),
+    (rb"SQLite format 3\x00", "an SQLite database", _TO_LINES),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", _TO_LINES), (rb"\x93NUMPY", "a NumPy array", _TO_LINES),
+    (rb"\x80[\x02-\x05]", "a Python pickle", _TO_LINES),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\x00|MM\x00\*", "an image", "leave it out"),
     (rb"OggS\x00|ID3[\x02-\x04]|fLaC\x00|RIFF(?s:....)(WAVE|AVI |WEBP)|\x00\x00(?s:..)ftyp", "sound or film",
      "leave it out"),
@@ -154,7 +160,7 @@ def read_lines(path: Path, encoding: str, told: Told = _unheard) -> Iterator[str
         while line := lines.readline(LONGEST_LINE):
             number += 1
             if len(line) == LONGEST_LINE:
-                raise DataError(f"{path}:{number} has {LONGEST_LINE:,} characters or more: {TO_LINES}")
+                raise DataError(f"{path}:{number} has {LONGEST_LINE:,} characters or more: {_TO_LINES}")
             _check_nul(line, path, number)
             yield line
 

@@ -90,7 +90,8 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     chosen or a rejected answer alone; `undecided`: they are the same.
     Of questions a row is one, `unlabelled` lacks an answer without saying so. `impossible`: it says so; `unfound`: none
     of its answers stands in its context; `moved`, `lost`: answers that stand elsewhere than was said, or nowhere;
-    `widened`: first answers that begin or end inside a token.
+    `widened`: first answers that begin or end inside a token. `same_ids`: questions whose id is that of an earlier one
+    of their file.
     """
 
     rows: int
@@ -113,6 +114,7 @@ class Cleaning(msgspec.Struct, frozen=True, omit_defaults=True):
     widened: int = 0
     one_sided: int = 0
     undecided: int = 0
+    same_ids: int = 0
 
 
 @dataclass(frozen=True)

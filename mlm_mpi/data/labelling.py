@@ -348,7 +348,7 @@ class _Found:
     def cleaning(self) -> Cleaning:
         odd = {name: len(found) for name, found in self._odd.items()}
         plain = ("rows", "empty", "unlabelled", "duplicates", "invalid_utf8", "control_characters")
-        answers = ("odd_roles", "unanswered", "impossible", "unfound", "moved", "lost", "widened")
+        answers = ("odd_roles", "unanswered", "impossible", "unfound", "moved", "lost", "widened", "same_ids")
         ours = ("unpaired", "out_of_ratio", *answers, "one_sided", "undecided")
         return Cleaning(**odd, **{name: self._counts[name] for name in (*plain, *ours)})
 
@@ -370,7 +370,8 @@ class _Found:
         return "" if row.labels else "unlabelled"
 
     def _count_answers(self, row: squad.Question) -> None:
-        for what, count in (("impossible", row.impossible), ("moved", row.moved), ("lost", row.lost)):
+        of_row = {"impossible": row.impossible, "moved": row.moved, "lost": row.lost, "same_ids": row.again}
+        for what, count in of_row.items():
             self._counts[what] += count
             if count:
                 self.firsts.setdefault(what, row.place)

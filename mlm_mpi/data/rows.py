@@ -243,18 +243,18 @@ def _check_has(path: Path, header: list[str], columns: Columns) -> None:
     """Raises DataError for a column that is missing or there twice."""
     for option, name in columns.wanted().items():
         if name not in header:
-            raise missing(path, option, name, header)
+            raise missing(path, option, name, header, "column")
         if header.count(name) > 1:
             raise DataError(f"{path} has {header.count(name)} columns {name!r} ({option}): rename all but one")
 
 
-def missing(path: Path | str, option: str, name: str, header: list[str]) -> DataError:
-    """What to raise where `header` has no column `name`, which `option` gave."""
+def missing(path: Path | str, option: str, name: str, header: list[str], what: str = "field") -> DataError:
+    """What to raise where `header` has no field, or column, `name`, which `option` gave."""
     near = nearest(name, header, every=False) or (
         "; without a header, give --no-header and numbers" if name.isdecimal() and header[:1] != ["1"] else ""
     )
     return DataError(
-        f"{path} has no column {name!r}, it has {', '.join(header)[:_MOST_NAMES]!r}{near or ''}: name one with {option}"
+        f"{path} has no {what} {name!r}, it has {', '.join(header)[:_MOST_NAMES]!r}{near or ''}: name one with {option}"
     )
 
 

@@ -8,14 +8,15 @@
 Source: Rajpurkar et al., arXiv:1606.05250 and arXiv:1806.03822.
 """
 
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from mlm_mpi.data.decoding import Content, Told, plain_name
+from mlm_mpi.data.decoding import Content, Told, check_repaired, plain_name
 from mlm_mpi.data.formats import jsonl
 from mlm_mpi.data.text import clean
 from mlm_mpi.errors import DataError
@@ -47,7 +48,8 @@ class Question:
 
     `place`: of it in its file. `answers`: each stands in the context where it says; () where there is none, which
     `impossible` says on purpose. `moved`: answers that stood elsewhere than was said; `lost`: those that stand nowhere.
-    `replaced`, `controls`: what cleaning found. `id`: what its file calls it.
+    `replaced`, `controls`: what cleaning found, in a context at its first question. `id`: what its file calls it;
+    `again`: as it calls one before.
     """
 
     place: str
@@ -60,6 +62,7 @@ class Question:
     lost: int = 0
     replaced: int = 0
     controls: int = 0
+    again: bool = False
 
     labels: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = ()
@@ -101,22 +104,42 @@ def _unheard(size: int) -> None:
 
 
 def read(path: Path, encoding: str = "utf-8", told: Told = _unheard) -> Iterator[Question]:
-    """The questions of a file of SQuAD's; it is read whole. Raises DataError in one line: another format, none."""
+    """The questions of a file of SQuAD's; it is read whole. Raises DataError in one line: another format, none, not
+    text. An encoding that is wrong is known at the end only."""
     if Path(plain_name(path)).suffix.lower() != ".json":
         raise DataError(f"{path} is no file of SQuAD's by its name: rename it to end in .json, or leave it out")
     try:
-        file = msgspec.json.decode(Content(path, encoding, told=told).text().encode(errors="replace"), type=_File)
-    except (msgspec.DecodeError, RecursionError) as error:
+        file = msgspec.convert(json.loads(Content(path, encoding, told=told).text()), _File)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not as SQuAD's files are ({error}): give JSON like {_SHAPE}") from None
+    number = replaced = characters = 0
+    for one in _told_again(_questions(path, file)):
+        number, replaced = number + 1, replaced + one.replaced
+        characters += len(one.text) + len(one.second)
+        yield one
+    check_repaired(path, replaced, characters)
+    if not number:
+        raise DataError(f"{path} has no questions: fill it, or leave it out")
+
+
+def _questions(path: Path, file: _File) -> Iterator[Question]:
     number = 0
     for paragraph in (paragraph for article in file.data for paragraph in article.paragraphs):
         context = clean(paragraph.context)
-        for asked in paragraph.qas:
+        for place, asked in enumerate(paragraph.qas):
             number += 1
-            name = f" ({str(asked.id)[:40]})" if asked.id else ""
-            yield _question(f"{path}: question {number}{name}", paragraph.context, context.text, asked)
-    if not number:
-        raise DataError(f"{path} has no questions: fill it, or leave it out")
+            name = f" ({clean(str(asked.id)).text[:40]})" if asked.id else ""
+            found = _question(f"{path}: question {number}{name}", paragraph.context, context.text, asked)
+            own = (0, 0) if place else (context.replaced, context.controls)
+            yield replace(found, replaced=found.replaced + own[0], controls=found.controls + own[1])
+
+
+def _told_again(questions: Iterable[Question]) -> Iterator[Question]:
+    """The same, marked where the id is that of an earlier one."""
+    known: set[str] = set()
+    for one in questions:
+        yield replace(one, again=True) if one.id in known else one
+        known.update({one.id} - {""})
 
 
 def _question(place: str, raw: str, context: str, asked: _Asked) -> Question:
@@ -124,8 +147,9 @@ def _question(place: str, raw: str, context: str, asked: _Asked) -> Question:
     found = [] if asked.is_impossible else [_found(given, raw, context) for given in asked.answers]
     answers = tuple(answer for answer, _ in found if answer is not None)
     return Question(
-        place, text.text.strip(), context if context.strip() else "", answers, asked.is_impossible, str(asked.id),
-        sum(moved for _, moved in found), len(found) - len(answers), text.replaced, text.controls,
+        place, text.text.strip(), context if context.strip() else "", answers, asked.is_impossible,
+        clean(str(asked.id)).text, sum(moved for _, moved in found), len(found) - len(answers), text.replaced,
+        text.controls,
     )  # fmt: skip
 
 
@@ -157,12 +181,19 @@ def read_new(path: Path, encoding: str = "utf-8") -> Iterator[Question]:
         yield from read(path, encoding)
         return
     number = 0
-    for place, line in jsonl.lines(Content(path, encoding, "question")):
-        record, number = jsonl.record(line, "question", place), number + 1
-        question, context = (_text(record, name, place) for name in ("question", "context"))
-        yield Question(place, question.strip(), context if context.strip() else "", id=str(record.get("id", "")))
+    for one in _told_again(_lines(path, encoding)):
+        number += 1
+        yield one
     if not number:
         raise DataError(f"{path} has no questions: fill it, or leave it out")
+
+
+def _lines(path: Path, encoding: str) -> Iterator[Question]:
+    for place, line in jsonl.lines(Content(path, encoding, "question")):
+        record = jsonl.record(line, "question", place)
+        question, context = (_text(record, name, place) for name in ("question", "context"))
+        name = clean(str(record.get("id", ""))).text
+        yield Question(place, question.strip(), context if context.strip() else "", id=name)
 
 
 def _text(record: dict[str, Any], name: str, place: str) -> str:

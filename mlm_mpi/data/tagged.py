@@ -30,10 +30,14 @@ def batch_of(sentences: Sequence[Sentence], context: int, eot: int, step: int = 
 
 
 class TaggedTexts:
-    """The samples of a split, its sentences. `noise`: what is hidden of them in training."""
+    """The samples of a split, its sentences. `noise`: what is hidden of them in training. `weights` (L,): of the losses
+    of each label, None: all count alike."""
 
-    def __init__(self, sentences: Sentences, context: int, eot: int, noise: texts.Noise | None = None) -> None:
-        self.sentences, self.context, self.eot, self.noise = sentences, context, eot, noise
+    def __init__(
+        self, sentences: Sentences, context: int, eot: int, noise: texts.Noise | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.sentences, self.context, self.eot, self.noise, self.weights = sentences, context, eot, noise, weights
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -43,6 +47,8 @@ class TaggedTexts:
         read = [self.sentences.read(int(number)) for number in numbers]
         order = texts.by_length(read, self.context)
         made = batch_of([read[place] for place in order], self.context, self.eot, step, index)
+        if self.weights is not None:
+            made.targets["weights"] = self.weights[made.targets["classes"]]
         if self.noise is not None:
             made.inputs["hidden"] = self.noise.hidden(made, [int(numbers[place]) for place in order])
         return made

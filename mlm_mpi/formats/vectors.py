@@ -352,9 +352,10 @@ def initial(path: Path, found: Known, source: Source, table: str) -> Source:
 
 
 def check_width(path: Path, found: Known, table: str, shape: tuple[int, ...] | None) -> None:
-    """`shape`: of the table, (V, C). Raises DataError for vectors of another width."""
+    """`shape`: of the table, (V, C), or (V + n, C) with n rows behind those of the tokens. Raises DataError for vectors
+    of another width."""
     width = found.rows.shape[1]
-    if shape is None or shape[0] != found.tokens:
+    if shape is None or shape[0] < found.tokens:
         raise DataError(f"{table} has the shape {shape} in this model, and its tokenizer {found.tokens:,} tokens")
     if shape[1] != width:
         raise DataError(

@@ -1,8 +1,10 @@
 """Multi-head attention, of positions to each other and to a memory, and the cache of keys and values."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mlm_mpi import order
 from mlm_mpi.backend.arrays import module_of
@@ -18,49 +20,82 @@ class KeyValueCache:
     """Keys and values of the positions seen so far, per layer; `length` positions are valid.
 
     `states`: what recurrent layers keep instead, arrays (B, C) of the last position by the layer's name. `memory`: keys
-    and values (B, S, 2 C) of what an encoder has made, by the layer's name; they are computed once.
+    and values (2, H, N, D) of what an encoder has made, by the layer's name, of all sources one behind the other; they
+    are computed once. `sources`: their lengths. `readers`: so many rows of the batch read each.
     """
 
     def __init__(self, context: int) -> None:
         self.context, self.length = context, 0
         self.states: dict[str, tuple[Any, ...]] = {}
         self.memory: dict[str, Any] = {}
+        self.sources: tuple[int, ...] = ()
+        self.readers: tuple[int, ...] = ()
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def extend(self, name: str, k: Any, v: Any) -> tuple[Any, Any]:
         """Appends k, v (B, H, T, D) and returns all keys and values so far (B, H, length + T, D)."""
-        xp, (batch, heads, new, width) = module_of(k), k.shape
-        if name not in self._held:
-            empty = (batch, heads, self.context, width)
-            self._held[name] = xp.empty(empty, k.dtype), xp.empty(empty, v.dtype)
-        keys, values = self._held[name]
-        stop = self.length + new
-        keys[:, :, self.length : stop], values[:, :, self.length : stop] = k, v
+        stop = self.length + k.shape[2]
+        keys, values = held = self._roomy(name, k, v, stop)
+        for array, new in zip(held, (k, v), strict=True):
+            array[:, :, self.length : stop] = new
         return keys[:, :, :stop], values[:, :, :stop]
+
+    def _roomy(self, name: str, k: Any, v: Any, positions: int) -> tuple[Any, Any]:
+        """The layer's arrays, with room for so many positions."""
+        held = self._held.get(name)
+        if held is None or held[0].shape[2] < positions:
+            batch, heads, _, width = k.shape
+            shape = (batch, heads, max(self.context, positions), width)
+            roomy = module_of(k).empty(shape, k.dtype), module_of(v).empty(shape, v.dtype)
+            for array, old in zip(roomy, held or (), strict=False):
+                array[:, :, : self.length] = old[:, :, : self.length]
+            held = self._held[name] = roomy
+        return held
 
     def advance(self, positions: int) -> None:
         """Counts positions that every layer has appended."""
         self.length += positions
 
-    def take(self, rows: Any) -> None:
-        """Goes on with these rows of the batch, each as often as it is named.
+    def remember(self, name: str, memory: Any, lengths: Iterable[int]) -> None:
+        """Keeps a layer's keys and values (2, H, N, D) of sources of these lengths, each of which a row of the batch
+        reads."""
+        self.memory[name] = memory
+        self.sources = tuple(lengths)
+        self.readers = (1,) * len(self.sources)
 
-        Shapes: (n,) int64, where the arrays are.
+    def take(self, rows: np.ndarray) -> None:
+        """Goes on with these rows of the batch, each as often as it is named; no memory is copied for that.
+
+        Shapes: (n,) int64, on the host; where there is a memory, rows of a source side by side, sources in their order.
         """
-        self._held = {name: (self._taken(k, rows), self._taken(v, rows)) for name, (k, v) in self._held.items()}
-        self.states = {name: tuple(array[rows] for array in arrays) for name, arrays in self.states.items()}
-        self.memory = {name: array[rows] for name, array in self.memory.items()}
+        if self.memory:
+            self._let_go(rows)
+        roomy = slice(self.length + 1)  # for one position more than is valid: then a single copy will do
+        self._held = {
+            name: (_rows(k[:, :, roomy], rows), _rows(v[:, :, roomy], rows)) for name, (k, v) in self._held.items()
+        }
+        self.states = {name: tuple(_rows(x, rows) for x in arrays) for name, arrays in self.states.items()}
 
-    def _taken(self, array: Any, rows: Any) -> Any:
-        """Nothing is copied behind the valid positions. Shapes: (B, H, context, D) -> (n, H, context, D)."""
-        taken = module_of(array).empty((len(rows), *array.shape[1:]), array.dtype)
-        taken[:, :, : self.length] = array[:, :, : self.length][rows]
-        return taken
+    def _let_go(self, rows: np.ndarray) -> None:
+        """Counts who reads a source from now on, and forgets those that nobody reads."""
+        taken = np.repeat(np.arange(len(self.sources)), self.readers)[rows]
+        assert (taken[1:] >= taken[:-1]).all(), "rows of a source lie side by side, sources in their order"
+        readers = np.bincount(taken, minlength=len(self.sources)).tolist()
+        if not all(readers):
+            kept = np.repeat(np.array(readers) > 0, self.sources).nonzero()[0]
+            for name, kv in self.memory.items():
+                self.memory[name] = module_of(kv).take(kv, module_of(kv).asarray(kept), axis=2)
+        self.sources = tuple(size for size, count in zip(self.sources, readers, strict=True) if count)
+        self.readers = tuple(count for count in readers if count)
+
+
+def _rows(array: Any, rows: np.ndarray) -> Any:
+    return array[module_of(array).asarray(rows)]
 
 
 class _Run(NamedTuple):
-    """The positions of each row, or of each of some texts of one length that lie one behind the other in row 0, from
-    `start` on."""
+    """The positions of each row, or of each of some texts of one length that lie one behind the other, from `start` on,
+    as all rows do."""
 
     start: int
     texts: int  # 0: rows
@@ -71,10 +106,11 @@ class _Run(NamedTuple):
         return self.start + self.texts * self.length
 
     def own(self, array: Any) -> Any:
-        """Theirs of an array, a view. Shapes: (B, T, …), or (1, T, …) -> (texts, length, …)."""
+        """Theirs of an array, a view. Shapes: (B, T, …) -> the same, or (texts, length, …)."""
         if not self.texts:
             return array
-        return array[0, self.start : self.stop].reshape(self.texts, self.length, *array.shape[2:])
+        some = array.reshape(-1, *array.shape[2:])[self.start : self.stop]
+        return some.reshape(self.texts, self.length, *array.shape[2:])
 
 
 class _Look(NamedTuple):
@@ -85,6 +121,11 @@ class _Look(NamedTuple):
     draw: Draw | None
     share: int
     lse: Any = None
+
+
+def _spans(lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """[start, stop) of texts of these lengths, one behind the other."""
+    return list(pairwise(accumulate(lengths, initial=0)))
 
 
 def _looks(
@@ -137,27 +178,29 @@ class SelfAttention:
     def _looks(self, ctx: Context, heads: int, keys: int) -> list[_Look]:
         """All of them."""
         spans = [] if ctx.batch is None else ctx.batch.spans()
-        if not spans:
-            share = order.share_length(keys, self.most) if ctx.cache is None else 0
-            row = _Run(0, 0, keys)
-            return [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), share)]
-        looks = _looks(spans, spans, self.drop, ctx, heads)
+        row = _Run(0, 0, keys)
+        looks = [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), 0)]
+        if spans:
+            looks = _looks(spans, spans, self.drop, ctx, heads)
+        if ctx.cache is not None:
+            return looks
         return [look._replace(share=order.share_length(look.keys.length, self.most)) for look in looks]
 
     def forward(self, x: Any, ctx: Context, residual: Any = None) -> tuple[Any, Any]:
         """`residual` or None: what the result is added to."""
         qkv, _ = self.qkv.forward(x, ctx)  # (B, T, 3C)
         starts = None if ctx.batch is None else ctx.batch.inputs.get("starts")  # of documents packed in a row
-        heads, past = qkv.shape[2] // (3 * self.width), 0 if ctx.cache is None else ctx.cache.length
+        cache = ctx.cache if self.causal else None  # what sees all of its text at once keeps nothing
+        heads, past = qkv.shape[2] // (3 * self.width), 0 if cache is None else cache.length
         found, looks = [], []
         for look in self._looks(ctx, heads, past + qkv.shape[1]):
             q, k, v = self._split(look.queries.own(qkv))
-            if ctx.cache is not None:
-                k, v = ctx.cache.extend(self.name, k, v)
+            if cache is not None:
+                k, v = cache.extend(self.name, k, v)
             o, lse = attention.forward(q, k, v, self.causal, draw=look.draw, share=look.share, starts=starts)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = _in_row(found, looks, qkv.shape[1])
+        o = _in_row(found, looks, qkv.shape[:2])
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, qkv, o, looks, starts, s_project)
 
@@ -230,7 +273,7 @@ class CrossAttention:
             o, lse = attention.forward(*arrays, causal=False, draw=look.draw)
             found.append(o)  # (B, T, H, D)
             looks.append(look._replace(lse=lse))
-        o = _in_row(found, looks, q.shape[1])
+        o = _in_row(found, looks, q.shape[:2])
         y, s_project = self.project.join(o.reshape(*o.shape[:2], -1), residual, ctx)
         return y, (x, memory, q, kv, o, looks, s_project)
 
@@ -258,12 +301,16 @@ class CrossAttention:
         return attention.probabilities(*self._split(q, kv)[:2], causal=False)
 
     def _remembered(self, memory: Any, ctx: Context) -> Any:
-        """Keys and values (B, S, 2 C), of all positions and this rank's heads."""
+        """Keys and values (B, S, 2 C), or a cache's (1, N, 2, H, D), of all positions and this rank's heads."""
         if ctx.cache is None:
             return self._keys_and_values(memory, ctx)
         if self.name not in ctx.cache.memory:
-            ctx.cache.memory[self.name] = self._keys_and_values(memory, ctx)
-        return ctx.cache.memory[self.name]
+            source, kv = None if ctx.batch is None else ctx.batch.source, self._keys_and_values(memory, ctx)
+            lengths = [stop - start for start, stop in source.spans()] if source is not None else []
+            rows, length, _ = kv.shape
+            by_head = kv.reshape(rows * length, 2, -1, self.width).transpose(1, 2, 0, 3)  # each token reads it so
+            ctx.cache.remember(self.name, module_of(kv).ascontiguousarray(by_head), lengths or [length] * rows)
+        return ctx.cache.memory[self.name].transpose(2, 0, 1, 3)[None]
 
     def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
         return self.of_memory.forward(memory, ctx)[0]
@@ -276,6 +323,9 @@ class CrossAttention:
 
     def _looks(self, ctx: Context, q: Any, kv: Any) -> list[_Look]:
         batch, heads = ctx.batch, q.shape[2] // self.width
+        if ctx.cache is not None:  # rows that read one memory are as many queries of it
+            queries = _spans(count * q.shape[1] for count in ctx.cache.readers)
+            return _looks(queries, _spans(ctx.cache.sources), self.drop, ctx, heads)
         if batch is None or batch.source is None or not batch.texts:
             queries, keys = q.shape[1], kv.shape[1]
             return [_Look(_Run(0, 0, queries), _Run(0, 0, keys), self.drop.of_heads(ctx, heads, queries, keys), 0)]
@@ -313,14 +363,14 @@ class LexicalAttention(CrossAttention):
         return slice(box.starts[1], box.stops[1])
 
 
-def _in_row(parts: list[Any], looks: list[_Look], length: int) -> Any:
+def _in_row(parts: list[Any], looks: list[_Look], shape: tuple[int, int]) -> Any:
     """Values where their queries lie: of rows as they are, of texts in their row, zeros behind them.
 
-    Shapes: (texts, t, H, D) each -> (1, T, H, D).
+    Shapes: `shape` (B, T); (texts, t, H, D) each -> (B, T, H, D).
     """
     if not looks[0].queries.texts:
         return parts[0]
-    o = module_of(parts[0]).zeros((1, length, *parts[0].shape[2:]), parts[0].dtype)
+    o = module_of(parts[0]).zeros((*shape, *parts[0].shape[2:]), parts[0].dtype)
     for part, look in zip(parts, looks, strict=True):
         look.queries.own(o)[...] = part
     return o

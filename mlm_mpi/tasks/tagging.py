@@ -16,7 +16,7 @@ from mlm_mpi.config.keys import key
 from mlm_mpi.data.objectives import Samples
 from mlm_mpi.data.sentences import ENDS, Sentences
 from mlm_mpi.data.tagged import TaggedTexts
-from mlm_mpi.data.texts import Noise, Nothing
+from mlm_mpi.data.texts import Noise, Nothing, balanced
 from mlm_mpi.errors import ConfigError, DataError
 from mlm_mpi.figures import classes, spans
 from mlm_mpi.figures.lookup import looked_up
@@ -40,6 +40,10 @@ class Settings:
     kind: str = key("tagging", says="The model is trained for this task.", room="tasks")
     dropout: float = key(
         0.1, says="This share of what the classifier sees is set to zero at random in training.", least=0, below=1
+    )
+    weights: Literal["equal", "balanced"] = key(
+        "equal",
+        says="All words count alike in the loss, or, if balanced, all labels do, however many words each has.",
     )
     smoothing: float = key(
         0.0, says="This part of a target is shared by all labels, against certainty beyond evidence.", least=0, below=1
@@ -96,8 +100,11 @@ class Tagging(classification.Classification):
                 f"{cut:,} sentences of {split} in {self.texts.folder} do not fit model.context = {context}, the "
                 f'longest needs {longest}: raise it, or set task.too_long = "cut"'
             )
-        noise = Noise(0.0, task.hide, self.config.train.seed) if task.hide and split == "train" else None
-        return TaggedTexts(sentences, context, self.eot, noise)
+        if split != "train":
+            return TaggedTexts(sentences, context, self.eot)
+        noise = Noise(0.0, task.hide, self.config.train.seed) if task.hide else None
+        weights = balanced(sentences.targets, len(self.texts.labels)) if self._balances else None
+        return TaggedTexts(sentences, context, self.eot, noise, weights)
 
     def notes(self) -> list[tuple[str, str]]:
         train = self.sentences("train")

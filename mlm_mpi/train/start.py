@@ -69,7 +69,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """What its weights are known by, SHA-256."""
+        """What it is known by, the SHA-256 of its seal."""
         return name_of(self.manifest)
 
     def in_words(self, store: FlatStore) -> str:
@@ -78,7 +78,7 @@ class Origin:
         more = f", and {len(drawn) - 3} more" if len(drawn) > 3 else ""
         rest = f"; drawn: {', '.join(drawn[:3])}{more}" if drawn else ""
         kind = "average of weights" if "average" in self.manifest.buffers else "weights"
-        return f"{kind} {self.name[:12]} of {self.path}{rest}{self._rows_in_words(store)}"
+        return f"{kind} of {self.path}, seal {self.name[:12]}{rest}{self._rows_in_words(store)}"
 
     def _rows_in_words(self, store: FlatStore) -> str:
         """Of the table of which some rows are taken."""
@@ -148,7 +148,7 @@ def words_of(start: Start, parts: Sequence[Part], tokenizer: bytes, sha256: str)
     path, tokens = Path(start.vectors), Tokenizer(tokenizer)
     if sha256_of_vectors(start.vectors) != sha256:
         raise DataError(f"{path} is another file here than on rank 0: give all ranks the same")
-    table = next((p for p in parts[0].parameters() if p.layout.shape[:-1] == (tokens.vocab_size,)), None)
+    table = _table_of(parts[0], tokens.vocab_size)
     if table is None:
         raise DataError(f'the model has no table of tokens for start.vectors = "{path}": set start.vectors = ""')
     found = vectors.known(path, tokens)
@@ -160,6 +160,13 @@ def words_of(start: Start, parts: Sequence[Part], tokenizer: bytes, sha256: str)
             f"{path} has numbers too large for float32 when multiplied by {factor:g}: lower start.vectors_scale"
         )
     return Words(path, sha256, scaled, factor, table.name)
+
+
+def _table_of(part: Part, vocabulary: int) -> Parameter | None:
+    """The table of the tokens, behind whose rows a model may have some of sentinels."""
+    found = next((p for p in part.parameters() if p.layout.shape[:-1] == (vocabulary,)), None)
+    longer: Parameter | None = getattr(part, "tokens", None)
+    return longer if found is None and longer is not None and longer.layout.shape[0] > vocabulary else found
 
 
 def _factor(path: Path, found: vectors.Known, table: Parameter) -> float:
@@ -297,7 +304,7 @@ def _check_same_checkpoint(path: Path, manifest: Manifest, start: Start) -> None
         return
     if began and start.checkpoint and origin_at(start.checkpoint).name == manifest.start:
         return
-    what = f'with "{began}" (weights {manifest.start[:12]})' if began else "with a draw"
+    what = f'with "{began}" (seal {manifest.start[:12]})' if began else "with a draw"
     raise CheckpointError(
         f'{path} began {what}, start.checkpoint = "{start.checkpoint}" is another: restore it, or give another --run'
     )

@@ -38,7 +38,7 @@ def plan_rows(
     if config.numerics.products == "bf16":
         size += ", activations in bf16"
     where = machine.place.description if machine.place.on_gpu else f"{config.numerics.threads} thread each"
-    shared_out = f", ZeRO-{config.mesh.zero}" if config.mesh.zero else ""
+    shared_out = _shared_out(config.mesh.zero, copies)
     shape = f"{train.micro_batches} micro-batches of {train.rows} × {task.row_tokens}"
     sample = getattr(task, "sample", task.unit)
     if sample != "tokens":
@@ -70,6 +70,12 @@ def plan_rows(
         ("ops", registry.summary(train.dtype)),
         ("fingerprint", fingerprint),
     ]
+
+
+def _shared_out(level: int, copies: int) -> str:
+    if not level:
+        return ""
+    return f", ZeRO-{level}" if copies > 1 else f"; mesh.zero = {level} has nobody to share with, there is one copy"
 
 
 def _schedule(name: str) -> str:

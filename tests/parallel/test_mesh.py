@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from samples import LABELS, OTHERS, VOCABULARY
 from tiny import batches, tiny_config
 from whole import engine_of
 
@@ -20,9 +21,6 @@ from mlm_mpi.comm.collectives import gathered, joined, joined_rows, largest, sca
 from mlm_mpi.comm.mailbox import Mailbox
 from mlm_mpi.comm.mesh import Mesh, mesh
 from mlm_mpi.commands.sharing import mesh_of
-from mlm_mpi.config import Config
-from mlm_mpi.data.corruption import Corrupted, Spans
-from mlm_mpi.data.translation import Pair, pairs_batch
 from mlm_mpi.errors import CommError, ConfigError
 from mlm_mpi.generation import Sampling, continue_prompt, logits
 from mlm_mpi.layers.attention import KeyValueCache
@@ -33,7 +31,7 @@ from mlm_mpi.train import checkpoint
 from mlm_mpi.train.replicas import repaired
 from mlm_mpi.train.sharing import Lent
 
-VOCABULARY, STEPS = 64, 2
+STEPS = 2
 SIZES = (
     "model.layers=3",
     "model.width=32",
@@ -84,6 +82,19 @@ SPANS = (
     "train.recompute=false",
 )  # rows of the table behind those of the tokens
 
+HEAD = (
+    *SIZES, "model.layers=1", "model.width=16", "model.heads=4", "train.micro_batches=4", "train.schedule=one_f_one_b",
+)  # fmt: skip
+QUESTIONS = (*HEAD, "task.kind=question_answering", "model.kind=bert", "task.hide=0.2", "mesh.zero=2")
+TAGGED = (*HEAD, "task.kind=tagging", "model.kind=bert", "task.smoothing=0.1", "mesh.zero=3")
+DIALOGUES = (*HEAD, "task.kind=dialogue", "model.kind=llama", "model.context=24", "mesh.zero=3")
+PREFERENCES = (
+    *HEAD, "task.kind=preference", "model.kind=llama", "model.context=24", "start.checkpoint=x", "mesh.zero=2",
+)  # fmt: skip
+
+HEADS = (QUESTIONS, TAGGED, DIALOGUES, PREFERENCES)
+SLOW = (GRU, PAIRS, SPANS, *HEADS[1:])
+
 # several chunks a stage; with four layers there are six parts
 CHUNKS = ("model.layers=4", "train.schedule=interleaved", "mesh.chunks=2", "mesh.pp=2")
 CHUNKED = {2: [(2, 1)], 3: [(3, 1)], 4: [(2, 1), (2, 2)]}  # (pp, tp) by ranks
@@ -123,47 +134,15 @@ def made(words, on):
 
 def trained(words: tuple[str, ...], on: Mesh, steps: int = STEPS):
     config = tiny_config(*words, f"train.steps={STEPS}")
-    engine = engine_of(config, VOCABULARY, on)
+    engine = engine_of(config, VOCABULARY, on, LABELS)
     engine.machine.store.initialise(config.train.seed)
     plan = engine.plan(0, steps)
-    source = OTHERS[config.task.kind](config, plan) if config.task.kind in OTHERS else batches(config, plan)
+    source = batches(config, plan)
+    if config.task.kind in OTHERS:
+        source = iter(OTHERS[config.task.kind](config, plan)).__next__
     if config.data.documents == "separate":
         source = with_documents(source)
     return engine, [engine.step(step, source) for step in range(steps)]
-
-
-def pairs(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of three pairs of texts, each of lengths of its own."""
-    iterator = iter(plan)
-
-    def next_batch():
-        step, index = next(iterator)
-        random = np.random.default_rng([step, index])
-        some = []
-        for source, target in random.integers(1, 12, (3, 2)):
-            read, wanted, other = (random.integers(0, VOCABULARY, n).astype("i4") for n in (target, target, source))
-            some.append(Pair(other, read, wanted))
-        return pairs_batch(some, 0, step, index)
-
-    return next_batch
-
-
-class Text:
-    """A stream of tokens."""
-
-    tokens, split = 1000, "train"
-
-    def read(self, start: int, stop: int):
-        return (np.arange(start, stop) * 7 % VOCABULARY).astype(np.uint8)
-
-
-def spans(config: Config, plan: list[tuple[int, int]]):
-    """Micro-batches of windows from which spans are taken out."""
-    samples = Corrupted(Text(), config.model.context, True, VOCABULARY, 0, Spans(0.3, 2.0), config.train.seed)
-    return (samples.batch(range(index, index + 3), step, index) for step, index in plan).__next__
-
-
-OTHERS = {"translation": pairs, "span_corruption": spans}
 
 
 def with_documents(source):
@@ -185,16 +164,32 @@ def outcome(engine, results):
 
 @pytest.mark.parametrize(
     "words",
-    [GPT, DECODER, UNTIED, LSTM, *(pytest.param(words, marks=pytest.mark.slow) for words in (GRU, PAIRS, SPANS))],
-    ids=["gpt", "decoder", "untied", "lstm", "gru", "pairs", "spans"],
-)
+    [
+        GPT, DECODER, UNTIED, LSTM, QUESTIONS, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW),
+    ],
+    ids=[
+        "gpt", "decoder", "untied", "lstm", "questions", "gru", "pairs", "spans", "tagged", "dialogues", "preferences",
+    ],
+)  # fmt: skip
 def test_every_mesh_has_the_bits_of_one_rank(group, words):
     for pp, tp in meshes(group.size):
         wide_or_slow = (words is GRU and group.size != 2) or (words in (UNTIED, LSTM, PAIRS, SPANS) and group.size == 8)
-        if wide_or_slow:
+        if wide_or_slow or (words in HEADS and group.size > 4):
             continue
         found = outcome(*trained(words, mesh(group, pp, tp)))
         assert found == alone(group, words), f"pp {pp}, tp {tp}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [*HEADS, PAIRS], ids=["questions", "tagged", "dialogues", "preferences", "pairs"])
+def test_heads_have_the_bits_of_one_rank_in_bf16_too(group, words, monkeypatch):
+    """In plain C, which any CPU runs; tp needs float32."""
+    if group.size != 2:
+        pytest.skip("two ranks say it, of float32 more do")
+    monkeypatch.setenv("MLM_MPI_BF16", "portable")
+    words = (*words, "numerics.products=bf16")
+    for pp in (1, 2):
+        assert outcome(*trained(words, mesh(group, pp, 1))) == alone(group, words), f"pp {pp}"
 
 
 def test_a_memory_crosses_the_cuts_of_a_pipeline(group):

@@ -67,6 +67,15 @@ Engine.step = step
 entry()
 """
 
+# A fault: rank 1 is killed when it begins step {step}, counted from 0.
+RANK_DIES = """
+import signal
+
+def before_step(rank, step):
+    if rank == 1 and step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 # `mlm-mpi run` for another program than `python -m mlm_mpi`
 LAUNCH = (
     "import sys; from mlm_mpi.comm.launch import supervise; from mlm_mpi.launcher import Limits, run_job; "
@@ -129,9 +138,13 @@ class Place:
 
     def faulty(self, fault: str, run: str, ranks: int, *more: str, recovers: bool = False) -> Ended:
         """A training in which each rank runs `fault` first. `recovers`: the others may live on when one dies."""
-        words = [str(self.faulty_script(fault)), *self.words(run, None, *more)]
+        return self.faulty_program(fault, ranks, *self.words(run, None, *more), recovers=recovers)
+
+    def faulty_program(self, fault: str, ranks: int, *words: str, recovers: bool = False) -> Ended:
+        """The same of any command."""
         launch = RECOVERING_LAUNCH if recovers else LAUNCH
-        return ended(self.popen([sys.executable, "-P", "-c", launch, str(ranks), *words]))
+        script = str(self.faulty_script(fault))
+        return ended(self.popen([sys.executable, "-P", "-c", launch, str(ranks), script, *words]))
 
     def faulty_script(self, fault: str) -> Path:
         """A program like mlm-mpi that runs `fault` first."""

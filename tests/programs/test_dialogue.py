@@ -34,6 +34,19 @@ warmup_steps = 3
 curve = false
 """
 LEARNS = ("train.steps=120", "eval.every=0")
+ENDLESS = """
+import itertools, time
+from mlm_mpi import generation
+from mlm_mpi.__main__ import entry
+
+def continue_prompt(*words, **more):
+    for token in itertools.cycle((72, 65, 1)):  # the first token of a trained tokenizer is its end of text, then "!"
+        time.sleep(0.05)
+        yield token
+
+generation.continue_prompt = continue_prompt
+entry()
+"""
 CALLS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
 DIES = """
 import signal
@@ -180,3 +193,21 @@ def test_it_talks_in_a_terminal(learns: Place) -> None:
     assert record["messages"][:2] == [
         {"role": "user", "content": "a cat, 0"}, {"role": "assistant", "content": "meow"}
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(place_of_talks: Place) -> None:
+    command = [sys.executable, "-P", "-c", ENDLESS, "chat", "alone", "--tokens", "1000000"]
+    terminal = Terminal(command, place_of_talks.folder)
+    terminal.until(lambda lines: lines[-1:] == [">"], 60)
+    for number in range(2):
+        terminal.type(b"a cat, %d\r" % number)
+        terminal.until(lambda lines: lines[-1].startswith("ha!ha!"), 30)
+        terminal.type(b"\x03")
+        terminal.until(lambda lines: lines[-1] == ">" and lines[-2].endswith(" …"), 30)
+    terminal.type(b"/save stopped.jsonl\r")
+    terminal.until(lambda lines: "(4 messages in stopped.jsonl)" in lines[-2], 30)
+    terminal.type(b"\x04")
+    assert terminal.end(30) == 0
+    (record,) = map(json.loads, (place_of_talks.folder / "stopped.jsonl").read_text().splitlines())
+    assert [message["content"][:5] for message in record["messages"]] == ["a cat", "ha!ha"] * 2

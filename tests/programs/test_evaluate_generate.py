@@ -9,12 +9,14 @@ import random
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from programs import SOON_S, Ended, make_text
+from programs import SOON_S, Ended, ended, make_text
+from terminal import Terminal
 
 from mlm_mpi.data.catalog import Catalog
 from mlm_mpi.data.tokenizer import Tokenizer
@@ -22,6 +24,15 @@ from mlm_mpi.generation import Sampling, continue_prompt
 from mlm_mpi.plug import Plugins
 from mlm_mpi.train import checkpoint
 from mlm_mpi.train.trained import load
+
+# a model that writes in red and gives the terminal a title
+ESCAPES = """
+from mlm_mpi import generation
+from mlm_mpi.__main__ import entry
+
+generation.continue_prompt = lambda *words, **more: iter(b"\\x1b[31mx\\x1b]0;y\\x07")
+entry()
+"""
 
 
 @contextlib.contextmanager
@@ -94,6 +105,17 @@ def test_ranks_that_share_a_model_say_what_one_says(home, straight, say):
     say("generate", run, "--tp", 4).refused("need 4 ranks, the launcher gave 1: start 4 (mlm-mpi run -n 4 -- …), or")
     say("evaluate", run, "--pp", 2).refused("need a multiple of 2 ranks, the launcher gave 1: start 2 (mlm-mpi run")
     say("evaluate", run, "--tp", 0).refused("--tp 0 must be at least 1")
+
+
+@pytest.mark.slow
+def test_generate_sends_no_control_character_to_a_terminal(home, straight):
+    """A pipe gets what the model wrote."""
+    command = [sys.executable, "-P", "-c", ESCAPES, "generate", "straight", "--tokens", "12", "--prompt", "a\x1b[1mb"]
+    terminal = Terminal(command, home.folder)
+    assert terminal.end(60) == 0 and terminal.lines == ["a[1mb[31mx]0;y"], terminal.lines
+    assert b"\x1b" not in terminal.raw and b"\x07" not in terminal.raw
+    plain = ended(home.popen(command))
+    assert plain.out == "a\x1b[1mb\x1b[31mx\x1b]0;y\x07\n"
 
 
 def test_generate_takes_any_bytes_and_a_reader_that_leaves(home, straight):

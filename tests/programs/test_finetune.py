@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from programs import make_text, prepare
+from programs import RANK_DIES, make_text, prepare
 
 from mlm_mpi import config as configuration
 from mlm_mpi.comm.group import Group
@@ -43,7 +43,10 @@ def test_adapters_are_one_run_on_any_ranks_and_merge_into_a_model(begun, say):
     whole = finetune(begun, "whole", None, settings=LORA)
     cut = finetune(begun, "cut", 3, "--max-steps", "2", settings=LORA)
     assert cut.said_weights != whole.weights and "of them frozen" in whole.out
-    assert "start             weights " in whole.out and "drawn: block0.attention.qkv.lora_a.weight" in whole.out
+    checkpoint = begun.folder / "straight" / "checkpoints" / begun.checkpoints("straight")[-1]
+    seal = json.loads((checkpoint / "manifest.json").read_text())["sha256"][:12]
+    assert "start             weights of " in whole.out
+    assert f", seal {seal}; drawn: block0.attention.qkv.lora_a.weight" in whole.out
     (begun.folder / "straight").rename(begun.folder / "gone")
     assert finetune(begun, "cut", None, settings=LORA).weights == whole.weights
     merged = say("merge", str(begun.folder / "cut"), "--out", str(begun.folder / "merged"))
@@ -218,14 +221,6 @@ def test_the_best_stays_and_patience_ends_the_run_also_after_kills(place, save, 
     assert found["step"] == step and abs(found["loss"] - best["value"]) < 1e-6
     longer = place.train("whole", None, *settings, "eval.patience=3")
     assert longer.code == 0 and json.loads((place.folder / "whole" / "DONE").read_text())["step"] > step + 2
-
-
-RANK_DIES = """
-import os, signal
-def before_step(rank, step):
-    if rank == 1 and step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 def test_the_best_stays_where_a_rank_dies_in_the_step_behind_it(place):

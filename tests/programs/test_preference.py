@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import Place
+from programs import RANK_DIES, Place
 
 CALLS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
 TALKS = """
@@ -128,6 +128,17 @@ def test_one_hash_and_one_reference_on_any_mesh_and_past_a_stop(place: Place, fe
     again = place.program(*begun)
     away.rename(first)
     assert again.weights == few and kept[0] == kept[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_of_which_a_rank_was_killed_goes_on_to_the_same_weights(place: Place, few: str, step: int) -> None:
+    """Killed before the first checkpoint too, when the reference was measured already."""
+    words = ("finetune", "first", "pairs.toml", "--run", f"killed{step}", *FEW)
+    killed = place.faulty_program(RANK_DIES.format(step=step), 3, *words)
+    assert killed.code != 0 and "weights sha256" not in killed.out
+    assert place.program("run", "-n", "2", "--", *words).weights == few
+    assert place.proven(f"killed{step}").steps == 4
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import Place
+from programs import RANK_DIES, Place
 
 from mlm_mpi.__main__ import main
 
@@ -104,6 +104,14 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(asked: Place) -> None:
     assert asked.program("run", "-n", "2", "--", *words).weights == asked.weights
 
 
+@pytest.mark.slow
+def test_a_run_of_which_a_rank_was_killed_goes_on_to_the_same_weights(asked: Place) -> None:
+    words = (*TRAIN, "answers-killed", "--set", "checkpoint.every=4")
+    killed = asked.faulty_program(RANK_DIES.format(step=9), 3, *words)
+    assert killed.code != 0 and "step-00000004" in asked.checkpoints("answers-killed"), "the next may be under way"
+    assert asked.program("run", "-n", "2", "--", *words).weights == asked.weights
+
+
 def test_answers_to_new_questions(asked: Place, say, monkeypatch) -> None:
     monkeypatch.chdir(asked.folder)
     context = "note 7 then came dora in oslo ."
@@ -124,6 +132,25 @@ def test_answers_to_new_questions(asked: Place, say, monkeypatch) -> None:
     assert told[0]["id"] == "a" and told[0]["answer"] == "dora" and told[1]["answer"] is None
     squad = json.loads(say("predict", "answers", "new.jsonl", "--squad").out)
     assert squad == {"a": "dora", "2": "", "3": "in oslo", "4": "", "5": "in oslo"}
+    (asked.folder / "same.jsonl").write_text(2 * (json.dumps(rows[0]) + "\n"))
+    assert "1 have the id of an earlier one" in say("predict", "answers", "same.jsonl", "--squad").err
+    assert "the id" not in say("predict", "answers", "same.jsonl", "--json").err
+
+
+def test_answers_to_a_file_in_the_layout_of_squad_2(asked: Place, say, monkeypatch) -> None:
+    """As its own program takes predictions: one object by id."""
+    monkeypatch.chdir(asked.folder)
+    context = "note 7 then came dora in oslo ."
+    qas = [
+        {"question": "who ?", "id": "56be85543aeaaa14008c9063", "answers": [{"text": "dora", "answer_start": 17}]}
+        | {"is_impossible": False},
+        {"plausible_answers": [{"text": "oslo", "answer_start": 25}], "question": "where ?"}
+        | {"id": "5a8d7bf7df8bba001a0f9ab1", "answers": [], "is_impossible": True},
+    ]  # fmt: skip
+    table = {"version": "v2.0", "data": [{"title": "Notes", "paragraphs": [{"qas": qas, "context": context}]}]}
+    (asked.folder / "dev-v2.0.json").write_text(json.dumps(table))
+    found = json.loads(say("predict", "answers", "dev-v2.0.json", "--squad").out)
+    assert found == {"56be85543aeaaa14008c9063": "dora", "5a8d7bf7df8bba001a0f9ab1": "in oslo"}
 
 
 @pytest.mark.slow

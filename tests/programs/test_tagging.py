@@ -165,7 +165,7 @@ def test_words_of_other_labels_have_another_head(names: Place) -> None:
         (("predict", "tags", "names.conll", "--no-header", "--text", "1"), ("labels of words, --no-header",)),
         (("predict", "tags", "names.conll", "--pair", "2"), ("labels of words, --pair",)),
         (("predict", "tags", "names.conll", "--all"), ("--all has no header", "--json")),
-        (("predict", "tags", "short.jsonl"), ("short.jsonl:1 has no column 'tokens'", "'text'")),
+        (("predict", "tags", "short.jsonl"), ("short.jsonl:1 has no field 'tokens'", "'text'")),
         (
             ("evaluate", "tags", "--data", "corpus"),
             ("without labels of words", "prepare FILES --tags", "--data"),

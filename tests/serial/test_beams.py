@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from whole import Driven
 
-from mlm_mpi.backend.arrays import cpu
-from mlm_mpi.beams import MOST_BEAMS, Beams, written
+from mlm_mpi.beams import MOST_BEAMS, Beams, _first, written
 from mlm_mpi.data.batch import Batch
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.attention import KeyValueCache
@@ -69,6 +68,14 @@ def test_a_text_does_not_depend_on_those_beside_it(toy: Driven) -> None:
     found = written(toy.chain, sources, LONGEST, END, Beams(3))
     assert found == [written(toy.chain, row[None], LONGEST, END, Beams(3))[0] for row in sources]
     assert len({len(text) for text in found}) > 1, "some end before others"
+
+
+def test_a_text_does_not_depend_on_longer_and_shorter_ones_beside_it(toy: Driven) -> None:
+    random = np.random.default_rng(3)
+    sources = [random.integers(0, VOCABULARY, size).astype(np.int32) for size in (3, 1, 4, 2, 3, 4, 1, 3)]
+    found = written(toy.chain, sources, LONGEST, END, Beams(3))
+    assert found == [written(toy.chain, [one], LONGEST, END, Beams(3))[0] for one in sources]
+    assert written(toy.chain, [], LONGEST, END) == []
 
 
 class Table:
@@ -133,14 +140,33 @@ def test_no_such_search(width: int, penalty: float) -> None:
         Beams(width, penalty)
 
 
+@pytest.mark.parametrize(("vocabulary", "count"), [(1, 4), (5, 5), (130, 3), (1000, 4), (257, 200)])
+def test_the_likeliest_are_the_first_of_a_stable_sort(vocabulary: int, count: int) -> None:
+    """Of few different numbers, so that many are equal, at the borders of blocks too."""
+    rows = np.random.default_rng(4).integers(0, 20, (7, vocabulary)).astype(np.float32)
+    wanted = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+    assert np.array_equal(_first(rows, count), wanted)
+
+
 def test_rows_of_a_cache_are_taken_with_all_that_they_hold() -> None:
     cache, random = KeyValueCache(5), np.random.default_rng(0)
-    k, v, memory = (random.normal(size=shape) for shape in ((2, 3, 2, 4), (2, 3, 2, 4), (2, 7, 8)))
+    k, v, memory = (random.normal(size=shape) for shape in ((3, 3, 2, 4), (3, 3, 2, 4), (2, 3, 9, 4)))
     cache.extend("a", k, v)
     cache.advance(2)
-    cache.memory["a"], cache.states["b"] = memory, (memory[:, 0],)
-    rows = cpu().put(np.array([1, 1, 0]))
-    cache.take(rows)
-    keys, values = cache.extend("a", k[rows][:, :, :1], v[rows][:, :, :1])
-    assert np.array_equal(keys[:, :, :2], k[rows]) and np.array_equal(values[:, :, :2], v[rows])
-    assert np.array_equal(cache.memory["a"], memory[rows]) and np.array_equal(cache.states["b"][0], memory[rows, 0])
+    cache.remember("a", memory, (2, 3, 4))
+    cache.states["b"] = (memory[0, 0, :3],)
+    for rows in (np.array([0, 0, 1, 2, 2, 2]), np.array([1, 0, 5, 5])):
+        cache.take(rows)
+        k, v = k[rows], v[rows]
+        for positions in (1, 2):  # there is room for one, and then is made for more
+            keys, values = cache.extend("a", k[:, :, :positions], v[:, :, :positions])
+            assert np.array_equal(keys[:, :, :2], k) and np.array_equal(values[:, :, :2], v)
+            assert np.array_equal(keys[:, :, 2:], k[:, :, :positions]) and keys.shape == (
+                len(rows),
+                3,
+                2 + positions,
+                4,
+            )
+    assert cache.readers == (2, 2) and cache.sources == (2, 4), "nobody reads the second one"
+    assert np.array_equal(cache.memory["a"], memory[:, :, [0, 1, 5, 6, 7, 8]])
+    assert np.array_equal(cache.states["b"][0], memory[0, 0, [0, 0, 2, 2]])

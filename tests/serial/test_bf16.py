@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numerics import same_bits
+from samples import LABELS, OTHERS
+from samples import VOCABULARY as MORE
 from test_bert import SMALL, driven, made_of
 from tiny import VOCABULARY, batches, tiny_config
 from whole import Whole, engine_of
@@ -76,6 +78,39 @@ def test_an_encoder_is_the_kernels_and_loses_what_float64_does(norm, task):
         found[products] = loss, told["loss"], np.linalg.norm(whole.gradient)
     assert found["bf16"] == pytest.approx(found["float32"], rel=1e-2)
     assert found["bf16"] != pytest.approx(found["float32"], rel=1e-6)
+
+
+HEADS = {
+    "tagging": ("model.kind=bert", "task.smoothing=0.1"),
+    "dialogue": ("model.kind=llama", "model.context=24"),
+    "translation": ("model.kind=encoder_decoder",),
+    "span_corruption": ("model.kind=encoder_decoder",),
+    "question_answering": ("model.kind=bert",),
+    "preference": ("model.kind=llama", "model.context=24", "start.checkpoint=x"),
+}
+
+
+@pytest.mark.parametrize(
+    "task", ["question_answering", "preference", *(pytest.param(task, marks=pytest.mark.slow) for task in [*HEADS][:4])]
+)
+def test_the_heads_of_tasks_are_the_kernels_lose_what_float64_does_and_learn(task):
+    """The same micro-batches again and again."""
+    sizes = "model.layers=1", "model.width=16", "model.heads=2", "model.context=16", "model.dropout=0"
+    words, found = (*sizes, f"task.kind={task}", *HEADS[task], "train.micro_batches=4", "train.lanes=4"), {}
+    for products in ("numerics.products=bf16", "train.dtype=float64"):
+        config = tiny_config(*words, products)
+        engine = engine_of(config, MORE, labels=LABELS)
+        engine.machine.store.initialise(config.train.seed)
+        again = ((0, index) for _, index in engine.plan(0, 5))
+        source = iter(OTHERS[task](config, again)).__next__
+        ctx = Context(batch=next(iter(OTHERS[task](config, [(0, 0)]))))
+        engine.machine.chain.forward((), ctx)  # as in an evaluation
+        told = ctx.tally["loss"] / ctx.batch.count
+        found[products] = np.array([told, *(engine.step(step, source).loss for step in range(5))])
+        assert "bf16" not in products or not registry.fallbacks()
+    ours, exact = found.values()
+    assert 1e-6 < np.abs(ours / exact - 1).max() < 1e-2
+    assert ours[-1] < 0.99 * ours[1]
 
 
 @pytest.mark.parametrize("ops", ["matmul,linear", "all"])

@@ -1,9 +1,11 @@
 """What `mlm-mpi chaos` draws, and what it finds wrong."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mlm_mpi.__main__ import main
 from mlm_mpi.chaos.faults import FAULTS, Plan, drawn
 from mlm_mpi.chaos.inside import ACTS
 from mlm_mpi.chaos.trials import Outcome, Trials, unproven
@@ -81,3 +83,10 @@ def test_the_table_counts_what_passed():
     outcomes = [Outcome(plan, went_on_s=[0.01 * n]) for n in range(1, 21)] + [Outcome(plan, "it hung")]
     assert chaos.table(outcomes).splitlines()[-1] == "| kill | 21 | 20 | 0 | 105 | 190 | 200 |"
     assert chaos.table([Outcome(plan, again=True)]).splitlines()[-1] == "| kill | 1 | 1 | 1 | – | – | – |"
+
+
+def test_what_keeps_others_from_going_on_is_named_alone(capsys):
+    config = str(Path(__file__).parents[2] / "jobs" / "configs" / "tiny.toml")
+    assert main(["chaos", config, "-n", "3", "--set", "mesh.zero=2"]) == 2
+    said = "mesh.zero = 2: faults are for ranks that hold all, so that others can go on: set mesh.zero = 0\n"
+    assert capsys.readouterr().err == f"mlm-mpi: {said}"

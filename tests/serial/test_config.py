@@ -293,6 +293,10 @@ def test_a_key_of_another_kind_says_whose_it_is() -> None:
         '"adamw" and "lion" and "muon" know it: take it out, or set optim.name = "adamw"'
     )
     assert refused("optim.nesterov=true").endswith('"muon" knows it: take it out, or set optim.name = "muon"')
+    known = '"classification" and "dialogue" and "preference" and "tagging" and "translation" know it'
+    said = refused("task.too_long=cut", "task.kind=question_answering")
+    assert said.endswith(f"{known}: take it out"), "nobody learns something else for that"
+    assert refused("task.pooling=mean").endswith(': take it out, or set task.kind = "classification"')
     assert "optim.momentum = 1.0 must be in [0, 1)" in refused("optim.name=muon", "optim.momentum=1")
     assert "optim.learning_rate = 0" in refused("optim.name=muon", "optim.learning_rate=0")
     assert 'must be "polar-express" or "newton-schulz"' in refused("optim.name=muon", "optim.iteration=svd")

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from mlm_mpi.config.reader import load
 from mlm_mpi.cut import Box
 from mlm_mpi.data.corruption import Corrupted, Spans, corrupted, cut
+from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.layers.base import Sizes
-from mlm_mpi.params.sources import Arrays, Over
+from mlm_mpi.params.sources import Arrays, Drawn, Over
 from mlm_mpi.plug import Plugins
 from mlm_mpi.rng import words
 from mlm_mpi.tasks import span_corruption
-from mlm_mpi.train.start import Origin
+from mlm_mpi.train import Start
+from mlm_mpi.train.start import Origin, sha256_of_vectors, words_of
 
 VOCABULARY, EOT, T5 = 90, 0, Spans(0.15, 3.0)
 
@@ -141,3 +143,20 @@ def test_only_a_table_of_tokens_may_have_other_rows() -> None:
     for shape in ([VOCABULARY - 1, 8], [VOCABULARY + 8, 9], [VOCABULARY + 8], []):
         origin.manifest.shapes["embed.tokens"] = shape
         assert origin.for_tokens(fewer).table == ""
+
+
+def test_word_vectors_find_the_table_that_has_rows_for_sentinels(tmp_path: Path) -> None:
+    """The rows of the sentinels are drawn."""
+    path, tokenizer = tmp_path / "a.txt", Tokenizer.bytes()
+    path.write_text("a " + " ".join(map(str, range(16))) + "\n")
+    config = load(None, ["task.kind=span_corruption", "model.kind=encoder_decoder", "model.width=16", "model.heads=2"])
+    parts = span_corruption.parts(config, Plugins(), Sizes(tokenizer.vocab_size))
+    start = Start(vectors=str(path), vectors_scale=1.0)
+    words = words_of(start, parts, tokenizer.content, sha256_of_vectors(str(path)))
+    (table,) = (one for one in parts[0].parameters() if one.name == words.table)
+    assert table.layout.shape[0] > tokenizer.vocab_size
+    box = Box.whole(table.layout.shape)
+    drawn = Drawn(1, {table.name: (table.layout.shape, 0.02)})
+    expected, found = drawn.read(table.name, box), words.over(drawn).read(table.name, box)
+    expected[[*b"aA"]] = range(16)
+    assert np.array_equal(found, expected)

@@ -110,8 +110,10 @@ BAD = {
     "no field": (
         "a.jsonl",
         '{"talk": []}\n',
-        "a.jsonl:1 has no column 'messages', it has 'talk': name one with --text",
+        "a.jsonl:1 has no field 'messages', it has 'talk': name one with --text",
     ),
+    "a list of all": ("a.jsonl", "[]\n", 'one JSON document: convert it to JSON lines, one {"messages": …} a line'),
+    "a text": ("a.jsonl", '"Hi"\n', "a.jsonl:1 is a text, not an object with a field 'messages': convert it to JSON"),
     "no list": ("a.jsonl", '{"messages": "Hi"}\n', "a.jsonl:1 has no list of messages in field 'messages'"),
     "no object": ("a.jsonl", '{"messages": ["Hi"]}\n', "a.jsonl:1: message 1 is no object"),
     "no role": ("a.jsonl", '{"messages": [{"content": "Hi"}]}\n', "'role' of message 1 is missing, it has 'content'"),

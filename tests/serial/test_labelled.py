@@ -121,7 +121,7 @@ def test_a_field_that_the_first_thousand_lines_lack_is_refused_before_a_row_is_g
         if is_read:
             assert len(list(found)) == 1499
         else:
-            refused(lambda some=found: next(some), "no column 'pair'", "it has 'text'", "--pair")
+            refused(lambda some=found: next(some), "no field 'pair'", "it has 'text'", "--pair")
 
 
 def test_rows_to_be_labelled_need_no_label(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_rows_to_be_labelled_need_no_label(tmp_path: Path) -> None:
 
 BAD_TABLES = {
     "missing column": ("x.csv", b"text,lable\na,b\n", ("no column 'label'", "'text, lable'", "mean 'lable'?")),
-    "missing field": ("x.jsonl", b'{"txt": "a", "label": 1}\n', ("no column 'text'", "'label, txt'", "--text")),
+    "missing field": ("x.jsonl", b'{"txt": "a", "label": 1}\n', ("no field 'text'", "'label, txt'", "--text")),
     "column twice": ("x.csv", b"text,label,label\na,b,c\n", ("x.csv has 2 columns 'label'", "rename")),
     "too few fields": ("x.csv", b'text,label\n"a\nb",c\nd\n', ("x.csv:4 has 1 fields, the first row has 2",)),
     "too many fields": ("x.tsv", b"text\tlabel\na\tb\tc\n", ("x.tsv:2 has 3 fields, the first row has 2",)),

@@ -13,6 +13,7 @@ from mlm_mpi.config.rules import check_ranks
 from mlm_mpi.errors import ConfigError
 from mlm_mpi.params.ownership import Owned, ranges
 from mlm_mpi.train.pipeline import cost_of, cut_parts, in_words
+from mlm_mpi.train.table import _shared_out
 
 
 @pytest.mark.parametrize("stages", range(1, 6))
@@ -101,9 +102,12 @@ def test_stages_are_told_in_words():
         (("mesh.pp=2", "mesh.tp=2"), 2, "need 4 ranks, the launcher gave 2: start 4 ranks, or set mesh.pp = 1 and"),
         (("mesh.dp=2", "mesh.pp=2", "mesh.tp=2"), 2, "start 8 ranks, or set mesh.dp = 0, mesh.pp = 1 and mesh.tp = 2"),
         (("mesh.dp=3",), 2, "mesh.dp = 3, mesh.tp = 1 need 3 ranks, the launcher gave 2: set mesh.dp = 2"),
-        (("mesh.tp=2",), 18, "train.lanes = 8 allows at most 16: start 16 ranks, or set train.lanes to 9"),
-        (("mesh.tp=2", "comm.spares=1"), 3, "comm.spares = 1 hold all"),
-        (("mesh.zero=1", "comm.spares=1"), 3, "mesh.zero = 1 give each rank a part"),
+        (("mesh.tp=2",), 18, "train.lanes = 8 allows at most 16: start 16 ranks, or set train.lanes = 16, which"),
+        (("train.micro_batches=8",), 9, "start 8 ranks, or set train.micro_batches = 9 and train.lanes = 9 (it"),
+        (("mesh.tp=2", "comm.spares=1"), 3, "comm.spares = 1 hold all, and with mesh.tp = 2 each rank holds a part"),
+        (("mesh.zero=2", "comm.spares=1"), 3, "with mesh.zero = 2 each rank holds a part: set comm.spares = 0, or"),
+        (("mesh.dp=4", "comm.spares=1"), 4, "gave 4, 1 of them spares: set mesh.dp = 3"),
+        (("comm.spares=1",), 12, "allows at most 9: start 9 ranks, or set train.lanes = 16"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
@@ -138,3 +142,8 @@ def test_a_mesh_that_does_not_fit_the_ranks_is_one_line(words, ranks, text):
 def test_what_a_mesh_cannot_do_is_refused_at_once(words, text):
     with pytest.raises(ConfigError, match=text):
         tiny_config(*words)
+
+
+def test_a_single_copy_says_that_it_shares_nothing_out():
+    assert _shared_out(0, 1) == "" and _shared_out(3, 2) == ", ZeRO-3"
+    assert _shared_out(2, 1) == "; mesh.zero = 2 has nobody to share with, there is one copy"

@@ -102,7 +102,7 @@ def test_what_is_left_out_is_counted_with_its_first_place(tmp_path: Path, capsys
 
 BAD = {
     "no answers": (line([HI], "a", "a"), "no dialogue has an answer and no empty message; 1 have no two different"),
-    "no question": (json.dumps({"chosen": "a", "rejected": "b"}), "a.jsonl:1 has no column 'messages', it has "),
+    "no question": (json.dumps({"chosen": "a", "rejected": "b"}), "a.jsonl:1 has no field 'messages', it has "),
     "no text": (line([HI], 1, "b"), "a.jsonl:1: 'chosen' is no text and no list of messages"),
     "no role": (line([HI], [{"content": "b"}], "b"), "'role' of message 1 is missing, it has 'content'"),
     "other talks": (line([], [HI, HELLO], [*said("Ho", "user"), HELLO]), "differ in more than their last message"),

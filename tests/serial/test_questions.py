@@ -17,6 +17,7 @@ from mlm_mpi.data.squad import Answer
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import bounds_of, characters_of, tokens_of
 from mlm_mpi.data.windows import Windows, batch_of, seen
+from mlm_mpi.errors import DataError
 from mlm_mpi.figures import answers
 from mlm_mpi.layers.base import Context
 from mlm_mpi.layers.spans import SpanHead
@@ -55,11 +56,80 @@ def test_answers_are_found_where_they_stand(tmp_path: Path) -> None:
     assert found["Far"].answers == (Answer(44, "six days"), Answer(48, "days")) and found["Far"].moved == 2
 
 
+OFFICIAL_LAYOUT = {  # of SQuAD 2.0's files, all of their fields
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Rome",
+            "paragraphs": [
+                {
+                    "qas": [
+                        {
+                            "question": "How long did Rome burn?",
+                            "id": "56be85543aeaaa14008c9063",
+                            "answers": [
+                                {"text": "six days", "answer_start": 44}, {"text": "for six days", "answer_start": 40},
+                            ],
+                            "is_impossible": False,
+                        },
+                        {
+                            "plausible_answers": [{"text": "a day", "answer_start": 22}],
+                            "question": "Who built Rome?",
+                            "id": "5a8d7bf7df8bba001a0f9ab1",
+                            "answers": [],
+                            "is_impossible": True,
+                        },
+                    ],
+                    "context": ROME,
+                },
+            ],
+        },
+    ],
+}  # fmt: skip
+
+
+def test_the_layout_of_squad_2_is_read(tmp_path: Path, capsys) -> None:
+    path = write(tmp_path / "train-v2.0.json", OFFICIAL_LAYOUT)
+    found = {one.id: one for one in squad.read(path)}
+    assert found["56be85543aeaaa14008c9063"].answers == (Answer(44, "six days"), Answer(40, "for six days"))
+    nobody = found["5a8d7bf7df8bba001a0f9ab1"]
+    assert nobody.impossible and nobody.answers == (), "a plausible answer is none"
+    run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
+    train = Labelled.open(tmp_path / "out", kind="questions").questions("train")
+    assert train.starts.tolist() == [44, 0] and train.stops.tolist() == [52, 0]
+    assert "questions   2 read, 2 kept, 1 have no answer on purpose" in capsys.readouterr().out
+
+
 def test_cleaning_moves_answers_along(tmp_path: Path) -> None:
     context = "\ufeffOne\r\ntwo\x07 e\u0301t three"
     file = asked(context, qa("What?", ("three", context.index("three"))))
     [one] = squad.read(write(tmp_path / "x.json", file))
     assert one.second == "One\ntwo \u00e9t three" and one.answers == (Answer(11, "three"),) and one.moved == 0
+
+
+def test_lone_surrogates_are_repaired_and_counted_once(tmp_path: Path, capsys) -> None:
+    """In JSON they are escapes, and no text."""
+    context = ROME * 9 + " \ud800five\x07 days"
+    file = asked(context, qa("How long?", ("\ud800five", context.index("\ud800"))), qa("Wh\udc00?", ("Rome", 0)))
+    path = write(tmp_path / "x.json", file)
+    first, second = squad.read(path)
+    assert first.second.endswith(" \ufffdfive days") and first.answers == (Answer(len(ROME) * 9 + 1, "\ufffdfive"),)
+    assert second.text == "Wh\ufffd?" and (first.replaced, first.controls, second.replaced) == (1, 1, 1)
+    run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
+    assert "repaired    2 invalid UTF-8, 1 control characters" in capsys.readouterr().out
+    write(path, asked("x\ud800y", qa("What?", ("x", 0))))
+    with pytest.raises(DataError, match="not in the encoding it was read with \\(1 of 8 characters\\)"):
+        list(squad.read(path))
+
+
+def test_equal_ids_are_told(tmp_path: Path, capsys) -> None:
+    rows = [qa("Where?", ("Rome", 0), id=name) for name in ("a", "a", "", "", "\ud800b", "a")]
+    path = write(tmp_path / "x.json", asked(ROME, *rows))
+    assert [one.again for one in squad.read(path)] == [False, True, False, False, False, True]
+    assert [one.id for one in squad.read(path)][4:] == ["\ufffdb", "a"], "which can be written"
+    run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
+    said = f"ids         2 questions have the id of an earlier one, first: {path}: question 2 (a)\n"
+    assert said in capsys.readouterr().out
 
 
 def test_new_questions_are_read_from_both_formats(tmp_path: Path) -> None:
@@ -317,6 +387,26 @@ def test_the_heads_loss_gradient_and_best_span() -> None:
 )
 def test_figures_worked_by_hand(found: str, wanted: str, exact: float, f1: float) -> None:
     assert answers.exact(found, wanted) == exact and answers.f1(found, wanted) == pytest.approx(f1)
+
+
+# (answer, those that are given, exact match, F1) by the functions of SQuAD's evaluate-v2.0.py
+# (allennlp-models 2.10.1); answers given of which nothing is left count as none, as its get_raw_scores has it
+OFFICIAL = [
+    ("The cat.", ("cat",), 1, 1), ("the", ("a",), 1, 1), ("the", (), 1, 1), ("", (), 1, 1), ("...", ("!",), 1, 1),
+    ("", ("the", "New York"), 0, 0), ("a-an", ("aan",), 1, 1), ("the-end", ("end",), 0, 0), ("the_end", ("end",), 0, 0),
+    ("U.S.A.", ("USA",), 1, 1), ("1,000", ("1000",), 1, 1), ("it\u2019s", ("its",), 0, 0), ("it's", ("its",), 1, 1),
+    ("\u201ccat\u201d", ("cat",), 0, 0), ("STRASSE", ("straße",), 0, 0), ("cafe\u0301", ("café",), 0, 0),
+    ("a\u00a0cat", ("cat",), 1, 1), ("cat cat cat", ("cat the cat",), 0, 0.8), ("an\u200bd the", ("an d",), 0, 0),
+    ("New York City", ("York", "the new york"), 0, 0.8), ("\u0130stanbul", ("istanbul",), 0, 0),
+    ("in 1066, at Hastings", ("1066", "at Hastings in 1066"), 0, 1), ("日本、東京", ("日本 東京",), 0, 0),
+    ("theatre", ("atre",), 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "wanted", "exact", "f1"), OFFICIAL)
+def test_figures_are_those_of_squads_program(found: str, wanted: tuple[str, ...], exact: float, f1: float) -> None:
+    told = answers.figures([(found, wanted)])
+    assert told["exact"] == exact and told["f1"] == pytest.approx(f1, abs=1e-12)
 
 
 def test_the_best_of_several_answers_counts_and_none_may_be_right() -> None:

@@ -8,11 +8,12 @@ import pytest
 from corpora import contents, run_prepare
 
 from mlm_mpi.__main__ import main
+from mlm_mpi.config.reader import load
 from mlm_mpi.data import words
 from mlm_mpi.data.labelled import Labelled
 from mlm_mpi.data.sentences import Sentence, Sentences
 from mlm_mpi.data.tagged import TaggedTexts, batch_of
-from mlm_mpi.data.texts import Noise
+from mlm_mpi.data.texts import Noise, balanced
 from mlm_mpi.data.tokenizer import Tokenizer
 from mlm_mpi.data.tokenizing import encode_words
 from mlm_mpi.data.words import WordColumns
@@ -20,6 +21,8 @@ from mlm_mpi.errors import DataError
 from mlm_mpi.figures import spans
 from mlm_mpi.figures.lookup import looked_up
 from mlm_mpi.figures.spans import Span
+from mlm_mpi.plug import Plugins
+from mlm_mpi.tasks.tagging import Tagging
 
 CONLL = "EU NNP B-ORG\nrejects VBZ O\n\n-DOCSTART- X O\n\nGerman JJ B-MISC\ncall NN O\n. . O\n"
 
@@ -66,7 +69,7 @@ BAD = {
     "empty": ("x.conll", "", "x.conll has no words"),
     "no label": ("x.conll", "a\tO\nb\t\n", "x.conll:2 has no label for the word 'b'"),
     "unequal lists": ("x.jsonl", '{"tokens": ["a", "b"], "labels": ["O"]}\n', "x.jsonl:1 has 2 words in 'tokens' and"),
-    "no field": ("x.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n', "has no column 'labels', it has 'tags, tokens'"),
+    "no field": ("x.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n', "has no field 'labels', it has 'tags, tokens'"),
     "no list": ("x.jsonl", '{"tokens": "a b", "labels": ["O"]}\n', "x.jsonl:1 has no list in field 'tokens'"),
     "null label": ("x.jsonl", '{"tokens": ["a"], "labels": [null]}\n', "x.jsonl:1 has no label for the word 'a'"),
     "nested": ("x.jsonl", '{"tokens": [["a"]], "labels": ["O"]}\n', "x.jsonl:1 has a list in field 'tokens'"),
@@ -172,8 +175,25 @@ def test_a_batch_points_at_the_first_token_of_each_word_within_the_context() -> 
     assert made.targets["at"].tolist() == [1, 4, 6, 10, 11] and made.targets["classes"].tolist() == [0, 0, 1, 2, 0]
     assert made.targets["begins"].tolist() == [True, True, False, True, False]
     assert three().cut(6) == (1, 1, 8) and three().cut(8) == (0, 0, 8)
+    assert "weights" not in made.targets
+    weighed = TaggedTexts(three(), 6, 9, weights=balanced(three().targets, 3)).batch([0, 1, 2], 0, 0)
+    rare, frequent = 2, 6 / (3 * 3)  # of six words three have label 0, two label 1, one label 2
+    assert weighed.targets["weights"].tolist() == pytest.approx([frequent, frequent, 1, rare, frequent])
     hidden = TaggedTexts(three(), 8, 9, Noise(0.0, 0.5, 1)).batch([2, 0], 3, 0)
     assert hidden.inputs["hidden"].any() and not hidden.inputs["hidden"][0, 0]
+
+
+def test_labels_are_balanced_in_training_alone(tmp_path: Path) -> None:
+    path = tmp_path / "some.tsv"
+    path.write_text("".join(f"word{number}\tO\nname{number}\tB\nthing{number}\tO\n\n" for number in range(20)))
+    run_prepare(path, "--out", tmp_path / "out", "--tags", "--tokenizer", "bytes", "--heldout", 0.3, "--test", 0)
+    words = ["task.kind=tagging", "model.kind=bert", "model.context=64", f"data.dir={tmp_path / 'out'}"]
+    for kind, expected in (("equal", None), ("balanced", {0: 1.5, 1: 0.75})):  # labels B and O
+        task = Tagging(load(None, [*words, f"task.weights={kind}"]), Plugins())
+        made = task.samples("train").batch([0, 1], 0, 0).targets
+        found = dict(zip(made["classes"].tolist(), made["weights"].tolist(), strict=True)) if expected else None
+        assert found == expected and ("weights" in made) == bool(expected)
+        assert "weights" not in task.samples("heldout").batch([0], 0, 0).targets
 
 
 def test_a_sentence_alone_is_what_it_is_among_others() -> None:

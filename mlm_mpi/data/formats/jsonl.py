@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from mlm_mpi.data.decoding import TO_LINES, Content, NoText
+from mlm_mpi.data.decoding import Content, NoText, to_lines
 from mlm_mpi.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson")
@@ -27,7 +27,7 @@ def documents(content: Content) -> Iterator[Callable[[], str | NoText]]:
 def lines(content: Content) -> Iterator[tuple[str, str]]:
     """(place, line) of those that are not empty. Raises DataError for a file that is one JSON document."""
     if _is_one_document(content.head()):
-        raise DataError(f"{content.path} is one JSON document: {TO_LINES}")
+        raise DataError(f"{content.path} is one JSON document: {to_lines(content.field)}")
     for number, line in enumerate(content.lines(), 1):
         if line.strip():
             yield f"{content.path}:{number}", line
@@ -41,7 +41,7 @@ def record(line: str, field: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
     if not isinstance(found, dict):
         kind = _KINDS.get(type(found), "a text" if isinstance(found, str) else "null")
-        raise DataError(f"{where} is {kind}, not an object with a field {field!r}: {TO_LINES}")
+        raise DataError(f"{where} is {kind}, not an object with a field {field!r}: {to_lines(field)}")
     return found
 
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from mlm_mpi.data.decoding import TO_LINES, Content, plain_name
+from mlm_mpi.data.decoding import Content, plain_name, to_lines
 from mlm_mpi.errors import DataError
 
 SUFFIXES = (".txt",)
@@ -29,4 +29,4 @@ def _json_in(content: Content, head: str) -> DataError:
         return DataError(
             f"{content.path} holds JSON lines, not text: rename it to end in .jsonl, or in .jsonl.gz and the like"
         )
-    return DataError(f"{content.path} is one JSON document: {TO_LINES}")
+    return DataError(f"{content.path} is one JSON document: {to_lines(content.field)}")
