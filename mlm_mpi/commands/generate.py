@@ -71,5 +71,6 @@ def main(args: argparse.Namespace, group: "Group") -> int:
 def _shown(text: str) -> int:
     """Writes text to stdout; no control character of it reaches a terminal, where it would be obeyed."""
     from mlm_mpi.data.text import clean
+    from mlm_mpi.monitor.live import on_terminal
 
-    return sys.stdout.write(clean(text).text if sys.stdout.isatty() else text)
+    return sys.stdout.write(clean(text).text if on_terminal() else text)
