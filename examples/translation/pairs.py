@@ -31,26 +31,35 @@ _TAG = re.compile(r"<[^>]*>|&[a-z]+;")
 _PLACEHOLDER = re.compile(r"%(?:\([^)]*\))?[-#0-9.]*[a-zA-Z]|%[0-9]+|\{[^}]*\}")
 
 
-def of_package(package: str, pattern: str) -> Iterator[bytes]:
+Catalogue = Iterator[tuple[str, str]]  # (English, French) of its messages
+
+
+def of_package(package: str, pattern: str) -> Iterator[Catalogue]:
     """The catalogues of an installed package."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         sys.exit(f"{package} is not installed: pip install 'mlm-mpi[examples]'")
     for path in sorted(Path(spec.origin).parent.glob(pattern)):
-        yield path.read_bytes()
+        yield messages(path.read_bytes())
 
 
-def of_wheel(path: str) -> Iterator[bytes]:
-    """The French catalogues of a wheel."""
+def of_wheel(path: str) -> Iterator[Catalogue]:
+    """The French catalogues of a wheel. Exits where there is none, or one that cannot be read."""
+    name = "it"
     try:
         with zipfile.ZipFile(path) as wheel:
-            for name in filter(_IN_WHEELS.search, sorted(wheel.namelist())):
-                yield wheel.read(name)
-    except (OSError, zipfile.BadZipFile) as error:
-        sys.exit(f"{path} is no wheel ({error}): download it again")
+            names = [*filter(_IN_WHEELS.search, sorted(wheel.namelist()))]
+            for name in names:
+                yield iter(list(messages(wheel.read(name))))
+    except FileNotFoundError:
+        sys.exit(f"{path} is not there: download it")
+    except Exception as error:  # zipfile and gettext raise whatever a damaged file makes them stumble over
+        sys.exit(f"{path} cannot be read, {name} is damaged ({error}): download it again")
+    if not names:
+        sys.exit(f"{path} has no French catalogue: leave it out")
 
 
-def messages(content: bytes) -> Iterator[tuple[str, str]]:
+def messages(content: bytes) -> Catalogue:
     """(English, French) of a catalogue."""
     catalogue = gettext.GNUTranslations(io.BytesIO(content))._catalog
     for key, french in sorted(catalogue.items(), key=str):
@@ -74,10 +83,10 @@ def pair_of(english: str, french: str) -> tuple[str, str] | None:
 
 def main() -> None:
     pairs: dict[str, str] = {}
-    installed = (content for name, pattern in CATALOGUES.items() for content in of_package(name, pattern))
-    wheels = (content for path in sys.argv[1:] for content in of_wheel(path))
-    for content in itertools.chain(installed, wheels):
-        for english, french in messages(content):
+    installed = (catalogue for name, pattern in CATALOGUES.items() for catalogue in of_package(name, pattern))
+    wheels = (catalogue for path in sys.argv[1:] for catalogue in of_wheel(path))
+    for catalogue in itertools.chain(installed, wheels):
+        for english, french in catalogue:
             pair = pair_of(english, french)
             if pair is not None:
                 pairs.setdefault(*pair)

@@ -3,6 +3,7 @@ ranks. Alone it needs no MPI."""
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections import Counter
@@ -183,12 +184,13 @@ def _answer_line(args: argparse.Namespace, one: "Question", row: list[float], nu
     gone = start != start
     answer = "" if gone else one.second[int(start) : int(end)]
     if args.squad:
-        name, told = (msgspec.json.encode(text).decode() for text in (one.id or str(number), answer))
+        name = json.dumps(one.id or str(number))  # as it came, lone surrogates too
+        told = msgspec.json.encode(answer).decode()
         return f"{',' * (number > 1)}{chr(10) * (number > 1)}{name}: {told}"
     if args.json:
         places = {"probability": None, "start": None, "end": None}
         found = places if gone else {"probability": _rounded(probability), "start": int(start), "end": int(end)}
-        named = {"id": one.id} if one.id else {}
+        named = {"id": one.id.encode(errors="replace").decode()} if one.id else {}
         return msgspec.json.encode(named | {"answer": None if gone else answer} | found).decode() + "\n"
     shown = ["", "", ""] if gone else [f"{probability:.6f}", str(int(start)), str(int(end))]
     return "\t".join([" ".join(answer.split()), *shown]) + "\n"

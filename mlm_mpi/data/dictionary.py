@@ -15,6 +15,7 @@ from mlm_mpi.data.tokenizing import encode
 
 _WORD = re.compile(r"\w+")
 _ROUNDS = 5  # of expectation maximisation
+BYTES_A_MEETING = 75  # at most at once: 16.5 million took 1.25 GB
 _NOTHING = ""  # what target words come from that no source word explains
 
 
@@ -24,13 +25,21 @@ def learned(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     return Lexicon(pairs).without()
 
 
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def meetings(pairs: Iterable[tuple[str, str]]) -> int:
+    """How often a word of a source meets one of its target: each takes a lexicon BYTES_A_MEETING."""
+    return sum((1 + len(_WORD.findall(source))) * len(_WORD.findall(target)) for source, target in pairs)
+
+
 class Lexicon:
     """Which words of targets come from which words of sources, in each pair."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """(source, target) each. Time and memory go with the products of their lengths: a second and 100 MB for a
-        million."""
-        sides = [[_WORD.findall(text.lower()) for text in pair] for pair in pairs]
+        """(source, target) each. Time and memory go with `meetings`."""
+        sides = [[_words(text) for text in pair] for pair in pairs]
         self._sources = [*dict.fromkeys([_NOTHING, *(word for source, _ in sides for word in source)])]
         self._targets = [*dict.fromkeys(word for _, target in sides for word in target)]
         numbers = [{word: number for number, word in enumerate(words)} for words in (self._sources, self._targets)]

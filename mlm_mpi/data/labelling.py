@@ -31,7 +31,7 @@ import numpy as np
 
 from mlm_mpi import __version__
 from mlm_mpi.data import catalog, chats, labelled, rows, sources, squad, template, templates, words
-from mlm_mpi.data.dictionary import Lexicon, hinted, translated
+from mlm_mpi.data.dictionary import BYTES_A_MEETING, Lexicon, hinted, meetings, translated
 from mlm_mpi.data.labelled import MOST_LABELS, Cleaning, Lengths, Manifest
 from mlm_mpi.data.prepare import PATIENCE_S, TRAINING_CHARACTERS, Ranks, Told
 from mlm_mpi.data.shards import ShardEntry, write_shard
@@ -324,10 +324,12 @@ class _Found:
         would learn to trust hints more than it should.
         """
         train = self.on("train")
-        lexicon = Lexicon([(example.text, example.second) for example in train])
+        pairs = [(example.text, example.second) for example in train]
+        _check_lexicon(meetings(pairs))
+        lexicon = Lexicon(pairs)
         whole = lexicon.without()
         if not whole:
-            raise DataError("--hints: no source on side train has a word: leave it out")
+            raise DataError("--hints: no pair on side train has words in both of its texts: leave --hints out")
         numbers = [example.source[0] * _FOLDS // 256 for example in train]
         others = [lexicon.without(np.array(numbers) == fold) for fold in range(_FOLDS)]
         of_train = iter(numbers)
@@ -450,6 +452,16 @@ class _Found:
                 f"label {label!r} of {first.place}, which is on side {first.side}, has no row on side "
                 f"train{more}: {remedy}"
             )
+
+
+def _check_lexicon(count: int) -> None:
+    """Raises DataError where a dictionary of so many meetings does not fit this machine."""
+    needs, has = BYTES_A_MEETING * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needs > has:
+        raise DataError(
+            f"--hints: words of the training pairs meet {count:,} times, which takes {needs / 1e9:.0f} GB of memory, "
+            f"and this machine has {has / 1e9:.0f}: leave long texts out, or --hints"
+        )
 
 
 def _faults(row: chats.Dialogue) -> dict[str, bool]:

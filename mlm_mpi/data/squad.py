@@ -148,7 +148,7 @@ def _question(place: str, raw: str, context: str, asked: _Asked) -> Question:
     answers = tuple(answer for answer, _ in found if answer is not None)
     return Question(
         place, text.text.strip(), context if context.strip() else "", answers, asked.is_impossible,
-        clean(str(asked.id)).text, sum(moved for _, moved in found), len(found) - len(answers), text.replaced,
+        str(asked.id), sum(moved for _, moved in found), len(found) - len(answers), text.replaced,
         text.controls,
     )  # fmt: skip
 
@@ -192,7 +192,7 @@ def _lines(path: Path, encoding: str) -> Iterator[Question]:
     for place, line in jsonl.lines(Content(path, encoding, "question")):
         record = jsonl.record(line, "question", place)
         question, context = (_text(record, name, place) for name in ("question", "context"))
-        name = clean(str(record.get("id", ""))).text
+        name = str(record.get("id", ""))
         yield Question(place, question.strip(), context if context.strip() else "", id=name)
 
 

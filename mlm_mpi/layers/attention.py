@@ -252,9 +252,9 @@ class CrossAttention:
         self.query = self._by_head("query", std, shares)
         self.of_memory = self._of_memory(width, std, shares)
 
-    def _by_head(self, what: str, std: float, shares: int) -> Linear:
+    def _by_head(self, what: str, std: float, shares: int, bias: bool = True) -> Linear:
         width, each = self.project.inputs, equal(1, self.heads, self.width)
-        return Linear(f"{self.name}.{what}", width, width, std, 1, self.width, shares, matrices=(each,))
+        return Linear(f"{self.name}.{what}", width, width, std, 1, self.width, shares, bias, matrices=(each,))
 
     def _of_memory(self, width: int, std: float, shares: int) -> Linear:
         """What reads the memory: keys and values."""
@@ -341,7 +341,7 @@ class LexicalAttention(CrossAttention):
     """
 
     def _of_memory(self, width: int, std: float, shares: int) -> Linear:
-        return self._by_head("key", std, shares)
+        return self._by_head("key", std, shares, bias=False)  # one of keys moves no softmax
 
     def _keys_and_values(self, memory: Any, ctx: Context) -> Any:
         encoded, vectors = memory

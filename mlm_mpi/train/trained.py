@@ -206,7 +206,7 @@ def open_task(trained: Trained, folder: str | None = None, say: Say = note) -> T
     if ("hints" in about) != bool(manifest.hints):
         has = "has no hints in front of its sources, and the model wants them: prepare it with --hints"
         hasnt = "has hints in front of its sources, and the model knows none: prepare it without --hints"
-        raise DataError(f"{names} {has if manifest.hints else hasnt}, or leave --data out")
+        raise DataError(f"{names} {has if manifest.hints else hasnt}, or give another corpus by --data")
     if about["catalog"] != manifest.catalog:
         say(f"note: the figures are of another text, corpus {about['catalog'][:12]} in {names}; {wanted}")
     return task

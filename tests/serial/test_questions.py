@@ -4,12 +4,14 @@ import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from corpora import contents, run_prepare
 
 from mlm_mpi.__main__ import main
+from mlm_mpi.commands.predict import _answer_line
 from mlm_mpi.data import builtin, squad, templates
 from mlm_mpi.data.labelled import Labelled
 from mlm_mpi.data.questions import Cut, Question, Span, Window, best_span
@@ -126,10 +128,20 @@ def test_equal_ids_are_told(tmp_path: Path, capsys) -> None:
     rows = [qa("Where?", ("Rome", 0), id=name) for name in ("a", "a", "", "", "\ud800b", "a")]
     path = write(tmp_path / "x.json", asked(ROME, *rows))
     assert [one.again for one in squad.read(path)] == [False, True, False, False, False, True]
-    assert [one.id for one in squad.read(path)][4:] == ["\ufffdb", "a"], "which can be written"
+    assert [one.id for one in squad.read(path)][4:] == ["\ud800b", "a"], "as they came"
     run_prepare(path, "--out", tmp_path / "out", "--squad", "--tokenizer", "bytes", "--heldout", 0, "--test", 0)
     said = f"ids         2 questions have the id of an earlier one, first: {path}: question 2 (a)\n"
     assert said in capsys.readouterr().out
+
+
+def test_an_id_is_told_back_as_it_came() -> None:
+    """To SQuAD's program, which finds a question by it; JSON lines cannot hold a lone surrogate."""
+    for name in ("56be4db0", "\ud800b", "b\x01", "ü"):
+        one = squad.Question("x:1", "Where?", ROME, id=name)
+        line = _answer_line(SimpleNamespace(squad=True, json=False), one, [0.0, 2.0, 0.5], 1)
+        assert json.loads("{" + line + "}") == {name: ROME[:2]} and line.encode()
+        line = _answer_line(SimpleNamespace(squad=False, json=True), one, [0.0, 2.0, 0.5], 1)
+        assert json.loads(line)["id"] == name.replace("\ud800", "?")
 
 
 def test_new_questions_are_read_from_both_formats(tmp_path: Path) -> None:
