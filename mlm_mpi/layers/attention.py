@@ -178,10 +178,11 @@ class SelfAttention:
     def _looks(self, ctx: Context, heads: int, keys: int) -> list[_Look]:
         """All of them."""
         spans = [] if ctx.batch is None else ctx.batch.spans()
-        row = _Run(0, 0, keys)
-        looks = [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), 0)]
         if spans:
             looks = _looks(spans, spans, self.drop, ctx, heads)
+        else:
+            row = _Run(0, 0, keys)
+            looks = [_Look(row, row, self.drop.of_heads(ctx, heads, keys, keys), 0)]
         if ctx.cache is not None:
             return looks
         return [look._replace(share=order.share_length(look.keys.length, self.most)) for look in looks]
