@@ -9,6 +9,7 @@ import pytest
 from corpora import run_prepare
 
 from mlm_mpi.config.reader import load
+from mlm_mpi.data import labelling
 from mlm_mpi.data.labelled import Example, Labelled
 from mlm_mpi.data.sides import side_of
 from mlm_mpi.data.translation import TextPairs, pair_of, too_long
@@ -204,3 +205,21 @@ def test_a_hint_comes_from_other_pairs(tmp_path: Path) -> None:
     assert hints["the red 3"] == "la rouge 3" and found.manifest.hints["odd"] == "bizarre"
     plain = prepared(tmp_path / "plain", path, "--text", "en", "--target", "fr", "--split", "side")
     assert plain.content != found.content and "hints" not in (tmp_path / "plain" / "catalog.json").read_text()
+
+
+def test_a_dictionary_that_does_not_fit_this_machine_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelling, "BYTES_A_MEETING", 1 << 40)
+    path = table(tmp_path / "a.tsv", PAIRS)
+    words = (path, "--text", "en", "--target", "fr", "--hints")
+    refused(
+        lambda: prepared(tmp_path / "out", *words), "--hints: words of the training pairs meet ", "leave long texts"
+    )
+    assert not (tmp_path / "out" / "catalog.json").exists()
+
+
+def test_a_side_without_words_has_no_dictionary(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", [(f"word {number}", "!" * (number + 3)) for number in range(30)])
+    line = "no pair on side train has words in both of its texts"
+    refused(lambda: prepared(tmp_path / "out", path, "--text", "en", "--target", "fr", "--hints"), line)
